@@ -1,0 +1,257 @@
+"""The contract between the families and whatever trains them.
+
+A family is four pure functions (`Family`) over a pytree of arrays (`State`). Nothing here compiles, places, saves or
+prints: `jax.jit(family.step)` is the whole interface, and `train.fit` is one user of it among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """All that the next step needs, and nothing but arrays.
+
+    `extra` is what a model carries beside its parameters (BatchNorm statistics, a codebook, a history of losses),
+    equal on every device. A model of several nets keeps `{"gen": ..., "disc": ...}` in params, opt_state and extra.
+    """
+
+    step: jax.Array  # int32 scalar: updates done so far
+    params: PyTree
+    opt_state: PyTree
+    extra: PyTree = None
+    ema: PyTree = None  # what EMA.of picks, averaged; None without an average
+
+
+class Family(NamedTuple):
+    """A generative model as pure, un-jitted functions; `make(cfg)` at the end of a family file builds it.
+
+    init(key) -> State
+    step(state, batch, key) -> (State, metrics): scalars, among them the loss, the gradient norm before the clip, the
+        learning rate
+    evaluate(state, batch, key) -> {name: [B]}: one value per example
+    sample(state, key, *, n, ...) -> [n, ...]: float32 in [0, 1] for images, data units for points, int32 tokens
+    rules: ((regex searched in a State leaf's path, PartitionSpec), ...), tried in order; see train
+    """
+
+    init: Callable
+    step: Callable
+    evaluate: Callable
+    sample: Callable
+    rules: tuple = ()
+
+
+_DIRECTIONS = {
+    "sgd": lambda o: optax.trace(o.momentum) if o.momentum else optax.identity(),
+    "adam": lambda o: optax.scale_by_adam(o.b1, o.b2, o.eps, o.eps_root),
+    "rmsprop": lambda o: optax.scale_by_rms(o.b2, o.eps),
+    "adagrad": lambda o: optax.scale_by_rss(initial_accumulator_value=0.0, eps=o.eps),
+}
+_CURVES = {
+    "cosine": lambda lr, n, floor: optax.cosine_decay_schedule(lr, n, floor),
+    "linear": lambda lr, n, floor: optax.linear_schedule(lr, floor * lr, n),
+    "exponential": lambda lr, n, floor: optax.exponential_decay(lr, n, floor, end_value=floor * lr),
+}
+
+
+@dataclass(frozen=True)
+class Optim:
+    """An optimizer as data. Any object with `chain()` and `rate(step)` serves in its place."""
+
+    name: str = "adam"  # sgd | adam | rmsprop | adagrad
+    lr: float = 1e-3  # peak learning rate
+    b1: float = 0.9  # adam: decay of the first moment
+    b2: float = 0.999  # adam, rmsprop: decay of the second moment
+    eps: float = 1e-8
+    momentum: float = 0.0  # sgd
+    eps_root: float = 0.0  # adam: inside the square root, for whoever differentiates through the update
+    weight_decay: float = 0.0  # decoupled (AdamW), on leaves named kernel or embedding only
+    clip: float = 0.0  # largest global norm of the gradient; 0: none
+    warmup: int = 0  # steps of linear rise from 0 to lr
+    decay: int = 0  # steps from the end of the warm-up to the floor; 0: constant
+    curve: str = "cosine"  # cosine | linear | exponential
+    floor: float = 0.0  # the last rate as a share of lr
+
+    def __post_init__(self):
+        if self.name not in _DIRECTIONS:
+            raise ValueError(f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}")
+        if self.curve not in _CURVES:
+            raise ValueError(f"optim.curve must be one of {', '.join(_CURVES)}, not {self.curve!r}")
+        for field in ("lr", "eps", "eps_root", "weight_decay", "clip", "warmup", "decay"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"optim.{field} must not be negative, got {getattr(self, field)}")
+        for field in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
+        if not 0 <= self.floor <= 1 or (self.curve == "exponential" and self.decay and not self.floor):
+            raise ValueError(f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}")
+
+    def chain(self) -> optax.GradientTransformation:
+        """Clip, direction, weight decay. The learning rate is not in it: `descend` multiplies by `rate`."""
+
+        def decays(params):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: getattr(path[-1], "key", None) in ("kernel", "embedding"), params
+            )
+
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
+            _DIRECTIONS[self.name](self),
+            optax.add_decayed_weights(self.weight_decay, decays) if self.weight_decay else optax.identity(),
+        )
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """The learning rate at `State.step`. A critic's own count would run n_critic times too fast."""
+        after = _CURVES[self.curve](self.lr, self.decay, self.floor) if self.decay else lambda _: self.lr
+        if self.warmup:
+            after = optax.join_schedules([optax.linear_schedule(0.0, self.lr, self.warmup), after], [self.warmup])
+        return jnp.asarray(after(step), jnp.float32)
+
+
+@dataclass(frozen=True)
+class EMA:
+    """An exponential moving average of what `of` picks from a State: parameters, and the statistics that go with them.
+
+    Never a history of losses or an image pool: their average means nothing.
+    """
+
+    decay: float = 0.0  # 0: no average is kept
+    of: Callable[[State], PyTree] = lambda state: state.params
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.decay}")
+
+    def read(self, state: State) -> PyTree:
+        """What sampling and evaluation use: the average where there is one, else the values themselves."""
+        return state.ema if self.decay else self.of(state)
+
+
+def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> State:
+    """The State before step 0. `optim` is one optimizer, or one a net as `{net: optim}`."""
+    if isinstance(optim, dict):
+        opt_state = {net: o.chain().init(params[net]) for net, o in optim.items()}
+    else:
+        opt_state = optim.chain().init(params)
+    state = State(jnp.zeros((), jnp.int32), params, opt_state, extra)
+    if not ema.decay:
+        return state
+    # A copy: the same buffer under two names cannot be donated.
+    return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
+
+
+def step_key(key: jax.Array, step: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """The key of one step, a pure function of its number: a resumed run draws the noise of an unbroken one.
+
+    With `axis_name` (the per-device view) every device has its own.
+    """
+    key = jax.random.fold_in(key, step)
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def _part(batch: PyTree, n: int, i) -> PyTree:
+    for leaf in jax.tree.leaves(batch):
+        if leaf.shape[0] % n:
+            raise ValueError(f"a batch of {leaf.shape[0]} does not divide into {n} equal parts")
+    # The new axis goes behind the rows: with rows spread over devices each device then cuts its own. As [n, B/n] the
+    # batch would be gathered, and every device would do all the work.
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(
+            x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False
+        ),
+        batch,
+    )
+
+
+def parts(batch: PyTree, n: int) -> list[PyTree]:
+    """n equal batches; part i holds the rows i, i + n, i + 2n ... A remainder raises ValueError."""
+    return [_part(batch, n, i) for i in range(n)]
+
+
+def descend(
+    loss: Callable,
+    optim,
+    state: State,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    net: str | None = None,
+    micro: int = 1,
+    axis_name: str | None = None,
+) -> tuple[State, dict]:
+    """One update of `params` (or `params[net]`), its opt_state and `extra`; never of step or ema.
+
+    `loss(params, state, batch, key) -> (scalar, (extra, metrics))` returns the whole new `extra`. In the state that it
+    sees, None stands for the parameters under training: read there, they would silently have no gradient.
+
+    micro: the batch is cut into so many parts, one after another, for memory; part i gets `fold_in(key, i)` and the
+        `extra` of the part before it. Gradients and metrics are means over the parts.
+    axis_name: the per-device view; gradients and metrics are means over the devices.
+
+    Returns the new State and `loss, grad_norm, lr` (`<net>_loss ...` for a named net) beside the loss's own metrics.
+    """
+
+    def pick(tree):
+        return tree if net is None else tree[net]
+
+    def put(tree, value):
+        return value if net is None else {**tree, net: value}
+
+    params = pick(state.params)
+    blind = state._replace(params=put(state.params, None))
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    if micro == 1:
+        (value, (extra, metrics)), grads = gradient(params, blind, batch, key)
+    else:
+
+        def one(carry, i):
+            extra, total = carry
+            (value, (extra, metrics)), grads = gradient(
+                params, blind._replace(extra=extra), _part(batch, micro, i), jax.random.fold_in(key, i)
+            )
+            return (extra, jax.tree.map(jnp.add, total, grads)), (value, metrics)
+
+        # Rolled, because memory is its purpose.
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (extra, total), several = jax.lax.scan(one, (state.extra, zeros), jnp.arange(micro))
+        grads = jax.tree.map(lambda g: g / micro, total)
+        value, metrics = jax.tree.map(lambda x: x.mean(0), several)
+
+    if axis_name is not None:
+        grads, value, metrics = jax.lax.pmean((grads, value, metrics), axis_name)
+    lr = optim.rate(state.step)
+    direction, opt_state = optim.chain().update(grads, pick(state.opt_state), params)
+    params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)
+
+    new = state._replace(
+        params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra
+    )
+    own = {"loss": value, "grad_norm": optax.global_norm(grads), "lr": lr}
+    return new, {**metrics, **{name if net is None else f"{net}_{name}": x for name, x in own.items()}}
+
+
+def finish(state: State, ema: EMA) -> State:
+    """The end of a step, once, however many updates it made: the average moves, the count goes up."""
+    if ema.decay:
+        moved = jax.tree.map(lambda a, x: a + (1 - ema.decay) * (x - a), state.ema, ema.of(state))
+        state = state._replace(ema=moved)
+    return state._replace(step=state.step + 1)
+
+
+def make_step(loss: Callable, optim, *, ema: EMA = EMA(), micro: int = 1, axis_name: str | None = None) -> Callable:
+    """The step of a model with one loss: `descend`, then `finish`. A GAN composes `descend` calls itself."""
+
+    def step(state, batch, key):
+        state, metrics = descend(loss, optim, state, batch, key, micro=micro, axis_name=axis_name)
+        return finish(state, ema), metrics
+
+    return step

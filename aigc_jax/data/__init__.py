@@ -1,0 +1,171 @@
+"""Named data sets as batches: `load(name, split)`, or your own arrays through `from_arrays`.
+
+Batch i is a pure function of (seed, i), so a resumed run needs no iterator state and any number of processes sees the
+same global batches. A set that fits in memory is `resident`: its arrays are placed on the device once, and a step takes
+its rows there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a set is. A run folder records it, and a Config's `check(info)` compares itself with it."""
+
+    kind: str  # image | points: how figures show a sample
+    shape: tuple[int, ...]  # of one example, (H, W, C) for images
+    levels: int | None = None  # images hold whole numbers in 0..levels-1
+    classes: int | None = None  # labels lie in 0..classes-1; None: unlabelled
+    examples: int | None = None  # None: endless
+    source: dict[str, Any] | None = None  # name, split and options, never a folder; None: made from arrays
+    fingerprint: str = ""  # sha256 of the arrays; of the source for an endless set
+
+
+class Data(NamedTuple):
+    """A data set.
+
+    batch(seed, i, size) -> dict of host arrays with `size` rows (image uint8 [B,H,W,C], points float32 [B,d],
+        label int32 [B], index int32 [B] for finite sets)
+    resident: (arrays, rows, take) of a set that fits in memory. rows(seed, i, size) -> int32 [size] says on the host
+        which examples; take(arrays, rows) -> dict is jit-able; `batch` is the take of the rows.
+    """
+
+    info: Info
+    batch: Callable[[int, int, int], dict]
+    resident: tuple | None = None
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    # Raw Philox bits and a stable sort: unlike Generator.permutation, the same in every version of numpy.
+    bits = np.random.Philox(key=[seed, epoch]).random_raw(n)
+    return np.argsort(bits, kind="stable").astype(np.int32)
+
+
+def order(n: int, seed: int, i: int, size: int) -> np.ndarray:
+    """Rows of batch i, int32 [size]: epochs are laid end to end, each a permutation of its own, then cut into batches.
+
+    So every epoch sees each of the n examples once, and no batch is short: the one at a seam takes from both epochs.
+    """
+    rows, at = [], i * size
+    while size:
+        epoch, offset = divmod(at, n)
+        rows.append(_permutation(seed, epoch, n)[offset : offset + size])
+        at, size = at + len(rows[-1]), size - len(rows[-1])
+    return np.concatenate(rows) if rows else np.zeros(0, np.int32)
+
+
+def _take(arrays: dict, rows) -> dict:
+    return {**{name: a[rows] for name, a in arrays.items()}, "index": rows}
+
+
+def from_arrays(arrays: dict, *, levels: int = 256, classes: int | None = None, source: dict | None = None) -> Data:
+    """A finite set of your own: {"image": uint8 [N,H,W,C] or "points": float [N,d], "label": int [N] if there are any}.
+
+    Images hold whole numbers in 0..levels-1. `classes` defaults to the largest label + 1. Raises ValueError for
+    anything that does not fit this description.
+    """
+    kinds = [kind for kind in ("image", "points") if kind in arrays]
+    if len(kinds) != 1:
+        raise ValueError(f"arrays must hold either 'image' or 'points', got {', '.join(arrays) or 'nothing'}")
+    if unknown := set(arrays) - {*kinds, "label"}:
+        raise ValueError(f"from_arrays takes image or points, and label, not {', '.join(sorted(unknown))}")
+    kind, arrays = kinds[0], {name: np.asarray(a) for name, a in arrays.items()}
+    x = arrays[kind]
+    if len(x) == 0:
+        raise ValueError("a data set needs at least one example")
+    if kind == "image":
+        if x.dtype != np.uint8 or x.ndim != 4:
+            raise ValueError(f"image must be uint8 [N, H, W, C], got {x.dtype} {list(x.shape)}")
+        if not 2 <= levels <= 256:
+            raise ValueError(f"levels must lie in 2..256, got {levels}")
+        if x.max() >= levels:
+            raise ValueError(f"an image value of {x.max()} does not fit levels={levels} (0..{levels - 1})")
+    elif x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"points must be floats [N, d], got {x.dtype} {list(x.shape)}")
+    elif not np.isfinite(x).all():
+        raise ValueError("points hold values that are not finite")
+    else:
+        arrays[kind] = x.astype(np.float32)
+    if "label" in arrays:
+        y = arrays["label"]
+        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"label must be whole numbers [{len(x)}], got {y.dtype} {list(y.shape)}")
+        classes = classes or int(y.max()) + 1
+        if y.min() < 0 or y.max() >= classes:
+            raise ValueError(f"labels must lie in 0..{classes - 1}, got {y.min()}..{y.max()}")
+        arrays["label"] = y.astype(np.int32)
+
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    info = Info(
+        kind=kind,
+        shape=x.shape[1:],
+        levels=levels if kind == "image" else None,
+        classes=classes if "label" in arrays else None,
+        examples=len(x),
+        source=source,
+        fingerprint=digest.hexdigest(),
+    )
+    rows = functools.partial(order, len(x))
+    return Data(info, lambda seed, i, size: _take(arrays, rows(seed, i, size)), (arrays, rows, _take))
+
+
+def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
+    """Points drawn afresh for every batch: `draw(rng, size) -> float [size, d]` from a numpy Generator."""
+
+    stream = int(hashlib.sha256(source["split"].encode()).hexdigest()[:16], 16)  # splits draw different points
+
+    def batch(seed, i, size):
+        rng = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, i, 0]))
+        return {"points": draw(rng, size).astype(np.float32)}
+
+    fingerprint = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+    return Data(Info(kind="points", shape=shape, source=source, fingerprint=fingerprint), batch)
+
+
+def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
+    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca.
+
+    split: train or test, sliced as in TFDS where wished ("train[:50000]", "train[90%:]", "train+test"); synthetic sets
+        take any name, and another name draws other points.
+    folder: where the original files of a downloaded set lie (else AIGC_DATA/<name>, else a prepared copy, else the
+        network). Files are known by their checksums, whatever their names.
+    options: the set's own (synthetic: std, examples ...); unknown ones are refused.
+
+    Raises ValueError for a name, split, option or file that does not fit, FileNotFoundError where files are missing.
+    """
+    from . import images, points
+
+    sets = {
+        "digits": images.digits,
+        "mnist": images.mnist,
+        "fashion_mnist": images.fashion_mnist,
+        "ring": points.ring,
+        "grid": points.grid,
+        "swiss_roll": points.swiss_roll,
+        "ppca": points.ppca,
+    }
+    if name not in sets:
+        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sets)}")
+    known = inspect.signature(sets[name]).parameters
+    downloaded = "folder" in known
+    if folder is not None and not downloaded:
+        raise ValueError(f"{name} needs no files, so it takes no folder")
+    for option in options:
+        if option not in known or option in ("split", "folder"):
+            own = [p for p in known if p not in ("split", "folder")]
+            raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(own) or 'none'}")
+    return sets[name](split, **({"folder": folder} if downloaded else {}), **options)

@@ -1,0 +1,180 @@
+"""Image sets: scikit-learn's digits, and downloaded sets through TFDS builders that need no TensorFlow."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from . import Data, from_arrays
+
+# Debian ships the official Fashion-MNIST with another gzip header. With the original time stamp and file name put back
+# the bytes, and so the checksums, are the official ones.
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_MNIST_TIMES = {"train": 1504176606, "t10k": 1504176627}
+
+
+def digits(split: str) -> Data:
+    """Scikit-learn's 8x8 digits, 17 grey levels: the first 1,437 are train, the last 360 test."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    image, label = bunch.images.astype(np.uint8)[..., None], bunch.target
+    splits = {"train": {"image": image[:1437], "label": label[:1437]}, "test": {"image": image[1437:], "label": label[1437:]}}
+    return _cut("digits", split, {name: len(part["label"]) for name, part in splits.items()}, splits.get, levels=17)
+
+
+def mnist(split: str, *, folder: str | None = None) -> Data:
+    """MNIST, 28x28, 60,000 train and 10,000 test images, in the official order."""
+    return _tfds("mnist", split, folder)
+
+
+def fashion_mnist(split: str, *, folder: str | None = None) -> Data:
+    """Fashion-MNIST, 28x28, 60,000 train and 10,000 test images; Debian's dataset-fashion-mnist is found by itself."""
+    return _tfds("fashion_mnist", split, folder)
+
+
+def _cut(name: str, split: str, sizes: dict[str, int], read, *, levels: int) -> Data:
+    """The examples that `split` names: a whole split, or TFDS's slices of some, joined."""
+    cuts = [(split, 0, sizes.get(split))]
+    if split not in sizes:
+        import tensorflow_datasets as tfds
+
+        known = {s: tfds.core.SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in sizes.items()}
+        try:
+            parsed = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+        except (ValueError, AssertionError, KeyError) as e:
+            raise ValueError(
+                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as train[:1000] or train+test"
+            ) from e
+        cuts = [(c.splitname, c.from_ or 0, sizes[c.splitname] if c.to is None else c.to) for c in parsed]
+    pieces = [{key: a[start:stop] for key, a in read(s).items()} for s, start, stop in cuts]
+    arrays = {key: np.concatenate([p[key] for p in pieces]) for key in pieces[0]}
+    if not len(arrays["image"]):
+        raise ValueError(f"{name}: the split {split!r} is empty")
+    return from_arrays(arrays, levels=levels, classes=10, source={"name": name, "split": split})
+
+
+def _tfds(name: str, split: str, folder: str | None) -> Data:
+    builder = _prepared(name, folder)
+    sizes = {s: info.num_examples for s, info in builder.info.splits.items()}
+    return _cut(name, split, sizes, functools.partial(_read, str(builder.data_path)), levels=256)
+
+
+@functools.lru_cache(maxsize=4)  # train and its validation slice come out of one reading
+def _read(path: str, split: str) -> dict:
+    import tensorflow_datasets as tfds
+
+    source = tfds.builder_from_directory(path).as_data_source(split)
+    examples = source.__getitems__(range(len(source)))
+    return {
+        "image": np.stack([e["image"] for e in examples]),
+        "label": np.array([e["label"] for e in examples], np.int32),
+    }
+
+
+def _prepared(name: str, folder: str | None):
+    """A TFDS builder whose array_record files lie on this disk, preparing them where they do not yet.
+
+    Tried in order: `folder`, AIGC_DATA/<name>, what TFDS's data folder holds already, Debian's package, the network.
+    """
+    import tensorflow_datasets as tfds
+
+    builder_class = importlib.import_module(f"aigc_jax.data.builders.{name}.{name}_dataset_builder").Builder
+    wanted = {info.filename: (url, info.checksum, info.size) for url, info in builder_class.url_infos.items()}
+    builder = builder_class(file_format="array_record")
+
+    given = Path(folder) if folder is not None else None
+    if given is None and "AIGC_DATA" in os.environ:
+        given = Path(os.environ["AIGC_DATA"]) / name
+        if not given.is_dir():
+            given = None
+    files = _find(name, given, wanted) if given is not None else None
+    if builder.is_prepared():
+        return builder
+    if official := _official(name, builder.data_path.parent):
+        return official
+    if files is None and name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
+        files = _debian_fashion_mnist(wanted)
+    if files is None:
+        _look_for_network(name, wanted)
+
+    size = sum(size for _, _, size in wanted.values()) / 1e6
+    print(f"preparing {name} ({size:.0f} MB, once) in {builder.data_path}", file=sys.stderr)
+    tfds.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as manual:
+        for filename, content in (files or {}).items():
+            if isinstance(content, bytes):
+                (Path(manual) / filename).write_bytes(content)
+            else:
+                (Path(manual) / filename).symlink_to(content.resolve())
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+        )
+    return builder
+
+
+def _official(name: str, folder):
+    """The set as someone prepared it with TFDS's own builder, if they did so as array_record."""
+    import tensorflow_datasets as tfds
+
+    for path in sorted(Path(folder).glob("*/"), reverse=True):
+        if list(path.glob(f"{name}-train.array_record*")) and list(path.glob(f"{name}-test.array_record*")):
+            return tfds.builder_from_directory(path)
+    return None
+
+
+def _find(name: str, folder: Path, wanted: dict) -> dict:
+    """{official file name: path}, known by checksum: files keep whatever names they have."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: there is no folder {folder}")
+    by_size: dict[int, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            by_size.setdefault(path.stat().st_size, []).append(path)
+    found = {}
+    for filename, (_, checksum, size) in wanted.items():
+        for path in by_size.get(size, []):
+            if hashlib.sha256(path.read_bytes()).hexdigest() == checksum:
+                found[filename] = path
+    if missing := [filename for filename in wanted if filename not in found]:
+        wrong = [filename for filename in missing if (folder / filename).is_file()]
+        if wrong:
+            raise ValueError(
+                f"{name}: {folder / wrong[0]} is not the official file (its sha256 should be {wanted[wrong[0]][1]}); "
+                "copy or download it again"
+            )
+        raise FileNotFoundError(f"{name}: {folder} lacks {', '.join(missing)} (known by checksum, under any name)")
+    return found
+
+
+def _debian_fashion_mnist(wanted: dict) -> dict:
+    files = {}
+    for filename, (_, checksum, _) in wanted.items():
+        content = (DEBIAN_FASHION_MNIST / filename).read_bytes()
+        time = _FASHION_MNIST_TIMES[filename.split("-")[0]]
+        header = b"\x1f\x8b\x08\x08" + time.to_bytes(4, "little") + b"\x00\x03" + filename.removesuffix(".gz").encode() + b"\x00"
+        files[filename] = header + content[10:]
+        if hashlib.sha256(files[filename]).hexdigest() != checksum:
+            raise ValueError(f"fashion_mnist: {DEBIAN_FASHION_MNIST / filename} is not the official file; pass a folder")
+    return files
+
+
+def _look_for_network(name: str, wanted: dict) -> None:
+    """One request with a short limit: without a network TFDS would try for minutes."""
+    url = next(iter(wanted.values()))[0]
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except OSError as e:
+        debian = " or install Debian's dataset-fashion-mnist," if name == "fashion_mnist" else ""
+        raise FileNotFoundError(
+            f"{name} is not on this machine and {url} cannot be reached ({e});{debian} or copy "
+            f"{', '.join(wanted)} into a folder and pass it as --data.folder FOLDER (or AIGC_DATA, for FOLDER/{name})"
+        ) from e

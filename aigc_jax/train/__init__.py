@@ -1,0 +1,508 @@
+"""One loop for every family: `fit` trains, `load` brings a run back, `sample` and `evaluate` use it.
+
+This is the only place that compiles, places arrays on devices, donates and saves. A run is a folder; the same command
+again continues it, and ends with the same bits as a run that nothing interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..core import Family, State, step_key
+from ..data import Data, Info
+from . import folder as folders
+from .checkpoints import Checkpoints, SaveFailed, say
+from .folder import Refused, metrics
+from .progress import Progress
+
+__all__ = ["NonFinite", "Refused", "Result", "Run", "SaveFailed", "evaluate", "fit", "load", "metrics", "replay", "sample"]
+
+# A parameter smaller than this is copied to every device rather than cut: gathering it in every layer of every step
+# would cost more than the memory it saves.
+CUT_FROM = 2**20
+
+
+class NonFinite(FloatingPointError):
+    """A loss or gradient that is not finite; the message names the step and the command that repeats it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: where it lies, how long it is, how often it looks up."""
+
+    folder: str = ""  # everything about the run; "": nothing is kept
+    steps: int = 1000  # length of the whole run
+    batch_size: int = 128  # examples that one step consumes, over all devices
+    seed: int = 0
+    eval_every: int = 0  # steps between validations; 0: at the end only
+    save_every: int = 0  # steps between checkpoints; 0: at the end only
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    keep: int = 2  # newest checkpoints kept
+    best: str = ""  # a reported validation value; the checkpoint where it was lowest is kept and loaded
+    steps_per_call: int = 1  # updates in one compiled call; not for convolutional nets on the CPU
+    devices: int = 0  # 0: all
+    init: str = ""  # a run folder whose parameters this run starts from
+
+    def __post_init__(self):
+        lowest = {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 0, "save_every": 0, "log_every": 1, "keep": 1}
+        for field, low in {**lowest, "steps_per_call": 1, "devices": 0}.items():
+            if getattr(self, field) < low:
+                raise ValueError(f"run.{field} must be at least {low}, got {getattr(self, field)}")
+
+
+class Result(NamedTuple):
+    """A trained model: `vae.decode(result.config, result.state.params["decoder"], z)` or `train.sample(result, ...)`."""
+
+    family: Family
+    state: State
+    config: Any
+    info: Info  # of the training data
+    folder: Path | None
+
+
+# ------------------------------------------------------------------------------------------------ devices, compiling
+
+
+def _mesh(devices: int) -> jax.sharding.Mesh:
+    chosen = jax.devices()[: devices or None]
+    # Auto: under make_mesh's default, Explicit, scans and gathers raise ShardingTypeError.
+    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def _shardings(family: Family, template: State, mesh) -> State:
+    """Where each leaf lies: the family's rules first, then large leaves cut along their largest divisible axis."""
+
+    def spec(path, leaf):
+        name = jax.tree_util.keystr(path)
+        for pattern, rule in family.rules:
+            if re.search(pattern, name):
+                return rule
+        axes = [i for i, n in enumerate(leaf.shape) if n % mesh.size == 0]
+        if mesh.size == 1 or leaf.size < CUT_FROM or not axes:
+            return P()
+        axis = max(axes, key=lambda i: leaf.shape[i])
+        return P(*[None] * axis, "data")
+
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template)
+
+
+class _Feed:
+    """A data set's batches on a mesh, each process and device with its own contiguous rows of every global batch."""
+
+    def __init__(self, data: Data, mesh):
+        self.data, self.mesh = data, mesh
+        self.arrays = {}
+        if data.resident:
+            arrays, self._rows, self._take = data.resident
+            self.arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
+
+    def host(self, seed: int, i: int, size: int):
+        """What the host sends for batch i: the row numbers of a resident set, else the batch itself."""
+        return self._rows(seed, i, size) if self.data.resident else self.data.batch(seed, i, size)
+
+    def place(self, x, axis: int = 0):
+        """Host arrays on the mesh, cut along `axis`."""
+        sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda cut: a[cut]), x)
+
+    def batch(self, arrays, x):
+        """Inside the compiled step: the batch, spread over the devices."""
+        batch = self._take(arrays, x) if self.data.resident else x
+        return jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, P("data")))
+
+
+class _Engine:
+    """A family compiled for a mesh: its first state, its steps, its scores."""
+
+    def __init__(self, make, cfg, run: Run, data: Data):
+        self.run, self.mesh, self.family = run, _mesh(run.devices), make(cfg)
+        k_init, self.k_step, self.k_eval, _ = jax.random.split(jax.random.key(run.seed), 4)
+        self.feed = _Feed(data, self.mesh)
+        self.family_init = partial(self.family.init, k_init)
+        shapes = jax.eval_shape(self.family_init)
+        shardings = _shardings(self.family, shapes, self.mesh)
+        self.template = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+        )
+
+        def one(state, arrays, x, key):
+            return self.family.step(state, self.feed.batch(arrays, x), step_key(key, state.step))
+
+        def several(state, arrays, xs, key, count):
+            # The loop's length is a traced number: whatever is left to do before the next save runs through the same
+            # compiled code, so where a run is cut into calls never changes a bit.
+            log = jax.eval_shape(one, state, arrays, jax.tree.map(lambda x: x[0], xs), key)[1]
+
+            def body(i, carry):
+                state, log = carry
+                state, metrics = one(state, arrays, jax.tree.map(lambda x: x[i], xs), key)
+                return state, jax.tree.map(lambda a, m: a.at[i].set(m), log, metrics)
+
+            log = jax.tree.map(lambda m: jnp.zeros((run.steps_per_call, *m.shape), m.dtype), log)
+            return jax.lax.fori_loop(0, count, body, (state, log))
+
+        out = (shardings, NamedSharding(self.mesh, P()))
+        self._one = jax.jit(one, donate_argnums=0, out_shardings=out)
+        self._several = jax.jit(several, donate_argnums=0, out_shardings=out)
+        self._init = jax.jit(self.family_init, out_shardings=shardings)
+        self._scores = {}
+
+    def init(self) -> State:
+        """The state before step 0: from the seed, or with the parameters of the run that `run.init` names."""
+        state = self._init()
+        if not self.run.init:
+            return state
+        source = load(self.run.init).state
+        taken = {"params": source.params, "extra": source.extra}
+        if state.ema is not None:
+            if source.ema is None:
+                raise Refused(f"{self.run.init} holds no average to start model.ema from: set model.ema to 0")
+            taken["ema"] = source.ema
+        for name, tree in taken.items():
+            ours = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(getattr(state, name))}
+            theirs = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+            for leaf in {**ours, **theirs}:
+                if ours.get(leaf) != theirs.get(leaf):
+                    raise Refused(
+                        f"{self.run.init} does not fit this model: {name}{leaf} is {theirs.get(leaf, 'absent')} there, "
+                        f"{ours.get(leaf, 'absent')} here"
+                    )
+            taken[name] = jax.device_put(tree, jax.tree.map(lambda t: t.sharding, getattr(self.template, name)))
+        return state._replace(**taken)
+
+    def advance(self, state: State, step: int, count: int):
+        """`count` updates from `step` on (at most steps_per_call); metrics with a leading axis where that is above 1."""
+        k, size = self.run.steps_per_call, self.run.batch_size
+        if k == 1:
+            x = self.feed.place(self.feed.host(self.run.seed, step, size))
+            return self._one(state, self.feed.arrays, x, self.k_step)
+        hosts = [self.feed.host(self.run.seed, step + min(i, count - 1), size) for i in range(k)]
+        xs = self.feed.place(jax.tree.map(lambda *x: np.stack(x), *hosts), axis=1)
+        return self._several(state, self.feed.arrays, xs, self.k_step, count)
+
+    def score(self, state: State, feed: _Feed, seed: int = 0) -> dict[str, float]:
+        """Means of `family.evaluate` over every example of a finite set, once; the same noise at every call."""
+        if id(feed) not in self._scores:
+
+            def score(state, arrays, x, weight, key):
+                values = self.family.evaluate(state, feed.batch(arrays, x), key)
+                return {name: jnp.sum(v * weight) for name, v in values.items()}
+
+            self._scores[id(feed)] = jax.jit(score)
+        n, size = feed.data.info.examples, self.run.batch_size
+        total: dict[str, float] = {}
+        for i in range(-(-n // size)):
+            # The last batch is filled up with examples of weight 0, so that no example counts twice.
+            weight = (i * size + np.arange(size) < n).astype(np.float32)
+            sums = self._scores[id(feed)](
+                state, feed.arrays, feed.place(feed.host(seed, i, size)), feed.place(weight),
+                jax.random.fold_in(self.k_eval, i),
+            )  # fmt: skip
+            for name, value in jax.device_get(sums).items():
+                total[name] = total.get(name, 0.0) + float(value)
+        for per in ("tokens", "frames"):
+            if per in total:
+                total[f"nll_nats_per_{per[:-1]}"] = total["nll_nats"] / total[per] * n
+        return {name: value / n for name, value in total.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def _door(make, cfg, run: Run, data: Data, valid: Data | None) -> dict:
+    """Refuses what cannot work, before anything compiles or is written; returns the content of run.json."""
+    if hasattr(cfg, "check"):
+        for info in (data.info, *([valid.info] if valid else [])):
+            try:
+                cfg.check(info)
+            except ValueError as e:
+                raise Refused(str(e)) from e
+    if run.devices > len(jax.devices()):
+        raise Refused(f"run.devices is {run.devices}, this machine has {len(jax.devices())}")
+    devices, micro = run.devices or len(jax.devices()), getattr(cfg, "micro", 1)
+    if run.batch_size % (devices * micro):
+        raise Refused(f"run.batch_size {run.batch_size} does not divide by {devices} devices x {micro} micro-batches")
+    if valid is not None and valid.info.examples is None:
+        raise Refused("validation needs a finite set: load it with examples=N")
+    if run.best and valid is None:
+        raise Refused(f"run.best is {run.best!r}, but there is no validation set to measure it on")
+    if run.init and Path(run.init).resolve() == Path(run.folder or ".").resolve():
+        raise Refused("run.init and run.folder are the same folder")
+    record = folders.describe(make, cfg, run, data.info, valid.info if valid else None) if run.folder else {}
+    if run.folder:
+        folders.identify(Path(run.folder), record)
+    return record
+
+
+def _check_finite(metrics: dict, start: int, count: int, folder, last) -> None:
+    for i in range(count):
+        bad = [n for n, v in metrics.items() if n.endswith(("loss", "grad_norm")) and not np.isfinite(v[i])]
+        if bad:
+            step = start + i + 1
+            values = ", ".join(f"{name} = {metrics[name][i]}" for name in bad)
+            again = f"; repeat it with: python -m aigc_jax replay {folder} --step {step}" if folder else ""
+            stands = "no checkpoint was written" if last is None else f"the checkpoint of step {last} stands"
+            raise NonFinite(f"step {step}: {values}; {stands}{again}")
+
+
+@contextlib.contextmanager
+def _signals():
+    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def ask(number, frame):
+        if number == signal.SIGINT and caught:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _asked_to_stop(caught: list[str], step: int) -> bool:
+    if jax.process_count() == 1:
+        return bool(caught)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)  # all processes agree on the step
+
+
+def fit(
+    make: Callable,
+    cfg,
+    run: Run,
+    data: Data,
+    *,
+    valid: Data | None = None,
+    on_eval: Callable[[Family, State, int], dict] | None = None,
+) -> Result:
+    """Trains make(cfg) on `data`, or continues the run that lies in run.folder, and returns it.
+
+    valid: a finite set, scored every run.eval_every steps and at the end. on_eval(family, state, step) -> {name: number}
+        runs there too; its numbers are reported beside the scores (None: nothing to report).
+
+    Raises Refused for what cannot work, before anything compiles; NonFinite where a loss or gradient is not finite;
+    SaveFailed where a checkpoint cannot be written; SystemExit, after saving, on SIGTERM and Ctrl-C.
+    """
+    record = _door(make, cfg, run, data, valid)
+    with contextlib.ExitStack() as stack:
+        folder = Path(run.folder) if run.folder else None
+        saves = None
+        if folder:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.callback(folders.lock(folder).close)
+            except OSError as e:
+                raise Refused(f"run.folder {folder} cannot be written: {e}") from e
+            saves = Checkpoints(folder, run.keep)
+            stack.callback(saves.close)
+            saves.clear()
+        engine = _Engine(make, cfg, run, data)
+        last = saves.newest() if saves else None
+        if last is not None and last > run.steps:
+            raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
+        state = engine.init() if last is None else saves.restore(last, engine.template)
+        if not folder:
+            state = _loop(engine, state, 0, None, None, valid, on_eval)
+        else:
+            if jax.process_index() == 0:
+                folders.write_json(folder / "run.json", record)
+            if last is None and run.init:
+                saves.save(0, state)
+            log = folders.Log(folder, last or 0)
+            stack.callback(log.close)
+            if last is not None:
+                say(f"{folder}: {'complete' if last == run.steps else 'continuing'} at step {last} of {run.steps}")
+            if last != run.steps:
+                state = _loop(engine, state, last or 0, saves, log, valid, on_eval)
+    return Result(engine.family, state, cfg, data.info, folder)
+
+
+def _loop(engine: _Engine, state: State, step: int, saves, log, valid, on_eval) -> State:
+    run, folder = engine.run, saves.folder.parent if saves else None
+    feed = _Feed(valid, engine.mesh) if valid is not None else None
+    saved, best = (step if step else None), (log.best(run.best) if log and run.best else None)
+    pending = None
+
+    def fetch():
+        # One call late, so that the device never waits for the host.
+        nonlocal pending
+        if pending is None:
+            return
+        start, count, metrics = pending
+        pending = None
+        metrics = {name: np.reshape(v, -1)[:count] for name, v in jax.device_get(metrics).items()}
+        _check_finite(metrics, start, count, folder, saved)
+        for i in range(count):
+            if (start + i + 1) % run.log_every == 0 or start + i + 1 == run.steps:
+                values = {name: float(v[i]) for name, v in metrics.items()}
+                progress.show(start + i + 1, values)
+                if log:
+                    log.write(start + i + 1, "train", values)
+
+    def save():
+        nonlocal saved
+        fetch()  # a state is kept only when all that led to it was finite
+        if saves and saved != step:
+            saves.save(step, state, best)
+            saved = step
+
+    def look():
+        nonlocal best
+        fetch()
+        values = engine.score(state, feed) if feed else {}
+        if on_eval:
+            values |= on_eval(engine.family, state, step) or {}
+        if not values:
+            return
+        if run.best and run.best not in values:
+            raise Refused(f"run.best is {run.best!r}; reported are {', '.join(values)}")
+        progress.note(step, values)
+        if log:
+            log.write(step, "valid", values)
+            if run.best and log.best(run.best) == step:
+                best = step
+                save()
+
+    with _signals() as caught, Progress(run.steps, step) as progress:
+        try:
+            while step < run.steps:
+                marks = (run.steps_per_call, *(e - step % e for e in (run.eval_every, run.save_every) if e))
+                count = min(run.steps - step, *marks)
+                state, metrics = engine.advance(state, step, count)
+                fetch()
+                pending, step = (step, count, metrics), step + count
+                progress.step(step)
+                if (feed or on_eval) and (step == run.steps or (run.eval_every and step % run.eval_every == 0)):
+                    look()
+                if step == run.steps or (run.save_every and step % run.save_every == 0):
+                    save()
+                if step < run.steps and _asked_to_stop(caught, step):
+                    save()
+                    if saves:
+                        saves.wait()
+                    kept = f"saved in {folder}; the same command continues" if saves else "nothing was saved"
+                    raise SystemExit(f"stopped by {caught[0] if caught else 'preemption'} at step {step}: {kept}")
+            fetch()
+            if saves:
+                saves.wait()
+        except SaveFailed:
+            raise
+        except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written
+            raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; the newest checkpoint stands") from e
+    return state
+
+
+# --------------------------------------------------------------------------------------------------- after training
+
+
+def load(folder: str | Path, *, at_most: int | None = None) -> Result:
+    """A run as its folder records it: nothing else is needed, no flag is typed again.
+
+    The best checkpoint where run.best was set, else the newest (`at_most`: the newest up to that step). Damaged ones are
+    passed over. Raises Refused in one line for anything that is no run, or has no intact checkpoint.
+    """
+    folder = Path(folder)
+    make, cfg, run, info, _ = folders.rebuild(folder)
+    family = make(cfg)
+    saves = Checkpoints(folder, run.keep)
+    try:
+        best = None
+        if run.best and at_most is None:
+            lines = [line for line in metrics(folder) if line.get("valid", {}).get(run.best) is not None]
+            best = min(lines, key=lambda line: line["valid"][run.best])["step"] if lines else None
+        step = best if best in saves.steps() and saves.intact(best) else saves.newest(at_most=at_most)
+        if step is None:
+            raise Refused(f"{folder} holds no intact checkpoint" + (f" up to step {at_most}" if at_most is not None else ""))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        template = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), jax.eval_shape(family.init, jax.random.key(0))
+        )
+        try:
+            state = saves.restore(step, template)
+        except (ValueError, KeyError, TypeError) as e:
+            raise Refused(f"the checkpoint of step {step} in {folder} does not fit this version's model: {e}") from e
+    finally:
+        saves.close()
+    return Result(family, state, cfg, info, folder)
+
+
+def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **options) -> np.ndarray:
+    """n samples, made in chunks of equal size (chunk i with fold_in(key, i)); they depend on the chunk."""
+    if n < 1 or chunk < 1:
+        raise Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
+    draw = jax.jit(partial(result.family.sample, n=min(chunk, n), **options))
+    pieces = [np.asarray(draw(result.state, jax.random.fold_in(key, i))) for i in range(-(-n // min(chunk, n)))]
+    return np.concatenate(pieces)[:n]
+
+
+def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0) -> dict[str, float]:
+    """Means of the family's `evaluate` over every example of a finite set."""
+    if data.info.examples is None:
+        raise Refused("evaluation needs a finite set: load it with examples=N")
+    if hasattr(result.config, "check"):
+        result.config.check(data.info)
+    run = Run(batch_size=min(batch_size, data.info.examples), seed=seed, devices=1)
+    engine = _Engine(lambda _: result.family, result.config, run, data)
+    state = jax.device_put(result.state, engine.mesh.devices.flat[0])
+    return engine.score(state, engine.feed)
+
+
+def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, float], dict]:
+    """Repeats update number `step` of a run, bit for bit, from the newest checkpoint before it.
+
+    Returns its metrics and facts about it: the norm of the parameters before and after, per top-level module, and the
+    rows of the batch where the set is finite. `data` is the training set of the run; another one is refused.
+    """
+    folder = Path(folder)
+    make, cfg, run, info, _ = folders.rebuild(folder)
+    if data.info.fingerprint != info.fingerprint:
+        raise Refused(f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}")
+    if step < 1:
+        raise Refused(f"updates are numbered from 1, got step {step}")
+    run = replace(run, devices=min(run.devices, len(jax.devices())))
+    saves = Checkpoints(folder, run.keep)
+    try:
+        engine = _Engine(make, cfg, run, data)
+        at = saves.newest(at_most=step - 1)
+        state, at = (engine.init(), 0) if at is None else (saves.restore(at, engine.template), at)
+    finally:
+        saves.close()
+    while at < step - 1:
+        count = min(run.steps_per_call, step - 1 - at)
+        state, _ = engine.advance(state, at, count)
+        at += count
+
+    def norms(params):
+        return {name: float(np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))))
+                for name, tree in params.items()}  # fmt: skip
+
+    before = norms(state.params)
+    state, values = engine.advance(state, at, 1)
+    values = {name: float(np.reshape(v, -1)[0]) for name, v in jax.device_get(values).items()}
+    facts = {"norm_before": before, "norm_after": norms(state.params)}
+    if data.resident:
+        facts["rows"] = np.asarray(engine.feed.host(run.seed, step - 1, run.batch_size)).tolist()
+    return values, facts

@@ -1,0 +1,207 @@
+"""What a run folder says of its run: run.json (who it is), metrics.jsonl and TensorBoard events (how it went)."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import typing
+from pathlib import Path
+
+import jax
+
+from ..data import Info
+from .checkpoints import say
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Refused(ValueError):
+    """A run that cannot start or continue as asked; one line says why and what to do."""
+
+
+def environment() -> dict:
+    """What the last bits of a run depend on."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _plain(value):
+    """A value as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
+    """The content of run.json. Refuses a make that another process could not import."""
+    module, name = make.__module__, make.__qualname__
+    if module == "__main__" or "." in name or "<" in name:
+        raise Refused(f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module")
+    return {
+        "make": [module, name],
+        "config": _plain(dataclasses.asdict(cfg)),
+        "run": _plain(dataclasses.asdict(run)),
+        "data": _plain(dataclasses.asdict(data)),
+        "valid": None if valid is None else _plain(dataclasses.asdict(valid)),
+        "environment": environment(),
+    }
+
+
+def _differences(old, new, at: str = ""):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+    elif old != new:
+        yield at, old, new
+
+
+def identify(folder: Path, record: dict) -> None:
+    """Refuses a folder that holds another run, both values named; warns where last bits may differ."""
+    path = folder / "run.json"
+    if not path.exists():
+        if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+            raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
+        return
+    old = read(folder)
+
+    def identity(r):
+        return {
+            "make": ".".join(r["make"]),
+            "model": r["config"],
+            "data": {"fingerprint": r["data"]["fingerprint"]},
+            "run": {key: r["run"][key] for key in ("seed", "batch_size", "init")},
+        }
+
+    for name, was, now in _differences(identity(old), identity(record)):
+        raise Refused(f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder")
+    for name, was, now in _differences(old["environment"], record["environment"]):
+        say(f"warning: {name} was {was} when this run started and is {now}: the last bits may differ from an unbroken run")
+
+
+def read(folder: Path) -> dict:
+    """run.json of a run folder; Refused where there is none, or a broken one."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise Refused(f"{folder} is no run folder: it has no run.json")
+    try:
+        record = json.loads(path.read_text())
+        for key in ("make", "config", "run", "data", "environment"):
+            record[key]
+    except (ValueError, KeyError, TypeError) as e:
+        raise Refused(f"{path} is damaged ({type(e).__name__}: {e})") from e
+    return record
+
+
+def build(cls, values):
+    """A (nested) frozen dataclass from its JSON; TypeError or ValueError where the values are not its fields."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{cls.__name__} needs named fields, got {values!r}")
+    types = typing.get_type_hints(cls)
+    fields = {}
+    for name, value in values.items():
+        kind = types.get(name)
+        if dataclasses.is_dataclass(kind):
+            value = build(kind, value)
+        elif isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        fields[name] = value
+    return cls(**fields)
+
+
+def rebuild(folder: Path) -> tuple:
+    """(make, cfg, run, data info, record) of a run folder.
+
+    Imports only a function named make or make_* whose annotated config takes the recorded fields.
+    """
+    from . import Run
+
+    record = read(folder)
+    try:
+        module, name = record["make"]
+        if not (name == "make" or name.startswith("make_")):
+            raise TypeError("only functions named make or make_* are loaded")
+        make = getattr(importlib.import_module(module), name)
+        cfg = build(next(iter(typing.get_type_hints(make).values())), record["config"])
+        return make, cfg, build(Run, record["run"]), build(Info, record["data"]), record
+    except ModuleNotFoundError as e:
+        root = " (run this from the repository's root)" if module.startswith("experiments") else ""
+        raise Refused(f"{folder} was made by {module}.{name}, which cannot be imported: {e}{root}") from e
+    except (AttributeError, TypeError, ValueError, StopIteration) as e:
+        raise Refused(f"{folder}/run.json does not describe a model that this version can build: {e}") from e
+
+
+def lock(folder: Path):
+    """Keeps a second process out of the folder for as long as the returned file is open."""
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.close()
+        raise Refused(f"another process is training in {folder}") from e
+    return file
+
+
+class Log:
+    """metrics.jsonl and TensorBoard events; both forget what lies past the step that a run resumes from."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        self.lines = [line for line in metrics(folder) if line["step"] <= step]
+        new = path.with_name("metrics.jsonl.new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        new.replace(path)
+        self._file = open(path, "a")
+        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, kind: str, values: dict) -> None:
+        """One line {"step", kind: values}; kind is train or valid. Values that are not finite are written as null."""
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self.lines.append({"step": step, kind: finite})
+        self._file.write(json.dumps(self.lines[-1]) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def best(self, name: str) -> int | None:
+        """The step at which a reported value was lowest."""
+        at = {line["step"]: line["valid"].get(name) for line in self.lines if "valid" in line}
+        at = {step: value for step, value in at.items() if value is not None}
+        return min(at, key=at.get) if at else None
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl: {"step": 100, "train": {...}} or {"step": 100, "valid": {...}}."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the line that a crash tore
+            continue
+    return lines

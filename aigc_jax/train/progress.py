@@ -1,0 +1,71 @@
+"""How a run shows itself: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+SECONDS = 10.0  # between plain lines
+
+
+def _words(values: dict) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+class Progress:
+    """Rate and time left of a loop of `total` steps that starts at `start`."""
+
+    def __init__(self, total: int, start: int):
+        console = Console(stderr=True)
+        self.silent = jax.process_index() != 0
+        self.total, self.start, self.begin, self.said = total, start, None, time.monotonic()
+        self.values: dict = {}
+        self.bar = None
+        if console.is_terminal and not self.silent:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self.bar = Bar(*columns, console=console)
+            self.task = self.bar.add_task("compiling", total=total, completed=start)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.stop()
+
+    def show(self, step: int, values: dict) -> None:
+        """The newest training metrics."""
+        self.values = values
+
+    def note(self, step: int, values: dict) -> None:
+        """A validation, as a line that stays."""
+        self._line(f"step {step}/{self.total}  validation: {_words(values)}")
+
+    def step(self, step: int) -> None:
+        """`step` updates are done."""
+        now = time.monotonic()
+        if self.begin is None:  # the first call compiled; the rate counts from here
+            self.begin, self.start = now, step
+        rate = (step - self.start) / max(now - self.begin, 1e-9)
+        loss = {name: v for name, v in self.values.items() if name.endswith("loss")}
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=f"{rate:.0f} steps/s  {_words(loss)}")
+        elif now - self.said > SECONDS:
+            self.said = now
+            left = (self.total - step) / rate if rate else float("inf")
+            self._line(f"step {step}/{self.total}  {rate:.0f} steps/s  {left:.0f} s left  {_words(loss)}")
+
+    def _line(self, text: str) -> None:
+        if self.silent:
+            return
+        if self.bar:
+            self.bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
