@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 PyTree = Any
 
@@ -108,7 +109,7 @@ class Optim:
             optax.add_decayed_weights(self.weight_decay, decays) if self.weight_decay else optax.identity(),
         )
 
-    def rate(self, step: jax.Array) -> jax.Array:
+    def rate(self, step: ArrayLike) -> jax.Array:
         """The learning rate at `State.step`. A critic's own count would run n_critic times too fast."""
         after = _CURVES[self.curve](self.lr, self.decay, self.floor) if self.decay else lambda _: self.lr
         if self.warmup:
@@ -148,13 +149,24 @@ def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> S
     return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
 
 
-def step_key(key: jax.Array, step: jax.Array, axis_name: str | None = None) -> jax.Array:
+def step_key(key: jax.Array, step: ArrayLike, axis_name: str | None = None) -> jax.Array:
     """The key of one step, a pure function of its number: a resumed run draws the noise of an unbroken one.
 
     With `axis_name` (the per-device view) every device has its own.
     """
     key = jax.random.fold_in(key, step)
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def spread(x: PyTree) -> PyTree:
+    """Rows that a model draws itself, such as a generator's noise, laid over the devices as the batch is.
+
+    Nothing else ties them to the batch, so on a mesh every device would otherwise make all of them. Without a mesh, and
+    in the per-device view, it does nothing.
+    """
+    if "data" not in jax.sharding.get_abstract_mesh().auto_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec("data"))
 
 
 def _part(batch: PyTree, n: int, i) -> PyTree:
@@ -235,7 +247,7 @@ def descend(
     new = state._replace(
         params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra
     )
-    own = {"loss": value, "grad_norm": optax.global_norm(grads), "lr": lr}
+    own = {"loss": value, "grad_norm": optax.tree.norm(grads), "lr": lr}
     return new, {**metrics, **{name if net is None else f"{net}_{name}": x for name, x in own.items()}}
 
 

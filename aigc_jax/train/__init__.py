@@ -141,7 +141,8 @@ class _Engine:
         )
 
         def one(state, arrays, x, key):
-            return self.family.step(state, self.feed.batch(arrays, x), step_key(key, state.step))
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # core.spread finds the mesh here
+                return self.family.step(state, self.feed.batch(arrays, x), step_key(key, state.step))
 
         def several(state, arrays, xs, key, count):
             # The loop's length is a traced number: whatever is left to do before the next save runs through the same
