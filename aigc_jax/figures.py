@@ -1,0 +1,106 @@
+"""Pictures: image grids, maps of points, curves, one look for all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+# Okabe & Ito 2008: distinct to colour-blind eyes and in grey print; lines differ in dash as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")
+LOOK = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+
+def _in_our_look(draw):
+    """matplotlib reads its settings at each call; the user's own stay as they are."""
+
+    @functools.wraps(draw)
+    def wrapped(*args, **options):
+        import matplotlib
+
+        with matplotlib.rc_context(LOOK):
+            return draw(*args, **options)
+
+    return wrapped
+
+
+def tile(images: np.ndarray, columns: int | None = None, *, pad: int = 1) -> np.ndarray:
+    """Images [N, H, W, C] in [0, 1] as one picture [H', W', C], row by row, white between them."""
+    images = np.asarray(images)
+    n, h, w, c = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    sheet = np.ones((rows * (h + pad) + pad, columns * (w + pad) + pad, c), np.float32)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + pad) + pad, (i % columns) * (w + pad) + pad
+        sheet[y : y + h, x : x + w] = image
+    return sheet
+
+
+def save_images(path: str | Path, images: np.ndarray, columns: int | None = None, *, smallest: int = 512) -> None:
+    """A PNG of the images and nothing else; small ones are enlarged by whole pixels to about `smallest` on a side."""
+    from PIL import Image
+
+    sheet = tile(images, columns)
+    pixels = np.clip(sheet * 255 + 0.5, 0, 255).astype(np.uint8)
+    times = max(1, smallest // max(pixels.shape[:2]))
+    pixels = pixels.repeat(times, 0).repeat(times, 1)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
+
+
+@_in_our_look
+def figure(rows: int, columns: int, *, size: tuple[float, float]):
+    """A figure without a display, and its axes [rows, columns]; finish it with `save`. Sizes in inches."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=size, layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+@_in_our_look
+def images(ax, pictures: np.ndarray, columns: int | None = None, *, title: str = "") -> None:
+    """An image grid on an axis; 0 is black, 1 white."""
+    sheet = tile(pictures, columns)
+    ax.imshow(sheet[..., 0] if sheet.shape[-1] == 1 else sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_title(title)
+    ax.set_axis_off()
+
+
+@_in_our_look
+def points(ax, x: np.ndarray, label: np.ndarray | None = None, *, title: str = "", axes=("x_1", "x_2")) -> None:
+    """Points [N, 2]; with labels each class is drawn as its own number, which needs no colour to be read."""
+    if label is None:
+        ax.scatter(x[:, 0], x[:, 1], s=3, color=COLOURS[0], linewidths=0)
+    else:
+        for i, c in enumerate(np.unique(label)):
+            at = label == c
+            ax.scatter(x[at, 0], x[at, 1], s=22, marker=f"${c}$", color=COLOURS[i % len(COLOURS)], linewidths=0.2)
+    ax.set(title=title, xlabel=axes[0], ylabel=axes[1])
+
+
+@_in_our_look
+def curves(ax, lines: Mapping[str, tuple], *, xlabel: str, ylabel: str, title: str = "") -> None:
+    """Named curves {name: (x, y)}; labels carry the units."""
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        ax.plot(x, y, DASHES[i % len(DASHES)], color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.5)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.legend()
+
+
+@_in_our_look
+def save(fig, path: str | Path, caption: str) -> None:
+    """Writes the figure with its setting under it, so that a picture that travels alone can still be judged."""
+    fig.supxlabel(caption, fontsize=7)
+    fig.savefig(path)

@@ -1,0 +1,1 @@
+"""One script a paper result; `python -m experiments list` names them."""

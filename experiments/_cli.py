@@ -1,0 +1,226 @@
+"""What the scripts share: flags, rows, records. A script is a module with
+
+SCALES      {"smoke": Setup, "cpu": Setup, "paper": Setup}: a frozen dataclass; its fields are the flags
+DIFFERENCE  {scale: how this scale differs from the paper's protocol}; "" where it does not
+CRITERIA    {quantity: (what must hold, as words; the same as a function of ours)}
+INVARIANTS  the same for scale smoke, where a run is too short for the criteria; a failing one is exit code 1
+rows(setup, folder) -> list of Row: trains, draws its figures into the folder, measures
+
+`python -m experiments.<name>` runs it at scale cpu; --scale first, other flags override.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from aigc_jax import data, train
+from aigc_jax.train.folder import environment, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, TABLE = ROOT / "results", ROOT / "docs" / "reproduction.md"
+
+
+class Row(NamedTuple):
+    """One line of the results table; numbers in the unit that the quantity names."""
+
+    quantity: str
+    ours: float | str
+    paper: float | str | None = None
+    error: float | None = None  # standard error over seeds, or of the estimate (the quantity says which)
+    oracle: float | str | None = None  # what exact mathematics says, where it says something
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The data set of an experiment."""
+
+    name: str = "digits"
+    folder: str | None = None  # where its original files lie; else AIGC_DATA, a prepared copy, the network
+
+    def load(self, split: str, **options) -> data.Data:
+        return data.load(self.name, split, folder=self.folder, **options)
+
+
+@contextlib.contextmanager
+def door() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2; whatever else goes wrong keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise SystemExit(_error(e, 2)) from e
+
+
+def _error(e: BaseException, code: int) -> int:
+    print(f"error: {e}", file=sys.stderr)
+    return code
+
+
+def verdict(row: Row, criteria: dict) -> str:
+    """"holds" or "fails" with the words of the criterion; empty where the row has none."""
+    if row.quantity not in criteria:
+        return ""
+    words, holds = criteria[row.quantity]
+    return f"{'holds' if holds(row.ours) else 'FAILS'}: {words}"
+
+
+def mean_and_error(values) -> tuple[float, float | None]:
+    """Mean and standard error over seeds; no error from one seed."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _show(name: str, scale: str, rows: list[Row], verdicts: list[str], difference: str) -> None:
+    table = Table(title=f"{name} ({scale}{': ' + difference if difference else ''})", title_justify="left")
+    for column in ("quantity", "paper", "ours", "+-", "oracle", "verdict"):
+        table.add_column(column)
+    for row, said in zip(rows, verdicts, strict=True):
+        table.add_row(row.quantity, *map(number, (row.paper, row.ours, row.error, row.oracle)), said)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def number(value: Any) -> str:
+    """A number for a table: four digits, or a dash."""
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def main(name: str) -> None:
+    """Runs experiments.<name> with the flags of this process."""
+    # The script's importable twin, so that a run folder can name what made it.
+    script = importlib.import_module(f"experiments.{name}")
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--scale", choices=tuple(script.SCALES), default="cpu")
+    first.add_argument("--record", action="store_true")
+    choice, flags = first.parse_known_args()
+    about = f"{script.__doc__}\n--scale {{{','.join(script.SCALES)}}} (default cpu) goes first; --record keeps the rows in results/."
+    with door():
+        setup = tyro.cli(type(script.SCALES[choice.scale]), default=script.SCALES[choice.scale], args=flags,
+                         description=about, prog=f"python -m experiments.{name}")  # fmt: skip
+    if choice.record:
+        commit = recordable(choice.scale, flags)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "aigc_jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+    folder = Path(getattr(setup, "run", setup).folder)
+    begin, continued = time.monotonic(), folder.exists()
+    try:
+        rows = script.rows(setup, folder)
+    except train.Refused as e:
+        raise SystemExit(_error(e, 2)) from e
+    except (train.NonFinite, train.SaveFailed) as e:
+        raise SystemExit(_error(e, 1)) from e
+    criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA
+    verdicts = [verdict(row, criteria) for row in rows]
+    seconds = round(time.monotonic() - begin, 1)
+    _show(name, choice.scale, rows, verdicts, script.DIFFERENCE[choice.scale])
+    result = {
+        "name": name,
+        "title": script.__doc__.splitlines()[0],
+        "command": shlex.join(["python", "-m", f"experiments.{name}", *(["--scale", choice.scale] if choice.scale != "cpu" else []),
+                               *without_folder(flags)]),
+        "scale": choice.scale,
+        "difference": script.DIFFERENCE[choice.scale],
+        "seeds": getattr(setup, "seeds", 1),
+        "seconds": seconds,
+        "continued": continued,
+        "environment": environment(),
+        "rows": [{**row._asdict(), "verdict": said} for row, said in zip(rows, verdicts, strict=True)],
+    }  # fmt: skip
+    write_json(folder / "rows.json", result)
+    print(f"{seconds} s; figures and rows in {folder}/")
+    if choice.record:
+        RESULTS.mkdir(exist_ok=True)
+        write_json(RESULTS / f"{name}.json", {**result, "commit": commit})
+        write_table()
+        print(f"recorded in results/{name}.json and docs/reproduction.md")
+    if choice.scale == "smoke" and any(v.startswith("FAILS") for v in verdicts):
+        raise SystemExit(1)
+
+
+def without_folder(flags: list[str]) -> list[str]:
+    """The flags but for where the run lies: a recorded command holds no path of this machine."""
+    kept, skip = [], False
+    for flag in flags:
+        if skip:
+            skip = False
+        elif flag in ("--run.folder", "--folder"):
+            skip = True
+        elif not flag.startswith(("--run.folder=", "--folder=")):
+            kept.append(flag)
+    return kept
+
+
+def recordable(scale: str, flags: list[str]) -> str:
+    """The commit that a record will name; refuses what cannot be repeated from it."""
+    with door():
+        if scale == "smoke":
+            raise ValueError("a smoke run is no result: record scale cpu or paper")
+        if any(flag.startswith("--data.folder") for flag in flags):
+            raise ValueError("a recorded command holds no data path: set AIGC_DATA instead of --data.folder")
+        try:
+            dirty = _git("status", "--porcelain")
+        except (OSError, subprocess.CalledProcessError) as e:
+            raise ValueError("--record needs a git checkout: a row names its commit") from e
+        if dirty:
+            raise ValueError("the tree has uncommitted changes: commit first, so that the row's commit is what ran")
+        return _git("rev-parse", "--short=12", "HEAD")
+
+
+def table() -> str:
+    """docs/reproduction.md, made from results/*.json."""
+    out = [
+        "# What was reproduced",
+        "",
+        "Made by `python -m experiments table` from `results/*.json`; do not edit. *cpu* means the paper's effect at reduced",
+        "scale; only a row of scale *paper* follows the published protocol. A failing row stays.",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        r = json.loads(path.read_text())
+        e = r["environment"]
+        out += [
+            "",
+            f"## {r['name']}: {r['title']}",
+            "",
+            f"`{r['command']}`",
+            "",
+            f"Scale {r['scale']}; differs from the paper: {r['difference'] or 'nothing'}. Seeds: {r['seeds']}. Commit {r['commit']}; "
+            f"{r['seconds']:g} s on {e['device']}, {e['cores']} cores; jax {e['jax']}, Python {e['python']}.",
+            "",
+            "| quantity | paper | ours | +- | oracle | verdict |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in r["rows"]:
+            cells = (row["quantity"], *map(number, (row["paper"], row["ours"], row["error"], row["oracle"])), row["verdict"])
+            out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def write_table() -> None:
+    """Writes docs/reproduction.md."""
+    TABLE.write_text(table())

@@ -1,0 +1,157 @@
+"""Bounds against a model whose log p(x) is known: a linear-Gaussian VAE is probabilistic PCA
+
+    python -m experiments.ppca_exact            under 30 s on 2 cores; downloads nothing, trains nothing
+
+With orthogonal loadings the exact posterior of probabilistic PCA (Tipping & Bishop 1999) has a diagonal covariance, so
+`vae.Encoder` without hidden layers can be set to it by hand. Expect, in float64: with the exact posterior every log
+weight equals log p(x); with a wrong one the ELBO equals L_1, and L_1 <= L_10 <= L_100 <= L_5000 <= log p(x) (Burda et
+al. 2016, theorem 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aigc_jax import data, figures, vae
+from aigc_jax.data import points
+from experiments import _cli
+from experiments._cli import Row
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Flags of ppca_exact."""
+
+    folder: str = "runs/ppca_exact"
+    dim: int = 30  # of x
+    latents: int = 10
+    std: float = 0.3  # of the noise on x
+    examples: int = 200  # x drawn from the model
+    k: int = 5000  # draws of z per x, for the largest bound
+    wider: float = 1.3  # the wrong posterior: its standard deviation, as a factor
+    shift: float = 0.3  # the wrong posterior: its mean is off by so many standard deviations in 5 latents
+    seed: int = 0
+
+
+SCALES = {"smoke": Setup(folder="runs/ppca_exact-smoke", examples=100, k=1000), "cpu": Setup()}
+DIFFERENCE = {"smoke": "fewer examples, 1,000 draws", "cpu": "exact mathematics, no paper protocol"}
+
+CONSTANT = "exact posterior: largest |log weight - log p(x)| (nats)"
+GAP = "wrong posterior: |ELBO - L_1| (nats; +- s.e. of the difference)"
+GAP_SE = "wrong posterior: |ELBO - L_1| in standard errors"
+RISE = "wrong posterior: smallest step L_1, L_10, L_100, L_k, log p(x), in s.e. of the paired difference"
+GAIN = "wrong posterior: L_10 - L_1 (nats; +- s.e.)"
+LEFT = "wrong posterior: |log p(x) - L_k| (nats; +- s.e.)"
+CRITERIA = {
+    CONSTANT: ("< 1e-4", lambda ours: ours < 1e-4),
+    GAP_SE: ("< 3", lambda ours: ours < 3),
+    RISE: (">= -3", lambda ours: ours >= -3),
+    GAIN: ("> .2", lambda ours: ours > 0.2),
+    LEFT: ("< .05", lambda ours: ours < 0.05),
+}
+INVARIANTS = CRITERIA
+
+
+def log_p(x: np.ndarray, w: np.ndarray, b: np.ndarray, std: float) -> np.ndarray:
+    """log N(x; b, W W^T + std^2 I) in nats, [N], for x [N, dim] (Tipping & Bishop 1999, eq. 3)."""
+    root = np.linalg.cholesky(w @ w.T + std**2 * np.eye(len(b)))
+    z = np.linalg.solve(root, (x - b).T)
+    return -0.5 * (z**2).sum(0) - np.log(np.diag(root)).sum() - 0.5 * len(b) * np.log(2 * np.pi)
+
+
+def linear_vae(w: np.ndarray, b: np.ndarray, std: float, *, wider: float = 1.0, shift: float = 0.0, latents: int = 5):
+    """(cfg, params) of a VAE that is PPCA, its encoder the exact posterior or one wrong by the last three arguments.
+
+    q(z|x) = N(M^-1 W^T (x - b), std^2 M^-1), M = W^T W + std^2 I (Tipping & Bishop 1999, eq. 6), diagonal because the
+    columns of W are orthogonal.
+    """
+    dim, k = w.shape
+    m = np.diag(w.T @ w) + std**2
+    sd = std / np.sqrt(m)
+    off = shift * sd * (np.arange(k) < latents)
+    cfg = vae.Config(shape=(1, dim, 1), latent_dim=k, hidden=(), likelihood="gaussian", sigma=std)
+    to_mu = w / m
+    encoder = {
+        "kernel": np.concatenate([to_mu, np.zeros((dim, k))], 1),
+        "bias": np.concatenate([off - b @ to_mu, 2 * np.log(wider * sd)]),
+    }
+    params = {"encoder": {"params": {"Dense_0": encoder}}, "decoder": {"params": {"Dense_0": {"kernel": w.T, "bias": b}}}}
+    return cfg, jax.tree.map(jnp.asarray, params)
+
+
+def bounds(log_w: np.ndarray, k: int) -> np.ndarray:
+    """L_k of every x, [N], from log weights [K, N]: the mean over K // k groups of the log-mean-exp in a group."""
+    groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
+    top = groups.max(1, keepdims=True)
+    return (np.log(np.exp(groups - top).mean(1)) + top[:, 0]).mean(0)
+
+
+def rows(setup: Setup, folder: Path) -> list[Row]:
+    """Measures everything in float64, with numpy's own log p as the oracle."""
+    with _cli.door():
+        if setup.latents < 5 or setup.k < 1000:
+            raise ValueError(f"latents must be at least 5 and k at least 1000, got {setup.latents} and {setup.k}")
+        options = {"dim": setup.dim, "latents": setup.latents, "std": setup.std}
+        x = data.load("ppca", "test", examples=setup.examples, **options).resident[0]["points"].astype(np.float64)
+    folder.mkdir(parents=True, exist_ok=True)
+    w, b = points.ppca_parameters(setup.dim, setup.latents)
+    truth = log_p(x, w, b, setup.std)
+    k_exact, k_wrong, k_elbo = jax.random.split(jax.random.key(setup.seed), 3)
+
+    with jax.enable_x64(True):
+        images = jnp.asarray(x.reshape(-1, 1, setup.dim, 1))
+
+        def weights(cfg, params, key, k):
+            step = jax.jit(partial(vae.log_weights, cfg, k=100))
+            return np.concatenate([step(params, images, jax.random.fold_in(key, i)) for i in range(k // 100)])
+
+        exact = weights(*linear_vae(w, b, setup.std), k_exact, 1000)
+        cfg, params = linear_vae(w, b, setup.std, wider=setup.wider, shift=setup.shift)
+        log_w = weights(cfg, params, k_wrong, setup.k)
+        elbo = jax.jit(lambda key: vae.elbo(cfg, params, images, key)["elbo"])
+        elbos = np.stack([elbo(jax.random.fold_in(k_elbo, i)) for i in range(1000)])
+    assert log_w.dtype == np.float64
+
+    at = {"L_1": 1, "L_10": 10, "L_100": 100, f"L_{setup.k}": setup.k}
+    levels = {name: bounds(log_w, k) for name, k in at.items()} | {"log p": truth}
+    gaps = [later - earlier for earlier, later in zip(levels.values(), list(levels.values())[1:], strict=False)]
+    # The x are given, the draws are not: the error of a mean is that of its independent draws, x by x.
+    gap = elbos.mean(0) - levels["L_1"]
+    gap_se = np.sqrt((elbos.var(0, ddof=1) / len(elbos) + log_w.var(0, ddof=1) / len(log_w)).sum()) / len(x)
+
+    def se(difference):
+        return difference.std(ddof=1) / np.sqrt(len(difference))
+
+    draw(setup, folder, levels)
+    left = levels["log p"] - levels[f"L_{setup.k}"]
+    return [
+        Row("log p(x), mean over the examples (nats)", levels[f"L_{setup.k}"].mean(), oracle=truth.mean()),
+        Row(CONSTANT, float(np.abs(exact - truth).max()), oracle=0.0),
+        Row(GAP, float(abs(gap.mean())), error=float(gap_se), oracle=0.0),
+        Row(GAP_SE, float(abs(gap.mean()) / gap_se)),
+        Row(RISE, float(min(g.mean() / se(g) for g in gaps))),
+        Row(GAIN, float(gaps[0].mean()), error=float(se(gaps[0]))),
+        Row(LEFT, float(abs(left.mean())), error=float(se(left)), oracle=0.0),
+    ]
+
+
+def draw(setup: Setup, folder: Path, levels: dict) -> None:
+    """How far each bound lies below log p(x)."""
+    fig, ((ax,),) = figures.figure(1, 1, size=(5.5, 3.6))
+    below = [float((levels["log p"] - level).mean()) for level in levels.values()][:-1]
+    figures.curves(ax, {"wrong posterior": ([1, 10, 100, setup.k], below)}, xlabel="draws k",
+                   ylabel="log p(x) - L_k (nats)", title="the importance-weighted bound closes on log p(x)")  # fmt: skip
+    ax.set(xscale="log", yscale="log")
+    figures.save(fig, folder / "ppca_exact.png",
+                 f"PPCA {setup.dim} x {setup.latents}, q: sd x {setup.wider}, mean + {setup.shift} sd in 5 latents; "
+                 f"{setup.examples} examples, float64")  # fmt: skip
+
+
+if __name__ == "__main__":
+    _cli.main("ppca_exact")
