@@ -100,7 +100,7 @@ def curves(ax, lines: Mapping[str, tuple], *, xlabel: str, ylabel: str, title: s
 
 
 @_in_our_look
-def save(fig, path: str | Path, caption: str) -> None:
+def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> None:
     """Writes the figure with its setting under it, so that a picture that travels alone can still be judged."""
     fig.supxlabel(caption, fontsize=7)
-    fig.savefig(path)
+    fig.savefig(path, format=kind)

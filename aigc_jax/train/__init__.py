@@ -253,6 +253,7 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None) -> dict:
 def _check_finite(metrics: dict, start: int, count: int, folder, last) -> None:
     for i in range(count):
         bad = [n for n, v in metrics.items() if n.endswith(("loss", "grad_norm")) and not np.isfinite(v[i])]
+        bad.sort(key=lambda name: name.endswith("grad_norm"))  # a loss says more
         if bad:
             step = start + i + 1
             values = ", ".join(f"{name} = {metrics[name][i]}" for name in bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import platform
+import time
 import typing
 from pathlib import Path
 
@@ -98,7 +100,7 @@ def identify(folder: Path, record: dict) -> None:
         say(f"warning: {name} was {was} when this run started and is {now}: the last bits may differ from an unbroken run")
 
 
-def read(folder: Path) -> dict:
+def read(folder: str | Path) -> dict:
     """run.json of a run folder; Refused where there is none, or a broken one."""
     path = Path(folder) / "run.json"
     if not path.is_file():
@@ -128,7 +130,7 @@ def build(cls, values):
     return cls(**fields)
 
 
-def rebuild(folder: Path) -> tuple:
+def rebuild(folder: str | Path) -> tuple:
     """(make, cfg, run, data info, record) of a run folder.
 
     Imports only a function named make or make_* whose annotated config takes the recorded fields.
@@ -165,7 +167,10 @@ class Log:
     """metrics.jsonl and TensorBoard events; both forget what lies past the step that a run resumes from."""
 
     def __init__(self, folder: Path, step: int):
-        from tensorboardX import SummaryWriter
+        # tensorboardX's own SummaryWriter writes in a thread that dies of a full disk and then blocks the training.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
         path = folder / "metrics.jsonl"
         self.lines = [line for line in metrics(folder) if line["step"] <= step]
@@ -173,7 +178,12 @@ class Log:
         new.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         new.replace(path)
         self._file = open(path, "a")
-        self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1 if step else None)
+        (folder / "events").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events" / "events"), f".{step}")
+        self._event = lambda step, **content: self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._scalar = scalar
+        if step:  # TensorBoard then drops what an earlier process wrote beyond this step
+            self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """One line {"step", kind: values}; kind is train or valid. Values that are not finite are written as null."""
@@ -182,7 +192,9 @@ class Log:
         self._file.write(json.dumps(self.lines[-1]) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            self._event(step, summary=self._scalar(f"{kind}/{name}", value))
+        if kind == "valid":
+            self._events.flush()
 
     def best(self, name: str) -> int | None:
         """The step at which a reported value was lowest."""
@@ -191,11 +203,13 @@ class Log:
         return min(at, key=at.get) if at else None
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        """Frees the files; a disk that is full has been reported by then."""
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
-def metrics(folder: Path) -> list[dict]:
+def metrics(folder: str | Path) -> list[dict]:
     """The lines of metrics.jsonl: {"step": 100, "train": {...}} or {"step": 100, "valid": {...}}."""
     path = Path(folder) / "metrics.jsonl"
     lines = []

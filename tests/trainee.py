@@ -1,0 +1,71 @@
+"""A small run in a process of its own, to be killed: `python -m tests.trainee FOLDER`. Says what it did as one JSON line."""
+
+import argparse
+import hashlib
+import json
+import time
+
+import jax
+import numpy as np
+
+from aigc_jax import data, train, vae
+from aigc_jax.core import Optim, make_step
+
+CFG = vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(32,), ema=0.9, optim=Optim(lr=1e-3))
+
+
+def make_nan(cfg: vae.Config, *, axis_name=None):
+    """The VAE with a loss that is not finite from update 8 on."""
+    family = vae.make(cfg)
+
+    def loss(params, state, batch, key):
+        value = vae.elbo(cfg, params, vae.preprocess(cfg, batch, key), jax.random.fold_in(key, 1))["elbo"].mean()
+        return -value * jax.numpy.where(state.step >= 7, jax.numpy.nan, 1.0), (state.extra, {})
+
+    return family._replace(step=make_step(loss, cfg.optim))
+
+
+def slow(source: data.Data, seconds: float) -> data.Data:
+    """The same data, each batch a little late: time to be killed in."""
+    arrays, rows, take = source.resident
+
+    def late(*at):
+        time.sleep(seconds)
+        return rows(*at)
+
+    return source._replace(resident=(arrays, late, take))
+
+
+def fingerprint(state) -> str:
+    """sha256 of all bits of a state."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()
+
+
+def main() -> None:
+    """Trains and reports."""
+    p = argparse.ArgumentParser()
+    p.add_argument("folder")
+    p.add_argument("--steps", type=int, default=60)
+    p.add_argument("--save-every", type=int, default=5)
+    p.add_argument("--steps-per-call", type=int, default=1)
+    p.add_argument("--seconds", type=float, default=0.01)
+    args = p.parse_args()
+    seen = []
+    advance = train._Engine.advance
+
+    def counted(self, state, step, count):
+        seen.extend(range(step, step + count))
+        return advance(self, state, step, count)
+
+    train._Engine.advance = counted
+    run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
+                    steps_per_call=args.steps_per_call)  # fmt: skip
+    result = train.fit(vae.make, CFG, run, slow(data.load("digits"), args.seconds))
+    print(json.dumps({"first": seen[0] if seen else None, "updates": len(seen), "sha": fingerprint(result.state)}))
+
+
+if __name__ == "__main__":
+    main()
