@@ -194,9 +194,9 @@ def log_weights(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k
 
     Their mean is the ELBO, their log-mean-exp the bound L_k. k draws are in memory at once: see `iwae_bound`.
     """
-    mu, logvar = encode(cfg, params, x)
-    z = mu + jnp.exp(0.5 * logvar) * jax.random.normal(key, (k, *mu.shape), mu.dtype)
-    log_p = log_likelihood(cfg, x, decode(cfg, params, z)) + log_normal(z, 0.0, 0.0)
+    mu, logvar = jax.tree.map(lambda a: a[None], encode(cfg, params, x))
+    z = mu + jnp.exp(0.5 * logvar) * jax.random.normal(key, (k, *mu.shape[1:]), mu.dtype)
+    log_p = log_likelihood(cfg, x[None], decode(cfg, params, z)) + log_normal(z, 0.0, 0.0)
     return log_p - log_normal(z, mu, logvar)
 
 
@@ -233,7 +233,7 @@ def reconstruct(cfg: Config, params: Params, x: Image) -> Image:
 def interpolate(cfg: Config, params: Params, x_a: Image, x_b: Image, *, steps: int) -> Float[Array, "B S H W C"]:
     """Mean images on the straight line between the two posterior means, both ends included."""
     z_a, z_b = encode(cfg, params, x_a)[0], encode(cfg, params, x_b)[0]
-    at = jnp.linspace(0.0, 1.0, steps)[:, None]
+    at = jnp.linspace(0.0, 1.0, steps)[None, :, None]
     return mean_image(cfg, decode(cfg, params, z_a[:, None] * (1 - at) + z_b[:, None] * at))
 
 

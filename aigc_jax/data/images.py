@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
+import io
+import logging
 import os
 import sys
 import tempfile
@@ -81,6 +84,24 @@ def _read(path: str, split: str) -> dict:
 
 
 def _prepared(name: str, folder: str | None):
+    with _quiet():
+        return _find_or_prepare(name, folder)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """TFDS reports on stdout and through absl what one line of ours says better."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _find_or_prepare(name: str, folder: str | None):
     """A TFDS builder whose array_record files lie on this disk, preparing them where they do not yet.
 
     Tried in order: `folder`, AIGC_DATA/<name>, what TFDS's data folder holds already, Debian's package, the network.

@@ -1,0 +1,190 @@
+"""core: one update, its order and its isolation, against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from aigc_jax import core
+from aigc_jax.core import EMA, Optim, State
+
+KEY = jax.random.key(0)
+
+
+def quadratic(params, state, batch, key):
+    """Mean over rows of |w - x|^2 / 2: the gradient is w - mean(x)."""
+    return 0.5 * jnp.square(params["w"][None] - batch["x"]).sum(-1).mean(), (state.extra, {})
+
+
+def rows(seed, n=12, d=3):
+    return {"x": jax.random.normal(jax.random.key(seed), (n, d))}
+
+
+def test_sgd_is_the_textbook_update():
+    optim = Optim("sgd", lr=0.1)
+    state = core.start({"w": jnp.ones(3)}, optim)
+    new, metrics = core.descend(quadratic, optim, state, rows(1), KEY)
+    gradient = 1 - rows(1)["x"].mean(0)
+    np.testing.assert_allclose(new.params["w"], 1 - 0.1 * gradient, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
+    np.testing.assert_allclose(metrics["lr"], 0.1)
+    assert int(new.step) == 0 and new.ema is None  # these belong to finish
+
+
+@pytest.mark.parametrize(
+    "optim, peer",
+    [
+        (Optim("adam", lr=0.01, b1=0.8, b2=0.99), optax.adam(0.01, b1=0.8, b2=0.99)),
+        (Optim("adam", lr=0.01, weight_decay=0.1), optax.adamw(0.01, weight_decay=0.1, mask={"kernel": True, "bias": False})),
+        (Optim("rmsprop", lr=0.01, b2=0.9), optax.rmsprop(0.01, decay=0.9)),
+        (Optim("adagrad", lr=0.1), optax.adagrad(0.1, initial_accumulator_value=0.0, eps=1e-8)),
+        (Optim("sgd", lr=0.01, momentum=0.9), optax.sgd(0.01, momentum=0.9)),
+        (Optim("adam", lr=0.01, clip=0.5), optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))),
+    ],
+)
+def test_optimizers_agree_with_optax(optim, peer):
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+
+    def loss(params, state, batch, key):
+        return jnp.square(batch["x"][:, :2] @ params["kernel"] + params["bias"][None]).mean(), (None, {})
+
+    state, theirs, moments = core.start(params, optim), params, peer.init(params)
+    for i in range(5):
+        state = core.finish(core.descend(loss, optim, state, rows(i), KEY)[0], EMA())
+        grads = jax.grad(lambda p, i=i: loss(p, state, rows(i), KEY)[0])(theirs)
+        updates, moments = peer.update(grads, moments, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    for name in params:
+        assert np.abs(theirs[name] - params[name]).max() > 1e-3
+        np.testing.assert_allclose(state.params[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_rates_warm_up_then_fall_to_the_floor():
+    for curve, middle in (("linear", 0.55), ("cosine", 0.55), ("exponential", np.sqrt(0.1))):
+        optim = Optim(lr=2.0, warmup=10, decay=100, curve=curve, floor=0.1)
+        got = [float(optim.rate(s)) for s in (0, 5, 10, 60, 110, 1000)]
+        np.testing.assert_allclose(got, [0, 1, 2, 2 * middle, 0.2, 0.2], rtol=1e-5)
+    assert float(Optim(lr=0.3).rate(10**6)) == pytest.approx(0.3)
+
+
+def test_rate_counts_in_state_steps_not_in_updates():
+    """n_critic updates within a step all see the step's rate."""
+    optim = Optim("sgd", lr=1.0, decay=10, curve="linear")
+    state = core.start({"w": jnp.ones(3)}, optim)._replace(step=jnp.array(5, jnp.int32))
+    for _ in range(3):
+        state, metrics = core.descend(quadratic, optim, state, rows(0), KEY)
+        assert float(metrics["lr"]) == 0.5
+
+
+def test_clip_acts_after_the_mean_over_micro_batches():
+    optim = Optim("sgd", lr=1.0, clip=1.0)
+    state = core.start({"w": jnp.zeros(1)}, optim)
+    batch = {"x": jnp.array([[100.0], [-98.0], [100.0], [-98.0]])}  # parts of mean 100 and -98, together 1
+    new, metrics = core.descend(quadratic, optim, state, batch, KEY, micro=2)
+    np.testing.assert_allclose(new.params["w"], [1.0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], 1.0, rtol=1e-5)
+
+
+def test_micro_batches_use_little_memory():
+    """Rolled: the peak does not grow with the number of parts."""
+    optim = Optim("sgd")
+    w = jnp.ones((64, 64))
+
+    def loss(params, state, batch, key):
+        h = batch["x"]
+        for _ in range(8):
+            h = jnp.tanh(h @ params["w"])
+        return h.mean(), (None, {})
+
+    def peak(micro):
+        state = core.start({"w": w}, optim)
+        step = jax.jit(lambda s, b, k: core.descend(loss, optim, s, b, k, micro=micro))
+        return step.lower(state, {"x": jnp.ones((4096, 64))}, KEY).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak(16) < 0.4 * peak(1)
+
+
+def test_parts_are_strided_and_refuse_a_remainder():
+    batch = {"x": jnp.arange(12).reshape(6, 2), "y": jnp.arange(6)}
+    for n in (1, 2, 3):
+        for i, part in enumerate(core.parts(batch, n)):
+            np.testing.assert_array_equal(part["x"], batch["x"][i::n])
+            np.testing.assert_array_equal(part["y"], batch["y"][i::n])
+    with pytest.raises(ValueError, match="batch of 6 does not divide into 4"):
+        core.parts(batch, 4)
+
+
+def two_nets(params, state, batch, key):
+    """A loss that reads both nets: only the one under training may move, and has a gradient."""
+    gen, disc = (params if state.params[n] is None else state.params[n] for n in ("gen", "disc"))
+    return jnp.square(gen["w"] * disc["w"] - batch["x"].mean()).sum(), (state.extra, {})
+
+
+@pytest.mark.parametrize("net, other", [("gen", "disc"), ("disc", "gen")])
+def test_an_update_moves_its_own_net_only(net, other):
+    optims = {"gen": Optim(lr=0.1), "disc": Optim("sgd", lr=0.1, momentum=0.5)}
+    params = {"gen": {"w": jnp.full(2, 2.0)}, "disc": {"w": jnp.full(2, 3.0)}}
+    state = core.start(params, optims, extra={"gen": {"n": jnp.zeros(())}, "disc": {}})
+    new, metrics = core.descend(two_nets, optims[net], state, rows(0), KEY, net=net)
+    assert (new.params[net]["w"] != state.params[net]["w"]).all()
+    for before, after in ((state.params, new.params), (state.opt_state, new.opt_state)):
+        for a, b in zip(jax.tree.leaves(before[other]), jax.tree.leaves(after[other]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert set(metrics) == {f"{net}_loss", f"{net}_grad_norm", f"{net}_lr"}
+
+    # Through gradients: what the update of one net becomes does not depend on the other's optimizer state.
+    def moved(opt):
+        s = state._replace(opt_state={**state.opt_state, other: opt})
+        return core.descend(two_nets, optims[net], s, rows(0), KEY, net=net)[0].params[net]["w"].sum()
+
+    slopes = jax.grad(moved, allow_int=True)(state.opt_state[other])
+    assert all(not np.any(g) for g in jax.tree.leaves(slopes) if g.dtype == jnp.float32)
+
+
+@pytest.mark.parametrize("net", [None, "gen"])
+def test_a_loss_cannot_read_the_parameters_under_training(net):
+    params = {"gen": {"w": jnp.ones(2)}, "disc": {"w": jnp.ones(2)}}
+    optim = Optim()
+    state = core.start(params, optim if net is None else {"gen": optim, "disc": optim})
+    seen = []
+
+    def loss(params, state, batch, key):
+        seen.append(state.params)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(params)), (None, {})
+
+    core.descend(loss, optim, state, rows(0), KEY, net=net)
+    assert seen[0] is None if net is None else (seen[0]["gen"] is None and seen[0]["disc"] is not None)
+
+
+def test_start_copies_the_average_and_finish_moves_it_once():
+    ema = EMA(0.75, of=lambda s: {"w": s.params["w"], "stats": s.extra})
+    state = core.start({"w": jnp.ones(2)}, Optim(), extra=jnp.zeros(3), ema=ema)
+    assert state.ema["w"].unsafe_buffer_pointer() != state.params["w"].unsafe_buffer_pointer()
+    state = core.finish(state._replace(params={"w": jnp.full(2, 5.0)}, extra=jnp.ones(3)), ema)
+    np.testing.assert_allclose(state.ema["w"], 2.0)
+    np.testing.assert_allclose(state.ema["stats"], 0.25)
+    assert int(state.step) == 1
+    assert ema.read(state) is state.ema
+
+
+def test_step_keys_depend_on_the_step_alone():
+    keys = [tuple(np.asarray(jax.random.key_data(core.step_key(KEY, s))).tolist()) for s in (0, 1, 2, 1)]
+    assert keys[1] == keys[3] and len(set(keys)) == 3
+
+
+def test_state_holds_arrays_only():
+    with_net = core.start({"w": jnp.ones(2)}, Optim())
+    assert State._fields == ("step", "params", "opt_state", "extra", "ema")
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(with_net))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("name", "adamm"), ("curve", "cos"), ("lr", -1.0), ("lr", float("nan")), ("b1", 1.0), ("clip", -1.0), ("floor", 2.0)],
+)
+def test_bad_optim_is_refused_by_name_and_value(field, value):
+    with pytest.raises(ValueError, match=rf"optim\.{field}.*{value}"):
+        Optim(**{field: value})
+    with pytest.raises(ValueError, match="ema"):
+        EMA(1.0)
