@@ -167,7 +167,7 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     static: image i of the set (`batch["index"]`) keeps the same Bernoulli draw in every epoch and every run.
     dynamic: a new draw every call (Burda et al. 2016, section 5.1).
     """
-    x = batch["image"].astype(jnp.float32) / (cfg.levels - 1)
+    x = jnp.asarray(batch["image"], jnp.float32) / (cfg.levels - 1)
     if cfg.binarisation == "none":
         return x
     if cfg.binarisation == "dynamic":

@@ -163,28 +163,16 @@ class _Engine:
         self._init = jax.jit(self.family_init, out_shardings=shardings)
         self._scores = {}
 
-    def init(self) -> State:
-        """The state before step 0: from the seed, or with the parameters of the run that `run.init` names."""
+    def init(self, warm: State | None = None) -> State:
+        """The state before step 0, from the seed; with the parameters of `warm` where that is given."""
         state = self._init()
-        if not self.run.init:
+        if warm is None:
             return state
-        source = load(self.run.init).state
-        taken = {"params": source.params, "extra": source.extra}
-        if state.ema is not None:
-            if source.ema is None:
-                raise Refused(f"{self.run.init} holds no average to start model.ema from: set model.ema to 0")
-            taken["ema"] = source.ema
-        for name, tree in taken.items():
-            ours = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(getattr(state, name))}
-            theirs = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-            for leaf in {**ours, **theirs}:
-                if ours.get(leaf) != theirs.get(leaf):
-                    raise Refused(
-                        f"{self.run.init} does not fit this model: {name}{leaf} is {theirs.get(leaf, 'absent')} there, "
-                        f"{ours.get(leaf, 'absent')} here"
-                    )
-            taken[name] = jax.device_put(tree, jax.tree.map(lambda t: t.sharding, getattr(self.template, name)))
-        return state._replace(**taken)
+        for name in ("params", "extra", "ema"):
+            if getattr(state, name) is not None:
+                placed = jax.tree.map(lambda t: t.sharding, getattr(self.template, name))
+                state = state._replace(**{name: jax.device_put(getattr(warm, name), placed)})
+        return state
 
     def advance(self, state: State, step: int, count: int):
         """`count` updates from `step` on (at most steps_per_call); metrics with a leading axis where that is above 1."""
@@ -250,6 +238,26 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None) -> dict:
     return record
 
 
+def _warm_start(family: Family, run: Run) -> State:
+    """The state that a run starts from; Refused where its parameters are not those of this model."""
+    warm = load(run.init).state
+    ours = jax.eval_shape(family.init, jax.random.key(0))
+    if ours.ema is not None and warm.ema is None:
+        raise Refused(f"{run.init} holds no average to start model.ema from: set model.ema to 0")
+    for name in ("params", "extra", *(["ema"] if ours.ema is not None else [])):
+        here, there = (
+            {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(getattr(state, name))}
+            for state in (ours, warm)
+        )
+        for leaf in {**here, **there}:
+            if here.get(leaf) != there.get(leaf):
+                raise Refused(
+                    f"{run.init} does not fit this model: {name}{leaf} is {there.get(leaf, 'absent')} there, "
+                    f"{here.get(leaf, 'absent')} here"
+                )
+    return warm
+
+
 def _check_finite(metrics: dict, start: int, count: int, folder, last) -> None:
     for i in range(count):
         bad = [n for n, v in metrics.items() if n.endswith(("loss", "grad_norm")) and not np.isfinite(v[i])]
@@ -309,31 +317,33 @@ def fit(
     SaveFailed where a checkpoint cannot be written; SystemExit, after saving, on SIGTERM and Ctrl-C.
     """
     record = _door(make, cfg, run, data, valid)
+    folder = Path(run.folder) if run.folder else None
+    saves = Checkpoints(folder, run.keep) if folder else None
     with contextlib.ExitStack() as stack:
-        folder = Path(run.folder) if run.folder else None
-        saves = None
-        if folder:
+        if saves:
+            stack.callback(saves.close)
+        warm = _warm_start(make(cfg), run) if run.init and not (saves and saves.steps()) else None
+        lead = jax.process_index() == 0  # the one process that writes, beside Orbax
+        if folder and lead:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.callback(folders.lock(folder).close)
             except OSError as e:
                 raise Refused(f"run.folder {folder} cannot be written: {e}") from e
-            saves = Checkpoints(folder, run.keep)
-            stack.callback(saves.close)
             saves.clear()
         engine = _Engine(make, cfg, run, data)
         last = saves.newest() if saves else None
         if last is not None and last > run.steps:
             raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
-        state = engine.init() if last is None else saves.restore(last, engine.template)
+        state = engine.init(warm) if last is None else saves.restore(last, engine.template)
         if not folder:
             state = _loop(engine, state, 0, None, None, valid, on_eval)
         else:
-            if jax.process_index() == 0:
+            if lead:
                 folders.write_json(folder / "run.json", record)
-            if last is None and run.init:
-                saves.save(0, state)
-            log = folders.Log(folder, last or 0)
+            if warm is not None:
+                saves.save(0, state)  # a replay, or a start after a crash, then needs the other folder no more
+            log = folders.Log(folder, last or 0, lead)
             stack.callback(log.close)
             if last is not None:
                 say(f"{folder}: {'complete' if last == run.steps else 'continuing'} at step {last} of {run.steps}")
@@ -489,6 +499,8 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
     try:
         engine = _Engine(make, cfg, run, data)
         at = saves.newest(at_most=step - 1)
+        if at is None and run.init:
+            raise Refused(f"{folder} began with the parameters of {run.init} and has no intact checkpoint before step {step}")
         state, at = (engine.init(), 0) if at is None else (saves.restore(at, engine.template), at)
     finally:
         saves.close()

@@ -166,7 +166,7 @@ def lock(folder: Path):
 class Log:
     """metrics.jsonl and TensorBoard events; both forget what lies past the step that a run resumes from."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, lead: bool):
         # tensorboardX's own SummaryWriter writes in a thread that dies of a full disk and then blocks the training.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -174,6 +174,9 @@ class Log:
 
         path = folder / "metrics.jsonl"
         self.lines = [line for line in metrics(folder) if line["step"] <= step]
+        self._lead = lead  # other processes keep the lines in mind and write none
+        if not lead:
+            return
         new = path.with_name("metrics.jsonl.new")
         new.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         new.replace(path)
@@ -189,6 +192,8 @@ class Log:
         """One line {"step", kind: values}; kind is train or valid. Values that are not finite are written as null."""
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self.lines.append({"step": step, kind: finite})
+        if not self._lead:
+            return
         self._file.write(json.dumps(self.lines[-1]) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -204,7 +209,7 @@ class Log:
 
     def close(self) -> None:
         """Frees the files; a disk that is full has been reported by then."""
-        for file in (self._file, self._events):
+        for file in (self._file, self._events) if self._lead else ():
             with contextlib.suppress(OSError):
                 file.close()
 

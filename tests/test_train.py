@@ -1,0 +1,437 @@
+"""fit, load and what surrounds them, where nothing goes wrong but much could."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from aigc_jax import core, data, train, vae
+from aigc_jax.core import Optim
+from aigc_jax.train import Run, fit, load
+
+from . import toy_text, trainee
+
+ROOT = Path(__file__).parent.parent
+DIGITS = data.load("digits")
+VALID = data.load("digits", "train[:50]")
+CFG = trainee.CFG
+SGD = dataclasses.replace(CFG, ema=0.0, optim=Optim("sgd", lr=1e-3))
+
+
+def run(folder="", steps=20, **options):
+    return Run(**{"folder": str(folder), "steps": steps, "batch_size": 16, "devices": 1, **options})
+
+
+def same_bits(a, b):
+    return trainee.fingerprint(a) == trainee.fingerprint(b)
+
+
+# ------------------------------------------------------------------------------------------------------------- exactness
+
+
+def test_fit_is_the_contract_in_a_loop():
+    """The whole of training by hand, from the keys and the rows that the design names."""
+    family = vae.make(CFG)
+    k_init, k_step, _, _ = jax.random.split(jax.random.key(3), 4)
+    state, step = jax.jit(family.init)(k_init), jax.jit(family.step)
+    for i in range(20):
+        state, _ = step(state, DIGITS.batch(3, i, 16), core.step_key(k_step, i))
+    got = fit(vae.make, CFG, run(seed=3), DIGITS).state
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_a_longer_run_on_an_old_folder_is_an_unbroken_one(tmp_path, k):
+    unbroken = fit(vae.make, CFG, run(steps=31, steps_per_call=k), DIGITS).state
+    for steps in (10, 23, 31):
+        state = fit(vae.make, CFG, run(tmp_path / "r", steps, steps_per_call=k), DIGITS).state
+    assert same_bits(state, unbroken)
+
+
+def test_host_batches_train_like_resident_ones():
+    hosted = DIGITS._replace(resident=None)
+    for k in (1, 4):
+        a, b = (fit(vae.make, CFG, run(steps_per_call=k), source).state for source in (DIGITS, hosted))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_seeds_differ_and_repeat():
+    a, b, again = (fit(vae.make, CFG, run(seed=s), DIGITS).state for s in (0, 1, 0))
+    assert same_bits(a, again) and not same_bits(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------- mesh
+
+
+def test_the_batch_lies_on_eight_devices_an_eighth_each():
+    seen = []
+
+    def make(cfg, *, axis_name=None):
+        family = vae.make(cfg)
+
+        def step(state, batch, key):
+            jax.debug.inspect_array_sharding(batch["image"], callback=lambda s: seen.append(s))
+            return family.step(state, batch, key)
+
+        return family._replace(step=step)
+
+    fit(make, CFG, run(steps=2, devices=8), DIGITS)
+    [sharding] = set(seen)
+    assert len(sharding.device_set) == 8
+    assert sharding.shard_shape((16, 8, 8, 1)) == (2, 8, 8, 1)
+    feed = train._Feed(DIGITS, train._mesh(8))
+    rows = feed.place(feed.host(0, 0, 16))
+    for d, shard in enumerate(rows.addressable_shards):  # device d has the contiguous rows d*b .. (d+1)*b
+        np.testing.assert_array_equal(shard.data, data.order(1437, 0, 0, 16)[2 * d : 2 * d + 2])
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_five_sgd_steps_on_eight_devices_agree_with_one(k):
+    cfg = dataclasses.replace(SGD, binarisation="dynamic")  # noise in x and in z
+    one, eight = (fit(vae.make, cfg, run(steps=5, devices=n, steps_per_call=k), DIGITS).state for n in (1, 8))
+    assert len(eight.step.sharding.device_set) == 8
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("first, then", [(1, 8), (8, 2)])
+def test_resuming_on_another_number_of_devices(tmp_path, first, then):
+    fit(vae.make, SGD, run(tmp_path / "r", 10, devices=first), DIGITS)
+    state = fit(vae.make, SGD, run(tmp_path / "r", 20, devices=then), DIGITS).state
+    assert len(state.step.sharding.device_set) == then
+    unbroken = fit(vae.make, SGD, run(steps=20), DIGITS).state
+    for a, b in zip(jax.tree.leaves(unbroken), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_large_parameters_are_cut_saved_and_restored(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CUT_FROM", 64)
+    fit(vae.make, SGD, run(tmp_path / "r", 10, devices=8), DIGITS)
+    state = fit(vae.make, SGD, run(tmp_path / "r", 20, devices=8), DIGITS).state
+    assert sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params)) >= 4
+    whole = fit(vae.make, SGD, run(steps=20), DIGITS).state
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(load(tmp_path / "r").state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+TWO = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from tests.test_train import SGD, run
+from tests import trainee
+from aigc_jax import data, train, vae
+result = train.fit(vae.make, SGD, run(sys.argv[3], 6, devices=0, save_every=3), data.load("digits"))
+if jax.process_index() == 0:
+    print([round(float(x.sum()), 5) for x in jax.tree.leaves(result.state.params)])
+"""
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Each process places its own rows; both see the same global batch, and agree with one process."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", TWO, "localhost:19753"]
+    both = [
+        subprocess.Popen([*command, str(i), str(tmp_path / "r")], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]  # fmt: skip
+    outs = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs
+    alone = fit(vae.make, SGD, run(steps=6), DIGITS).state.params
+    np.testing.assert_allclose(json.loads(outs[0][0].splitlines()[-1]), [float(x.sum()) for x in jax.tree.leaves(alone)], atol=2e-5)
+    assert int(load(tmp_path / "r").state.step) == 6
+
+
+# ------------------------------------------------------------------------------------------------- validation, best, logs
+
+
+def test_validation_counts_every_example_once():
+    """50 examples in batches of 16: the last is padded, and no example counts twice."""
+    result = fit(vae.make, CFG, run(), DIGITS)
+    got = train.evaluate(result, VALID, batch_size=16)
+    k_eval = jax.random.split(jax.random.key(0), 4)[2]
+    values = []
+    for i in range(4):
+        each = result.family.evaluate(result.state, VALID.batch(0, i, 16), jax.random.fold_in(k_eval, i))["nll_nats"]
+        values += each[: 50 - 16 * i].tolist()
+    assert len(values) == 50
+    np.testing.assert_allclose(got["nll_nats"], np.mean(values), rtol=1e-5)
+
+
+def test_likelihood_per_token_is_sum_over_sum():
+    text = toy_text.crops()
+    state = fit(toy_text.make, toy_text.Config(), run(), text)
+    finite = data.Data(dataclasses.replace(text.info, examples=40), text.batch, text.resident)
+    got = train.evaluate(state, finite, batch_size=20)
+    assert got["tokens"] == toy_text.CONTEXT
+    np.testing.assert_allclose(got["nll_nats_per_token"], got["nll_nats"] / toy_text.CONTEXT, rtol=1e-6)
+
+
+def test_last_k_and_best_are_kept(tmp_path):
+    """on_eval reports a value whose lowest point is known."""
+    folder = tmp_path / "r"
+
+    def dip(family, state, step):
+        return {"dip": abs(step - 12)}
+
+    fit(vae.make, CFG, run(folder, 40, eval_every=4, save_every=5, keep=2, best="dip"), DIGITS, valid=VALID, on_eval=dip)
+    kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
+    assert kept == [12, 35, 40]
+    assert int(load(folder).state.step) == 12
+    assert int(load(folder, at_most=39).state.step) == 35
+    unbroken = fit(vae.make, CFG, run(steps=12), DIGITS).state
+    assert same_bits(load(folder).state, unbroken)
+
+
+def test_best_survives_a_resume(tmp_path):
+    def dip(family, state, step):
+        return {"dip": abs(step - 8)}
+
+    for steps in (10, 40):
+        options = {"eval_every": 4, "save_every": 5, "keep": 1, "best": "dip"}
+        fit(vae.make, CFG, run(tmp_path / "r", steps, **options), DIGITS, valid=VALID, on_eval=dip)
+    assert sorted(int(p.name) for p in (tmp_path / "r" / "checkpoints").iterdir()) == [8, 40]
+
+
+def test_logs_are_those_of_an_unbroken_run(tmp_path):
+    """Saved at 10, stopped at 14, started again: nothing is said twice, and the numbers are the same."""
+
+    def stop(family, state, step):
+        if step == 14:
+            raise RuntimeError("pulled the plug")
+        return {}
+
+    options = {"save_every": 10, "eval_every": 7, "log_every": 3}
+    with pytest.raises(RuntimeError):
+        fit(vae.make, CFG, run(tmp_path / "r", **options), DIGITS, valid=VALID, on_eval=stop)
+    assert max(line["step"] for line in train.metrics(tmp_path / "r")) == 12
+    fit(vae.make, CFG, run(tmp_path / "r", **options), DIGITS, valid=VALID)
+    fit(vae.make, CFG, run(tmp_path / "u", **options), DIGITS, valid=VALID)
+    assert train.metrics(tmp_path / "r") == train.metrics(tmp_path / "u")
+    steps = [line["step"] for line in train.metrics(tmp_path / "r") if "train" in line]
+    assert steps == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_tensorboard_events_hold_the_metrics(tmp_path):
+    import struct
+
+    from tensorboardX.proto.event_pb2 import Event
+
+    fit(vae.make, CFG, run(tmp_path / "r", 10, log_every=5), DIGITS, valid=VALID)
+    fit(vae.make, CFG, run(tmp_path / "r", 15, log_every=5), DIGITS, valid=VALID)
+    found, purged = {}, []
+    for path in (tmp_path / "r" / "events").iterdir():
+        raw = path.read_bytes()
+        while raw:
+            (n,) = struct.unpack("<Q", raw[:8])
+            event = Event.FromString(raw[12 : 12 + n])
+            raw = raw[16 + n :]
+            for value in event.summary.value:
+                found[event.step, value.tag] = value.simple_value
+            if event.HasField("session_log"):
+                purged.append(event.step)
+    assert purged == [11]
+    for line in train.metrics(tmp_path / "r"):
+        for kind in ("train", "valid"):
+            for name, value in line.get(kind, {}).items():
+                np.testing.assert_allclose(found[line["step"], f"{kind}/{name}"], value, rtol=1e-6)
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capfd):
+    first = fit(vae.make, CFG, run(tmp_path / "r"), DIGITS)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "checkpoints").rglob("*")}
+    again = fit(vae.make, CFG, run(tmp_path / "r"), DIGITS)
+    assert same_bits(first.state, again.state) and "complete at step 20" in capfd.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "checkpoints").rglob("*")}
+
+
+# ------------------------------------------------------------------------------------------------------- load and sample
+
+
+def test_load_needs_nothing_but_the_folder(tmp_path):
+    result = fit(vae.make, CFG, run(tmp_path / "r"), DIGITS)
+    loaded = load(tmp_path / "r")
+    assert same_bits(result.state, loaded.state)
+    assert loaded.config == CFG and loaded.info == result.info and loaded.folder == tmp_path / "r"
+    samples = train.sample(loaded, jax.random.key(1), n=10, chunk=4)
+    assert samples.shape == (10, 8, 8, 1)
+    draw = jax.jit(lambda key: loaded.family.sample(loaded.state, key, n=4))
+    expected = np.concatenate([draw(jax.random.fold_in(jax.random.key(1), i)) for i in range(3)])[:10]
+    np.testing.assert_allclose(samples, expected, atol=1e-6)
+
+
+def edited(folder, **changes):
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"make": ["os", "system"]}, "make or make_"),
+        ({"make": ["aigc_jax.vae", "make_tea"]}, "make_tea"),
+        ({"make": ["aigc_jax.nowhere", "make"]}, "cannot be imported"),
+        ({"make": ["experiments.nowhere", "make"]}, "repository's root"),
+        ({"config": {"latent_dimm": 3}}, "latent_dimm"),
+        ({"config": {"levels": 1}}, "levels"),
+        ({"config": [1]}, "named fields"),
+    ],
+)
+def test_load_refuses_what_it_does_not_know(tmp_path, changes, words):
+    folder = tmp_path / "r"
+    fit(vae.make, CFG, run(folder, 2), DIGITS)
+    edited(folder, **changes)
+    with pytest.raises(train.Refused, match=words) as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_load_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(train.Refused, match="no run folder"):
+        load(tmp_path)
+    (tmp_path / "run.json").write_text('{"make": ')
+    with pytest.raises(train.Refused, match="damaged"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    fit(vae.make, CFG, run(tmp_path / "r", 2), DIGITS)
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    edited(tmp_path / "r", config={**record["config"], "hidden": [7]})
+    with pytest.raises(train.Refused, match="does not fit"):
+        load(tmp_path / "r")
+
+
+# ------------------------------------------------------------------------------------------------------------ warm start
+
+
+def test_warm_start_takes_parameters_and_nothing_else(tmp_path):
+    fit(vae.make, CFG, run(tmp_path / "a", 15), DIGITS)
+    source = load(tmp_path / "a").state
+    fit(vae.make, CFG, run(tmp_path / "b", 1, init=str(tmp_path / "a"), seed=9), DIGITS)
+    start = load(tmp_path / "b", at_most=0).state  # saved before the first update: a replay needs it
+    assert int(start.step) == 0
+    assert same_bits(start.params, source.params) and same_bits(start.ema, source.ema)
+    assert all(not np.any(x) for x in jax.tree.leaves(start.opt_state))
+    values, _ = train.replay(tmp_path / "b", DIGITS, step=1)
+    assert np.isfinite(values["loss"])
+
+
+def test_warm_start_refuses_another_shape(tmp_path):
+    fit(vae.make, CFG, run(tmp_path / "a", 2), DIGITS)
+    other = dataclasses.replace(CFG, hidden=(7,))
+    with pytest.raises(train.Refused, match=r"does not fit.*bias'\] is \(32,\) there, \(7,\) here"):
+        fit(vae.make, other, run(tmp_path / "b", 2, init=str(tmp_path / "a")), DIGITS)
+    fit(vae.make, dataclasses.replace(CFG, ema=0.0), run(tmp_path / "c", 2), DIGITS)
+    with pytest.raises(train.Refused, match="no average"):
+        fit(vae.make, CFG, run(tmp_path / "d", 2, init=str(tmp_path / "c")), DIGITS)
+
+
+# -------------------------------------------------------------------------------------------------------------- the door
+
+
+@pytest.mark.parametrize(
+    "cfg, options, source, words",
+    [
+        (dataclasses.replace(CFG, optim=Optim(lr=2e-3)), {}, DIGITS, r"model.optim.lr was 0.001 there and is 0.002 here"),
+        (CFG, {"seed": 4}, DIGITS, "run.seed was 0 there and is 4 here"),
+        (CFG, {"batch_size": 8}, DIGITS, "run.batch_size was 16 there and is 8 here"),
+        (CFG, {}, VALID, "data.fingerprint was"),
+    ],
+)
+def test_another_identity_is_refused_both_values_named(tmp_path, cfg, options, source, words):
+    folder = tmp_path / "r"
+    fit(vae.make, CFG, run(folder, 4), DIGITS)
+    before = trainee.fingerprint(load(folder).state)
+    record = (folder / "run.json").read_text()
+    with pytest.raises(train.Refused, match=words):
+        fit(vae.make, cfg, run(folder, 8, **options), source)
+    assert trainee.fingerprint(load(folder).state) == before and (folder / "run.json").read_text() == record
+
+
+def test_saving_and_logging_are_no_identity(tmp_path):
+    fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
+    options = {"save_every": 3, "log_every": 2, "keep": 5, "steps_per_call": 2, "eval_every": 4}
+    assert int(fit(vae.make, CFG, run(tmp_path / "r", 8, **options), DIGITS, valid=VALID).state.step) == 8
+
+
+@pytest.mark.parametrize(
+    "cfg, options, words",
+    [
+        (CFG, {"batch_size": 12, "devices": 8}, "batch_size 12 does not divide by 8 devices"),
+        (dataclasses.replace(CFG, micro=3), {}, "16 does not divide by 1 devices x 3 micro"),
+        (CFG, {"devices": 9}, "devices is 9, this machine has 8"),
+        (CFG, {"best": "nll_nats"}, "no validation set"),
+        (dataclasses.replace(CFG, levels=16), {}, "levels is 16"),
+        (CFG, {"init": "nowhere"}, "nowhere is no run folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, cfg, options, words):
+    with pytest.raises(train.Refused, match=words):
+        fit(vae.make, cfg, run(tmp_path / "r", **options), DIGITS)
+    assert not (tmp_path / "r").exists()
+
+
+def test_best_that_nobody_reports_is_refused(tmp_path):
+    with pytest.raises(train.Refused, match="reported are kl_nats, nll_nats, reconstruction_nats"):
+        fit(vae.make, CFG, run(tmp_path / "r", best="fid"), DIGITS, valid=VALID)
+
+
+def test_validation_must_be_finite():
+    with pytest.raises(train.Refused, match="examples=N"):
+        fit(toy_text.make, toy_text.Config(), run(), toy_text.crops(), valid=toy_text.crops())
+
+
+def test_a_make_that_cannot_be_imported_is_refused(tmp_path):
+    with pytest.raises(train.Refused, match="put it in a module"):
+        fit(lambda cfg: vae.make(cfg), CFG, run(tmp_path / "r"), DIGITS)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(train.Refused, match="other files"):
+        fit(vae.make, CFG, run(tmp_path), DIGITS)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_fewer_steps_than_done_is_refused(tmp_path):
+    fit(vae.make, CFG, run(tmp_path / "r", 8), DIGITS)
+    with pytest.raises(train.Refused, match="at step 8 already, run.steps is 4"):
+        fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    held = []
+
+    def intrude(family, state, step):
+        with pytest.raises(train.Refused, match="another process"):
+            fit(vae.make, CFG, run(tmp_path / "r", 8), DIGITS)
+        held.append(step)
+        return {}
+
+    fit(vae.make, CFG, run(tmp_path / "r", 8), DIGITS, on_eval=intrude)
+    assert held == [8]
+
+
+def test_another_environment_is_warned_of(tmp_path, capfd):
+    fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    edited(tmp_path / "r", environment={**record["environment"], "cores": 96})
+    fit(vae.make, CFG, run(tmp_path / "r", 8), DIGITS)
+    assert "warning: cores was 96" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "seed", "eval_every", "save_every", "log_every", "keep", "devices"])
+def test_negative_sizes_are_refused_by_name(field):
+    with pytest.raises(ValueError, match=rf"run\.{field} must be at least \d, got -3"):
+        Run(**{field: -3})
