@@ -1,6 +1,7 @@
 """Strictness for every test: 8 virtual devices, no silent rank promotion, no reused key, shapes checked."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -12,6 +13,12 @@ import pytest
 jaxtyping.install_import_hook("aigc_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+# Many tests train the same small model: what one compiled serves the next, within this run of pytest alone.
+os.environ.setdefault("AIGC_TEST_CACHE", tempfile.mkdtemp(prefix="aigc-test-cache-"))
+jax.config.update("jax_compilation_cache_dir", os.environ["AIGC_TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -329,7 +329,7 @@ def test_warm_start_takes_parameters_and_nothing_else(tmp_path):
 def test_warm_start_refuses_another_shape(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "a", 2), DIGITS)
     other = dataclasses.replace(CFG, hidden=(7,))
-    with pytest.raises(train.Refused, match=r"does not fit.*bias'\] is \(32,\) there, \(7,\) here"):
+    with pytest.raises(train.Refused, match=r"does not fit.*bias is \(32,\) there, \(7,\) here"):
         fit(vae.make, other, run(tmp_path / "b", 2, init=str(tmp_path / "a")), DIGITS)
     fit(vae.make, dataclasses.replace(CFG, ema=0.0), run(tmp_path / "c", 2), DIGITS)
     with pytest.raises(train.Refused, match="no average"):

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ..core import Family, State, step_key
 from ..data import Data, Info
 from . import folder as folders
-from .checkpoints import Checkpoints, SaveFailed, say
+from .checkpoints import Checkpoints, SaveFailed, difference, say
 from .folder import Refused, metrics
 from .progress import Progress
 
@@ -244,17 +244,9 @@ def _warm_start(family: Family, run: Run) -> State:
     ours = jax.eval_shape(family.init, jax.random.key(0))
     if ours.ema is not None and warm.ema is None:
         raise Refused(f"{run.init} holds no average to start model.ema from: set model.ema to 0")
-    for name in ("params", "extra", *(["ema"] if ours.ema is not None else [])):
-        here, there = (
-            {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(getattr(state, name))}
-            for state in (ours, warm)
-        )
-        for leaf in {**here, **there}:
-            if here.get(leaf) != there.get(leaf):
-                raise Refused(
-                    f"{run.init} does not fit this model: {name}{leaf} is {there.get(leaf, 'absent')} there, "
-                    f"{here.get(leaf, 'absent')} here"
-                )
+    kept = ("params", "extra", *(["ema"] if ours.ema is not None else []))
+    if words := difference(*({name: getattr(state, name) for name in kept} for state in (ours, warm))):
+        raise Refused(f"{run.init} does not fit this model: {words}")
     return warm
 
 
@@ -454,7 +446,7 @@ def load(folder: str | Path, *, at_most: int | None = None) -> Result:
         )
         try:
             state = saves.restore(step, template)
-        except (ValueError, KeyError, TypeError) as e:
+        except ValueError as e:
             raise Refused(f"the checkpoint of step {step} in {folder} does not fit this version's model: {e}") from e
     finally:
         saves.close()

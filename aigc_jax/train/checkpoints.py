@@ -44,6 +44,19 @@ def quiet():
         logger.setLevel(level)
 
 
+def difference(here, there) -> str | None:
+    """The first leaf in which two trees differ in shape, in words; None where they fit."""
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (here, there)
+    ]
+    for leaf in {**shapes[0], **shapes[1]}:
+        ours, theirs = (known.get(leaf, "absent") for known in shapes)
+        if ours != theirs:
+            return f"{leaf} is {theirs} there, {ours} here"
+    return None
+
+
 def _sums(folder: Path) -> str:
     lines = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS):
@@ -56,6 +69,12 @@ def _durable(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
+
+
+def _hush(told) -> None:
+    """After a failed save tensorstore's threads still call an event loop that Orbax has closed: noise after our line."""
+    if not (isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)):
+        sys.__unraisablehook__(told)
 
 
 class Checkpoints:
@@ -111,6 +130,7 @@ class Checkpoints:
                 self._fail(step, e)
 
     def _fail(self, step: int, cause: Exception):
+        sys.unraisablehook = _hush
         with contextlib.suppress(OSError):
             self.clear()
         last = next((s for s in reversed(self.steps()) if s != step and self.intact(s)), None)
@@ -156,6 +176,9 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, template):
-        """The state of an intact checkpoint, placed as the template's shardings say."""
+        """The state of an intact checkpoint, placed as the template's shardings say; ValueError where it does not fit."""
+        path = (self.folder / str(step)).absolute()
         with quiet():
-            return self._orbax.restore((self.folder / str(step)).absolute(), template)
+            if words := difference(template, self._orbax.metadata(path).item_metadata.tree):
+                raise ValueError(words)
+            return self._orbax.restore(path, template)
