@@ -264,7 +264,7 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
         assert process.returncode == 1, process.stderr
         assert "Traceback" not in process.stderr
         last = process.stderr.strip().splitlines()[-1]
-        assert last.startswith("error: step ") and "stands" in last
+        assert last.startswith("error: step ") and "stands" in last, process.stderr
         steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
         assert steps and int(train.load(folder, at_most=10**6).state.step) == steps[-1]
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)

@@ -34,14 +34,19 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """Orbax reports through absl what our own one-line messages say better."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    """Orbax reports through absl, and its lost tasks through asyncio, what our own one-line messages say better."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+
+    def nothing(record):  # one filter a use: saves in the background overlap with restores
+        return False
+
+    for logger in loggers:
+        logger.addFilter(nothing)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(nothing)
 
 
 def difference(here, there) -> str | None:
@@ -82,6 +87,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder / "checkpoints", keep
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _hush
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future | None = None
@@ -130,7 +137,7 @@ class Checkpoints:
                 self._fail(step, e)
 
     def _fail(self, step: int, cause: Exception):
-        sys.unraisablehook = _hush
+        logging.getLogger("asyncio").addFilter(lambda record: False)  # the tasks of the failed save, when collected
         with contextlib.suppress(OSError):
             self.clear()
         last = next((s for s in reversed(self.steps()) if s != step and self.intact(s)), None)
