@@ -43,7 +43,9 @@ def sample(run_folder: Folder, /, *, out: Path, n: int = 64, seed: int = 0, chun
             figures.points(ax, samples, title=f"{n} samples")
             figures.save(fig, new, f"{run_folder}, step {int(result.state.step)}", kind="png")
         else:
-            raise train.Refused(f"{run_folder} makes {result.info.kind} of shape {samples.shape[1:]}: no picture for these")
+            raise train.Refused(
+                f"{run_folder} makes {result.info.kind} of shape {samples.shape[1:]}: no picture for these"
+            )
         new.replace(out)
     finally:
         new.unlink(missing_ok=True)
@@ -75,7 +77,9 @@ def info(run_folder: Folder, /) -> None:
     saves.close()
 
 
-def replay(run_folder: Folder, /, *, step: int, data_folder: Annotated[str | None, tyro.conf.arg(name="data.folder")] = None) -> None:
+def replay(
+    run_folder: Folder, /, *, step: int, data_folder: Annotated[str | None, tyro.conf.arg(name="data.folder")] = None
+) -> None:
     """Repeats one update of a run, bit for bit, and prints its metrics and norms.
 
     Args:
@@ -86,7 +90,7 @@ def replay(run_folder: Folder, /, *, step: int, data_folder: Annotated[str | Non
     source = folders.read(run_folder)["data"]["source"]
     if source is None:
         raise train.Refused(
-            f"{run_folder} was trained on arrays, which no name brings back: call aigc_jax.train.replay(folder, data, step=...)"
+            f"{run_folder} was trained on arrays, which no name brings back: call train.replay(folder, data, step=...)"
         )
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
     training = data.load(source["name"], source["split"], folder=data_folder, **options)

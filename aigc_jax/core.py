@@ -176,9 +176,7 @@ def _part(batch: PyTree, n: int, i) -> PyTree:
     # The new axis goes behind the rows: with rows spread over devices each device then cuts its own. As [n, B/n] the
     # batch would be gathered, and every device would do all the work.
     return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(
-            x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False
-        ),
+        lambda x: jax.lax.dynamic_index_in_dim(x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False),
         batch,
     )
 
@@ -244,9 +242,7 @@ def descend(
     direction, opt_state = optim.chain().update(grads, pick(state.opt_state), params)
     params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)
 
-    new = state._replace(
-        params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra
-    )
+    new = state._replace(params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra)
     own = {"loss": value, "grad_norm": optax.tree.norm(grads), "lr": lr}
     return new, {**metrics, **{name if net is None else f"{net}_{name}": x for name, x in own.items()}}
 

@@ -85,7 +85,7 @@ class Config:
             raise ValueError("static binarisation draws once an image, so it needs a finite data set")
 
 
-# ------------------------------------------------------------------------------------------------- the mathematics
+# ----------------------------------------------------------------------------------------------------- the mathematics
 
 
 def gaussian_kl(mu: Float[Array, "... Z"], logvar: Float[Array, "... Z"]) -> Float[Array, "..."]:
@@ -98,7 +98,9 @@ def log_normal(x: Float[Array, "..."], mu, logvar) -> Float[Array, "..."]:
     return -0.5 * jnp.sum(jnp.log(2 * jnp.pi) + logvar + jnp.square(x - mu) * jnp.exp(-logvar), -1)
 
 
-def log_likelihood(cfg: Config, x: Float[Array, "... H W C"], decoded: Float[Array, "... H W C"]) -> Float[Array, "..."]:
+def log_likelihood(
+    cfg: Config, x: Float[Array, "... H W C"], decoded: Float[Array, "... H W C"]
+) -> Float[Array, "..."]:
     """log p(x|z) in nats, summed over pixels; `decoded` is what `decode` returns.
 
     bernoulli: AEVB eq. 11. With grey levels x it is the negative cross-entropy, a bound on no discrete likelihood; the
@@ -112,7 +114,7 @@ def log_likelihood(cfg: Config, x: Float[Array, "... H W C"], decoded: Float[Arr
     return -jnp.sum(0.5 * jnp.square(z) + jnp.log(cfg.sigma) + 0.5 * jnp.log(2 * jnp.pi), pixels)
 
 
-# ----------------------------------------------------------------------------------------------------- the modules
+# --------------------------------------------------------------------------------------------------------- the modules
 
 
 class Encoder(nn.Module):
@@ -158,7 +160,7 @@ def mean_image(cfg: Config, decoded: Float[Array, "..."]) -> Float[Array, "..."]
     return jax.nn.sigmoid(decoded) if cfg.likelihood == "bernoulli" else jnp.clip(decoded, 0.0, 1.0)
 
 
-# ------------------------------------------------------------------------------------------------------ the bounds
+# ---------------------------------------------------------------------------------------------------------- the bounds
 
 
 def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
@@ -173,7 +175,9 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     if cfg.binarisation == "dynamic":
         u = jax.random.uniform(key, x.shape)
     else:
-        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.key(0), i), x.shape[1:]))(batch["index"])
+        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.key(0), i), x.shape[1:]))(
+            batch["index"]
+        )
     return (u < x).astype(jnp.float32)
 
 
@@ -200,9 +204,7 @@ def log_weights(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k
     return log_p - log_normal(z, mu, logvar)
 
 
-def iwae_bound(
-    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, chunk: int | None = None
-) -> Nats:
+def iwae_bound(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, chunk: int | None = None) -> Nats:
     """L_k = E log (1/k) sum_i w_i <= log p(x), in nats; it rises with k (Burda et al. 2016, eq. 8, theorem 1).
 
     chunk: draws in memory at once, default k; chunk j uses fold_in(key, j), so the draws depend on it. Compile with
@@ -222,7 +224,7 @@ def iwae_bound(
     return total - jnp.log(k).astype(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def reconstruct(cfg: Config, params: Params, x: Image) -> Image:
@@ -249,7 +251,7 @@ def manifold(cfg: Config, params: Params, *, side: int = 20) -> Float[Array, "S 
     return mean_image(cfg, decode(cfg, params, jnp.stack([z_1, z_2], -1)))
 
 
-# ------------------------------------------------------------------------------------------------------ the family
+# ---------------------------------------------------------------------------------------------------------- the family
 
 
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:

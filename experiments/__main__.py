@@ -25,7 +25,10 @@ def main() -> None:
         _cli.write_table()
         print(f"wrote {_cli.TABLE.relative_to(_cli.ROOT)}")
     else:
-        print("error: usage: python -m experiments list | table; a script runs as python -m experiments.NAME", file=sys.stderr)
+        print(
+            "error: usage: python -m experiments list | table; a script runs as python -m experiments.NAME",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 

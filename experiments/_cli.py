@@ -74,7 +74,7 @@ def _error(e: BaseException, code: int) -> int:
 
 
 def verdict(row: Row, criteria: dict) -> str:
-    """"holds" or "fails" with the words of the criterion; empty where the row has none."""
+    """ "holds" or "fails" with the words of the criterion; empty where the row has none."""
     if row.quantity not in criteria:
         return ""
     words, holds = criteria[row.quantity]
@@ -117,7 +117,8 @@ def main(name: str) -> None:
     first.add_argument("--scale", choices=tuple(script.SCALES), default="cpu")
     first.add_argument("--record", action="store_true")
     choice, flags = first.parse_known_args()
-    about = f"{script.__doc__}\n--scale {{{','.join(script.SCALES)}}} (default cpu) goes first; --record keeps the rows in results/."
+    scales = ",".join(script.SCALES)
+    about = f"{script.__doc__}\n--scale {{{scales}}} (default cpu); --record keeps the rows in results/."
     with door():
         setup = tyro.cli(type(script.SCALES[choice.scale]), default=script.SCALES[choice.scale], args=flags,
                          description=about, prog=f"python -m experiments.{name}")  # fmt: skip
@@ -142,8 +143,7 @@ def main(name: str) -> None:
     result = {
         "name": name,
         "title": script.__doc__.splitlines()[0],
-        "command": shlex.join(["python", "-m", f"experiments.{name}", *(["--scale", choice.scale] if choice.scale != "cpu" else []),
-                               *without_folder(flags)]),
+        "command": command(name, choice.scale, flags),
         "scale": choice.scale,
         "difference": script.DIFFERENCE[choice.scale],
         "seeds": getattr(setup, "seeds", 1),
@@ -163,8 +163,8 @@ def main(name: str) -> None:
         raise SystemExit(1)
 
 
-def without_folder(flags: list[str]) -> list[str]:
-    """The flags but for where the run lies: a recorded command holds no path of this machine."""
+def command(name: str, scale: str, flags: list[str]) -> str:
+    """The command that repeats a run, but for where it lies: a record holds no path of this machine."""
     kept, skip = [], False
     for flag in flags:
         if skip:
@@ -173,7 +173,8 @@ def without_folder(flags: list[str]) -> list[str]:
             skip = True
         elif not flag.startswith(("--run.folder=", "--folder=")):
             kept.append(flag)
-    return kept
+    scales = [] if scale == "cpu" else ["--scale", scale]
+    return shlex.join(["python", "-m", f"experiments.{name}", *scales, *kept])
 
 
 def recordable(scale: str, flags: list[str]) -> str:
@@ -197,8 +198,8 @@ def table() -> str:
     out = [
         "# What was reproduced",
         "",
-        "Made by `python -m experiments table` from `results/*.json`; do not edit. *cpu* means the paper's effect at reduced",
-        "scale; only a row of scale *paper* follows the published protocol. A failing row stays.",
+        "Made by `python -m experiments table` from `results/*.json`; do not edit. Scale *cpu* is the paper's effect",
+        "at reduced scale; only scale *paper* follows the published protocol. A failing row stays.",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         r = json.loads(path.read_text())
@@ -209,14 +210,18 @@ def table() -> str:
             "",
             f"`{r['command']}`",
             "",
-            f"Scale {r['scale']}; differs from the paper: {r['difference'] or 'nothing'}. Seeds: {r['seeds']}. Commit {r['commit']}; "
-            f"{r['seconds']:g} s on {e['device']}, {e['cores']} cores; jax {e['jax']}, Python {e['python']}.",
+            f"Scale {r['scale']}; differs from the paper: {r['difference'] or 'nothing'}. Seeds: {r['seeds']}. "
+            f"Commit {r['commit']}; {r['seconds']:g} s on {e['device']}, {e['cores']} cores; jax {e['jax']}.",
             "",
             "| quantity | paper | ours | +- | oracle | verdict |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
         for row in r["rows"]:
-            cells = (row["quantity"], *map(number, (row["paper"], row["ours"], row["error"], row["oracle"])), row["verdict"])
+            cells = (
+                row["quantity"],
+                *map(number, (row["paper"], row["ours"], row["error"], row["oracle"])),
+                row["verdict"],
+            )
             out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 

@@ -81,7 +81,10 @@ def linear_vae(w: np.ndarray, b: np.ndarray, std: float, *, wider: float = 1.0, 
         "kernel": np.concatenate([to_mu, np.zeros((dim, k))], 1),
         "bias": np.concatenate([off - b @ to_mu, 2 * np.log(wider * sd)]),
     }
-    params = {"encoder": {"params": {"Dense_0": encoder}}, "decoder": {"params": {"Dense_0": {"kernel": w.T, "bias": b}}}}
+    params = {
+        "encoder": {"params": {"Dense_0": encoder}},
+        "decoder": {"params": {"Dense_0": {"kernel": w.T, "bias": b}}},
+    }
     return cfg, jax.tree.map(jnp.asarray, params)
 
 
@@ -146,7 +149,7 @@ def draw(setup: Setup, folder: Path, levels: dict) -> None:
     fig, ((ax,),) = figures.figure(1, 1, size=(5.5, 3.6))
     below = [float((levels["log p"] - level).mean()) for level in levels.values()][:-1]
     figures.curves(ax, {"wrong posterior": ([1, 10, 100, setup.k], below)}, xlabel="draws k",
-                   ylabel="log p(x) - L_k (nats)", title="the importance-weighted bound closes on log p(x)")  # fmt: skip
+                   ylabel="log p(x) - L_k (nats)", title="importance-weighted bounds close on log p(x)")  # fmt: skip
     ax.set(xscale="log", yscale="log")
     figures.save(fig, folder / "ppca_exact.png",
                  f"PPCA {setup.dim} x {setup.latents}, q: sd x {setup.wider}, mean + {setup.shift} sd in 5 latents; "

@@ -94,7 +94,9 @@ def draw(setup: Setup, folder: Path, result: train.Result, test: data.Data, boun
     batch = test.batch(0, 0, test.info.examples)
     x = vae.preprocess(cfg, batch, jax.random.key(0))
     mu = np.asarray(vae.encode(cfg, params, x)[0])
-    pairs = np.concatenate([np.stack([x[i : i + 10], vae.reconstruct(cfg, params, x[i : i + 10])]) for i in (0, 10, 20)])
+    pairs = np.concatenate(
+        [np.stack([x[i : i + 10], vae.reconstruct(cfg, params, x[i : i + 10])]) for i in (0, 10, 20)]
+    )
     _, _, axes = np.linalg.svd(mu - mu.mean(0), full_matrices=False)
 
     fig, ((a, b), (c, d)) = figures.figure(2, 2, size=(9, 8.5))
@@ -113,9 +115,10 @@ def draw(setup: Setup, folder: Path, result: train.Result, test: data.Data, boun
     d.axhline(marginal, color="0.4", linewidth=1)
     d.annotate("per-pixel marginal", (0.98, marginal), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     d.set_ylim(None, marginal * 1.15)
-    figures.save(fig, folder / "vae_digits.png",
-                 f"VAE {cfg.hidden} x {cfg.latent_dim} latents, digits 8x8, {setup.run.steps} updates of {setup.run.batch_size}; "
-                 f"test: {bound:.2f} nats (-ELBO, grey-level targets)")  # fmt: skip
+    setting = (
+        f"VAE {cfg.hidden} x {cfg.latent_dim} latents, {setup.run.steps} updates of {setup.run.batch_size} digits 8x8"
+    )
+    figures.save(fig, folder / "vae_digits.png", f"{setting}; test: {bound:.2f} nats (-ELBO, grey-level targets)")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,18 @@ from jax.sharding import PartitionSpec as P
 
 from aigc_jax import core, data, train, vae
 from aigc_jax.core import EMA, Optim
+from aigc_jax.train import engine
 
 from . import toy_ddpm, toy_gan, toy_text
 
 DIGITS = data.load("digits")
 POINTS = data.load("ring")
 ROWS = {
-    "vae": (vae.make, vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(16,), binarisation="dynamic"), DIGITS),
+    "vae": (
+        vae.make,
+        vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(16,), binarisation="dynamic"),
+        DIGITS,
+    ),
     "gan": (toy_gan.make, toy_gan.Config(), POINTS),
     "ddpm": (toy_ddpm.make, toy_ddpm.Config(), POINTS),
     "transformer": (toy_text.make, toy_text.Config(), toy_text.crops()),
@@ -123,7 +128,11 @@ def test_average_follows_what_it_names(row):
     states = [family.init(key(0))]
     for i in range(3):
         states.append(run(jax.jit(family.step), states[-1], batch, 1, first=i)[0])
-    of = (lambda s: {"params": s.params["gen"], "batch_stats": s.extra["gen"]}) if name == "gan" else (lambda s: s.params)
+    of = (
+        (lambda s: {"params": s.params["gen"], "batch_stats": s.extra["gen"]})
+        if name == "gan"
+        else (lambda s: s.params)
+    )
     expected = leaves(of(states[0]))
     for state in states[1:]:
         expected = {n: 0.9 * x + 0.1 * leaves(of(state))[n] for n, x in expected.items()}
@@ -169,7 +178,9 @@ def test_eight_devices_agree_with_one_noise_included(row):
     one, metrics_one = on_mesh(family, batch, 5, 1)
     eight, metrics_eight = on_mesh(family, batch, 5, 8)
     assert len(eight.step.sharding.device_set) == 8
-    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(family.init(key(0))), strict=True)]
+    moved = [
+        np.abs(a - b).max() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(family.init(key(0))), strict=True)
+    ]
     assert max(moved) > 1e-3
     assert_same(eight, one, atol=1e-6)
 
@@ -209,7 +220,7 @@ def check_replicas(name, make, cfg, batch, spread):
     states, metrics = per_device(make(cfg, axis_name="i"), batch, 3, spread)
     first = jax.tree.map(lambda x: x[0], states)
     for i in range(1, 8):
-        assert_same(jax.tree.map(lambda x: x[i], (states, metrics)), jax.tree.map(lambda x: x[0], (states, metrics)))
+        assert_same(*(jax.tree.map(lambda x, j=j: x[j], (states, metrics)) for j in (i, 0)))
     if name in NOISELESS:
         alone, _ = run(jax.jit(make(cfg).step), make(cfg).init(key(0)), batch, 3)
         assert_same(first, alone, atol=1e-6)
@@ -285,10 +296,12 @@ def test_rules_place_moments_and_average_like_the_parameters():
     family = make(dataclasses.replace(cfg, ema=0.9))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     template = jax.eval_shape(family.init, key(0))
-    spec = {n: s.spec for n, s in leaves_of_shardings(train._shardings(family, template, mesh))}
+    spec = {n: s.spec for n, s in leaves_of_shardings(engine.shardings_of(family, template, mesh))}
     cut = [n for n, s in spec.items() if s == P(None, "data")]
     assert len(cut) == 4  # the parameter, both moments of Adam, the average
-    assert {n.split("[")[0].split("(")[0] for n in cut} >= {".params", ".ema"} and sum(".opt_state" in n for n in cut) == 2
+    assert {n.split("[")[0].split("(")[0] for n in cut} >= {".params", ".ema"} and sum(
+        ".opt_state" in n for n in cut
+    ) == 2
     assert all("Dense_0" in n and "kernel" in n for n in cut)
 
 
@@ -307,7 +320,7 @@ def test_large_leaves_without_a_rule_are_cut_along_their_largest_axis():
         },
         (),
     )
-    placed = train._shardings(core.Family(None, None, None, None), shapes, mesh)
+    placed = engine.shardings_of(core.Family(None, None, None, None), shapes, mesh)
     assert {n: s.spec for n, s in placed.params.items()} == {"big": P(None, "data"), "odd": P(), "small": P()}
 
 

@@ -215,7 +215,9 @@ def test_official_files_are_read_whatever_their_names(tiny, monkeypatch, capfd):
     said = capfd.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1 and "preparing mnist" in said.err
     assert train.info.examples == 7 and train.info.shape == (28, 28, 1) and train.info.classes == 10
-    np.testing.assert_array_equal(train.resident[0]["image"][..., 0], content["train-images-idx3-ubyte.gz"])  # their order
+    np.testing.assert_array_equal(
+        train.resident[0]["image"][..., 0], content["train-images-idx3-ubyte.gz"]
+    )  # their order
     np.testing.assert_array_equal(train.resident[0]["label"], content["train-labels-idx1-ubyte.gz"])
     test = data.load("mnist", "train[5:]+test")  # prepared now: neither folder nor network
     np.testing.assert_array_equal(test.resident[0]["label"][2:], content["t10k-labels-idx1-ubyte.gz"])
@@ -267,7 +269,9 @@ def test_a_broken_idx_file_is_no_array(tmp_path):
 
 def test_debian_header_gives_the_official_bytes(tmp_path, monkeypatch):
     """The package differs from the official files in the gzip header alone."""
-    official = b"\x1f\x8b\x08\x08" + struct.pack("<I", 1504176606) + b"\x00\x03train-labels-idx1-ubyte\x00" + b"deflated"
+    official = (
+        b"\x1f\x8b\x08\x08" + struct.pack("<I", 1504176606) + b"\x00\x03train-labels-idx1-ubyte\x00" + b"deflated"
+    )
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00" + b"time" + b"\x00\x03" + b"deflated")
     monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path)
     wanted = {"train-labels-idx1-ubyte.gz": ("", hashlib.sha256(official).hexdigest(), len(official))}
@@ -285,7 +289,9 @@ def test_debian_fashion_mnist_is_official():
     assert len(images._debian_fashion_mnist(wanted)) == 4
 
 
-@pytest.mark.skipif(not (SHARED / "mnist").is_dir(), reason="no copy of MNIST beside this checkout (../shared/data/mnist)")
+@pytest.mark.skipif(
+    not (SHARED / "mnist").is_dir(), reason="no copy of MNIST beside this checkout (../shared/data/mnist)"
+)
 def test_mnist_itself(tmp_path, monkeypatch):
     from tensorflow_datasets.core import constants
 

@@ -25,7 +25,9 @@ ENV = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 def start(folder, *flags, **options):
     command = [sys.executable, "-m", "tests.trainee", str(folder), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def finish(process, timeout=120):
@@ -60,7 +62,9 @@ def unbroken(tmp_path_factory):
 
     def get(k):
         if k not in known:
-            code, out, err = finish(start(tmp_path_factory.mktemp("unbroken") / "run", "--steps-per-call", k, "--seconds", 0))
+            code, out, err = finish(
+                start(tmp_path_factory.mktemp("unbroken") / "run", "--steps-per-call", k, "--seconds", 0)
+            )
             assert code == 0, err
             known[k] = json.loads(out)
             assert known[k]["updates"] == 60
@@ -84,7 +88,7 @@ def phase(folder):
 
 
 def check_resume(folder, k, unbroken):
-    """The same command again: it restored a step > 0, ran only what was left, and ends with the bits of an unbroken run."""
+    """The same command again restored a step > 0, ran only what was left, and ends with an unbroken run's bits."""
     code, out, err = finish(start(folder, "--steps-per-call", k, "--seconds", 0))
     assert code == 0, err
     report = json.loads(out)
@@ -152,7 +156,7 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, unbroken, number):
     check_resume(folder, 1, unbroken)
 
 
-# -------------------------------------------------------------------------------------------------- damaged checkpoints
+# ------------------------------------------------------------------------------------------------- damaged checkpoints
 
 
 def short(folder, steps=20, **options):
@@ -218,7 +222,7 @@ def test_no_intact_checkpoint(tmp_path, finished, capfd):
     assert trainee.fingerprint(result.state) == trainee.fingerprint(finished[1])
 
 
-# ------------------------------------------------------------------------------------------------------------ full disk
+# ----------------------------------------------------------------------------------------------------------- full disk
 
 LIMITED = """
 import resource, sys, runpy, pathlib
@@ -245,7 +249,9 @@ def check_full(folder, code, err):
 
 def test_a_file_that_cannot_grow_is_said_and_the_older_checkpoint_stands(tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.run([sys.executable, "-c", LIMITED, str(folder)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(folder)], cwd=ROOT, env=ENV, capture_output=True, text=True
+    )
     check_full(folder, process.returncode, process.stderr)
 
 
@@ -274,7 +280,7 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- not finite
+# ---------------------------------------------------------------------------------------------------------- not finite
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -296,7 +302,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, k):
 
 
 def test_replay_repeats_the_logged_numbers(tmp_path):
-    run = train.Run(folder=str(tmp_path / "run"), steps=12, batch_size=16, save_every=5, log_every=1, devices=1, steps_per_call=4)
+    run = train.Run(
+        folder=str(tmp_path / "run"), steps=12, batch_size=16, save_every=5, log_every=1, devices=1, steps_per_call=4
+    )
     train.fit(vae.make, trainee.CFG, run, DIGITS)
     for line in train.metrics(run.folder)[:1] + train.metrics(run.folder)[-1:]:
         assert train.replay(run.folder, DIGITS, step=line["step"])[0] == line["train"]

@@ -13,7 +13,7 @@ import pytest
 
 from aigc_jax import core, data, train, vae
 from aigc_jax.core import Optim
-from aigc_jax.train import Run, fit, load
+from aigc_jax.train import Run, engine, fit, load
 
 from . import toy_text, trainee
 
@@ -32,7 +32,7 @@ def same_bits(a, b):
     return trainee.fingerprint(a) == trainee.fingerprint(b)
 
 
-# ------------------------------------------------------------------------------------------------------------- exactness
+# ----------------------------------------------------------------------------------------------------------- exactness
 
 
 def test_fit_is_the_contract_in_a_loop():
@@ -68,7 +68,7 @@ def test_seeds_differ_and_repeat():
     assert same_bits(a, again) and not same_bits(a, b)
 
 
-# ----------------------------------------------------------------------------------------------------------------- mesh
+# ---------------------------------------------------------------------------------------------------------------- mesh
 
 
 def test_the_batch_lies_on_eight_devices_an_eighth_each():
@@ -87,7 +87,7 @@ def test_the_batch_lies_on_eight_devices_an_eighth_each():
     [sharding] = set(seen)
     assert len(sharding.device_set) == 8
     assert sharding.shard_shape((16, 8, 8, 1)) == (2, 8, 8, 1)
-    feed = train._Feed(DIGITS, train._mesh(8))
+    feed = engine.Feed(DIGITS, engine.mesh_of(8))
     rows = feed.place(feed.host(0, 0, 16))
     for d, shard in enumerate(rows.addressable_shards):  # device d has the contiguous rows d*b .. (d+1)*b
         np.testing.assert_array_equal(shard.data, data.order(1437, 0, 0, 16)[2 * d : 2 * d + 2])
@@ -113,7 +113,7 @@ def test_resuming_on_another_number_of_devices(tmp_path, first, then):
 
 
 def test_large_parameters_are_cut_saved_and_restored(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CUT_FROM", 64)
+    monkeypatch.setattr(engine, "CUT_FROM", 64)
     fit(vae.make, SGD, run(tmp_path / "r", 10, devices=8), DIGITS)
     state = fit(vae.make, SGD, run(tmp_path / "r", 20, devices=8), DIGITS).state
     assert sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params)) >= 4
@@ -147,11 +147,13 @@ def test_two_processes_train_one_model(tmp_path):
     outs = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     alone = fit(vae.make, SGD, run(steps=6), DIGITS).state.params
-    np.testing.assert_allclose(json.loads(outs[0][0].splitlines()[-1]), [float(x.sum()) for x in jax.tree.leaves(alone)], atol=2e-5)
+    np.testing.assert_allclose(
+        json.loads(outs[0][0].splitlines()[-1]), [float(x.sum()) for x in jax.tree.leaves(alone)], atol=2e-5
+    )
     assert int(load(tmp_path / "r").state.step) == 6
 
 
-# ------------------------------------------------------------------------------------------------- validation, best, logs
+# ---------------------------------------------------------------------------------------------- validation, best, logs
 
 
 def test_validation_counts_every_example_once():
@@ -183,7 +185,9 @@ def test_last_k_and_best_are_kept(tmp_path):
     def dip(family, state, step):
         return {"dip": abs(step - 12)}
 
-    fit(vae.make, CFG, run(folder, 40, eval_every=4, save_every=5, keep=2, best="dip"), DIGITS, valid=VALID, on_eval=dip)
+    fit(
+        vae.make, CFG, run(folder, 40, eval_every=4, save_every=5, keep=2, best="dip"), DIGITS, valid=VALID, on_eval=dip
+    )
     kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
     assert kept == [12, 35, 40]
     assert int(load(folder).state.step) == 12
@@ -254,7 +258,7 @@ def test_a_finished_run_is_left_alone(tmp_path, capfd):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "checkpoints").rglob("*")}
 
 
-# ------------------------------------------------------------------------------------------------------- load and sample
+# ----------------------------------------------------------------------------------------------------- load and sample
 
 
 def test_load_needs_nothing_but_the_folder(tmp_path):
@@ -311,7 +315,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load(tmp_path / "r")
 
 
-# ------------------------------------------------------------------------------------------------------------ warm start
+# ---------------------------------------------------------------------------------------------------------- warm start
 
 
 def test_warm_start_takes_parameters_and_nothing_else(tmp_path):
@@ -336,13 +340,18 @@ def test_warm_start_refuses_another_shape(tmp_path):
         fit(vae.make, CFG, run(tmp_path / "d", 2, init=str(tmp_path / "c")), DIGITS)
 
 
-# -------------------------------------------------------------------------------------------------------------- the door
+# ------------------------------------------------------------------------------------------------------------ the door
 
 
 @pytest.mark.parametrize(
     "cfg, options, source, words",
     [
-        (dataclasses.replace(CFG, optim=Optim(lr=2e-3)), {}, DIGITS, r"model.optim.lr was 0.001 there and is 0.002 here"),
+        (
+            dataclasses.replace(CFG, optim=Optim(lr=2e-3)),
+            {},
+            DIGITS,
+            r"model.optim.lr was 0.001 there and is 0.002 here",
+        ),
         (CFG, {"seed": 4}, DIGITS, "run.seed was 0 there and is 4 here"),
         (CFG, {"batch_size": 8}, DIGITS, "run.batch_size was 16 there and is 8 here"),
         (CFG, {}, VALID, "data.fingerprint was"),
@@ -431,7 +440,9 @@ def test_another_environment_is_warned_of(tmp_path, capfd):
     assert "warning: cores was 96" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("field", ["steps", "batch_size", "seed", "eval_every", "save_every", "log_every", "keep", "devices"])
+@pytest.mark.parametrize(
+    "field", ["steps", "batch_size", "seed", "eval_every", "save_every", "log_every", "keep", "devices"]
+)
 def test_negative_sizes_are_refused_by_name(field):
     with pytest.raises(ValueError, match=rf"run\.{field} must be at least \d, got -3"):
         Run(**{field: -3})

@@ -166,7 +166,7 @@ def test_no_example_sees_another():
     assert (size[~np.eye(3, dtype=bool)] == 0).all() and (np.diag(size) > 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- pixels in
+# ----------------------------------------------------------------------------------------------------------- pixels in
 
 
 def batch_of(levels, n=2000):
@@ -178,7 +178,9 @@ def batch_of(levels, n=2000):
 def test_preprocess_divides_by_the_largest_level(levels):
     x = vae.preprocess(dataclasses.replace(CFG, levels=levels), batch_of(levels, 1), key())
     assert x.dtype == jnp.float32 and float(x.min()) == 0 and float(x.max()) == 1
-    np.testing.assert_allclose(x[0, ..., 0], np.asarray(batch_of(levels, 1)["image"])[0, ..., 0] / (levels - 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        x[0, ..., 0], np.asarray(batch_of(levels, 1)["image"])[0, ..., 0] / (levels - 1), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
@@ -197,7 +199,7 @@ def test_binarisation_draws_bernoullis_with_the_pixels_as_means(kind):
         np.testing.assert_array_equal(vae.preprocess(cfg, shuffled, key()), x[order])
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def test_manifold_is_the_grid_of_the_paper():
@@ -227,13 +229,13 @@ def test_wild_inputs_stay_finite():
     assert jnp.isfinite(terms["kl"]).all()
 
 
-# -------------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------------------------- configuration
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("shape", (28, 28)), ("levels", 1), ("latent_dim", 0), ("hidden", (0,)), ("activation", "gelu"), ("likelihood", "cauchy"),
-     ("binarisation", "yes"), ("sigma", 0.0), ("beta", -1.0), ("micro", 0), ("ema", 1.0)],
+    [("shape", (28, 28)), ("levels", 1), ("latent_dim", 0), ("hidden", (0,)), ("activation", "gelu"),
+     ("likelihood", "cauchy"), ("binarisation", "yes"), ("sigma", 0.0), ("beta", -1.0), ("micro", 0), ("ema", 1.0)],
 )  # fmt: skip
 def test_bad_config_is_refused_by_name_and_value(field, value):
     with pytest.raises((ValueError, TypeError), match=field):

@@ -1,4 +1,4 @@
-"""The contract's row for diffusion until the family is built: eps-prediction on points, a history of losses in extra."""
+"""The contract's row for diffusion until the family is built: eps on points, a history of losses in extra."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A small run in a process of its own, to be killed: `python -m tests.trainee FOLDER`. Says what it did as one JSON line."""
+"""A small run in a process of its own, to be killed: `python -m tests.trainee FOLDER`; reports as one JSON line."""
 
 import argparse
 import hashlib
@@ -54,13 +54,13 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=0.01)
     args = p.parse_args()
     seen = []
-    advance = train._Engine.advance
+    advance = train.Engine.advance
 
     def counted(self, state, step, count):
         seen.extend(range(step, step + count))
         return advance(self, state, step, count)
 
-    train._Engine.advance = counted
+    train.Engine.advance = counted
     run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
                     steps_per_call=args.steps_per_call)  # fmt: skip
     result = train.fit(vae.make, CFG, run, slow(data.load("digits"), args.seconds))

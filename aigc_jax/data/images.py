@@ -30,7 +30,10 @@ def digits(split: str) -> Data:
 
     bunch = load_digits()
     image, label = bunch.images.astype(np.uint8)[..., None], bunch.target
-    splits = {"train": {"image": image[:1437], "label": label[:1437]}, "test": {"image": image[1437:], "label": label[1437:]}}
+    splits = {
+        "train": {"image": image[:1437], "label": label[:1437]},
+        "test": {"image": image[1437:], "label": label[1437:]},
+    }
     return _cut("digits", split, {name: len(part["label"]) for name, part in splits.items()}, splits.get, levels=17)
 
 
@@ -55,7 +58,7 @@ def _cut(name: str, split: str, sizes: dict[str, int], read, *, levels: int) -> 
             parsed = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
         except (ValueError, AssertionError, KeyError) as e:
             raise ValueError(
-                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as train[:1000] or train+test"
+                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as train[:100], train+test"
             ) from e
         cuts = [(c.splitname, c.from_ or 0, sizes[c.splitname] if c.to is None else c.to) for c in parsed]
     pieces = [{key: a[start:stop] for key, a in read(s).items()} for s, start, stop in cuts]
@@ -181,10 +184,18 @@ def _debian_fashion_mnist(wanted: dict) -> dict:
     for filename, (_, checksum, _) in wanted.items():
         content = (DEBIAN_FASHION_MNIST / filename).read_bytes()
         time = _FASHION_MNIST_TIMES[filename.split("-")[0]]
-        header = b"\x1f\x8b\x08\x08" + time.to_bytes(4, "little") + b"\x00\x03" + filename.removesuffix(".gz").encode() + b"\x00"
+        header = (
+            b"\x1f\x8b\x08\x08"
+            + time.to_bytes(4, "little")
+            + b"\x00\x03"
+            + filename.removesuffix(".gz").encode()
+            + b"\x00"
+        )
         files[filename] = header + content[10:]
         if hashlib.sha256(files[filename]).hexdigest() != checksum:
-            raise ValueError(f"fashion_mnist: {DEBIAN_FASHION_MNIST / filename} is not the official file; pass a folder")
+            raise ValueError(
+                f"fashion_mnist: {DEBIAN_FASHION_MNIST / filename} is not the official file; pass a folder"
+            )
     return files
 
 

@@ -7,8 +7,6 @@ again continues it, and ends with the same bits as a run that nothing interrupte
 from __future__ import annotations
 
 import contextlib
-import math
-import re
 import signal
 import threading
 from collections.abc import Callable
@@ -18,23 +16,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from ..core import Family, State, step_key
+from ..core import Family, State
 from ..data import Data, Info
 from . import folder as folders
 from .checkpoints import Checkpoints, SaveFailed, difference, say
+from .engine import Engine, Feed
 from .folder import Refused, metrics
 from .progress import Progress
 
-__all__ = ["NonFinite", "Refused", "Result", "Run", "SaveFailed", "evaluate", "fit", "load", "metrics", "replay", "sample"]
-
-# A parameter smaller than this is copied to every device rather than cut: gathering it in every layer of every step
-# would cost more than the memory it saves.
-CUT_FROM = 2**20
+__all__ = [
+    "NonFinite",
+    "Refused",
+    "Result",
+    "Run",
+    "SaveFailed",
+    "evaluate",
+    "fit",
+    "load",
+    "metrics",
+    "replay",
+    "sample",
+]
 
 
 class NonFinite(FloatingPointError):
@@ -66,7 +70,7 @@ class Run:
 
 
 class Result(NamedTuple):
-    """A trained model: `vae.decode(result.config, result.state.params["decoder"], z)` or `train.sample(result, ...)`."""
+    """A trained model: `vae.decode(result.config, result.state.params, z)`, or `train.sample(result, key, n=64)`."""
 
     family: Family
     state: State
@@ -75,142 +79,7 @@ class Result(NamedTuple):
     folder: Path | None
 
 
-# ------------------------------------------------------------------------------------------------ devices, compiling
-
-
-def _mesh(devices: int) -> jax.sharding.Mesh:
-    chosen = jax.devices()[: devices or None]
-    # Auto: under make_mesh's default, Explicit, scans and gathers raise ShardingTypeError.
-    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
-
-
-def _shardings(family: Family, template: State, mesh) -> State:
-    """Where each leaf lies: the family's rules first, then large leaves cut along their largest divisible axis."""
-
-    def spec(path, leaf):
-        name = jax.tree_util.keystr(path)
-        for pattern, rule in family.rules:
-            if re.search(pattern, name):
-                return rule
-        axes = [i for i, n in enumerate(leaf.shape) if n % mesh.size == 0]
-        if mesh.size == 1 or leaf.size < CUT_FROM or not axes:
-            return P()
-        axis = max(axes, key=lambda i: leaf.shape[i])
-        return P(*[None] * axis, "data")
-
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template)
-
-
-class _Feed:
-    """A data set's batches on a mesh, each process and device with its own contiguous rows of every global batch."""
-
-    def __init__(self, data: Data, mesh):
-        self.data, self.mesh = data, mesh
-        self.arrays = {}
-        if data.resident:
-            arrays, self._rows, self._take = data.resident
-            self.arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
-
-    def host(self, seed: int, i: int, size: int):
-        """What the host sends for batch i: the row numbers of a resident set, else the batch itself."""
-        return self._rows(seed, i, size) if self.data.resident else self.data.batch(seed, i, size)
-
-    def place(self, x, axis: int = 0):
-        """Host arrays on the mesh, cut along `axis`."""
-        sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
-        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda cut: a[cut]), x)
-
-    def batch(self, arrays, x):
-        """Inside the compiled step: the batch, spread over the devices."""
-        batch = self._take(arrays, x) if self.data.resident else x
-        return jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, P("data")))
-
-
-class _Engine:
-    """A family compiled for a mesh: its first state, its steps, its scores."""
-
-    def __init__(self, make, cfg, run: Run, data: Data):
-        self.run, self.mesh, self.family = run, _mesh(run.devices), make(cfg)
-        k_init, self.k_step, self.k_eval, _ = jax.random.split(jax.random.key(run.seed), 4)
-        self.feed = _Feed(data, self.mesh)
-        self.family_init = partial(self.family.init, k_init)
-        shapes = jax.eval_shape(self.family_init)
-        shardings = _shardings(self.family, shapes, self.mesh)
-        self.template = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
-        )
-
-        def one(state, arrays, x, key):
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # core.spread finds the mesh here
-                return self.family.step(state, self.feed.batch(arrays, x), step_key(key, state.step))
-
-        def several(state, arrays, xs, key, count):
-            # The loop's length is a traced number: whatever is left to do before the next save runs through the same
-            # compiled code, so where a run is cut into calls never changes a bit.
-            log = jax.eval_shape(one, state, arrays, jax.tree.map(lambda x: x[0], xs), key)[1]
-
-            def body(i, carry):
-                state, log = carry
-                state, metrics = one(state, arrays, jax.tree.map(lambda x: x[i], xs), key)
-                return state, jax.tree.map(lambda a, m: a.at[i].set(m), log, metrics)
-
-            log = jax.tree.map(lambda m: jnp.zeros((run.steps_per_call, *m.shape), m.dtype), log)
-            return jax.lax.fori_loop(0, count, body, (state, log))
-
-        out = (shardings, NamedSharding(self.mesh, P()))
-        self._one = jax.jit(one, donate_argnums=0, out_shardings=out)
-        self._several = jax.jit(several, donate_argnums=0, out_shardings=out)
-        self._init = jax.jit(self.family_init, out_shardings=shardings)
-        self._scores = {}
-
-    def init(self, warm: State | None = None) -> State:
-        """The state before step 0, from the seed; with the parameters of `warm` where that is given."""
-        state = self._init()
-        if warm is None:
-            return state
-        for name in ("params", "extra", "ema"):
-            if getattr(state, name) is not None:
-                placed = jax.tree.map(lambda t: t.sharding, getattr(self.template, name))
-                state = state._replace(**{name: jax.device_put(getattr(warm, name), placed)})
-        return state
-
-    def advance(self, state: State, step: int, count: int):
-        """`count` updates from `step` on (at most steps_per_call); metrics with a leading axis where that is above 1."""
-        k, size = self.run.steps_per_call, self.run.batch_size
-        if k == 1:
-            x = self.feed.place(self.feed.host(self.run.seed, step, size))
-            return self._one(state, self.feed.arrays, x, self.k_step)
-        hosts = [self.feed.host(self.run.seed, step + min(i, count - 1), size) for i in range(k)]
-        xs = self.feed.place(jax.tree.map(lambda *x: np.stack(x), *hosts), axis=1)
-        return self._several(state, self.feed.arrays, xs, self.k_step, count)
-
-    def score(self, state: State, feed: _Feed, seed: int = 0) -> dict[str, float]:
-        """Means of `family.evaluate` over every example of a finite set, once; the same noise at every call."""
-        if id(feed) not in self._scores:
-
-            def score(state, arrays, x, weight, key):
-                values = self.family.evaluate(state, feed.batch(arrays, x), key)
-                return {name: jnp.sum(v * weight) for name, v in values.items()}
-
-            self._scores[id(feed)] = jax.jit(score)
-        n, size = feed.data.info.examples, self.run.batch_size
-        total: dict[str, float] = {}
-        for i in range(-(-n // size)):
-            # The last batch is filled up with examples of weight 0, so that no example counts twice.
-            weight = (i * size + np.arange(size) < n).astype(np.float32)
-            sums = self._scores[id(feed)](
-                state, feed.arrays, feed.place(feed.host(seed, i, size)), feed.place(weight),
-                jax.random.fold_in(self.k_eval, i),
-            )  # fmt: skip
-            for name, value in jax.device_get(sums).items():
-                total[name] = total.get(name, 0.0) + float(value)
-        for per in ("tokens", "frames"):
-            if per in total:
-                total[f"nll_nats_per_{per[:-1]}"] = total["nll_nats"] / total[per] * n
-        return {name: value / n for name, value in total.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def _door(make, cfg, run: Run, data: Data, valid: Data | None) -> dict:
@@ -302,7 +171,7 @@ def fit(
 ) -> Result:
     """Trains make(cfg) on `data`, or continues the run that lies in run.folder, and returns it.
 
-    valid: a finite set, scored every run.eval_every steps and at the end. on_eval(family, state, step) -> {name: number}
+    valid: a finite set, scored every run.eval_every steps and at the end. on_eval(family, state, step) -> {name: value}
         runs there too; its numbers are reported beside the scores (None: nothing to report).
 
     Raises Refused for what cannot work, before anything compiles; NonFinite where a loss or gradient is not finite;
@@ -323,7 +192,7 @@ def fit(
             except OSError as e:
                 raise Refused(f"run.folder {folder} cannot be written: {e}") from e
             saves.clear()
-        engine = _Engine(make, cfg, run, data)
+        engine = Engine(make, cfg, run, data)
         last = saves.newest() if saves else None
         if last is not None and last > run.steps:
             raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
@@ -344,9 +213,9 @@ def fit(
     return Result(engine.family, state, cfg, data.info, folder)
 
 
-def _loop(engine: _Engine, state: State, step: int, saves, log, valid, on_eval) -> State:
+def _loop(engine: Engine, state: State, step: int, saves, log, valid, on_eval) -> State:
     run, folder = engine.run, saves.folder.parent if saves else None
-    feed = _Feed(valid, engine.mesh) if valid is not None else None
+    feed = Feed(valid, engine.mesh) if valid is not None else None
     saved, best = (step if step else None), (log.best(run.best) if log and run.best else None)
     pending = None
 
@@ -419,14 +288,14 @@ def _loop(engine: _Engine, state: State, step: int, saves, log, valid, on_eval) 
     return state
 
 
-# --------------------------------------------------------------------------------------------------- after training
+# ------------------------------------------------------------------------------------------------------ after training
 
 
 def load(folder: str | Path, *, at_most: int | None = None) -> Result:
     """A run as its folder records it: nothing else is needed, no flag is typed again.
 
-    The best checkpoint where run.best was set, else the newest (`at_most`: the newest up to that step). Damaged ones are
-    passed over. Raises Refused in one line for anything that is no run, or has no intact checkpoint.
+    The best checkpoint where run.best was set, else the newest (`at_most`: the newest up to that step). Damaged ones
+    are passed over. Raises Refused in one line for anything that is no run, or has no intact checkpoint.
     """
     folder = Path(folder)
     make, cfg, run, info, _ = folders.rebuild(folder)
@@ -439,10 +308,13 @@ def load(folder: str | Path, *, at_most: int | None = None) -> Result:
             best = min(lines, key=lambda line: line["valid"][run.best])["step"] if lines else None
         step = best if best in saves.steps() and saves.intact(best) else saves.newest(at_most=at_most)
         if step is None:
-            raise Refused(f"{folder} holds no intact checkpoint" + (f" up to step {at_most}" if at_most is not None else ""))
+            raise Refused(
+                f"{folder} holds no intact checkpoint" + (f" up to step {at_most}" if at_most is not None else "")
+            )
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), jax.eval_shape(family.init, jax.random.key(0))
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
+            jax.eval_shape(family.init, jax.random.key(0)),
         )
         try:
             state = saves.restore(step, template)
@@ -469,7 +341,7 @@ def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
     if hasattr(result.config, "check"):
         result.config.check(data.info)
     run = Run(batch_size=min(batch_size, data.info.examples), seed=seed, devices=1)
-    engine = _Engine(lambda _: result.family, result.config, run, data)
+    engine = Engine(lambda _: result.family, result.config, run, data)
     state = jax.device_put(result.state, engine.mesh.devices.flat[0])
     return engine.score(state, engine.feed)
 
@@ -483,16 +355,20 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
     folder = Path(folder)
     make, cfg, run, info, _ = folders.rebuild(folder)
     if data.info.fingerprint != info.fingerprint:
-        raise Refused(f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}")
+        raise Refused(
+            f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}"
+        )
     if step < 1:
         raise Refused(f"updates are numbered from 1, got step {step}")
     run = replace(run, devices=min(run.devices, len(jax.devices())))
     saves = Checkpoints(folder, run.keep)
     try:
-        engine = _Engine(make, cfg, run, data)
+        engine = Engine(make, cfg, run, data)
         at = saves.newest(at_most=step - 1)
         if at is None and run.init:
-            raise Refused(f"{folder} began with the parameters of {run.init} and has no intact checkpoint before step {step}")
+            raise Refused(
+                f"{folder} began with the parameters of {run.init} and has no intact checkpoint before step {step}"
+            )
         state, at = (engine.init(), 0) if at is None else (saves.restore(at, engine.template), at)
     finally:
         saves.close()

@@ -52,7 +52,10 @@ def quiet():
 def difference(here, there) -> str | None:
     """The first leaf in which two trees differ in shape, in words; None where they fit."""
     shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(t)}
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape)
+            for path, x in jax.tree_util.tree_leaves_with_path(t)
+        }
         for t in (here, there)
     ]
     for leaf in {**shapes[0], **shapes[1]}:
@@ -77,7 +80,7 @@ def _durable(path: Path) -> None:
 
 
 def _hush(told) -> None:
-    """After a failed save tensorstore's threads still call an event loop that Orbax has closed: noise after our line."""
+    """After a failed save tensorstore's threads still call an event loop that Orbax closed: noise after our line."""
     if not (isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)):
         sys.__unraisablehook__(told)
 
@@ -183,7 +186,7 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, template):
-        """The state of an intact checkpoint, placed as the template's shardings say; ValueError where it does not fit."""
+        """The state of an intact checkpoint, placed as the template says; ValueError where it does not fit."""
         path = (self.folder / str(step)).absolute()
         with quiet():
             if words := difference(template, self._orbax.metadata(path).item_metadata.tree):

@@ -97,7 +97,7 @@ def identify(folder: Path, record: dict) -> None:
     for name, was, now in _differences(identity(old), identity(record)):
         raise Refused(f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder")
     for name, was, now in _differences(old["environment"], record["environment"]):
-        say(f"warning: {name} was {was} when this run started and is {now}: the last bits may differ from an unbroken run")
+        say(f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run")
 
 
 def read(folder: str | Path) -> dict:
@@ -183,7 +183,9 @@ class Log:
         self._file = open(path, "a")
         (folder / "events").mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events" / "events"), f".{step}")
-        self._event = lambda step, **content: self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._event = lambda step, **content: self._events.write_event(
+            Event(wall_time=time.time(), step=step, **content)
+        )
         self._scalar = scalar
         if step:  # TensorBoard then drops what an earlier process wrote beyond this step
             self._event(step + 1, session_log=SessionLog(status=SessionLog.START))

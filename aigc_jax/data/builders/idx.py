@@ -34,12 +34,14 @@ class IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self):
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Tensor(
-                    shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-                ),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Tensor(
+                        shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+                    ),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
             supervised_keys=("image", "label"),
             disable_shuffling=True,  # keep the official order
         )
@@ -47,9 +49,7 @@ class IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager):
         files = dl_manager.download({info.filename: url for url, info in self.url_infos.items()})
         return {
-            split: self._generate_examples(
-                files[f"{stem}-images-idx3-ubyte.gz"], files[f"{stem}-labels-idx1-ubyte.gz"]
-            )
+            split: self._generate_examples(files[f"{stem}-images-idx3-ubyte.gz"], files[f"{stem}-labels-idx1-ubyte.gz"])
             for split, stem in (("train", "train"), ("test", "t10k"))
         }
 

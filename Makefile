@@ -1,0 +1,39 @@
+# make demo   digits that a VAE drew, with its bound in nats (sets up .venv first: about a minute)
+# make test   the whole test suite
+# make lint   ruff
+# make soak   the tests that take minutes
+# make bench  ours beside PyTorch (installs it)
+
+PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+BIN := .venv/bin
+STAMP := .venv/installed-$(VERSION)
+export XDG_CACHE_HOME ?= $(HOME)/.cache
+
+.PHONY: demo test lint soak bench
+.DEFAULT_GOAL := demo
+
+$(STAMP): setup.cfg pyproject.toml $(wildcard constraints-$(VERSION).txt)
+	@test -f constraints-$(VERSION).txt || { echo "aigc_jax is tested on Python 3.11 and 3.12; $(PYTHON) is $(VERSION). Install one, or: make PYTHON=python3.11"; exit 2; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$(VERSION).txt --editable '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m experiments.vae_digits
+	@$(BIN)/python -m aigc_jax sample runs/vae_digits --n 64 --out runs/vae_digits/samples.png
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -n 1 -m soak -s
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$(VERSION).txt --editable '.[bench]'
+	$(BIN)/python benchmarks/vae_epoch.py

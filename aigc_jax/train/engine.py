@@ -1,0 +1,151 @@
+"""A family compiled for a mesh of devices: where arrays lie, how batches reach them, what one call runs."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..core import Family, State, step_key
+from ..data import Data
+
+# A parameter smaller than this is copied to every device rather than cut: gathering it in every layer of every step
+# would cost more than the memory it saves.
+CUT_FROM = 2**20
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    chosen = jax.devices()[: devices or None]
+    # Auto: under make_mesh's default, Explicit, scans and gathers raise ShardingTypeError.
+    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
+
+
+def shardings_of(family: Family, template: State, mesh) -> State:
+    """Where each leaf lies: the family's rules first, then large leaves cut along their largest divisible axis."""
+
+    def spec(path, leaf):
+        name = jax.tree_util.keystr(path)
+        for pattern, rule in family.rules:
+            if re.search(pattern, name):
+                return rule
+        axes = [i for i, n in enumerate(leaf.shape) if n % mesh.size == 0]
+        if mesh.size == 1 or leaf.size < CUT_FROM or not axes:
+            return P()
+        axis = max(axes, key=lambda i: leaf.shape[i])
+        return P(*[None] * axis, "data")
+
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template)
+
+
+class Feed:
+    """A data set's batches on a mesh, each process and device with its own contiguous rows of every global batch."""
+
+    def __init__(self, data: Data, mesh):
+        self.data, self.mesh = data, mesh
+        self.arrays = {}
+        if data.resident:
+            arrays, self._rows, self._take = data.resident
+            self.arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
+
+    def host(self, seed: int, i: int, size: int):
+        """What the host sends for batch i: the row numbers of a resident set, else the batch itself."""
+        return self._rows(seed, i, size) if self.data.resident else self.data.batch(seed, i, size)
+
+    def place(self, x, axis: int = 0):
+        """Host arrays on the mesh, cut along `axis`."""
+        sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda cut: a[cut]), x)
+
+    def batch(self, arrays, x):
+        """Inside the compiled step: the batch, spread over the devices."""
+        batch = self._take(arrays, x) if self.data.resident else x
+        return jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, P("data")))
+
+
+class Engine:
+    """A family compiled for a mesh: its first state, its steps, its scores."""
+
+    def __init__(self, make, cfg, run, data: Data):
+        self.run, self.mesh, self.family = run, mesh_of(run.devices), make(cfg)
+        k_init, self.k_step, self.k_eval, _ = jax.random.split(jax.random.key(run.seed), 4)
+        self.feed = Feed(data, self.mesh)
+        self.family_init = partial(self.family.init, k_init)
+        shapes = jax.eval_shape(self.family_init)
+        shardings = shardings_of(self.family, shapes, self.mesh)
+        self.template = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+        )
+
+        def one(state, arrays, x, key):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # core.spread finds the mesh here
+                return self.family.step(state, self.feed.batch(arrays, x), step_key(key, state.step))
+
+        def several(state, arrays, xs, key, count):
+            # The loop's length is a traced number: whatever is left to do before the next save runs through the same
+            # compiled code, so where a run is cut into calls never changes a bit.
+            log = jax.eval_shape(one, state, arrays, jax.tree.map(lambda x: x[0], xs), key)[1]
+
+            def body(i, carry):
+                state, log = carry
+                state, metrics = one(state, arrays, jax.tree.map(lambda x: x[i], xs), key)
+                return state, jax.tree.map(lambda a, m: a.at[i].set(m), log, metrics)
+
+            log = jax.tree.map(lambda m: jnp.zeros((run.steps_per_call, *m.shape), m.dtype), log)
+            return jax.lax.fori_loop(0, count, body, (state, log))
+
+        out = (shardings, NamedSharding(self.mesh, P()))
+        self._one = jax.jit(one, donate_argnums=0, out_shardings=out)
+        self._several = jax.jit(several, donate_argnums=0, out_shardings=out)
+        self._init = jax.jit(self.family_init, out_shardings=shardings)
+        self._scores = {}
+
+    def init(self, warm: State | None = None) -> State:
+        """The state before step 0, from the seed; with the parameters of `warm` where that is given."""
+        state = self._init()
+        if warm is None:
+            return state
+        for name in ("params", "extra", "ema"):
+            if getattr(state, name) is not None:
+                placed = jax.tree.map(lambda t: t.sharding, getattr(self.template, name))
+                state = state._replace(**{name: jax.device_put(getattr(warm, name), placed)})
+        return state
+
+    def advance(self, state: State, step: int, count: int):
+        """`count` updates from `step` on, at most steps_per_call; metrics have a leading axis where that is above 1."""
+        k, size = self.run.steps_per_call, self.run.batch_size
+        if k == 1:
+            x = self.feed.place(self.feed.host(self.run.seed, step, size))
+            return self._one(state, self.feed.arrays, x, self.k_step)
+        hosts = [self.feed.host(self.run.seed, step + min(i, count - 1), size) for i in range(k)]
+        xs = self.feed.place(jax.tree.map(lambda *x: np.stack(x), *hosts), axis=1)
+        return self._several(state, self.feed.arrays, xs, self.k_step, count)
+
+    def score(self, state: State, feed: Feed, seed: int = 0) -> dict[str, float]:
+        """Means of `family.evaluate` over every example of a finite set, once; the same noise at every call."""
+        if id(feed) not in self._scores:
+
+            def score(state, arrays, x, weight, key):
+                values = self.family.evaluate(state, feed.batch(arrays, x), key)
+                return {name: jnp.sum(v * weight) for name, v in values.items()}
+
+            self._scores[id(feed)] = jax.jit(score)
+        n, size = feed.data.info.examples, self.run.batch_size
+        total: dict[str, float] = {}
+        for i in range(-(-n // size)):
+            # The last batch is filled up with examples of weight 0, so that no example counts twice.
+            weight = (i * size + np.arange(size) < n).astype(np.float32)
+            sums = self._scores[id(feed)](
+                state, feed.arrays, feed.place(feed.host(seed, i, size)), feed.place(weight),
+                jax.random.fold_in(self.k_eval, i),
+            )  # fmt: skip
+            for name, value in jax.device_get(sums).items():
+                total[name] = total.get(name, 0.0) + float(value)
+        for per in ("tokens", "frames"):
+            if per in total:
+                total[f"nll_nats_per_{per[:-1]}"] = total["nll_nats"] / total[per] * n
+        return {name: value / n for name, value in total.items()}
