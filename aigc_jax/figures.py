@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Array, Num, Shaped
 
 # Okabe & Ito 2008: distinct to colour-blind eyes and in grey print; lines differ in dash as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,7 +38,12 @@ def _in_our_look(draw):
     return wrapped
 
 
-def tile(images: np.ndarray, columns: int | None = None, *, pad: int = 1) -> np.ndarray:
+Images = Num[Array | np.ndarray, "N H W C"]
+Points = Num[Array | np.ndarray, "N 2"]
+Labels = Shaped[Array | np.ndarray, " N"]
+
+
+def tile(images: Images, columns: int | None = None, *, pad: int = 1) -> np.ndarray:
     """Images [N, H, W, C] in [0, 1] as one picture [H', W', C], row by row, white between them."""
     images = np.asarray(images)
     n, h, w, c = images.shape
@@ -49,7 +56,7 @@ def tile(images: np.ndarray, columns: int | None = None, *, pad: int = 1) -> np.
     return sheet
 
 
-def save_images(path: str | Path, images: np.ndarray, columns: int | None = None, *, smallest: int = 512) -> None:
+def save_images(path: str | Path, images: Images, columns: int | None = None, *, smallest: int = 512) -> None:
     """A PNG of the images and nothing else; small ones are enlarged by whole pixels to about `smallest` on a side."""
     from PIL import Image
 
@@ -61,7 +68,7 @@ def save_images(path: str | Path, images: np.ndarray, columns: int | None = None
 
 
 @_in_our_look
-def figure(rows: int, columns: int, *, size: tuple[float, float]):
+def figure(rows: int, columns: int, *, size: tuple[float | int, float | int]):
     """A figure without a display, and its axes [rows, columns]; finish it with `save`. Sizes in inches."""
     from matplotlib.figure import Figure
 
@@ -70,7 +77,7 @@ def figure(rows: int, columns: int, *, size: tuple[float, float]):
 
 
 @_in_our_look
-def images(ax, pictures: np.ndarray, columns: int | None = None, *, title: str = "") -> None:
+def images(ax, pictures: Images, columns: int | None = None, *, title: str = "") -> None:
     """An image grid on an axis; 0 is black, 1 white."""
     sheet = tile(pictures, columns)
     ax.imshow(sheet[..., 0] if sheet.shape[-1] == 1 else sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -79,7 +86,7 @@ def images(ax, pictures: np.ndarray, columns: int | None = None, *, title: str =
 
 
 @_in_our_look
-def points(ax, x: np.ndarray, label: np.ndarray | None = None, *, title: str = "", axes=("x_1", "x_2")) -> None:
+def points(ax, x: Points, label: Labels | None = None, *, title: str = "", axes=("x_1", "x_2")) -> None:
     """Points [N, 2]; with labels each class is drawn as its own number, which needs no colour to be read."""
     if label is None:
         ax.scatter(x[:, 0], x[:, 1], s=3, color=COLOURS[0], linewidths=0)
@@ -91,7 +98,7 @@ def points(ax, x: np.ndarray, label: np.ndarray | None = None, *, title: str = "
 
 
 @_in_our_look
-def curves(ax, lines: Mapping[str, tuple], *, xlabel: str, ylabel: str, title: str = "") -> None:
+def curves(ax, lines: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str = "") -> None:
     """Named curves {name: (x, y)}; labels carry the units."""
     for i, (name, (x, y)) in enumerate(lines.items()):
         ax.plot(x, y, DASHES[i % len(DASHES)], color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.5)

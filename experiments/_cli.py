@@ -124,9 +124,10 @@ def main(name: str) -> None:
                          description=about, prog=f"python -m experiments.{name}")  # fmt: skip
     if choice.record:
         commit = recordable(choice.scale, flags)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "aigc_jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if jax.config.jax_compilation_cache_dir is None:  # a second start compiles nothing
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "aigc_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
     folder = Path(getattr(setup, "run", setup).folder)
     begin, continued = time.monotonic(), folder.exists()

@@ -16,6 +16,10 @@ def _points(name, split, examples, draw, dim, /, **options) -> Data:
         low = 1 if isinstance(value, int) else 0
         if not value >= low:
             raise ValueError(f"{name}: {option} must be at least {low}, got {value}")
+    if not split.isidentifier():
+        raise ValueError(
+            f"{name} draws its points, so a split is a name such as train or test, not the slice {split!r}"
+        )
     source = {"name": name, "split": split, **options}
     data = endless(draw, (dim,), source)
     if examples is None:

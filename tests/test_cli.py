@@ -1,0 +1,160 @@
+"""The command lines: what works, and one line with exit code 2 for a user's mistake."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aigc_jax import __main__ as commands
+from aigc_jax import train
+from aigc_jax.data import images
+from experiments import __main__ as experiments
+from experiments import _cli
+
+
+@pytest.fixture
+def call(monkeypatch, capfd, tmp_path):
+    """call("experiments.NAME" or "aigc_jax", flags...) -> (exit code, stdout, stderr), run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(what, *flags):
+        monkeypatch.setattr(sys, "argv", [what, *map(str, flags)])
+        try:
+            if what == "aigc_jax":
+                commands.main()
+            elif what == "experiments":
+                experiments.main()
+            else:
+                _cli.main(what.removeprefix("experiments."))
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        out = capfd.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    old = sys.argv
+    sys.argv = ["x", "--scale", "smoke", "--run.folder", str(folder), "--run.devices", "1"]
+    try:
+        _cli.main("vae_digits")
+    finally:
+        sys.argv = old
+    return folder
+
+
+def test_smoke_run_draws_and_measures(digits_run):
+    result = json.loads((digits_run / "rows.json").read_text())
+    bound, marginal = result["rows"][:2]
+    assert bound["verdict"].startswith("holds") and bound["ours"] < marginal["ours"]
+    assert abs(marginal["ours"] - 26.8) < 0.1
+    assert result["scale"] == "smoke" and result["command"].endswith("--scale smoke --run.devices 1")
+    with Image.open(digits_run / "vae_digits.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_sample_info_replay(call, digits_run, tmp_path):
+    out = tmp_path / "samples.png"
+    code, said, _ = call("aigc_jax", "sample", digits_run, "--n", 30, "--out", out)
+    assert code == 0 and "wrote 30 samples" in said
+    with Image.open(out) as picture:
+        assert picture.size[0] >= 400 and np.asarray(picture).std() > 10
+    code, said, _ = call("aigc_jax", "info", digits_run)
+    assert code == 0 and "aigc_jax.vae.make" in said and "saved    step 600" in said
+    line = next(r for r in train.metrics(digits_run) if "train" in r)
+    code, said, _ = call("aigc_jax", "replay", digits_run, "--step", line["step"])
+    assert code == 0 and repr(line["train"]["loss"]) in said
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["sample", "{run}", "--out", "x.jpg"], ".png"),
+        (["sample", "{run}", "--out", "nowhere/x.png"], "folder that exists"),
+        (["sample", "{run}", "--out", "x.png", "--n", "0"], "at least 1"),
+        (["sample", "nowhere", "--out", "x.png"], "no run folder"),
+        (["sample", "{run}", "--out", "x.png", "--seed", "-1"], "seed"),
+        (["info", "nowhere"], "no run folder"),
+        (["replay", "{run}", "--step", "0"], "numbered from 1"),
+        (["replay", "{run}", "--step", "3", "--data.folder", "x"], "takes no folder"),
+    ],
+)
+def test_mistakes_with_a_run_folder_are_one_line(call, digits_run, tmp_path, flags, words):
+    code, out, err = call("aigc_jax", *[f.format(run=digits_run) for f in flags])
+    assert code == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and words in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("vae_digits", ["--run.stepz", "3"], "--run.stepz"),
+        ("vae_digits", ["--run.steps", "-3"], "run.steps must be at least 1, got -3"),
+        ("vae_digits", ["--run.steps", "many"], "many"),
+        ("vae_digits", ["--model.latent-dim", "0"], "latent_dim must be at least 1, got 0"),
+        ("vae_digits", ["--model.optim.lr", "-1"], "lr must not be negative"),
+        ("vae_digits", ["--scale", "huge"], "huge"),
+        ("vae_digits", ["--data.name", "digitz"], "unknown data set 'digitz'"),
+        ("vae_digits", ["--data.name", "ring"], "not the slice"),
+        ("vae_digits", ["--run.batch-size", "99"], "batch_size 99 does not divide by 8 devices"),
+        ("vae_digits", ["--seeds", "0"], "seeds must be at least 1"),
+        ("vae_digits", ["--scale", "smoke", "--record"], "a smoke run is no result"),
+        ("vae_digits", ["--data.folder", "x", "--record"], "AIGC_DATA"),
+        ("vae_manifold", ["--data.folder", "nowhere"], "there is no folder nowhere"),
+        ("vae_manifold", ["--model.latent-dim", "3"], "latent-dim 2"),
+        ("vae_manifold", [], "no network in this test"),
+        ("ppca_exact", ["--latents", "3"], "latents must be at least 5"),
+    ],
+)
+def test_mistakes_of_an_experiment_are_said_and_leave_nothing(call, monkeypatch, tmp_path, name, flags, words):
+    def no_network(*args, **options):
+        raise OSError("no network in this test")
+
+    from tensorflow_datasets.core import constants
+
+    monkeypatch.setattr(images.urllib.request, "urlopen", no_network)
+    monkeypatch.delenv("AIGC_DATA", raising=False)
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path / "tfds"))
+    code, out, err = call(f"experiments.{name}", *flags)
+    assert code == 2, err
+    assert words in " ".join(err.replace("│", " ").split()) and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_is_one_line_and_exit_code_1(call, tmp_path):
+    code, _, err = call("experiments.vae_digits", "--scale", "smoke", "--run.devices", 1, "--model.optim.name", "sgd",
+                        "--model.optim.lr", "1e30")  # fmt: skip
+    last = err.strip().splitlines()[-1]
+    assert (
+        code == 1
+        and last.startswith("error: step ")
+        and "python -m aigc_jax replay runs/vae_digits-smoke --step" in last
+    )
+    assert "Traceback" not in err
+
+
+def test_list_and_usage(call):
+    code, out, _ = call("experiments", "list")
+    assert code == 0 and all(name in out for name in experiments.names())
+    code, _, err = call("experiments", "reproduce-everything")
+    assert code == 2 and err.startswith("error: usage")
+
+
+def test_rows_and_verdicts():
+    row = _cli.Row("a", 3.0, error=0.1)
+    assert _cli.verdict(row, {"a": ("< 4", lambda v: v < 4)}) == "holds: < 4"
+    assert _cli.verdict(row, {"a": ("< 2", lambda v: v < 2)}) == "FAILS: < 2"
+    assert _cli.verdict(row, {}) == ""
+    mean, error = _cli.mean_and_error([1.0, 2.0, 4.0])
+    np.testing.assert_allclose((mean, error), (7 / 3, np.std([1, 2, 4], ddof=1) / 3**0.5))
+    assert _cli.mean_and_error([5.0]) == (5.0, None)
+    assert _cli.command("x", "paper", ["--run.folder", "/a", "--seeds", "3", "--folder=/b"]) == (
+        "python -m experiments.x --scale paper --seeds 3"
+    )

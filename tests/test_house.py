@@ -1,0 +1,101 @@
+"""The house itself: who may import whom, what is generated, what must not be there."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import __main__ as experiments
+from experiments import _cli
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "aigc_jax"
+FAMILIES = {"vae", "gan", "ddpm", "transformer"}
+MAY = {  # the table of docs/design.md, section 1
+    **dict.fromkeys(("core", "nn", "metrics", "figures", "data"), set()),
+    **dict.fromkeys(FAMILIES, {"core", "nn"}),
+    "train": {"core", "data"},
+    "__init__": FAMILIES,
+}
+
+
+def imports(path):
+    """Names of aigc_jax's modules (first level) that a file imports; relative imports resolved."""
+    here = (*path.relative_to(ROOT).parts[:-1],)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(here[: len(here) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            modules = [[*base, alias.name] for alias in node.names] if base == ["aigc_jax"] else [base]
+        else:
+            continue
+        for parts in modules:
+            if parts[0] in ("experiments", "tests", "benchmarks"):
+                yield parts[0]
+            elif parts[0] == "aigc_jax" and len(parts) > 1:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_layers(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__main__":
+        assert not {"experiments", "tests"} & set(imports(path))
+        return
+    assert room in MAY, f"{room} is no room of the design"
+    assert set(imports(path)) - {room} <= MAY[room]
+
+
+def test_the_layer_test_sees_imports(tmp_path):
+    assert set(imports(PACKAGE / "vae.py")) == {"core"}
+    assert set(imports(PACKAGE / "train" / "engine.py")) == {"core", "data"}
+    assert {"train", "data", "figures"} <= set(imports(PACKAGE / "__main__.py"))
+
+
+def test_import_is_light():
+    """Importing the package brings in none of the libraries that only some functions need."""
+    code = "import sys, aigc_jax; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["sklearn", "grain", "tensorflow_datasets", "matplotlib", "orbax.checkpoint", "tyro", "tensorflow", "torch"]
+    out = subprocess.run([sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_results_table_is_what_the_results_say():
+    assert _cli.TABLE.read_text() == _cli.table(), "run: python -m experiments table"
+
+
+def test_every_record_can_be_repeated():
+    for path in _cli.RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["name"] == path.stem and record["name"] in experiments.names()
+        assert record["scale"] != "smoke" and record["commit"] and record["rows"]
+        assert "data.folder" not in record["command"] and "run.folder" not in record["command"]
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_every_script_says_what_it_needs(name):
+    script = importlib.import_module(f"experiments.{name}")
+    assert f"python -m experiments.{name}" in script.__doc__
+    assert "download" in script.__doc__
+    assert {"smoke", "cpu"} <= set(script.SCALES) == set(script.DIFFERENCE)
+    assert script.CRITERIA and script.INVARIANTS
+    assert len({getattr(s, "run", s).folder for s in script.SCALES.values()}) == len(script.SCALES)
+
+
+def test_documents_name_only_what_exists():
+    """Files and experiment scripts that the README and the design mention are there."""
+    text = (ROOT / "README.md").read_text()
+    for name in experiments.names():
+        assert f"experiments.{name}" in text, name
+    import re
+
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for module in re.findall(r"python -m experiments\.(\w+)", text):
+        assert module in experiments.names() or module == "NAME", module
