@@ -3,6 +3,8 @@
 import ast
 import importlib
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,9 +95,15 @@ def test_documents_name_only_what_exists():
     text = (ROOT / "README.md").read_text()
     for name in experiments.names():
         assert f"experiments.{name}" in text, name
-    import re
-
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
     for module in re.findall(r"python -m experiments\.(\w+)", text):
         assert module in experiments.names() or module == "NAME", module
+
+
+def test_the_readmes_code_runs(tmp_path):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("log p(x) >= -")
