@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
-from optax import sigmoid_binary_cross_entropy
 
 from .core import EMA, Family, Optim, State, make_step, start
 
@@ -107,11 +106,15 @@ def log_likelihood(
         same formula that the literature calls MNIST with real-valued targets.
     gaussian: a density in [0, 1] pixel units, of fixed sigma (AEVB eq. 12 learns it).
     """
-    pixels = (-3, -2, -1)
+    # One axis of pixels: XLA's CPU code for a sum over [..., H, W, 1] is many times slower.
+    x, decoded = (a.reshape(*a.shape[:-3], -1) for a in (x, decoded))
     if cfg.likelihood == "bernoulli":
-        return -jnp.sum(sigmoid_binary_cross_entropy(decoded, x), pixels)
+        # x log p + (1 - x) log(1 - p), p = sigmoid(l), with one exp and one log; optax's two log-sigmoids take 2.7 times
+        # as long on the CPU.
+        softplus = jnp.maximum(decoded, 0) + jnp.log1p(jnp.exp(-jnp.abs(decoded)))
+        return jnp.sum(x * decoded - softplus, -1)
     z = (x - decoded) / cfg.sigma
-    return -jnp.sum(0.5 * jnp.square(z) + jnp.log(cfg.sigma) + 0.5 * jnp.log(2 * jnp.pi), pixels)
+    return -jnp.sum(0.5 * jnp.square(z) + jnp.log(cfg.sigma) + 0.5 * jnp.log(2 * jnp.pi), -1)
 
 
 # --------------------------------------------------------------------------------------------------------- the modules

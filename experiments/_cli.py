@@ -186,7 +186,7 @@ def recordable(scale: str, flags: list[str]) -> str:
         if any(flag.startswith("--data.folder") for flag in flags):
             raise ValueError("a recorded command holds no data path: set AIGC_DATA instead of --data.folder")
         try:
-            dirty = _git("status", "--porcelain")
+            dirty = _git("status", "--porcelain", "--", ".", ":!results", ":!docs/reproduction.md")
         except (OSError, subprocess.CalledProcessError) as e:
             raise ValueError("--record needs a git checkout: a row names its commit") from e
         if dirty:
