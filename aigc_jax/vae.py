@@ -109,8 +109,8 @@ def log_likelihood(
     # One axis of pixels: XLA's CPU code for a sum over [..., H, W, 1] is many times slower.
     x, decoded = (a.reshape(*a.shape[:-3], -1) for a in (x, decoded))
     if cfg.likelihood == "bernoulli":
-        # x log p + (1 - x) log(1 - p), p = sigmoid(l), with one exp and one log; optax's two log-sigmoids take 2.7 times
-        # as long on the CPU.
+        # x log p + (1 - x) log(1 - p), p = sigmoid(l), with one exp and one log; optax's two log-sigmoids take
+        # 2.7 times as long on the CPU.
         softplus = jnp.maximum(decoded, 0) + jnp.log1p(jnp.exp(-jnp.abs(decoded)))
         return jnp.sum(x * decoded - softplus, -1)
     z = (x - decoded) / cfg.sigma

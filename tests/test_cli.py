@@ -81,7 +81,7 @@ def test_sample_info_replay(call, digits_run, tmp_path):
         (["sample", "nowhere", "--out", "x.png"], "no run folder"),
         (["sample", "{run}", "--out", "x.png", "--seed", "-1"], "seed"),
         (["info", "nowhere"], "no run folder"),
-        (["replay", "{run}", "--step", "0"], "numbered from 1"),
+        (["replay", "{run}", "--step", "0"], "numbered 1..600"),
         (["replay", "{run}", "--step", "3", "--data.folder", "x"], "takes no folder"),
     ],
 )

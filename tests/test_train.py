@@ -93,9 +93,9 @@ def test_the_batch_lies_on_eight_devices_an_eighth_each():
         np.testing.assert_array_equal(shard.data, data.order(1437, 0, 0, 16)[2 * d : 2 * d + 2])
 
 
-@pytest.mark.parametrize("k", [1, 5])
-def test_five_sgd_steps_on_eight_devices_agree_with_one(k):
-    cfg = dataclasses.replace(SGD, binarisation="dynamic")  # noise in x and in z
+@pytest.mark.parametrize("k, micro", [(1, 1), (5, 2)])
+def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
+    cfg = dataclasses.replace(SGD, binarisation="dynamic", micro=micro)  # noise in x and in z
     one, eight = (fit(vae.make, cfg, run(steps=5, devices=n, steps_per_call=k), DIGITS).state for n in (1, 8))
     assert len(eight.step.sharding.device_set) == 8
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
@@ -411,6 +411,17 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     with pytest.raises(train.Refused, match="other files"):
         fit(vae.make, CFG, run(tmp_path), DIGITS)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "r").write_text("x")
+    with pytest.raises(train.Refused, match="is a file"):
+        fit(vae.make, CFG, run(tmp_path / "r"), DIGITS)
+
+
+def test_what_on_eval_reports_may_be_any_number(tmp_path):
+    fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS, on_eval=lambda *_: {"a": np.float32(0.5), "b": np.nan})
+    assert train.metrics(tmp_path / "r")[-1] == {"step": 4, "valid": {"a": 0.5, "b": None}}
 
 
 def test_fewer_steps_than_done_is_refused(tmp_path):

@@ -247,7 +247,7 @@ def _loop(engine: Engine, state: State, step: int, saves, log, valid, on_eval) -
         fetch()
         values = engine.score(state, feed) if feed else {}
         if on_eval:
-            values |= on_eval(engine.family, state, step) or {}
+            values |= {name: float(v) for name, v in (on_eval(engine.family, state, step) or {}).items()}
         if not values:
             return
         if run.best and run.best not in values:
@@ -358,8 +358,8 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
         raise Refused(
             f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}"
         )
-    if step < 1:
-        raise Refused(f"updates are numbered from 1, got step {step}")
+    if not 1 <= step <= run.steps:
+        raise Refused(f"the updates of {folder} are numbered 1..{run.steps}, got step {step}")
     run = replace(run, devices=min(run.devices, len(jax.devices())))
     saves = Checkpoints(folder, run.keep)
     try:

@@ -80,6 +80,8 @@ def _differences(old, new, at: str = ""):
 def identify(folder: Path, record: dict) -> None:
     """Refuses a folder that holds another run, both values named; warns where last bits may differ."""
     path = folder / "run.json"
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"run.folder {folder} is a file")
     if not path.exists():
         if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
             raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
