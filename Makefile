@@ -8,7 +8,8 @@ PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v p
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := .venv/bin
 STAMP := .venv/installed-$(VERSION)
-export XDG_CACHE_HOME ?= $(HOME)/.cache
+# A tree that was moved, or an interpreter that is gone, leaves a .venv that does not run.
+$(shell .venv/bin/python -m pip --version >/dev/null 2>&1 || rm -f .venv/installed-*)
 
 .PHONY: demo test lint soak bench
 .DEFAULT_GOAL := demo
@@ -28,8 +29,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -n 1 -m soak -s

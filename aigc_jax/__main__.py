@@ -30,8 +30,8 @@ def sample(run_folder: Folder, /, *, out: Path, n: int = 64, seed: int = 0, chun
     """
     if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise train.Refused(f"--out must name a .png file in a folder that exists, got {out}")
-    if seed < 0:
-        raise train.Refused(f"seed must not be negative, got {seed}")
+    if not 0 <= seed < 2**32:
+        raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
     result = train.load(run_folder)
     samples = train.sample(result, jax.random.split(jax.random.key(seed), 4)[3], n=n, chunk=chunk)
     new = out.with_name(f".{out.name}.new")
@@ -49,7 +49,9 @@ def sample(run_folder: Folder, /, *, out: Path, n: int = 64, seed: int = 0, chun
         new.replace(out)
     finally:
         new.unlink(missing_ok=True)
-    print(f"wrote {n} samples of step {int(result.state.step)} to {out}")
+    best = folders.read(run_folder)["run"].get("best")
+    chosen = f" (lowest {best} of those kept)" if best else ""
+    print(f"wrote {n} samples of step {int(result.state.step)}{chosen} to {out}")
 
 
 def info(run_folder: Folder, /) -> None:

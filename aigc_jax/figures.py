@@ -101,9 +101,11 @@ def points(ax, x: Points, label: Labels | None = None, *, title: str = "", axes=
 def curves(ax, lines: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str = "") -> None:
     """Named curves {name: (x, y)}; labels carry the units."""
     for i, (name, (x, y)) in enumerate(lines.items()):
-        ax.plot(x, y, DASHES[i % len(DASHES)], color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.5)
+        style = {"color": COLOURS[i % len(COLOURS)], "label": name, "linewidth": 1.5}
+        ax.plot(x, y, DASHES[i % len(DASHES)], marker="o" if len(x) <= 12 else None, markersize=4, **style)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    ax.legend()
+    if len(lines) > 1:
+        ax.legend()
 
 
 @_in_our_look

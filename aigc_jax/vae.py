@@ -169,7 +169,8 @@ def mean_image(cfg: Config, decoded: Float[Array, "..."]) -> Float[Array, "..."]
 def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     """Pixels 0..levels-1 to floats in [0, 1], binarised as the config says. Once, before any chunking.
 
-    static: image i of the set (`batch["index"]`) keeps the same Bernoulli draw in every epoch and every run.
+    static: image i of the set (`batch["index"]`, counted within the split that was loaded) keeps one Bernoulli draw in
+        every epoch and every run.
     dynamic: a new draw every call (Burda et al. 2016, section 5.1).
     """
     x = jnp.asarray(batch["image"], jnp.float32) / (cfg.levels - 1)
@@ -178,9 +179,8 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     if cfg.binarisation == "dynamic":
         u = jax.random.uniform(key, x.shape)
     else:
-        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.key(0), i), x.shape[1:]))(
-            batch["index"]
-        )
+        own = jax.random.key(0x57A71C)  # of no run: key(0) is what seed 0 splits
+        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(own, i), x.shape[1:]))(batch["index"])
     return (u < x).astype(jnp.float32)
 
 

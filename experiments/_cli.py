@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aigc_jax import data, train
+from aigc_jax.train import folder as folders
 from aigc_jax.train.folder import environment, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,10 +96,19 @@ def _git(*words: str) -> str:
 
 def _show(name: str, scale: str, rows: list[Row], verdicts: list[str], difference: str) -> None:
     table = Table(title=f"{name} ({scale}{': ' + difference if difference else ''})", title_justify="left")
-    for column in ("quantity", "paper", "ours", "+-", "oracle", "verdict"):
+    columns = {
+        "quantity": [row.quantity for row in rows],
+        "paper": [number(row.paper) for row in rows],
+        "ours": [number(row.ours) for row in rows],
+        "+-": [number(row.error) for row in rows],
+        "oracle": [number(row.oracle) for row in rows],
+        "verdict": verdicts,
+    }
+    shown = {column: cells for column, cells in columns.items() if set(cells) - {"-", ""}}
+    for column in shown:
         table.add_column(column)
-    for row, said in zip(rows, verdicts, strict=True):
-        table.add_row(row.quantity, *map(number, (row.paper, row.ours, row.error, row.oracle)), said)
+    for cells in zip(*shown.values(), strict=True):
+        table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -113,7 +123,7 @@ def main(name: str) -> None:
     """Runs experiments.<name> with the flags of this process."""
     # The script's importable twin, so that a run folder can name what made it.
     script = importlib.import_module(f"experiments.{name}")
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, prog=f"python -m experiments.{name}")
     first.add_argument("--scale", choices=tuple(script.SCALES), default="cpu")
     first.add_argument("--record", action="store_true")
     choice, flags = first.parse_known_args()
@@ -129,31 +139,42 @@ def main(name: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-    folder = Path(getattr(setup, "run", setup).folder)
+    with door():
+        if not getattr(setup, "run", setup).folder:
+            raise ValueError("an experiment needs a folder to write to (--run.folder, or --folder)")
+        folder = Path(getattr(setup, "run", setup).folder)
+        if choice.record:
+            check_began_at(commit, folder)
     begin, continued = time.monotonic(), folder.exists()
     try:
         rows = script.rows(setup, folder)
     except train.Refused as e:
         raise SystemExit(_error(e, 2)) from e
-    except (train.NonFinite, train.SaveFailed) as e:
+    except (train.NonFinite, OSError) as e:  # SaveFailed, or a figure that could not be written
         raise SystemExit(_error(e, 1)) from e
     criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA
     verdicts = [verdict(row, criteria) for row in rows]
     seconds = round(time.monotonic() - begin, 1)
-    _show(name, choice.scale, rows, verdicts, script.DIFFERENCE[choice.scale])
+    changed = [flag for flag in kept_flags(flags) if not flag.startswith("--data")]
+    difference = "; but with ".join(words for words in (script.DIFFERENCE[choice.scale], " ".join(changed)) if words)
+    _show(name, choice.scale, rows, verdicts, difference)
     result = {
         "name": name,
         "title": script.__doc__.splitlines()[0],
         "command": command(name, choice.scale, flags),
         "scale": choice.scale,
-        "difference": script.DIFFERENCE[choice.scale],
+        "difference": difference,
+        "data": setup.data.name if hasattr(setup, "data") else None,
         "seeds": getattr(setup, "seeds", 1),
         "seconds": seconds,
         "continued": continued,
         "environment": environment(),
         "rows": [{**row._asdict(), "verdict": said} for row, said in zip(rows, verdicts, strict=True)],
     }  # fmt: skip
-    write_json(folder / "rows.json", result)
+    try:
+        write_json(folder / "rows.json", result)
+    except OSError as e:
+        raise SystemExit(_error(e, 1)) from e
     print(f"{seconds} s; figures and rows in {folder}/")
     if choice.record:
         RESULTS.mkdir(exist_ok=True)
@@ -164,8 +185,8 @@ def main(name: str) -> None:
         raise SystemExit(1)
 
 
-def command(name: str, scale: str, flags: list[str]) -> str:
-    """The command that repeats a run, but for where it lies: a record holds no path of this machine."""
+def kept_flags(flags: list[str]) -> list[str]:
+    """The flags but for where a run lies."""
     kept, skip = [], False
     for flag in flags:
         if skip:
@@ -174,8 +195,13 @@ def command(name: str, scale: str, flags: list[str]) -> str:
             skip = True
         elif not flag.startswith(("--run.folder=", "--folder=")):
             kept.append(flag)
+    return kept
+
+
+def command(name: str, scale: str, flags: list[str]) -> str:
+    """The command that repeats a run; a record holds no path of this machine."""
     scales = [] if scale == "cpu" else ["--scale", scale]
-    return shlex.join(["python", "-m", f"experiments.{name}", *scales, *kept])
+    return shlex.join(["python", "-m", f"experiments.{name}", *scales, *kept_flags(flags)])
 
 
 def recordable(scale: str, flags: list[str]) -> str:
@@ -192,6 +218,15 @@ def recordable(scale: str, flags: list[str]) -> str:
         if dirty:
             raise ValueError("the tree has uncommitted changes: commit first, so that the row's commit is what ran")
         return _git("rev-parse", "--short=12", "HEAD")
+
+
+def check_began_at(commit: str, folder: Path) -> None:
+    """Refuses to record what an older commit, or changed files, began to train."""
+    for path in [folder / "run.json", *folder.glob("*/run.json")]:
+        if path.is_file() and (began := folders.read(path.parent)["environment"].get("commit")) != commit:
+            raise ValueError(
+                f"{path.parent} began at commit {began or 'unknown'}, not {commit}: record from a new folder"
+            )
 
 
 def table() -> str:
@@ -211,8 +246,10 @@ def table() -> str:
             "",
             f"`{r['command']}`",
             "",
-            f"Scale {r['scale']}; differs from the paper: {r['difference'] or 'nothing'}. Seeds: {r['seeds']}. "
-            f"Commit {r['commit']}; {r['seconds']:g} s on {e['device']}, {e['cores']} cores; jax {e['jax']}.",
+            f"Scale {r['scale']}; differs from the paper: {r['difference'] or 'nothing'}. "
+            f"{'Data: ' + r['data'] + '. ' if r['data'] else ''}Seeds: {r['seeds']}. "
+            f"Commit {r['commit']}; {r['seconds']:g} s{' (continued)' if r['continued'] else ''} "
+            f"on {e['device']}, {e['cores']} cores; jax {e['jax']}.",
             "",
             "| quantity | paper | ours | +- | oracle | verdict |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -223,7 +260,7 @@ def table() -> str:
                 *map(number, (row["paper"], row["ours"], row["error"], row["oracle"])),
                 row["verdict"],
             )
-            out.append("| " + " | ".join(cells) + " |")
+            out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(out) + "\n"
 
 

@@ -98,8 +98,10 @@ def bounds(log_w: np.ndarray, k: int) -> np.ndarray:
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Measures everything in float64, with numpy's own log p as the oracle."""
     with _cli.door():
-        if setup.latents < 5 or setup.k < 1000:
-            raise ValueError(f"latents must be at least 5 and k at least 1000, got {setup.latents} and {setup.k}")
+        if setup.latents < 5 or setup.examples < 2:
+            raise ValueError(f"latents must be at least 5, examples 2, got {setup.latents} and {setup.examples}")
+        if setup.k < 1000 or setup.k % 100:
+            raise ValueError(f"k must be at least 1000 and a multiple of 100, got {setup.k}")
         options = {"dim": setup.dim, "latents": setup.latents, "std": setup.std}
         x = data.load("ppca", "test", examples=setup.examples, **options).resident[0]["points"].astype(np.float64)
     folder.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,10 @@ def test_mistakes_with_a_run_folder_are_one_line(call, digits_run, tmp_path, fla
         ("vae_manifold", ["--data.folder", "nowhere"], "there is no folder nowhere"),
         ("vae_manifold", ["--model.latent-dim", "3"], "latent-dim 2"),
         ("vae_manifold", [], "no network in this test"),
+        ("vae_digits", ["--run.folder", ""], "needs a folder"),
+        ("vae_digits", ["--run.seed", str(2**64)], "below 2**32"),
         ("ppca_exact", ["--latents", "3"], "latents must be at least 5"),
+        ("ppca_exact", ["--k", "1050"], "multiple of 100"),
     ],
 )
 def test_mistakes_of_an_experiment_are_said_and_leave_nothing(call, monkeypatch, tmp_path, name, flags, words):

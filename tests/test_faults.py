@@ -208,7 +208,58 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, finished, damage, capfd):
     result = train.fit(vae.make, trainee.CFG, short(folder, 30), DIGITS)
     assert "continuing at step 15 of 30" in capfd.readouterr().err
     assert trainee.fingerprint(result.state) == trainee.fingerprint(finished[1])
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["25", "30"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["25", "30", "damaged-20"]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path, finished):
+    """The run goes back to 15 and stops at 18: the good 18 stays, although a damaged 20 has the larger number."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    flip_a_bit(folder / "checkpoints" / "20")
+    train.fit(vae.make, trainee.CFG, short(folder, 18, keep=1), DIGITS)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["18", "damaged-20"]
+    assert int(train.load(folder).state.step) == 18
+
+
+@pytest.mark.parametrize("at", ["update", "validation", "last"])
+def test_asked_to_stop_at_any_moment_it_leaves(tmp_path, at):
+    """Within an update, within a validation, within the very last one: never swallowed, never unsaved."""
+
+    def on_eval(family, state, step):
+        if (at, step) in (("validation", 10), ("last", 20)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    arrays, rows, take = DIGITS.resident
+
+    def asking(seed, i, size):
+        if at == "update" and i == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows(seed, i, size)
+
+    source = DIGITS._replace(resident=(arrays, asking, take))
+    run = short(tmp_path / "run", eval_every=10)
+    with pytest.raises(SystemExit, match="stopped by SIGTERM") as stopped:
+        train.fit(vae.make, trainee.CFG, run, source, on_eval=on_eval)
+    step = {"update": 8, "validation": 10, "last": 20}[at]
+    assert f"step {step}" in str(stopped.value) and int(train.load(run.folder).state.step) == step
+
+
+def test_odd_lines_in_the_log_are_dropped(tmp_path, finished):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'7\n[]\n{"step": "x"}\n{"step": 20, "train": {"lo\xff')
+    train.fit(vae.make, trainee.CFG, short(folder, 30), DIGITS)
+    assert [line["step"] for line in train.metrics(folder)] == [20, 30]
+
+
+def test_a_start_that_was_killed_at_once_starts_again(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    for path in (folder / ".lock", folder / "run.json.new", folder / "checkpoints" / "saving-5"):
+        path.write_text("")
+    assert int(train.fit(vae.make, trainee.CFG, short(folder, 5), DIGITS).state.step) == 5
 
 
 def test_no_intact_checkpoint(tmp_path, finished, capfd):

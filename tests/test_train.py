@@ -1,10 +1,14 @@
 """fit, load and what surrounds them, where nothing goes wrong but much could."""
 
 import dataclasses
+import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -122,6 +126,12 @@ def test_large_parameters_are_cut_saved_and_restored(tmp_path, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 TWO = """
 import sys, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -129,21 +139,40 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from tests.test_train import SGD, run
 from tests import trainee
 from aigc_jax import data, train, vae
-result = train.fit(vae.make, SGD, run(sys.argv[3], 6, devices=0, save_every=3), data.load("digits"))
+settings = run(sys.argv[3], int(sys.argv[4]), devices=0, save_every=3, log_every=1)
+result = train.fit(vae.make, SGD, settings, data.load("digits"))
 if jax.process_index() == 0:
     print([round(float(x.sum()), 5) for x in jax.tree.leaves(result.state.params)])
 """
 
 
-def test_two_processes_train_one_model(tmp_path):
-    """Each process places its own rows; both see the same global batch, and agree with one process."""
+def two_processes(folder, steps):
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", TWO, "localhost:19753"]
-    both = [
-        subprocess.Popen([*command, str(i), str(tmp_path / "r")], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+    command = [sys.executable, "-c", TWO, f"localhost:{free_port()}"]
+    return [
+        subprocess.Popen([*command, str(i), str(folder), str(steps)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)
         for i in range(2)
     ]  # fmt: skip
+
+
+def test_two_processes_stop_and_save_together(tmp_path):
+    both = two_processes(tmp_path / "r", 100_000)
+    end = time.monotonic() + 100
+    while not (tmp_path / "r" / "checkpoints" / "3").exists():
+        assert time.monotonic() < end and both[0].poll() is None
+        time.sleep(0.01)
+    for p in both:
+        p.send_signal(signal.SIGTERM)
+    outs = [p.communicate(timeout=100) for p in both]
+    assert [p.returncode for p in both] == [1, 1], outs
+    step = int(load(tmp_path / "r").state.step)
+    assert all(f"stopped by preemption at step {step}: saved" in err for _, err in outs)
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Each process places its own rows; both see the same global batch, and agree with one process."""
+    both = two_processes(tmp_path / "r", 6)
     outs = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     alone = fit(vae.make, SGD, run(steps=6), DIGITS).state.params
@@ -169,13 +198,20 @@ def test_validation_counts_every_example_once():
     np.testing.assert_allclose(got["nll_nats"], np.mean(values), rtol=1e-5)
 
 
-def test_likelihood_per_token_is_sum_over_sum():
-    text = toy_text.crops()
-    state = fit(toy_text.make, toy_text.Config(), run(), text)
-    finite = data.Data(dataclasses.replace(text.info, examples=40), text.batch, text.resident)
-    got = train.evaluate(state, finite, batch_size=20)
-    assert got["tokens"] == toy_text.CONTEXT
-    np.testing.assert_allclose(got["nll_nats_per_token"], got["nll_nats"] / toy_text.CONTEXT, rtol=1e-6)
+@pytest.mark.parametrize("per", ["token", "frame"])
+def test_likelihood_per_token_is_sum_over_sum(per):
+    """Examples of unequal length, a ragged last batch: neither a mean of ratios nor of batches."""
+    length, nll = np.arange(1, 11), np.random.default_rng(0).random(10) * 50
+    source = data.from_arrays({"points": np.stack([length, nll], -1).astype(np.float64)})
+
+    def evaluate(state, batch, key):
+        return {f"{per}s": batch["points"][:, 0], "nll_nats": batch["points"][:, 1]}
+
+    family = vae.make(CFG)._replace(evaluate=evaluate)
+    result = train.Result(family, family.init(jax.random.key(0)), None, source.info, None)
+    got = train.evaluate(result, source, batch_size=4)
+    np.testing.assert_allclose(got[f"nll_nats_per_{per}"], nll.sum() / length.sum(), rtol=1e-6)
+    np.testing.assert_allclose(got["nll_nats"], nll.mean(), rtol=1e-6)
 
 
 def test_last_k_and_best_are_kept(tmp_path):
@@ -287,7 +323,7 @@ def edited(folder, **changes):
         ({"make": ["experiments.nowhere", "make"]}, "repository's root"),
         ({"config": {"latent_dimm": 3}}, "latent_dimm"),
         ({"config": {"levels": 1}}, "levels"),
-        ({"config": [1]}, "named fields"),
+        ({"config": [1]}, "named values"),
     ],
 )
 def test_load_refuses_what_it_does_not_know(tmp_path, changes, words):
@@ -330,6 +366,17 @@ def test_warm_start_takes_parameters_and_nothing_else(tmp_path):
     assert np.isfinite(values["loss"])
 
 
+def test_warm_start_never_falls_back_to_the_seed(tmp_path):
+    """All checkpoints damaged: the run starts again from the other run's parameters, not from random ones."""
+    fit(vae.make, CFG, run(tmp_path / "a", 6), DIGITS)
+    warm = run(tmp_path / "b", 9, init=str(tmp_path / "a"), save_every=3, keep=1)
+    state = fit(vae.make, CFG, warm, DIGITS).state
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == ["0", "9"]  # 0 is never pruned
+    for step in ("0", "9"):
+        (tmp_path / "b" / "checkpoints" / step / "SHA256SUMS").unlink()
+    assert same_bits(fit(vae.make, CFG, warm, DIGITS).state, state)
+
+
 def test_warm_start_refuses_another_shape(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "a", 2), DIGITS)
     other = dataclasses.replace(CFG, hidden=(7,))
@@ -354,7 +401,7 @@ def test_warm_start_refuses_another_shape(tmp_path):
         ),
         (CFG, {"seed": 4}, DIGITS, "run.seed was 0 there and is 4 here"),
         (CFG, {"batch_size": 8}, DIGITS, "run.batch_size was 16 there and is 8 here"),
-        (CFG, {}, VALID, "data.fingerprint was"),
+        (CFG, {}, VALID, r"data.fingerprint was .*'split': 'train'} .* and is .*train\[:50\]"),
     ],
 )
 def test_another_identity_is_refused_both_values_named(tmp_path, cfg, options, source, words):
@@ -391,8 +438,37 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, cfg, o
 
 
 def test_best_that_nobody_reports_is_refused(tmp_path):
-    with pytest.raises(train.Refused, match="reported are kl_nats, nll_nats, reconstruction_nats"):
+    with pytest.raises(train.Refused, match="'fid'; reported are kl_nats, nll_nats, reconstruction_nats"):
         fit(vae.make, CFG, run(tmp_path / "r", best="fid"), DIGITS, valid=VALID)
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(train.Refused, match="'fid'; reported are dip"):  # known at the first validation only
+        fit(vae.make, CFG, run(tmp_path / "s", best="fid"), DIGITS, on_eval=lambda *_: {"dip": 1.0})
+    assert int(load(tmp_path / "s", at_most=20).state.step) == 20  # what was trained is kept
+
+
+def test_best_may_come_from_on_eval_alone_and_be_asked_for_late(tmp_path):
+    def dip(family, state, step):
+        return {"dip": abs(step - 8)}
+
+    fit(vae.make, CFG, run(tmp_path / "r", 16, eval_every=4), DIGITS, on_eval=dip)  # keeps 16 alone
+    fit(vae.make, CFG, run(tmp_path / "r", 24, eval_every=4, best="dip", keep=1), DIGITS, on_eval=dip)
+    assert int(load(tmp_path / "r").state.step) == 16  # the lowest of those that exist
+
+
+def test_a_damaged_best_checkpoint_is_said(tmp_path, capfd):
+    def dip(family, state, step):
+        return {"dip": abs(step - 8)}
+
+    fit(vae.make, CFG, run(tmp_path / "r", 16, eval_every=4, best="dip"), DIGITS, on_eval=dip)
+    (tmp_path / "r" / "checkpoints" / "8" / "SHA256SUMS").unlink()
+    assert int(load(tmp_path / "r").state.step) == 16
+    assert "the best checkpoint" in capfd.readouterr().err
+
+
+def test_best_is_not_compared_over_two_validation_sets(tmp_path):
+    fit(vae.make, CFG, run(tmp_path / "r", 4, best="nll_nats"), DIGITS, valid=VALID)
+    with pytest.raises(train.Refused, match="valid.fingerprint"):
+        fit(vae.make, CFG, run(tmp_path / "r", 8, best="nll_nats"), DIGITS, valid=data.load("digits", "test"))
 
 
 def test_validation_must_be_finite():
@@ -400,10 +476,24 @@ def test_validation_must_be_finite():
         fit(toy_text.make, toy_text.Config(), run(), toy_text.crops(), valid=toy_text.crops())
 
 
+def build(cfg: vae.Config):
+    return vae.make(cfg)
+
+
+def make_untyped(cfg):
+    return vae.make(cfg)
+
+
 def test_a_make_that_cannot_be_imported_is_refused(tmp_path):
-    with pytest.raises(train.Refused, match="put it in a module"):
-        fit(lambda cfg: vae.make(cfg), CFG, run(tmp_path / "r"), DIGITS)
-    assert not (tmp_path / "r").exists()
+    for make, words in (
+        (lambda cfg: vae.make(cfg), "put it in a module"),
+        (functools.partial(vae.make), "put it in a module"),
+        (build, "make or make_"),
+        (make_untyped, "not annotated"),
+    ):
+        with pytest.raises(train.Refused, match=words):
+            fit(make, CFG, run(tmp_path / "r"), DIGITS)
+        assert not (tmp_path / "r").exists()
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):

@@ -150,6 +150,8 @@ def _official(name: str, folder):
     import tensorflow_datasets as tfds
 
     for path in sorted(Path(folder).glob("*/"), reverse=True):
+        if not (path / "dataset_info.json").is_file():  # what a preparation left that was killed
+            continue
         if list(path.glob(f"{name}-train.array_record*")) and list(path.glob(f"{name}-test.array_record*")):
             return tfds.builder_from_directory(path)
     return None
@@ -205,8 +207,10 @@ def _look_for_network(name: str, wanted: dict) -> None:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except OSError as e:
-        debian = " or install Debian's dataset-fashion-mnist," if name == "fashion_mnist" else ""
+        debian = "install Debian's dataset-fashion-mnist, or " if name == "fashion_mnist" else ""
+        root = os.environ.get("AIGC_DATA")
+        where = f"there is no folder {Path(root) / name} (AIGC_DATA)" if root else f"{name} is not on this machine"
         raise FileNotFoundError(
-            f"{name} is not on this machine and {url} cannot be reached ({e});{debian} or copy "
-            f"{', '.join(wanted)} into a folder and pass it as --data.folder FOLDER (or AIGC_DATA, for FOLDER/{name})"
+            f"{where}, and {url} cannot be reached ({getattr(e, 'reason', e)}): {debian}copy {', '.join(wanted)} "
+            f"into a folder and pass it as --data.folder FOLDER, or set AIGC_DATA to a root that holds it as {name}/"
         ) from e

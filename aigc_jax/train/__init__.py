@@ -67,6 +67,8 @@ class Run:
         for field, low in {**lowest, "steps_per_call": 1, "devices": 0}.items():
             if getattr(self, field) < low:
                 raise ValueError(f"run.{field} must be at least {low}, got {getattr(self, field)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"run.seed must be below 2**32, got {self.seed}")
 
 
 class Result(NamedTuple):
@@ -82,7 +84,7 @@ class Result(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def _door(make, cfg, run: Run, data: Data, valid: Data | None) -> dict:
+def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> dict:
     """Refuses what cannot work, before anything compiles or is written; returns the content of run.json."""
     if hasattr(cfg, "check"):
         for info in (data.info, *([valid.info] if valid else [])):
@@ -97,14 +99,27 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None) -> dict:
         raise Refused(f"run.batch_size {run.batch_size} does not divide by {devices} devices x {micro} micro-batches")
     if valid is not None and valid.info.examples is None:
         raise Refused("validation needs a finite set: load it with examples=N")
-    if run.best and valid is None:
+    if run.best and valid is None and on_eval is None:
         raise Refused(f"run.best is {run.best!r}, but there is no validation set to measure it on")
+    if run.best and on_eval is None:
+        _check_best(run.best, _reported(make(cfg), valid, run))
     if run.init and Path(run.init).resolve() == Path(run.folder or ".").resolve():
         raise Refused("run.init and run.folder are the same folder")
     record = folders.describe(make, cfg, run, data.info, valid.info if valid else None) if run.folder else {}
-    if run.folder:
-        folders.identify(Path(run.folder), record)
-    return record
+    return folders.identify(Path(run.folder), record) if run.folder else {}
+
+
+def _reported(family: Family, valid: Data, run: Run) -> list[str]:
+    """The names that a validation will report, without computing one."""
+    key = jax.random.key(0)
+    batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, valid.batch(0, 0, run.batch_size)))
+    names = list(jax.eval_shape(family.evaluate, jax.eval_shape(family.init, key), batch, key))
+    return names + [f"nll_nats_per_{per[:-1]}" for per in ("tokens", "frames") if per in names]
+
+
+def _check_best(best: str, names) -> None:
+    if best not in names:
+        raise Refused(f"run.best is {best!r}; reported are {', '.join(names)}")
 
 
 def _warm_start(family: Family, run: Run) -> State:
@@ -135,8 +150,8 @@ def _check_finite(metrics: dict, start: int, count: int, folder, last) -> None:
 def _signals():
     """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
     caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield caught  # several processes: JAX's own handler tells them all, see _asked_to_stop
         return
 
     def ask(number, frame):
@@ -177,46 +192,50 @@ def fit(
     Raises Refused for what cannot work, before anything compiles; NonFinite where a loss or gradient is not finite;
     SaveFailed where a checkpoint cannot be written; SystemExit, after saving, on SIGTERM and Ctrl-C.
     """
-    record = _door(make, cfg, run, data, valid)
+    record = _door(make, cfg, run, data, valid, on_eval)
     folder = Path(run.folder) if run.folder else None
     saves = Checkpoints(folder, run.keep) if folder else None
     with contextlib.ExitStack() as stack:
         if saves:
             stack.callback(saves.close)
-        warm = _warm_start(make(cfg), run) if run.init and not (saves and saves.steps()) else None
+        last = saves.newest() if saves else None
+        if last is not None and last > run.steps:
+            raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
+        warm = _warm_start(make(cfg), run) if run.init and last is None else None
         lead = jax.process_index() == 0  # the one process that writes, beside Orbax
         if folder and lead:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.callback(folders.lock(folder).close)
+                saves.open(last)
+                folders.write_json(folder / "run.json", record)
             except OSError as e:
                 raise Refused(f"run.folder {folder} cannot be written: {e}") from e
-            saves.clear()
         engine = Engine(make, cfg, run, data)
-        last = saves.newest() if saves else None
-        if last is not None and last > run.steps:
-            raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
         state = engine.init(warm) if last is None else saves.restore(last, engine.template)
         if not folder:
-            state = _loop(engine, state, 0, None, None, valid, on_eval)
+            state = _loop(engine, state, None, None, None, valid, on_eval)
         else:
-            if lead:
-                folders.write_json(folder / "run.json", record)
             if warm is not None:
                 saves.save(0, state)  # a replay, or a start after a crash, then needs the other folder no more
-            log = folders.Log(folder, last or 0, lead)
+                last = 0
+            try:
+                log = folders.Log(folder, last or 0, lead)
+            except OSError as e:
+                raise SaveFailed(f"{folder} cannot be written: {e}") from e
             stack.callback(log.close)
-            if last is not None:
+            if last:
                 say(f"{folder}: {'complete' if last == run.steps else 'continuing'} at step {last} of {run.steps}")
             if last != run.steps:
-                state = _loop(engine, state, last or 0, saves, log, valid, on_eval)
+                state = _loop(engine, state, last, saves, log, valid, on_eval)
     return Result(engine.family, state, cfg, data.info, folder)
 
 
-def _loop(engine: Engine, state: State, step: int, saves, log, valid, on_eval) -> State:
-    run, folder = engine.run, saves.folder.parent if saves else None
-    feed = Feed(valid, engine.mesh) if valid is not None else None
-    saved, best = (step if step else None), (log.best(run.best) if log and run.best else None)
+def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on_eval) -> State:
+    """The updates that are left; `saved` is the checkpoint that `state` came from."""
+    run, folder, step = engine.run, saves.folder.parent if saves else None, saved or 0
+    score = engine.scorer(Feed(valid, engine.mesh)) if valid is not None else None
+    best = folders.best_step(log.lines, run.best, saves.steps()) if log and run.best else None
     pending = None
 
     def fetch():
@@ -245,17 +264,19 @@ def _loop(engine: Engine, state: State, step: int, saves, log, valid, on_eval) -
     def look():
         nonlocal best
         fetch()
-        values = engine.score(state, feed) if feed else {}
+        values = score(state) if score else {}
         if on_eval:
             values |= {name: float(v) for name, v in (on_eval(engine.family, state, step) or {}).items()}
         if not values:
             return
         if run.best and run.best not in values:
-            raise Refused(f"run.best is {run.best!r}; reported are {', '.join(values)}")
+            save()  # what was trained is not lost for a name
+            _check_best(run.best, values)
         progress.note(step, values)
         if log:
             log.write(step, "valid", values)
-            if run.best and log.best(run.best) == step:
+            # `best` may still be on its way to the disk.
+            if run.best and folders.best_step(log.lines, run.best, {*saves.steps(), best, step}) == step:
                 best = step
                 save()
 
@@ -268,7 +289,7 @@ def _loop(engine: Engine, state: State, step: int, saves, log, valid, on_eval) -
                 fetch()
                 pending, step = (step, count, metrics), step + count
                 progress.step(step)
-                if (feed or on_eval) and (step == run.steps or (run.eval_every and step % run.eval_every == 0)):
+                if (score or on_eval) and (step == run.steps or (run.eval_every and step % run.eval_every == 0)):
                     look()
                 if step == run.steps or (run.save_every and step % run.save_every == 0):
                     save()
@@ -281,6 +302,8 @@ def _loop(engine: Engine, state: State, step: int, saves, log, valid, on_eval) -
             fetch()
             if saves:
                 saves.wait()
+            if caught:
+                raise SystemExit(f"stopped by {caught[0]} at step {step}, the last: {folder or 'nothing was saved'}")
         except SaveFailed:
             raise
         except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written
@@ -302,11 +325,11 @@ def load(folder: str | Path, *, at_most: int | None = None) -> Result:
     family = make(cfg)
     saves = Checkpoints(folder, run.keep)
     try:
-        best = None
-        if run.best and at_most is None:
-            lines = [line for line in metrics(folder) if line.get("valid", {}).get(run.best) is not None]
-            best = min(lines, key=lambda line: line["valid"][run.best])["step"] if lines else None
-        step = best if best in saves.steps() and saves.intact(best) else saves.newest(at_most=at_most)
+        best = folders.best_step(metrics(folder), run.best, saves.steps()) if run.best and at_most is None else None
+        if best is not None and not saves.intact(best):
+            say(f"warning: the best checkpoint in {folder}, of step {best}, is damaged; taking the newest")
+            best = None
+        step = best if best is not None else saves.newest(at_most=at_most)
         if step is None:
             raise Refused(
                 f"{folder} holds no intact checkpoint" + (f" up to step {at_most}" if at_most is not None else "")
@@ -343,7 +366,7 @@ def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
     run = Run(batch_size=min(batch_size, data.info.examples), seed=seed, devices=1)
     engine = Engine(lambda _: result.family, result.config, run, data)
     state = jax.device_put(result.state, engine.mesh.devices.flat[0])
-    return engine.score(state, engine.feed)
+    return engine.scorer(engine.feed)(state)
 
 
 def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, float], dict]:
@@ -372,6 +395,7 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
         state, at = (engine.init(), 0) if at is None else (saves.restore(at, engine.template), at)
     finally:
         saves.close()
+    say(f"repeating {folder} from step {at} on")
     while at < step - 1:
         count = min(run.steps_per_call, step - 1 - at)
         state, _ = engine.advance(state, at, count)

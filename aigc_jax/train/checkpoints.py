@@ -100,7 +100,7 @@ class Checkpoints:
         """Finished checkpoints, oldest first; not yet checked."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and p.is_dir())
 
     def save(self, step: int, state, best: int | None = None) -> None:
         """Copies the state to the host and writes it in the background; `best` names a step that is kept besides.
@@ -113,7 +113,6 @@ class Checkpoints:
             try:
                 if jax.process_index() == 0:
                     self.clear()
-                    self.folder.mkdir(parents=True, exist_ok=True)
                 self._orbax.save(raw.absolute(), state, force=True)
             except Exception as e:  # Orbax and tensorstore raise whatever the file system gave them
                 self._fail(step, e)
@@ -128,14 +127,13 @@ class Checkpoints:
                         file.write(_sums(raw))
                         file.flush()
                         os.fsync(file.fileno())
-                    final = self.folder / str(step)
-                    if final.exists():  # a damaged one that was passed over
-                        shutil.rmtree(final)
-                    raw.rename(final)
+                    raw.rename(self.folder / str(step))
                     _durable(self.folder)
                     for old in self.steps()[: -self.keep]:
-                        if old != best:
-                            shutil.rmtree(self.folder / str(old))
+                        if old not in (0, best):  # 0: a warm start, without which no update could be replayed
+                            gone = self.folder / f"saving-{old}-old"  # first out of the numbers, then away
+                            (self.folder / str(old)).rename(gone)
+                            shutil.rmtree(gone)
             except Exception as e:
                 self._fail(step, e)
 
@@ -166,7 +164,21 @@ class Checkpoints:
     def clear(self) -> None:
         """Removes what unfinished saves left."""
         for path in self.folder.glob("saving-*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def open(self, last: int | None) -> None:
+        """Readies the folder to train on from checkpoint `last`: what lies beyond was passed over, and is set aside.
+
+        Under its number a damaged checkpoint would count among the newest that are kept, in place of a good one.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.clear()
+        for step in self.steps():
+            if last is None or step > last:
+                aside = self.folder / f"damaged-{step}"
+                if aside.exists():
+                    shutil.rmtree(aside)
+                (self.folder / str(step)).rename(aside)
 
     def intact(self, step: int) -> bool:
         """Whether the files of a checkpoint are those that were written, no more, no less, bit for bit."""

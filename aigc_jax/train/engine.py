@@ -20,6 +20,7 @@ CUT_FROM = 2**20
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
+    """The first `devices` devices (0: all) along one axis named data."""
     chosen = jax.devices()[: devices or None]
     # Auto: under make_mesh's default, Explicit, scans and gathers raise ShardingTypeError.
     return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
@@ -102,7 +103,6 @@ class Engine:
         self._one = jax.jit(one, donate_argnums=0, out_shardings=out)
         self._several = jax.jit(several, donate_argnums=0, out_shardings=out)
         self._init = jax.jit(self.family_init, out_shardings=shardings)
-        self._scores = {}
 
     def init(self, warm: State | None = None) -> State:
         """The state before step 0, from the seed; with the parameters of `warm` where that is given."""
@@ -125,27 +125,28 @@ class Engine:
         xs = self.feed.place(jax.tree.map(lambda *x: np.stack(x), *hosts), axis=1)
         return self._several(state, self.feed.arrays, xs, self.k_step, count)
 
-    def score(self, state: State, feed: Feed, seed: int = 0) -> dict[str, float]:
-        """Means of `family.evaluate` over every example of a finite set, once; the same noise at every call."""
-        if id(feed) not in self._scores:
+    def scorer(self, feed: Feed):
+        """score(state) -> means of `family.evaluate` over a finite set, every example once, always the same noise."""
 
-            def score(state, arrays, x, weight, key):
-                values = self.family.evaluate(state, feed.batch(arrays, x), key)
-                return {name: jnp.sum(v * weight) for name, v in values.items()}
+        @jax.jit
+        def sums(state, arrays, x, weight, key):
+            values = self.family.evaluate(state, feed.batch(arrays, x), key)
+            return {name: jnp.sum(v * weight) for name, v in values.items()}
 
-            self._scores[id(feed)] = jax.jit(score)
         n, size = feed.data.info.examples, self.run.batch_size
-        total: dict[str, float] = {}
-        for i in range(-(-n // size)):
-            # The last batch is filled up with examples of weight 0, so that no example counts twice.
-            weight = (i * size + np.arange(size) < n).astype(np.float32)
-            sums = self._scores[id(feed)](
-                state, feed.arrays, feed.place(feed.host(seed, i, size)), feed.place(weight),
-                jax.random.fold_in(self.k_eval, i),
-            )  # fmt: skip
-            for name, value in jax.device_get(sums).items():
-                total[name] = total.get(name, 0.0) + float(value)
-        for per in ("tokens", "frames"):
-            if per in total:
-                total[f"nll_nats_per_{per[:-1]}"] = total["nll_nats"] / total[per] * n
-        return {name: value / n for name, value in total.items()}
+
+        def score(state: State) -> dict[str, float]:
+            total: dict[str, float] = {}
+            for i in range(-(-n // size)):
+                # The last batch is filled up with examples of weight 0, so that no example counts twice.
+                weight = feed.place((i * size + np.arange(size) < n).astype(np.float32))
+                x, key = feed.place(feed.host(0, i, size)), jax.random.fold_in(self.k_eval, i)
+                for name, value in jax.device_get(sums(state, feed.arrays, x, weight, key)).items():
+                    total[name] = total.get(name, 0.0) + float(value)
+            means = {name: value / n for name, value in total.items()}
+            for per in ("tokens", "frames"):  # sum over sum: a mean of ratios would weigh short examples more
+                if per in total:
+                    means[f"nll_nats_per_{per[:-1]}"] = total["nll_nats"] / total[per]
+            return means
+
+        return score

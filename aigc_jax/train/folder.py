@@ -7,10 +7,12 @@ import dataclasses
 import fcntl
 import importlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
 import platform
+import subprocess
 import time
 import typing
 from pathlib import Path
@@ -27,9 +29,21 @@ class Refused(ValueError):
     """A run that cannot start or continue as asked; one line says why and what to do."""
 
 
+def _commit() -> str:
+    """The commit of the checkout that this code lies in, marked where it was changed since; "" outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + (" with changes" if changed else "")
+
+
 def environment() -> dict:
     """What the last bits of a run depend on."""
     return {
+        "commit": _commit(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
@@ -56,10 +70,10 @@ def write_json(path: Path, value) -> None:
 
 def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
     """The content of run.json. Refuses a make that another process could not import."""
-    module, name = make.__module__, make.__qualname__
+    module, name = getattr(make, "__module__", "?"), getattr(make, "__qualname__", repr(make))
     if module == "__main__" or "." in name or "<" in name:
         raise Refused(f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module")
-    return {
+    record = {
         "make": [module, name],
         "config": _plain(dataclasses.asdict(cfg)),
         "run": _plain(dataclasses.asdict(run)),
@@ -67,6 +81,9 @@ def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
         "valid": None if valid is None else _plain(dataclasses.asdict(valid)),
         "environment": environment(),
     }
+    if _model(record, run.folder) != (make, cfg):
+        raise Refused(f"{module}.{name} with {cfg} does not come back from its record: load could not open this run")
+    return record
 
 
 def _differences(old, new, at: str = ""):
@@ -77,15 +94,19 @@ def _differences(old, new, at: str = ""):
         yield at, old, new
 
 
-def identify(folder: Path, record: dict) -> None:
-    """Refuses a folder that holds another run, both values named; warns where last bits may differ."""
+def identify(folder: Path, record: dict) -> dict:
+    """Refuses a folder that holds another run, both values named; warns where last bits may differ.
+
+    Returns the record to keep: of the environments, the one in which the run began.
+    """
     path = folder / "run.json"
     if folder.exists() and not folder.is_dir():
         raise Refused(f"run.folder {folder} is a file")
     if not path.exists():
-        if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        ours = (".lock", "run.json.new", "checkpoints")  # what a start leaves that was killed at once
+        if folder.exists() and any(p.name not in ours for p in folder.iterdir()):
             raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
-        return
+        return record
     old = read(folder)
 
     def identity(r):
@@ -94,12 +115,18 @@ def identify(folder: Path, record: dict) -> None:
             "model": r["config"],
             "data": {"fingerprint": r["data"]["fingerprint"]},
             "run": {key: r["run"][key] for key in ("seed", "batch_size", "init")},
+            # Lowest values are comparable on one set only.
+            "valid": {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None,
         }
 
     for name, was, now in _differences(identity(old), identity(record)):
+        if name.endswith("fingerprint"):
+            sets = [(r[name.split(".")[0]] or {}).get("source") or "other arrays" for r in (old, record)]
+            was, now = (f"{source} ({str(f)[:8]})" for source, f in zip(sets, (was, now), strict=True))
         raise Refused(f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder")
     for name, was, now in _differences(old["environment"], record["environment"]):
         say(f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run")
+    return {**record, "environment": old["environment"]}
 
 
 def read(folder: str | Path) -> dict:
@@ -109,8 +136,13 @@ def read(folder: str | Path) -> dict:
         raise Refused(f"{folder} is no run folder: it has no run.json")
     try:
         record = json.loads(path.read_text())
-        for key in ("make", "config", "run", "data", "environment"):
-            record[key]
+        module, name = record["make"]
+        for part, keys in (("run", ("seed", "batch_size", "init", "steps")), ("data", ("fingerprint", "source"))):
+            for key in keys:
+                record[part][key]
+        if not all(isinstance(record[part], dict) for part in ("config", "run", "data", "environment")):
+            raise TypeError("config, run, data and environment must hold named values")
+        record["valid"] and record["valid"]["fingerprint"]
     except (ValueError, KeyError, TypeError) as e:
         raise Refused(f"{path} is damaged ({type(e).__name__}: {e})") from e
     return record
@@ -132,6 +164,25 @@ def build(cls, values):
     return cls(**fields)
 
 
+def _model(record: dict, folder: str | Path) -> tuple:
+    """(make, cfg) as a record names them."""
+    try:
+        module, name = record["make"]
+        if not (name == "make" or name.startswith("make_")):
+            raise TypeError(f"only functions named make or make_* are loaded, not {name}")
+        make = getattr(importlib.import_module(module), name)
+        [first, *_] = inspect.signature(make).parameters
+        annotated = typing.get_type_hints(make).get(first)
+        if not dataclasses.is_dataclass(annotated):
+            raise TypeError(f"the config of {module}.{name} is not annotated with its dataclass")
+        return make, build(annotated, record["config"])
+    except ModuleNotFoundError as e:
+        root = " (run this from the repository's root)" if module.startswith("experiments") else ""
+        raise Refused(f"{folder} was made by {module}.{name}, which cannot be imported: {e}{root}") from e
+    except (AttributeError, TypeError, ValueError) as e:
+        raise Refused(f"{folder}/run.json does not describe a model that this version can build: {e}") from e
+
+
 def rebuild(folder: str | Path) -> tuple:
     """(make, cfg, run, data info, record) of a run folder.
 
@@ -140,18 +191,11 @@ def rebuild(folder: str | Path) -> tuple:
     from . import Run
 
     record = read(folder)
+    make, cfg = _model(record, folder)
     try:
-        module, name = record["make"]
-        if not (name == "make" or name.startswith("make_")):
-            raise TypeError("only functions named make or make_* are loaded")
-        make = getattr(importlib.import_module(module), name)
-        cfg = build(next(iter(typing.get_type_hints(make).values())), record["config"])
         return make, cfg, build(Run, record["run"]), build(Info, record["data"]), record
-    except ModuleNotFoundError as e:
-        root = " (run this from the repository's root)" if module.startswith("experiments") else ""
-        raise Refused(f"{folder} was made by {module}.{name}, which cannot be imported: {e}{root}") from e
-    except (AttributeError, TypeError, ValueError, StopIteration) as e:
-        raise Refused(f"{folder}/run.json does not describe a model that this version can build: {e}") from e
+    except (TypeError, ValueError) as e:
+        raise Refused(f"{folder}/run.json does not describe a run of this version: {e}") from e
 
 
 def lock(folder: Path):
@@ -205,12 +249,6 @@ class Log:
         if kind == "valid":
             self._events.flush()
 
-    def best(self, name: str) -> int | None:
-        """The step at which a reported value was lowest."""
-        at = {line["step"]: line["valid"].get(name) for line in self.lines if "valid" in line}
-        at = {step: value for step, value in at.items() if value is not None}
-        return min(at, key=at.get) if at else None
-
     def close(self) -> None:
         """Frees the files; a disk that is full has been reported by then."""
         for file in (self._file, self._events) if self._lead else ():
@@ -222,9 +260,18 @@ def metrics(folder: str | Path) -> list[dict]:
     """The lines of metrics.jsonl: {"step": 100, "train": {...}} or {"step": 100, "valid": {...}}."""
     path = Path(folder) / "metrics.jsonl"
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:  # the line that a crash tore
             continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
     return lines
+
+
+def best_step(lines: list[dict], name: str, among) -> int | None:
+    """The step, of those `among`, at which a reported validation value was lowest."""
+    at = {line["step"]: line["valid"].get(name) for line in lines if "valid" in line and line["step"] in among}
+    at = {step: value for step, value in at.items() if value is not None}
+    return min(at, key=at.get) if at else None
