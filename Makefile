@@ -33,7 +33,7 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff format --check .
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -n 1 -m soak -s
+	$(BIN)/python -m pytest -n 0 -m soak -s
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$(VERSION).txt --editable '.[bench]'

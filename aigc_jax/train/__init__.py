@@ -196,17 +196,24 @@ def fit(
     folder = Path(run.folder) if run.folder else None
     saves = Checkpoints(folder, run.keep) if folder else None
     with contextlib.ExitStack() as stack:
+        lead = jax.process_index() == 0  # the one process that writes, beside Orbax
+        held = None
         if saves:
             stack.callback(saves.close)
+        if (
+            folder and lead and folder.is_dir()
+        ):  # before the checkpoints are read: another process may be adding to them
+            held = folders.lock(folder)
+            stack.callback(held.close)
         last = saves.newest() if saves else None
         if last is not None and last > run.steps:
             raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
         warm = _warm_start(make(cfg), run) if run.init and last is None else None
-        lead = jax.process_index() == 0  # the one process that writes, beside Orbax
         if folder and lead:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.callback(folders.lock(folder).close)
+                if held is None:
+                    stack.callback(folders.lock(folder).close)
                 saves.open(last)
                 folders.write_json(folder / "run.json", record)
             except OSError as e:

@@ -200,7 +200,10 @@ def rebuild(folder: str | Path) -> tuple:
 
 def lock(folder: Path):
     """Keeps a second process out of the folder for as long as the returned file is open."""
-    file = open(folder / ".lock", "w")
+    try:
+        file = open(folder / ".lock", "w")
+    except OSError as e:
+        raise Refused(f"run.folder {folder} cannot be written: {e}") from e
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
