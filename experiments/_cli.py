@@ -75,7 +75,7 @@ def _error(e: BaseException, code: int) -> int:
 
 
 def verdict(row: Row, criteria: dict) -> str:
-    """ "holds" or "fails" with the words of the criterion; empty where the row has none."""
+    """Whether a row's criterion holds, with its words; empty where it has none."""
     if row.quantity not in criteria:
         return ""
     words, holds = criteria[row.quantity]
@@ -155,7 +155,8 @@ def main(name: str) -> None:
     criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA
     verdicts = [verdict(row, criteria) for row in rows]
     seconds = round(time.monotonic() - begin, 1)
-    changed = [flag for flag in kept_flags(flags) if not flag.startswith("--data")]
+    # Flags that change what is compared; the record says the data set and the seeds by themselves.
+    changed = without(flags, "--run.folder", "--folder", "--data.folder", "--data.name", "--seeds")
     difference = "; but with ".join(words for words in (script.DIFFERENCE[choice.scale], " ".join(changed)) if words)
     _show(name, choice.scale, rows, verdicts, difference)
     result = {
@@ -185,23 +186,21 @@ def main(name: str) -> None:
         raise SystemExit(1)
 
 
-def kept_flags(flags: list[str]) -> list[str]:
-    """The flags but for where a run lies."""
-    kept, skip = [], False
+def without(flags: list[str], *names: str) -> list[str]:
+    """The flags but for those named, their values included."""
+    kept, keep = [], True
     for flag in flags:
-        if skip:
-            skip = False
-        elif flag in ("--run.folder", "--folder"):
-            skip = True
-        elif not flag.startswith(("--run.folder=", "--folder=")):
+        if flag.startswith("--"):
+            keep = flag.split("=")[0] not in names
+        if keep:
             kept.append(flag)
     return kept
 
 
 def command(name: str, scale: str, flags: list[str]) -> str:
-    """The command that repeats a run; a record holds no path of this machine."""
+    """The command that repeats a run; where it lies is no part of a record."""
     scales = [] if scale == "cpu" else ["--scale", scale]
-    return shlex.join(["python", "-m", f"experiments.{name}", *scales, *kept_flags(flags)])
+    return shlex.join(["python", "-m", f"experiments.{name}", *scales, *without(flags, "--run.folder", "--folder")])
 
 
 def recordable(scale: str, flags: list[str]) -> str:

@@ -158,6 +158,9 @@ def test_rows_and_verdicts():
     mean, error = _cli.mean_and_error([1.0, 2.0, 4.0])
     np.testing.assert_allclose((mean, error), (7 / 3, np.std([1, 2, 4], ddof=1) / 3**0.5))
     assert _cli.mean_and_error([5.0]) == (5.0, None)
+    flags = ["--data.name", "fashion_mnist", "--model.hidden", "200", "100", "--seeds=3", "--run.steps", "9"]
+    kept = ["--model.hidden", "200", "100", "--run.steps", "9"]
+    assert _cli.without(flags, "--data.name", "--seeds") == kept
     assert _cli.command("x", "paper", ["--run.folder", "/a", "--seeds", "3", "--folder=/b"]) == (
         "python -m experiments.x --scale paper --seeds 3"
     )

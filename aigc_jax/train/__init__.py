@@ -105,8 +105,10 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> dict:
         _check_best(run.best, _reported(make(cfg), valid, run))
     if run.init and Path(run.init).resolve() == Path(run.folder or ".").resolve():
         raise Refused("run.init and run.folder are the same folder")
-    record = folders.describe(make, cfg, run, data.info, valid.info if valid else None) if run.folder else {}
-    return folders.identify(Path(run.folder), record) if run.folder else {}
+    if not run.folder:
+        return {}
+    record = folders.describe(make, cfg, run, data.info, valid.info if valid else None)
+    return folders.identify(Path(run.folder), record)
 
 
 def _reported(family: Family, valid: Data, run: Run) -> list[str]:

@@ -75,8 +75,8 @@ class Engine:
         self.run, self.mesh, self.family = run, mesh_of(run.devices), make(cfg)
         k_init, self.k_step, self.k_eval, _ = jax.random.split(jax.random.key(run.seed), 4)
         self.feed = Feed(data, self.mesh)
-        self.family_init = partial(self.family.init, k_init)
-        shapes = jax.eval_shape(self.family_init)
+        init = partial(self.family.init, k_init)
+        shapes = jax.eval_shape(init)
         shardings = shardings_of(self.family, shapes, self.mesh)
         self.template = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
@@ -102,7 +102,7 @@ class Engine:
         out = (shardings, NamedSharding(self.mesh, P()))
         self._one = jax.jit(one, donate_argnums=0, out_shardings=out)
         self._several = jax.jit(several, donate_argnums=0, out_shardings=out)
-        self._init = jax.jit(self.family_init, out_shardings=shardings)
+        self._init = jax.jit(init, out_shardings=shardings)
 
     def init(self, warm: State | None = None) -> State:
         """The state before step 0, from the seed; with the parameters of `warm` where that is given."""
