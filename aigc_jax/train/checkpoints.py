@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,6 +96,7 @@ class Checkpoints:
         self._orbax = ocp.StandardCheckpointer()
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future | None = None
+        self._failed = False
 
     def steps(self) -> list[int]:
         """Finished checkpoints, oldest first; not yet checked."""
@@ -139,6 +141,7 @@ class Checkpoints:
 
     def _fail(self, step: int, cause: Exception):
         logging.getLogger("asyncio").addFilter(lambda record: False)  # the tasks of the failed save, when collected
+        self._failed = True
         with contextlib.suppress(OSError):
             self.clear()
         last = next((s for s in reversed(self.steps()) if s != step and self.intact(s)), None)
@@ -160,6 +163,12 @@ class Checkpoints:
             self._thread.shutdown()
             with quiet():
                 self._orbax.close()
+            for _ in range(50 if self._failed else 0):  # tensorstore's threads outlive a failed save, and may still write
+                with contextlib.suppress(OSError):
+                    self.clear()
+                if not list(self.folder.glob("saving-*")):
+                    break
+                time.sleep(0.1)
 
     def clear(self) -> None:
         """Removes what unfinished saves left."""
