@@ -1,7 +1,9 @@
-"""Variational autoencoders (Kingma & Welling 2014, "Auto-Encoding Variational Bayes", AEVB below).
+"""Variational autoencoders: Kingma & Welling 2014 ("AEVB" below), importance weighted (Burda, Grosse & Salakhutdinov
+2016, "IWAE"), with one stochastic layer or two, unconditional or given a label.
 
-p(x, z) = p(x|z) N(z; 0, I), with a diagonal Gaussian q(z|x) from the encoder. Likelihoods and bounds are in nats,
-summed over all pixels, per example. Images are floats in [0, 1]; only `preprocess` sees whole-number pixels.
+p(x, z) = p(x|z) N(z; 0, I), with a diagonal Gaussian q(z|x) from the encoder. With a second layer (IWAE, section 5)
+z = (z_1, z_2), p(x, z) = p(x|z_1) p(z_1|z_2) N(z_2; 0, I) and q(z|x) = q(z_1|x) q(z_2|z_1). Likelihoods and bounds are
+in nats, summed over all pixels, per example. Images are floats in [0, 1]; only `preprocess` sees whole-number pixels.
 
     family = make(Config(shape=(8, 8, 1), levels=17))
     state = family.init(key)
@@ -12,18 +14,21 @@ summed over all pixels, per example. Images are floats in [0, 1]; only `preproce
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from .core import EMA, Family, Optim, State, make_step, start
 
-Params = dict[str, Any]  # {"encoder": ..., "decoder": ...}
+Params = dict[str, Any]  # {"encoder": ..., "decoder": ...}, of two layers also "upper_encoder", "upper_decoder"
 Image = Float[Array, "B H W C"]
 Latent = Float[Array, "B Z"]
+Draws = tuple[Float[Array, "k B _"], ...]  # (z_1,) or (z_1, z_2): k draws for each of B images
+Label = Int[Array, "B"] | None
 Nats = Float[Array, "B"]
 
 _ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "softplus": nn.softplus}
@@ -35,13 +40,21 @@ class Config:
 
     shape: tuple[int, int, int] = (28, 28, 1)  # H, W, C
     levels: int = 256  # pixels are whole numbers in 0..levels-1
+    classes: int = 0  # encoder and decoder are given a label in 0..classes-1 (Sohn et al. 2015); 0: unconditional
     latent_dim: int = 20  # N_z
-    hidden: tuple[int, ...] = (500,)  # widths of the encoder, in reverse those of the decoder; (): both are linear
+    channels: tuple[int, ...] = ()  # convolutions before the dense layers, each halves H and W; (): none
+    hidden: tuple[int, ...] = (500,)  # dense widths of the encoder, in reverse those of the decoder; (): both linear
+    upper_dim: int = 0  # latents of a second stochastic layer above the first (IWAE); 0: none
+    upper_hidden: tuple[int, ...] = (100, 100)  # widths between the two layers, in both directions
     activation: str = "tanh"  # tanh | relu | softplus
-    likelihood: str = "bernoulli"  # bernoulli: per-pixel probabilities, also for grey-level targets | gaussian
-    sigma: float = 1.0  # gaussian: its standard deviation, in units of the [0, 1] pixel range
+    likelihood: str = "bernoulli"  # bernoulli, also for grey-level targets | gaussian | logistic (discretised)
+    sigma: float | None = None  # gaussian: a fixed standard deviation in [0, 1] pixel units; None: learned, a pixel
     binarisation: str = "none"  # none | static: one draw an image, for ever | dynamic: a new draw every time
+    objective: str = "elbo"  # elbo | iwae | dreg: iwae with the doubly reparameterised gradient
+    k: int = 1  # draws of z an image in training
     beta: float = 1.0  # weight of the KL term in the training loss only; 1: the ELBO
+    kl_warmup: int = 0  # updates over which that weight rises from 0 (Sonderby et al. 2016); 0: none
+    bfloat16: bool = False  # products and convolutions in bfloat16; parameters, likelihoods, optimizer stay float32
     ema: float = 0.0  # decay of the parameter average; 0: none
     micro: int = 1  # micro-batches a step
     optim: Optim = Optim()
@@ -51,25 +64,37 @@ class Config:
             raise ValueError(f"model.shape must be three positive numbers (H, W, C), got {self.shape}")
         if not 2 <= self.levels <= 256:
             raise ValueError(f"model.levels must lie in 2..256, got {self.levels}")
-        for field in ("latent_dim", "micro"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"model.hidden must hold positive widths, got {self.hidden}")
+        lowest = {"latent_dim": 1, "micro": 1, "k": 1, "classes": 0, "upper_dim": 0, "kl_warmup": 0}
+        for field, low in lowest.items():
+            if getattr(self, field) < low:
+                raise ValueError(f"model.{field} must be at least {low}, got {getattr(self, field)}")
+        for field in ("channels", "hidden", "upper_hidden"):
+            if any(width < 1 for width in getattr(self, field)):
+                raise ValueError(f"model.{field} must hold positive widths, got {getattr(self, field)}")
+        if any(side % 2 ** len(self.channels) for side in self.shape[:2]):
+            raise ValueError(f"model.channels {self.channels} halve H and W {len(self.channels)} times, which "
+                             f"{self.shape[0]} x {self.shape[1]} pixels do not allow")  # fmt: skip
         choices = {
             "activation": tuple(_ACTIVATIONS),
-            "likelihood": ("bernoulli", "gaussian"),
+            "likelihood": ("bernoulli", "gaussian", "logistic"),
             "binarisation": ("none", "static", "dynamic"),
+            "objective": ("elbo", "iwae", "dreg"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"model.{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}")
-        if self.likelihood == "gaussian" and self.binarisation != "none":
-            raise ValueError("model.binarisation makes images of zeros and ones: a gaussian likelihood needs none")
-        if not self.sigma > 0:
+        if self.likelihood != "bernoulli" and self.binarisation != "none":
+            raise ValueError(
+                f"model.binarisation makes images of zeros and ones: likelihood {self.likelihood} needs none"
+            )
+        if self.sigma is not None and not self.sigma > 0:
             raise ValueError(f"model.sigma must be positive, got {self.sigma}")
         if not self.beta >= 0:
             raise ValueError(f"model.beta must not be negative, got {self.beta}")
+        if self.objective != "elbo" and (self.beta != 1 or self.kl_warmup):
+            raise ValueError(
+                f"model.beta and model.kl_warmup weigh the KL term, which objective {self.objective} lacks"
+            )
         EMA(self.ema)
 
     def check(self, info) -> None:
@@ -80,6 +105,10 @@ class Config:
             raise ValueError(f"model.shape is {tuple(self.shape)}, the images are {tuple(info.shape)}")
         if info.levels != self.levels:
             raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
+        if self.classes and info.classes is None:
+            raise ValueError(f"model.classes is {self.classes}, but the images have no labels")
+        if self.classes and info.classes != self.classes:
+            raise ValueError(f"model.classes is {self.classes}, the images have {info.classes} classes")
         if self.binarisation == "static" and info.examples is None:
             raise ValueError("static binarisation draws once an image, so it needs a finite data set")
 
@@ -97,70 +126,175 @@ def log_normal(x: Float[Array, "..."], mu, logvar) -> Float[Array, "..."]:
     return -0.5 * jnp.sum(jnp.log(2 * jnp.pi) + logvar + jnp.square(x - mu) * jnp.exp(-logvar), -1)
 
 
+def log_logistic(x: Float[Array, "..."], mean, log_scale, *, levels: int) -> Float[Array, "..."]:
+    """log probability of the grey level x (a multiple of 1/(levels-1) in [0, 1]) under a discretised logistic, in nats.
+
+    The logistic's mass between x -+ half a level; levels 0 and 1 take the tails, so the levels' probabilities sum to 1
+    (Kingma et al. 2016, "Improved variational inference with inverse autoregressive flow", eq. 14 of the appendix).
+    """
+    half = 0.5 / (levels - 1)
+    above, below = ((x + d - mean) * jnp.exp(-log_scale) for d in (half, -half))
+    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)): nothing cancels, nothing leaves float32.
+    inside = jnp.log(-jnp.expm1(-2 * half * jnp.exp(-log_scale)))
+    first, last = x < half, x > 1 - half
+    return (
+        jnp.where(last, 0.0, jax.nn.log_sigmoid(above))
+        + jnp.where(first, 0.0, jax.nn.log_sigmoid(-below))
+        + jnp.where(first | last, 0.0, inside)
+    )
+
+
+def _mean_and_log_scale(cfg: Config, decoded):
+    """Per pixel, from what `decode` returns: a fixed sigma, or the second half of the channels."""
+    if cfg.likelihood == "gaussian" and cfg.sigma is not None:
+        return decoded, jnp.log(jnp.full_like(decoded, cfg.sigma))
+    mean, raw = jnp.split(decoded, 2, axis=-1)
+    # A density is unbounded, so its sigma ends smoothly at one grey level; a probability's scale where float32 does.
+    floor = -jnp.log(cfg.levels - 1.0) if cfg.likelihood == "gaussian" else -12.0
+    return mean, floor + jax.nn.softplus(raw - floor)
+
+
 def log_likelihood(
-    cfg: Config, x: Float[Array, "... H W C"], decoded: Float[Array, "... H W C"]
+    cfg: Config, x: Float[Array, "... H W C"], decoded: Float[Array, "... H W D"]
 ) -> Float[Array, "..."]:
     """log p(x|z) in nats, summed over pixels; `decoded` is what `decode` returns.
 
     bernoulli: AEVB eq. 11. With grey levels x it is the negative cross-entropy, a bound on no discrete likelihood; the
         same formula that the literature calls MNIST with real-valued targets.
-    gaussian: a density in [0, 1] pixel units, of fixed sigma (AEVB eq. 12 learns it).
+    gaussian: a density in [0, 1] pixel units (AEVB eq. 12, whose sigma ours keeps above one grey level).
+    logistic: the probability of the grey levels.
     """
-    # One axis of pixels: XLA's CPU code for a sum over [..., H, W, 1] is many times slower.
-    x, decoded = (a.reshape(*a.shape[:-3], -1) for a in (x, decoded))
     if cfg.likelihood == "bernoulli":
+        # One axis of pixels: XLA's CPU code for a sum over [..., H, W, 1] is many times slower.
+        x, decoded = (a.reshape(*a.shape[:-3], -1) for a in (x, decoded))
         # x log p + (1 - x) log(1 - p), p = sigmoid(l), with one exp and one log; optax's two log-sigmoids take
         # 2.7 times as long on the CPU.
         softplus = jnp.maximum(decoded, 0) + jnp.log1p(jnp.exp(-jnp.abs(decoded)))
         return jnp.sum(x * decoded - softplus, -1)
-    z = (x - decoded) / cfg.sigma
-    return -jnp.sum(0.5 * jnp.square(z) + jnp.log(cfg.sigma) + 0.5 * jnp.log(2 * jnp.pi), -1)
+    mean, log_scale = (a.reshape(*a.shape[:-3], -1) for a in _mean_and_log_scale(cfg, decoded))
+    x = x.reshape(*x.shape[:-3], -1)
+    if cfg.likelihood == "gaussian":
+        return log_normal(x, mean, 2 * log_scale)
+    return jnp.sum(log_logistic(x, mean, log_scale, levels=cfg.levels), -1)
+
+
+def bits_per_dim(cfg: Config, nll_nats: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Bits a pixel and channel. A gaussian's density counts at the levels' distance in [0, 1], 1/(levels-1).
+
+    That is no bound on a discrete likelihood, but near one where sigma is wider than a level.
+    """
+    bits = nll_nats / (cfg.shape[0] * cfg.shape[1] * cfg.shape[2] * jnp.log(2.0))
+    return bits + jnp.log2(cfg.levels - 1.0) if cfg.likelihood == "gaussian" else bits
 
 
 # --------------------------------------------------------------------------------------------------------- the modules
 
 
-class Encoder(nn.Module):
-    """q(z|x): [..., H, W, C] -> mu, logvar, each [..., Z] (AEVB appendix C.2, with one head for both)."""
+def _dtype(cfg: Config):
+    return jnp.bfloat16 if cfg.bfloat16 else None  # None: that of the parameters, float64 where a test wants it
+
+
+def _float32(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Gaussian(nn.Module):
+    """A diagonal Gaussian given a vector: [..., D] -> mu, logvar, each [..., dim] (AEVB appendix C.2, one head)."""
 
     cfg: Config
+    dim: int
+    hidden: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, x):
-        h = x.reshape(*x.shape[:-3], -1)
-        for width in self.cfg.hidden:
-            h = _ACTIVATIONS[self.cfg.activation](nn.Dense(width)(h))
-        mu, logvar = jnp.split(nn.Dense(2 * self.cfg.latent_dim)(h), 2, axis=-1)
+    def __call__(self, h):
+        for width in self.hidden:
+            h = _ACTIVATIONS[self.cfg.activation](nn.Dense(width, dtype=_dtype(self.cfg))(h))
+        mu, logvar = jnp.split(_float32(nn.Dense(2 * self.dim, dtype=_dtype(self.cfg))(h)), 2, axis=-1)
         return mu, jnp.clip(logvar, -30.0, 20.0)  # not in the paper: beyond these exp leaves float32
 
 
-class Decoder(nn.Module):
-    """p(x|z): [..., Z] -> [..., H, W, C], logits for bernoulli, means for gaussian (AEVB appendix C)."""
+class Encoder(nn.Module):
+    """q(z_1|x): [..., H, W, C] and one-hot labels [..., classes] -> mu, logvar, each [..., Z]."""
 
     cfg: Config
 
     @nn.compact
-    def __call__(self, z):
-        h = z
-        for width in reversed(self.cfg.hidden):
-            h = _ACTIVATIONS[self.cfg.activation](nn.Dense(width)(h))
-        h = nn.Dense(self.cfg.shape[0] * self.cfg.shape[1] * self.cfg.shape[2])(h)
-        return h.reshape(*h.shape[:-1], *self.cfg.shape)
+    def __call__(self, x, y):
+        cfg = self.cfg
+        for width in cfg.channels:
+            x = _ACTIVATIONS[cfg.activation](nn.Conv(width, (3, 3), strides=2, dtype=_dtype(cfg))(x))
+        h = jnp.concatenate([x.reshape(*x.shape[:-3], -1), y.astype(x.dtype)], -1)
+        return Gaussian(cfg, cfg.latent_dim, cfg.hidden)(h)
 
 
-def encode(cfg: Config, params: Params, x: Image) -> tuple[Latent, Latent]:
-    """mu and logvar of q(z|x), for images in [0, 1]."""
-    return Encoder(cfg).apply(params["encoder"], x)
+class Decoder(nn.Module):
+    """p(x|z_1): [..., Z] and one-hot labels [..., classes] -> [..., H, W, D] (AEVB appendix C).
+
+    D = C: logits for bernoulli, means for a gaussian of fixed sigma. D = 2C: means and raw log scales.
+    """
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, z, y):
+        cfg, (height, width, depth) = self.cfg, self.cfg.shape
+        act, dtype = _ACTIVATIONS[cfg.activation], _dtype(cfg)
+        if cfg.likelihood == "logistic" or (cfg.likelihood == "gaussian" and cfg.sigma is None):
+            depth *= 2
+        h = jnp.concatenate([z, y.astype(z.dtype)], -1)
+        for features in reversed(cfg.hidden):
+            h = act(nn.Dense(features, dtype=dtype)(h))
+        halvings = len(cfg.channels)
+        height, width = height >> halvings, width >> halvings
+        first = cfg.channels[-1] if cfg.channels else depth
+        h = nn.Dense(height * width * first, dtype=dtype)(h).reshape(*h.shape[:-1], height, width, first)
+        for features in (*reversed(cfg.channels[:-1]), depth) if cfg.channels else ():
+            # A convolution into 2 x 2 pixels each (Shi et al. 2016): a transposed one without its checkerboard, and
+            # without the zeros that it multiplies by.
+            h = nn.Conv(4 * features, (3, 3), dtype=dtype)(act(h))
+            h = h.reshape(*h.shape[:-3], height, width, 2, 2, features).swapaxes(-4, -3)
+            height, width = 2 * height, 2 * width
+            h = h.reshape(*h.shape[:-5], height, width, features)
+        return _float32(h)
 
 
-def decode(cfg: Config, params: Params, z: Float[Array, "... Z"]) -> Float[Array, "... H W C"]:
-    """Logits (bernoulli) or means (gaussian) of p(x|z), for any leading axes."""
-    return Decoder(cfg).apply(params["decoder"], z)
+def _one_hot(cfg: Config, label, leading: tuple[int, ...]):
+    if (label is None) != (cfg.classes == 0):
+        raise ValueError(
+            "a conditional model needs label=" if label is None else "model.classes is 0: it takes no label"
+        )
+    y = jnp.zeros((0,)) if label is None else jax.nn.one_hot(label, cfg.classes)
+    return jnp.broadcast_to(y.reshape((1,) * (len(leading) + 1 - y.ndim) + y.shape), (*leading, cfg.classes))
 
 
-def mean_image(cfg: Config, decoded: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The mean of p(x|z) in [0, 1] from what `decode` returns."""
-    return jax.nn.sigmoid(decoded) if cfg.likelihood == "bernoulli" else jnp.clip(decoded, 0.0, 1.0)
+def encode(cfg: Config, params: Params, x: Image, label: Label = None) -> tuple[Latent, Latent]:
+    """mu and logvar of q(z_1|x), for images in [0, 1]."""
+    return Encoder(cfg).apply(params["encoder"], x, _one_hot(cfg, label, x.shape[:-3]))
+
+
+def decode(cfg: Config, params: Params, z: Float[Array, "... Z"], label=None) -> Float[Array, "... H W D"]:
+    """What `log_likelihood` and `mean_image` take: logits, means, or means and log scales of p(x|z_1).
+
+    For any leading axes; label [...] has the last of them (B of z [k, B, Z]).
+    """
+    return Decoder(cfg).apply(params["decoder"], z, _one_hot(cfg, label, z.shape[:-1]))
+
+
+def encode_upper(cfg: Config, params: Params, z_1: Float[Array, "... Z"]):
+    """mu and logvar of q(z_2|z_1)."""
+    return Gaussian(cfg, cfg.upper_dim, cfg.upper_hidden).apply(params["upper_encoder"], z_1)
+
+
+def decode_upper(cfg: Config, params: Params, z_2: Float[Array, "... Z"]):
+    """mu and logvar of p(z_1|z_2)."""
+    return Gaussian(cfg, cfg.latent_dim, cfg.upper_hidden[::-1]).apply(params["upper_decoder"], z_2)
+
+
+def mean_image(cfg: Config, decoded: Float[Array, "... D"]) -> Float[Array, "... C"]:
+    """The mean of p(x|z) in [0, 1] from what `decode` returns (of a logistic: before its tails are cut)."""
+    if cfg.likelihood == "bernoulli":
+        return jax.nn.sigmoid(decoded)
+    return jnp.clip(_mean_and_log_scale(cfg, decoded)[0], 0.0, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- the bounds
@@ -171,7 +305,7 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
 
     static: image i of the set (`batch["index"]`, counted within the split that was loaded) keeps one Bernoulli draw in
         every epoch and every run.
-    dynamic: a new draw every call (Burda et al. 2016, section 5.1).
+    dynamic: a new draw every call (IWAE, section 5.1).
     """
     x = jnp.asarray(batch["image"], jnp.float32) / (cfg.levels - 1)
     if cfg.binarisation == "none":
@@ -184,31 +318,71 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     return (u < x).astype(jnp.float32)
 
 
-def elbo(cfg: Config, params: Params, x: Image, key: Key[Array, ""]) -> dict[str, Nats]:
-    """{"elbo", "reconstruction", "kl"} in nats, elbo = reconstruction - kl (AEVB eq. 7, 10), one sample of z.
-
-    The KL term is exact; beta is never inside.
-    """
-    mu, logvar = encode(cfg, params, x)
-    z = mu + jnp.exp(0.5 * logvar) * jax.random.normal(key, mu.shape, mu.dtype)
-    reconstruction = log_likelihood(cfg, x, decode(cfg, params, z))
-    kl = gaussian_kl(mu, logvar)
-    return {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
+def _normal(mu, logvar, key, shape):
+    return mu + jnp.exp(0.5 * logvar) * jax.random.normal(key, shape, mu.dtype)
 
 
-def log_weights(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int) -> Float[Array, "k B"]:
-    """log p(x, z_i) - log q(z_i|x) for k draws z_i ~ q(z|x), in nats (Burda et al. 2016, eq. 8).
+def draw(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None) -> Draws:
+    """k reparameterised draws of z ~ q(z|x) for each image: (z_1,), or (z_1, z_2) of two layers."""
+    k_1, k_2 = jax.random.split(key) if cfg.upper_dim else (key, None)
+    mu, logvar = encode(cfg, params, x, label)
+    z_1 = _normal(mu[None], logvar[None], k_1, (k, *mu.shape))
+    if not cfg.upper_dim:
+        return (z_1,)
+    mu, logvar = encode_upper(cfg, params, z_1)
+    return z_1, _normal(mu, logvar, k_2, mu.shape)
+
+
+def log_joint(cfg: Config, params: Params, x: Image, z: Draws, label: Label = None) -> Float[Array, "k B"]:
+    """log p(x, z) in nats."""
+    log_p = log_likelihood(cfg, x[None], decode(cfg, params, z[0], label)) + log_normal(z[-1], 0.0, 0.0)
+    return log_p + log_normal(z[0], *decode_upper(cfg, params, z[1])) if cfg.upper_dim else log_p
+
+
+def log_posterior(cfg: Config, params: Params, x: Image, z: Draws, label: Label = None) -> Float[Array, "k B"]:
+    """log q(z|x) in nats."""
+    log_q = log_normal(z[0], *(a[None] for a in encode(cfg, params, x, label)))
+    return log_q + log_normal(z[1], *encode_upper(cfg, params, z[0])) if cfg.upper_dim else log_q
+
+
+def log_weights(
+    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None
+) -> Float[Array, "k B"]:
+    """log p(x, z_i) - log q(z_i|x) for k draws z_i ~ q(z|x), in nats (IWAE eq. 8).
 
     Their mean is the ELBO, their log-mean-exp the bound L_k. k draws are in memory at once: see `iwae_bound`.
     """
-    mu, logvar = jax.tree.map(lambda a: a[None], encode(cfg, params, x))
-    z = mu + jnp.exp(0.5 * logvar) * jax.random.normal(key, (k, *mu.shape[1:]), mu.dtype)
-    log_p = log_likelihood(cfg, x[None], decode(cfg, params, z)) + log_normal(z, 0.0, 0.0)
-    return log_p - log_normal(z, mu, logvar)
+    z = draw(cfg, params, x, key, k=k, label=label)
+    return log_joint(cfg, params, x, z, label) - log_posterior(cfg, params, x, z, label)
 
 
-def iwae_bound(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, chunk: int | None = None) -> Nats:
-    """L_k = E log (1/k) sum_i w_i <= log p(x), in nats; it rises with k (Burda et al. 2016, eq. 8, theorem 1).
+def elbo(
+    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int = 1, label: Label = None
+) -> dict[str, Nats]:
+    """{"elbo", "reconstruction", "kl"} in nats, elbo = reconstruction - kl (AEVB eq. 7, 10), means over k draws of z.
+
+    The KL term is exact for one layer; of two, KL(q(z_2|z_1) || p(z_2)) is, and the rest is over the draws. beta is
+    never inside.
+    """
+    z = draw(cfg, params, x, key, k=k, label=label)
+    reconstruction = log_likelihood(cfg, x[None], decode(cfg, params, z[0], label)).mean(0)
+    mu, logvar = encode(cfg, params, x, label)
+    if cfg.upper_dim:
+        kl = log_normal(z[0], mu[None], logvar[None]) - log_normal(z[0], *decode_upper(cfg, params, z[1]))
+        kl = (kl + gaussian_kl(*encode_upper(cfg, params, z[0]))).mean(0)
+    else:
+        kl = gaussian_kl(mu, logvar)
+    return {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
+
+
+def _log_mean_exp(log_w):
+    return jax.nn.logsumexp(log_w, 0) - jnp.log(log_w.shape[0]).astype(log_w.dtype)
+
+
+def iwae_bound(
+    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, chunk: int | None = None, label: Label = None
+) -> Nats:
+    """L_k = E log (1/k) sum_i w_i <= log p(x), in nats; it rises with k (IWAE eq. 8, theorem 1).
 
     chunk: draws in memory at once, default k; chunk j uses fold_in(key, j), so the draws depend on it. Compile with
         jax.jit(partial(iwae_bound, cfg, k=5000, chunk=100)).
@@ -218,7 +392,7 @@ def iwae_bound(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k:
         raise ValueError(f"k and chunk must be at least 1, got k={k}, chunk={chunk}")
 
     def one(total, j):
-        log_w = log_weights(cfg, params, x, jax.random.fold_in(key, j), k=chunk)
+        log_w = log_weights(cfg, params, x, jax.random.fold_in(key, j), k=chunk, label=label)
         counts = j * chunk + jnp.arange(chunk) < k  # the last chunk may reach beyond k
         log_w = jnp.where(counts[:, None], log_w, -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(log_w, 0)), None
@@ -227,69 +401,164 @@ def iwae_bound(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k:
     return total - jnp.log(k).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _doubly(cfg, params, blind, x, z, label):
+    log_w = log_joint(cfg, params, x, z, label) - log_posterior(cfg, blind, x, z, label)
+    return _log_mean_exp(log_w), log_w
+
+
+def _doubly_forward(cfg, params, blind, x, z, label):
+    log_w, pull = jax.vjp(
+        lambda params, z: log_joint(cfg, params, x, z, label) - log_posterior(cfg, blind, x, z, label), params, z
+    )
+    return (_log_mean_exp(log_w), log_w), (jax.nn.softmax(log_w, 0), pull, blind, x, label)
+
+
+def _doubly_backward(cfg, residuals, cotangents):
+    w, pull, blind, x, label = residuals
+    params, z = pull(w * cotangents[0][None])
+    z = tuple(w[..., None] * g for g in z)  # the second w of eq. 8
+    zero = partial(jax.tree.map, jnp.zeros_like)
+    return params, zero(blind), zero(x), z, None
+
+
+_doubly.defvjp(_doubly_forward, _doubly_backward)
+
+
+def dreg_bound(
+    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None
+) -> tuple[Nats, Float[Array, "k B"]]:
+    """L_k and its log weights, with the doubly reparameterised gradient (Tucker et al. 2019, eq. 8).
+
+    Values as `iwae_bound`; the decoder's gradient is sum_i w_i grad log p(x, z_i), w normalised over k; the encoder's
+    sum_i w_i^2 (d log w_i / d z_i) grad z_i, whose signal does not vanish against its noise as k grows. log_w carry no
+    gradient.
+    """
+    z = draw(cfg, params, x, key, k=k, label=label)
+    return _doubly(cfg, params, jax.lax.stop_gradient(params), x, z, label)
+
+
+def activity(
+    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int = 32, label: Label = None
+) -> tuple[Float[Array, "_"], ...]:
+    """A_u = Var_x E_q(u|x)[u] for each unit u of each layer; a unit is active where it exceeds .01 (IWAE, section 5.2).
+
+    Exact but for the images in the first layer. In the second E_q is a mean over draws of z_1, and its variance the
+    covariance of two means of k draws each, so that their noise adds nothing.
+    """
+    mu, _ = encode(cfg, params, x, label)
+    first = jnp.var(mu, 0)
+    if not cfg.upper_dim:
+        return (first,)
+    z_1, _ = draw(cfg, params, x, key, k=2 * k, label=label)
+    mu = encode_upper(cfg, params, z_1)[0]
+    a, b = (half.mean(0) - half.mean((0, 1))[None] for half in jnp.split(mu, 2))
+    return first, jnp.mean(a * b, 0)
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def reconstruct(cfg: Config, params: Params, x: Image) -> Image:
-    """The mean image at the mean of q(z|x)."""
-    return mean_image(cfg, decode(cfg, params, encode(cfg, params, x)[0]))
+def reconstruct(cfg: Config, params: Params, x: Image, label: Label = None) -> Image:
+    """The mean image at the mean of q(z_1|x)."""
+    return mean_image(cfg, decode(cfg, params, encode(cfg, params, x, label)[0], label))
 
 
-def interpolate(cfg: Config, params: Params, x_a: Image, x_b: Image, *, steps: int) -> Float[Array, "B S H W C"]:
-    """Mean images on the straight line between the two posterior means, both ends included."""
-    z_a, z_b = encode(cfg, params, x_a)[0], encode(cfg, params, x_b)[0]
+def interpolate(
+    cfg: Config, params: Params, x_a: Image, x_b: Image, *, steps: int, label: Label = None
+) -> Float[Array, "B S H W C"]:
+    """Mean images on the straight line between the two posterior means of z_1, both ends included."""
+    z_a, z_b = encode(cfg, params, x_a, label)[0], encode(cfg, params, x_b, label)[0]
     at = jnp.linspace(0.0, 1.0, steps)[None, :, None]
-    return mean_image(cfg, decode(cfg, params, z_a[:, None] * (1 - at) + z_b[:, None] * at))
+    z = z_a[:, None] * (1 - at) + z_b[:, None] * at
+    return mean_image(cfg, decode(cfg, params, z, None if label is None else label[:, None].repeat(steps, 1)))
 
 
-def manifold(cfg: Config, params: Params, *, side: int = 20) -> Float[Array, "S S H W C"]:
+def manifold(cfg: Config, params: Params, *, side: int = 20, label=None) -> Float[Array, "S S H W C"]:
     """Mean images on a grid through the inverse Gaussian CDF (AEVB fig. 4): z_1 grows rightwards, z_2 upwards.
 
-    Needs latent_dim = 2. Coordinates are the middles of `side` equally probable intervals.
+    Needs latent_dim = 2 and one layer; `label` is one class. Coordinates are the middles of `side` equally probable
+    intervals.
     """
-    if cfg.latent_dim != 2:
-        raise ValueError(f"a manifold needs latent_dim = 2, this model has {cfg.latent_dim}")
+    if cfg.latent_dim != 2 or cfg.upper_dim:
+        raise ValueError(
+            f"a manifold needs latent_dim = 2 and one layer, got {cfg.latent_dim} and upper_dim {cfg.upper_dim}"
+        )
     at = jax.scipy.special.ndtri((jnp.arange(side) + 0.5) / side)
     z_1, z_2 = jnp.meshgrid(at, at[::-1])
-    return mean_image(cfg, decode(cfg, params, jnp.stack([z_1, z_2], -1)))
+    return mean_image(cfg, decode(cfg, params, jnp.stack([z_1, z_2], -1), label))
 
 
 # ---------------------------------------------------------------------------------------------------------- the family
 
 
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:
-    """The VAE as a Family. `evaluate` gives the negative ELBO, one sample of z an example, as `nll_nats`.
+    """The VAE as a Family.
 
-    `sample(state, key, *, n)` gives the mean images of p(x|z) for n draws of z ~ N(0, I), as AEVB fig. 5 shows them.
+    evaluate: `nll_nats` is the negative of the bound that is trained, -ELBO with its two terms, or -L_k with the
+        config's k and `elbo_nats` beside it; `nll_bits_per_dim` where the likelihood is one of the images as they are.
+    sample(state, key, *, n, label=None): the mean images of p(x|z) for n draws of z ~ p(z), as AEVB fig. 5 shows them.
+        label [n]; where a conditional model is given none, the classes in turn.
     """
     ema = EMA(cfg.ema)
 
     def init(key):
-        k_encoder, k_decoder = jax.random.split(key)
+        k_encoder, k_decoder, *k_upper = jax.random.split(key, 4 if cfg.upper_dim else 2)
+        y, z = jnp.zeros((1, cfg.classes)), jnp.zeros((1, cfg.latent_dim))
         params = {
-            "encoder": Encoder(cfg).init(k_encoder, jnp.zeros((1, *cfg.shape))),
-            "decoder": Decoder(cfg).init(k_decoder, jnp.zeros((1, cfg.latent_dim))),
+            "encoder": Encoder(cfg).init(k_encoder, jnp.zeros((1, *cfg.shape)), y),
+            "decoder": Decoder(cfg).init(k_decoder, z, y),
         }
+        if cfg.upper_dim:
+            upper = (
+                Gaussian(cfg, cfg.upper_dim, cfg.upper_hidden),
+                Gaussian(cfg, cfg.latent_dim, cfg.upper_hidden[::-1]),
+            )
+            params["upper_encoder"] = upper[0].init(k_upper[0], z)
+            params["upper_decoder"] = upper[1].init(k_upper[1], jnp.zeros((1, cfg.upper_dim)))
         return start(params, cfg.optim, ema=ema)
+
+    def given(batch):
+        return batch["label"] if cfg.classes else None
 
     def loss(params, state, batch, key):
         k_x, k_z = jax.random.split(key)
-        terms = elbo(cfg, params, preprocess(cfg, batch, k_x), k_z)
-        metrics = {f"{name}_nats": value.mean() for name, value in terms.items()}
-        return (cfg.beta * terms["kl"] - terms["reconstruction"]).mean(), (state.extra, metrics)
+        x, label = preprocess(cfg, batch, k_x), given(batch)
+        if cfg.objective == "elbo":
+            terms = elbo(cfg, params, x, k_z, k=cfg.k, label=label)
+            beta = cfg.beta * jnp.minimum(1.0, state.step / cfg.kl_warmup) if cfg.kl_warmup else cfg.beta
+            value = beta * terms["kl"] - terms["reconstruction"]
+        else:
+            if cfg.objective == "dreg":
+                bound, log_w = dreg_bound(cfg, params, x, k_z, k=cfg.k, label=label)
+            else:
+                log_w = log_weights(cfg, params, x, k_z, k=cfg.k, label=label)
+                bound = _log_mean_exp(log_w)
+            value, terms = -bound, {"iwae": bound, "elbo": log_w.mean(0)}
+        return value.mean(), (state.extra, {f"{name}_nats": term.mean() for name, term in terms.items()})
 
     def evaluate(state, batch, key):
         k_x, k_z = jax.random.split(key)
-        terms = elbo(cfg, ema.read(state), preprocess(cfg, batch, k_x), k_z)
-        return {
-            "nll_nats": -terms["elbo"],
-            "reconstruction_nats": terms["reconstruction"],
-            "kl_nats": terms["kl"],
-        }
+        params, x, label = ema.read(state), preprocess(cfg, batch, k_x), given(batch)
+        if cfg.objective == "elbo":
+            terms = elbo(cfg, params, x, k_z, label=label)
+            values = {"nll_nats": -terms["elbo"]}
+            values |= {"reconstruction_nats": terms["reconstruction"], "kl_nats": terms["kl"]}
+        else:
+            log_w = log_weights(cfg, params, x, k_z, k=cfg.k, label=label)
+            values = {"nll_nats": -_log_mean_exp(log_w), "elbo_nats": log_w.mean(0)}
+        if cfg.likelihood != "bernoulli" or cfg.binarisation != "none":
+            values["nll_bits_per_dim"] = bits_per_dim(cfg, values["nll_nats"])
+        return values
 
-    def sample(state: State, key, *, n: int):
-        z = jax.random.normal(key, (n, cfg.latent_dim))
-        return mean_image(cfg, decode(cfg, ema.read(state), z))
+    def sample(state: State, key, *, n: int, label=None):
+        params, (k_1, k_2) = ema.read(state), jax.random.split(key)
+        z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim))
+        if cfg.upper_dim:
+            z = _normal(*decode_upper(cfg, params, z), k_2, (n, cfg.latent_dim))
+        if cfg.classes and label is None:
+            label = jnp.arange(n) % cfg.classes
+        return mean_image(cfg, decode(cfg, params, z, label))
 
     step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
     return Family(init, step, evaluate, sample)

@@ -221,8 +221,8 @@ def recordable(scale: str, flags: list[str]) -> str:
 
 def check_began_at(commit: str, folder: Path) -> None:
     """Refuses to record what an older commit, or changed files, began to train."""
-    for path in [folder / "run.json", *folder.glob("*/run.json")]:
-        if path.is_file() and (began := folders.read(path.parent)["environment"].get("commit")) != commit:
+    for path in folder.rglob("run.json"):
+        if (began := folders.read(path.parent)["environment"].get("commit")) != commit:
             raise ValueError(
                 f"{path.parent} began at commit {began or 'unknown'}, not {commit}: record from a new folder"
             )

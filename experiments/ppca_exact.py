@@ -82,7 +82,7 @@ def linear_vae(w: np.ndarray, b: np.ndarray, std: float, *, wider: float = 1.0, 
         "bias": np.concatenate([off - b @ to_mu, 2 * np.log(wider * sd)]),
     }
     params = {
-        "encoder": {"params": {"Dense_0": encoder}},
+        "encoder": {"params": {"Gaussian_0": {"Dense_0": encoder}}},
         "decoder": {"params": {"Dense_0": {"kernel": w.T, "bias": b}}},
     }
     return cfg, jax.tree.map(jnp.asarray, params)

@@ -163,7 +163,9 @@ class Checkpoints:
             self._thread.shutdown()
             with quiet():
                 self._orbax.close()
-            for _ in range(50 if self._failed else 0):  # tensorstore's threads outlive a failed save, and may still write
+            for _ in range(
+                50 if self._failed else 0
+            ):  # tensorstore's threads outlive a failed save, and may still write
                 with contextlib.suppress(OSError):
                     self.clear()
                 if not list(self.folder.glob("saving-*")):
