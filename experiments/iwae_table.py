@@ -45,7 +45,7 @@ class Setup:
     ks: tuple[int, ...] = (1, 5, 50)
     two_layers: tuple[int, ...] = (5,)  # the k with two stochastic layers
     batch_size: int = 100
-    lr: float = 2e-3
+    lr: float = 3e-3  # its peak, after 600 updates of warm-up
     seeds: int = 3  # of one layer with k <= 5; one of the rest
     seed: int = 0  # the first
     test: int = 1000  # the first so many test images

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,11 +69,18 @@ def _take(arrays: dict, rows) -> dict:
     return {**{name: a[rows] for name, a in arrays.items()}, "index": rows}
 
 
-def from_arrays(arrays: dict, *, levels: int = 256, classes: int | None = None, source: dict | None = None) -> Data:
+def from_arrays(
+    arrays: dict,
+    *,
+    levels: int = 256,
+    classes: int | None = None,
+    source: dict | None = None,
+    fingerprint: str | None = None,
+) -> Data:
     """A finite set of your own: {"image": uint8 [N,H,W,C] or "points": float [N,d], "label": int [N] if there are any}.
 
-    Images hold whole numbers in 0..levels-1. `classes` defaults to the largest label + 1. Raises ValueError for
-    anything that does not fit this description.
+    Images hold whole numbers in 0..levels-1. `classes` defaults to the largest label + 1, `fingerprint` to the sha256
+    of the arrays. Raises ValueError for anything that does not fit this description.
     """
     kinds = [kind for kind in ("image", "points") if kind in arrays]
     if len(kinds) != 1:
@@ -106,10 +113,6 @@ def from_arrays(arrays: dict, *, levels: int = 256, classes: int | None = None, 
             raise ValueError(f"labels must lie in 0..{classes - 1}, got {y.min()}..{y.max()}")
         arrays["label"] = y.astype(np.int32)
 
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
     info = Info(
         kind=kind,
         shape=x.shape[1:],
@@ -117,10 +120,63 @@ def from_arrays(arrays: dict, *, levels: int = 256, classes: int | None = None, 
         classes=classes if "label" in arrays else None,
         examples=len(x),
         source=source,
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint or _digest(arrays),
     )
     rows = functools.partial(order, len(x))
     return Data(info, lambda seed, i, size: _take(arrays, rows(seed, i, size)), (arrays, rows, _take))
+
+
+def _digest(arrays: dict) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+def from_source(
+    examples,
+    *,
+    levels: int = 256,
+    classes: int | None = None,
+    source: dict | None = None,
+    fingerprint: str | None = None,
+) -> Data:
+    """A finite set of images that need not fit in memory: read example by example, in the order of `from_arrays`.
+
+    examples: `len(examples)` and `examples[i] -> {"image": uint8 [H,W,C], "label": int}` in any order and from any
+        thread, as grain's and TFDS's data sources have them. `fit` reads ahead in threads.
+    classes: how many, where there are labels. fingerprint: what tells this set from others; by default a sha256 of its
+        length and of 64 examples spread over it.
+
+    Raises ValueError for examples that do not fit this description: for the first at once, for others when read.
+    """
+    n = len(examples)
+    if n == 0:
+        raise ValueError("a data set needs at least one example")
+
+    def stack(rows) -> dict:
+        found = [examples[int(row)] for row in rows]
+        for row, example in zip(rows, found, strict=True):
+            if np.shape(example["image"]) != shape:
+                raise ValueError(f"image {row} is {np.shape(example['image'])}, image 0 is {shape}")
+        arrays = {name: np.stack([e[name] for e in found]) for name in ("image", "label") if name in found[0]}
+        checked = from_arrays(arrays, levels=levels, classes=classes, fingerprint="of a batch")
+        return {name: a for name, a in checked.resident[0].items()}
+
+    shape = np.shape(examples[0]["image"])
+    first = from_arrays(stack([0]), levels=levels, classes=classes)
+    if "label" in first.resident[0] and classes is None:
+        raise ValueError("from_source needs to be told how many classes there are")
+    if fingerprint is None:
+        spread = stack(np.linspace(0, n - 1, min(n, 64)).astype(int))
+        fingerprint = hashlib.sha256(f"{n} {_digest(spread)}".encode()).hexdigest()
+
+    def batch(seed, i, size):
+        rows = order(n, seed, i, size)
+        return {**stack(rows), "index": rows}
+
+    return Data(replace(first.info, examples=n, source=source, fingerprint=fingerprint), batch)
 
 
 def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
@@ -137,12 +193,12 @@ def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
 
 
 def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
-    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca.
+    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca; images:FOLDER for your own pictures.
 
     split: train or test, sliced as in TFDS where wished ("train[:50000]", "train[90%:]", "train+test"); synthetic sets
-        take any name, and another name draws other points.
+        take any name, and another name draws other points; images:FOLDER see `images.pictures`.
     folder: where the original files of a downloaded set lie (else AIGC_DATA/<name>, else a prepared copy, else the
-        network). Files are known by their checksums, whatever their names.
+        network). Files are known by their checksums, whatever their names. For images:FOLDER: where it is now.
     options: the set's own (synthetic: std, examples ...); unknown ones are refused.
 
     Raises ValueError for a name, split, option or file that does not fit, FileNotFoundError where files are missing.
@@ -158,8 +214,10 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         "swiss_roll": points.swiss_roll,
         "ppca": points.ppca,
     }
+    if name.startswith("images:"):
+        sets[name] = functools.partial(images.pictures, name)
     if name not in sets:
-        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sets)}")
+        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sets)} and images:FOLDER")
     known = inspect.signature(sets[name]).parameters
     downloaded = "folder" in known
     if folder is not None and not downloaded:

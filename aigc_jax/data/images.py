@@ -12,11 +12,16 @@ import os
 import sys
 import tempfile
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from . import Data, from_arrays
+from . import Data, from_arrays, from_source
+
+# Larger sets of pictures are read while training instead of being held.
+RESIDENT_BYTES = 2**31
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
 # Debian ships the official Fashion-MNIST with another gzip header. With the original time stamp and file name put back
 # the bytes, and so the checksums, are the official ones.
@@ -47,21 +52,148 @@ def fashion_mnist(split: str, *, folder: str | None = None) -> Data:
     return _tfds("fashion_mnist", split, folder)
 
 
-def _cut(name: str, split: str, sizes: dict[str, int], read, *, levels: int) -> Data:
-    """The examples that `split` names: a whole split, or TFDS's slices of some, joined."""
-    cuts = [(split, 0, sizes.get(split))]
-    if split not in sizes:
-        import tensorflow_datasets as tfds
+def pictures(name: str, split: str, *, folder: str | None = None, stream: bool | None = None) -> Data:
+    """images:FOLDER, your own pictures of one size; sub-folders are classes, in alphabetical order of their names.
 
-        known = {s: tfds.core.SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in sizes.items()}
+    FOLDER holds train/ and test/, each with the classes in it; or the classes; or the pictures themselves, which then
+    have no labels. Without train/ and test/ there is one split, train, in an order drawn once for ever, so that its
+    slices ("train[:90%]", "train[90%:]") hold all classes. Grey pictures have one channel, others three; what is
+    transparent is put on white.
+
+    stream: read pictures while training; by default where they would take more than 2 GiB.
+    """
+    root = Path(folder if folder is not None else name.removeprefix("images:"))
+    if not root.is_dir():
+        raise FileNotFoundError(f"images: there is no folder {root}")
+    splits = {part: root / part for part in ("train", "test") if (root / part).is_dir()}
+    if len(splits) < 2:
+        splits = {"train": root}
+    found = {part: _listed(at) for part, at in splits.items()}
+    classes = {part: names for part, (_, names) in found.items()}
+    if len(set(classes.values())) > 1:
+        raise ValueError(
+            f"images: {root} has other classes in train than in test: {classes['train']}, {classes['test']}"
+        )
+    names = classes["train"]
+    chosen = [
+        found[part][0][i]
+        for part, start, stop in _cuts(name, split, {part: len(files) for part, (files, _) in found.items()})
+        for i in range(start, stop)
+    ]
+    if not chosen:
+        raise ValueError(f"{name}: the split {split!r} is empty")
+    source = _Pictures(root, chosen, names)
+    info = {"classes": len(names) or None, "source": {"name": name, "split": split}, "fingerprint": source.fingerprint}
+    if stream if stream is not None else len(chosen) * np.prod(source.shape) > RESIDENT_BYTES:
+        return from_source(source, **info)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        examples = list(pool.map(source.__getitem__, range(len(source))))
+    return from_arrays({key: np.stack([e[key] for e in examples]) for key in examples[0]}, **info)
+
+
+def _listed(root: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The pictures under a folder in their order for ever, and the names of the classes."""
+
+    def is_picture(path: Path) -> bool:
+        return path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file()
+
+    below = {p.name: sorted(filter(is_picture, p.rglob("*"))) for p in sorted(root.iterdir()) if p.is_dir()}
+    classes = tuple(name for name, files in below.items() if files)
+    loose = sorted(filter(is_picture, root.iterdir()))
+    if loose and classes:
+        raise ValueError(f"images: {loose[0]} lies beside the class folder {root / classes[0]}: move one of them")
+    files = loose or [p for name in classes for p in below[name]]
+    if not files:
+        raise ValueError(f"images: {root} holds no pictures ({', '.join(PICTURES)})")
+    bits = np.random.Philox(key=[0, 0]).random_raw(len(files))
+    return [files[i] for i in np.argsort(bits, kind="stable")], classes
+
+
+class _Pictures:
+    """Picture files as a random-access source; refuses what is no picture or has another size, by name."""
+
+    def __init__(self, root: Path, files: list[Path], classes: tuple[str, ...]):
+        self.root, self.files, self.classes = root, files, classes
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            known = list(pool.map(self._look, files))
+        sizes = [size for size, _, _ in known]
+        for file, size in zip(files, sizes, strict=True):
+            if size != sizes[0]:
+                raise ValueError(
+                    f"images: {file} has {size[0]} x {size[1]} pixels, {files[0]} has {sizes[0][0]} x {sizes[0][1]}: "
+                    "bring all to one size"
+                )
+        self.shape = (*sizes[0][::-1], 1 if all(grey for _, grey, _ in known) else 3)
+        digest = hashlib.sha256(repr((self.shape, classes)).encode())
+        for _, _, content in known:
+            digest.update(content)
+        self.fingerprint = digest.hexdigest()
+
+    def _label(self, file: Path) -> int:
+        parts = file.relative_to(self.root).parts
+        return next(self.classes.index(part) for part in parts[:2] if part in self.classes)
+
+    def _look(self, file: Path) -> tuple[tuple[int, int], bool, bytes]:
+        """Its size, whether it is grey, and the sha256 of its class and bytes."""
+        content = file.read_bytes()
+        with self._open(file, io.BytesIO(content)) as image:
+            size, grey = image.size, image.mode in ("1", "L")
+            if file.suffix.lower() in (".jpg", ".jpeg") and image.getexif().get(0x0112, 1) >= 5:
+                size = size[::-1]  # the camera was held upright
+        label = self._label(file) if self.classes else 0
+        return size, grey, hashlib.sha256(label.to_bytes(4, "little") + content).digest()
+
+    def _open(self, file: Path, content=None):
+        from PIL import Image
+
         try:
-            parsed = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
-        except (ValueError, AssertionError, KeyError) as e:
-            raise ValueError(
-                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as train[:100], train+test"
-            ) from e
-        cuts = [(c.splitname, c.from_ or 0, sizes[c.splitname] if c.to is None else c.to) for c in parsed]
-    pieces = [{key: a[start:stop] for key, a in read(s).items()} for s, start, stop in cuts]
+            image = Image.open(content or file)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise ValueError(f"images: {file} cannot be read as a picture") from e
+        if image.mode.startswith("I") or image.mode == "F":
+            raise ValueError(f"images: {file} has more than 8 bits a channel (mode {image.mode}): convert it")
+        return image
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> dict:
+        from PIL import Image, ImageOps
+
+        file = self.files[i]
+        with self._open(file) as image:
+            try:
+                if file.suffix.lower() in (".jpg", ".jpeg"):
+                    image = ImageOps.exif_transpose(image)
+                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                pixels = np.asarray(image.convert("L" if self.shape[-1] == 1 else "RGB"))
+            except (OSError, ValueError, SyntaxError) as e:
+                raise ValueError(f"images: {file} is damaged") from e
+        example = {"image": pixels.reshape(*pixels.shape[:2], self.shape[-1])}
+        return example | ({"label": np.int32(self._label(file))} if self.classes else {})
+
+
+def _cuts(name: str, split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
+    """(split, start, stop) of what `split` names: a whole split, or TFDS's slices of some, joined."""
+    if split in sizes:
+        return [(split, 0, sizes[split])]
+    import tensorflow_datasets as tfds
+
+    known = {s: tfds.core.SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in sizes.items()}
+    try:
+        parsed = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+    except (ValueError, AssertionError, KeyError) as e:
+        raise ValueError(
+            f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as train[:100], train+test"
+        ) from e
+    return [(c.splitname, c.from_ or 0, sizes[c.splitname] if c.to is None else c.to) for c in parsed]
+
+
+def _cut(name: str, split: str, sizes: dict[str, int], read, *, levels: int) -> Data:
+    """The examples that `split` names, out of whole splits."""
+    pieces = [{key: a[start:stop] for key, a in read(s).items()} for s, start, stop in _cuts(name, split, sizes)]
     arrays = {key: np.concatenate([p[key] for p in pieces]) for key in pieces[0]}
     if not len(arrays["image"]):
         raise ValueError(f"{name}: the split {split!r} is empty")

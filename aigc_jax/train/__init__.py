@@ -22,7 +22,7 @@ from ..core import Family, State
 from ..data import Data, Info
 from . import folder as folders
 from .checkpoints import Checkpoints, SaveFailed, difference, say
-from .engine import Engine, Feed
+from .engine import Engine, Feed, compiler_options
 from .folder import Refused, metrics
 from .progress import Progress
 
@@ -60,6 +60,7 @@ class Run:
     best: str = ""  # a reported validation value; the checkpoint where it was lowest is kept and loaded
     steps_per_call: int = 1  # updates in one compiled call; not for convolutional nets on the CPU
     devices: int = 0  # 0: all
+    pmap: bool = False  # jax.pmap in place of jit over a mesh: every device draws its own noise
     init: str = ""  # a run folder whose parameters this run starts from
 
     def __post_init__(self):
@@ -94,6 +95,8 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> dict:
                 raise Refused(str(e)) from e
     if run.devices > len(jax.devices()):
         raise Refused(f"run.devices is {run.devices}, this machine has {len(jax.devices())}")
+    if run.pmap and jax.process_count() > 1:
+        raise Refused("run.pmap is for one process: several train over a mesh")
     devices, micro = run.devices or len(jax.devices()), getattr(cfg, "micro", 1)
     if run.batch_size % (devices * micro):
         raise Refused(f"run.batch_size {run.batch_size} does not divide by {devices} devices x {micro} micro-batches")
@@ -245,7 +248,7 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
     run, folder, step = engine.run, saves.folder.parent if saves else None, saved or 0
     score = engine.scorer(Feed(valid, engine.mesh)) if valid is not None else None
     best = folders.best_step(log.lines, run.best, saves.steps()) if log and run.best else None
-    pending = None
+    state, pending = engine.enter(state), None
 
     def fetch():
         # One call late, so that the device never waits for the host.
@@ -267,15 +270,16 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
         nonlocal saved
         fetch()  # a state is kept only when all that led to it was finite
         if saves and saved != step:
-            saves.save(step, state, best)
+            saves.save(step, engine.view(state), best)
             saved = step
 
     def look():
         nonlocal best
         fetch()
-        values = score(state) if score else {}
+        seen = engine.view(state)
+        values = score(seen) if score else {}
         if on_eval:
-            values |= {name: float(v) for name, v in (on_eval(engine.family, state, step) or {}).items()}
+            values |= {name: float(v) for name, v in (on_eval(engine.family, seen, step) or {}).items()}
         if not values:
             return
         if run.best and run.best not in values:
@@ -317,7 +321,7 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
             raise
         except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written
             raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; the newest checkpoint stands") from e
-    return state
+    return engine.view(state)
 
 
 # ------------------------------------------------------------------------------------------------------ after training
@@ -361,7 +365,8 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     """n samples, made in chunks of equal size (chunk i with fold_in(key, i)); they depend on the chunk."""
     if n < 1 or chunk < 1:
         raise Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
-    draw = jax.jit(partial(result.family.sample, n=min(chunk, n), **options))
+    options_here = compiler_options(jax.devices()[0])
+    draw = jax.jit(partial(result.family.sample, n=min(chunk, n), **options), compiler_options=options_here)
     pieces = [np.asarray(draw(result.state, jax.random.fold_in(key, i))) for i in range(-(-n // min(chunk, n)))]
     return np.concatenate(pieces)[:n]
 
@@ -405,6 +410,7 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
     finally:
         saves.close()
     say(f"repeating {folder} from step {at} on")
+    state = engine.enter(state)
     while at < step - 1:
         count = min(run.steps_per_call, step - 1 - at)
         state, _ = engine.advance(state, at, count)
@@ -414,10 +420,10 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
         return {name: float(np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))))
                 for name, tree in params.items()}  # fmt: skip
 
-    before = norms(state.params)
+    before = norms(engine.view(state).params)
     state, values = engine.advance(state, at, 1)
     values = {name: float(np.reshape(v, -1)[0]) for name, v in jax.device_get(values).items()}
-    facts = {"norm_before": before, "norm_after": norms(state.params)}
+    facts = {"norm_before": before, "norm_after": norms(engine.view(state).params)}
     if data.resident:
         facts["rows"] = np.asarray(engine.feed.host(run.seed, step - 1, run.batch_size)).tolist()
     return values, facts

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,6 +18,20 @@ from ..data import Data
 # A parameter smaller than this is copied to every device rather than cut: gathering it in every layer of every step
 # would cost more than the memory it saves.
 CUT_FROM = 2**20
+
+# On the CPU jaxlib 0.10.2 sends convolutions to YNNPACK, where they are slower than on its older path: the step of a
+# convolutional VAE took 40 ms, and 29 with YNNPACK for products and reductions only (a VAE of dense layers the same in
+# both). Other versions and other devices compile with their defaults.
+COMPILER_OPTIONS = {
+    ("0.10.2", "cpu"): {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    }
+}
+
+
+def compiler_options(device) -> dict | None:
+    """What `jax.jit` is told for this device; None: nothing."""
+    return COMPILER_OPTIONS.get((jaxlib.__version__, device.platform))
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
@@ -48,28 +63,59 @@ class Feed:
 
     def __init__(self, data: Data, mesh):
         self.data, self.mesh = data, mesh
-        self.arrays = {}
+        self.arrays, self._ahead = {}, None
         if data.resident:
             arrays, self._rows, self._take = data.resident
             self.arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
 
     def host(self, seed: int, i: int, size: int):
         """What the host sends for batch i: the row numbers of a resident set, else the batch itself."""
-        return self._rows(seed, i, size) if self.data.resident else self.data.batch(seed, i, size)
+        if self.data.resident:
+            return self._rows(seed, i, size)
+        if self.data.info.examples is None:
+            return self.data.batch(seed, i, size)
+        if self._ahead is None or self._ahead.asked != (seed, size) or i not in (self._ahead.i, self._ahead.i + 1):
+            self._ahead = _Ahead(self.data, seed, i, size)
+        return self._ahead.batch(i)
 
     def place(self, x, axis: int = 0):
         """Host arrays on the mesh, cut along `axis`."""
         sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
         return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda cut: a[cut]), x)
 
+    def take(self, arrays, x):
+        """Inside the compiled step: the batch."""
+        return self._take(arrays, x) if self.data.resident else x
+
     def batch(self, arrays, x):
-        """Inside the compiled step: the batch, spread over the devices."""
-        batch = self._take(arrays, x) if self.data.resident else x
-        return jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, P("data")))
+        """The same, spread over the devices."""
+        return jax.lax.with_sharding_constraint(self.take(arrays, x), NamedSharding(self.mesh, P("data")))
+
+
+class _Ahead:
+    """The batches i, i + 1, ... of a set that is read from disk, made in threads (grain) before they are asked for."""
+
+    def __init__(self, data: Data, seed: int, i: int, size: int):
+        import grain
+
+        self.asked, self.i = (seed, size), i
+        batches = grain.MapDataset.range(i, 2**31).map(lambda j: data.batch(seed, j, size))
+        self._left = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        self._now = next(self._left)
+
+    def batch(self, i: int) -> dict:
+        """Batch i, the last one again or the one after it."""
+        if i != self.i:
+            self.i, self._now = i, next(self._left)
+        return self._now
 
 
 class Engine:
-    """A family compiled for a mesh: its first state, its steps, its scores."""
+    """A family compiled for a mesh, or for pmap over the same devices: its first state, its steps, its scores.
+
+    `init`, restored checkpoints, scores and `view` speak of one State. What `advance` takes and gives is
+    `enter(state)`: that State itself on a mesh, for pmap a copy a device, stacked.
+    """
 
     def __init__(self, make, cfg, run, data: Data):
         self.run, self.mesh, self.family = run, mesh_of(run.devices), make(cfg)
@@ -81,28 +127,45 @@ class Engine:
         self.template = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
         )
+        step = make(cfg, axis_name="data").step if run.pmap else self.family.step
 
         def one(state, arrays, x, key):
+            if run.pmap:  # this device's rows, its own key, gradients averaged over the axis
+                return step(state, self.feed.take(arrays, x), step_key(key, state.step, "data"))
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # core.spread finds the mesh here
-                return self.family.step(state, self.feed.batch(arrays, x), step_key(key, state.step))
+                return step(state, self.feed.batch(arrays, x), step_key(key, state.step))
 
         def several(state, arrays, xs, key, count):
             # The loop's length is a traced number: whatever is left to do before the next save runs through the same
             # compiled code, so where a run is cut into calls never changes a bit.
-            log = jax.eval_shape(one, state, arrays, jax.tree.map(lambda x: x[0], xs), key)[1]
-
             def body(i, carry):
                 state, log = carry
                 state, metrics = one(state, arrays, jax.tree.map(lambda x: x[i], xs), key)
                 return state, jax.tree.map(lambda a, m: a.at[i].set(m), log, metrics)
 
+            log = jax.eval_shape(one, state, arrays, jax.tree.map(lambda x: x[0], xs), key)[1]
             log = jax.tree.map(lambda m: jnp.zeros((run.steps_per_call, *m.shape), m.dtype), log)
             return jax.lax.fori_loop(0, count, body, (state, log))
 
-        out = (shardings, NamedSharding(self.mesh, P()))
-        self._one = jax.jit(one, donate_argnums=0, out_shardings=out)
-        self._several = jax.jit(several, donate_argnums=0, out_shardings=out)
+        self._options = compiler_options(self.mesh.devices.flat[0])
         self._init = jax.jit(init, out_shardings=shardings)
+        if run.pmap:
+            devices = list(self.mesh.devices.flat)
+            compiled = partial(jax.pmap, axis_name="data", out_axes=(0, None), devices=devices, donate_argnums=0)
+            self._one = compiled(one, in_axes=(0, 0, 0, None))
+            self._several = compiled(several, in_axes=(0, 0, 0, None, None))
+            stacked = NamedSharding(self.mesh, P("data"))
+            copy = jax.jit(
+                lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x[None], (len(devices), *x.shape)), tree),
+                out_shardings=stacked,
+            )
+            self.enter, self.feed.arrays = copy, copy(self.feed.arrays)
+            self.view = jax.jit(lambda state: jax.tree.map(lambda x: x[0], state), out_shardings=shardings)
+        else:
+            out = (shardings, NamedSharding(self.mesh, P()))
+            compiled = partial(jax.jit, donate_argnums=0, out_shardings=out, compiler_options=self._options)
+            self._one, self._several = compiled(one), compiled(several)
+            self.enter = self.view = lambda state: state
 
     def init(self, warm: State | None = None) -> State:
         """The state before step 0, from the seed; with the parameters of `warm` where that is given."""
@@ -115,20 +178,31 @@ class Engine:
                 state = state._replace(**{name: jax.device_put(getattr(warm, name), placed)})
         return state
 
-    def advance(self, state: State, step: int, count: int):
+    def _place(self, x, axis: int):
+        """A batch's rows, which lie along `axis`, on the devices; for pmap as [devices, ..., rows of one, ...]."""
+        if not self.run.pmap:
+            return self.feed.place(x, axis)
+        n = self.mesh.size
+
+        def cut(a):
+            return np.moveaxis(a.reshape(*a.shape[:axis], n, a.shape[axis] // n, *a.shape[axis + 1 :]), axis, 0)
+
+        return self.feed.place(jax.tree.map(cut, x))
+
+    def advance(self, state, step: int, count: int):
         """`count` updates from `step` on, at most steps_per_call; metrics have a leading axis where that is above 1."""
         k, size = self.run.steps_per_call, self.run.batch_size
         if k == 1:
-            x = self.feed.place(self.feed.host(self.run.seed, step, size))
+            x = self._place(self.feed.host(self.run.seed, step, size), 0)
             return self._one(state, self.feed.arrays, x, self.k_step)
         hosts = [self.feed.host(self.run.seed, step + min(i, count - 1), size) for i in range(k)]
-        xs = self.feed.place(jax.tree.map(lambda *x: np.stack(x), *hosts), axis=1)
+        xs = self._place(jax.tree.map(lambda *x: np.stack(x), *hosts), 1)
         return self._several(state, self.feed.arrays, xs, self.k_step, count)
 
     def scorer(self, feed: Feed):
         """score(state) -> means of `family.evaluate` over a finite set, every example once, always the same noise."""
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=self._options)
         def sums(state, arrays, x, weight, key):
             values = self.family.evaluate(state, feed.batch(arrays, x), key)
             return {name: jnp.sum(v * weight) for name, v in values.items()}

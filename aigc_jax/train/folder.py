@@ -114,7 +114,7 @@ def identify(folder: Path, record: dict) -> dict:
             "make": ".".join(r["make"]),
             "model": r["config"],
             "data": {"fingerprint": r["data"]["fingerprint"]},
-            "run": {key: r["run"][key] for key in ("seed", "batch_size", "init")},
+            "run": {key: r["run"].get(key) for key in ("seed", "batch_size", "init", "pmap")},
             # Lowest values are comparable on one set only.
             "valid": {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None,
         }

@@ -22,7 +22,38 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from .core import EMA, Family, Optim, State, make_step, start
+from ..core import EMA, Family, Optim, State, make_step, start
+from .likelihoods import bits_per_dim, gaussian_kl, log_likelihood, log_logistic, log_normal, mean_image
+
+__all__ = [
+    "Config",
+    "Decoder",
+    "Encoder",
+    "Gaussian",
+    "activity",
+    "bits_per_dim",
+    "decode",
+    "decode_upper",
+    "draw",
+    "dreg_bound",
+    "elbo",
+    "encode",
+    "encode_upper",
+    "gaussian_kl",
+    "interpolate",
+    "iwae_bound",
+    "log_likelihood",
+    "log_logistic",
+    "log_normal",
+    "log_posterior",
+    "log_prior",
+    "log_weights",
+    "make",
+    "manifold",
+    "mean_image",
+    "preprocess",
+    "reconstruct",
+]
 
 Params = dict[str, Any]  # {"encoder": ..., "decoder": ...}, of two layers also "upper_encoder", "upper_decoder"
 Image = Float[Array, "B H W C"]
@@ -52,7 +83,7 @@ class Config:
     binarisation: str = "none"  # none | static: one draw an image, for ever | dynamic: a new draw every time
     objective: str = "elbo"  # elbo | iwae | dreg: iwae with the doubly reparameterised gradient
     k: int = 1  # draws of z an image in training
-    beta: float = 1.0  # weight of the KL term in the training loss only; 1: the ELBO
+    beta: float = 1.0  # weight of log q(z|x) - log p(z) in the training loss only; 1: the bound
     kl_warmup: int = 0  # updates over which that weight rises from 0 (Sonderby et al. 2016); 0: none
     bfloat16: bool = False  # products and convolutions in bfloat16; parameters, likelihoods, optimizer stay float32
     ema: float = 0.0  # decay of the parameter average; 0: none
@@ -111,80 +142,6 @@ class Config:
             raise ValueError(f"model.classes is {self.classes}, the images have {info.classes} classes")
         if self.binarisation == "static" and info.examples is None:
             raise ValueError("static binarisation draws once an image, so it needs a finite data set")
-
-
-# ----------------------------------------------------------------------------------------------------- the mathematics
-
-
-def gaussian_kl(mu: Float[Array, "... Z"], logvar: Float[Array, "... Z"]) -> Float[Array, "..."]:
-    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, summed over latents (AEVB, appendix B)."""
-    return 0.5 * jnp.sum(jnp.square(mu) + jnp.exp(logvar) - 1 - logvar, -1)
-
-
-def log_normal(x: Float[Array, "..."], mu, logvar) -> Float[Array, "..."]:
-    """log N(x; mu, exp(logvar)) in nats, summed over the last axis."""
-    return -0.5 * jnp.sum(jnp.log(2 * jnp.pi) + logvar + jnp.square(x - mu) * jnp.exp(-logvar), -1)
-
-
-def log_logistic(x: Float[Array, "..."], mean, log_scale, *, levels: int) -> Float[Array, "..."]:
-    """log probability of the grey level x (a multiple of 1/(levels-1) in [0, 1]) under a discretised logistic, in nats.
-
-    The logistic's mass between x -+ half a level; levels 0 and 1 take the tails, so the levels' probabilities sum to 1
-    (Kingma et al. 2016, "Improved variational inference with inverse autoregressive flow", eq. 14 of the appendix).
-    """
-    half = 0.5 / (levels - 1)
-    above, below = ((x + d - mean) * jnp.exp(-log_scale) for d in (half, -half))
-    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)): nothing cancels, nothing leaves float32.
-    inside = jnp.log(-jnp.expm1(-2 * half * jnp.exp(-log_scale)))
-    first, last = x < half, x > 1 - half
-    return (
-        jnp.where(last, 0.0, jax.nn.log_sigmoid(above))
-        + jnp.where(first, 0.0, jax.nn.log_sigmoid(-below))
-        + jnp.where(first | last, 0.0, inside)
-    )
-
-
-def _mean_and_log_scale(cfg: Config, decoded):
-    """Per pixel, from what `decode` returns: a fixed sigma, or the second half of the channels."""
-    if cfg.likelihood == "gaussian" and cfg.sigma is not None:
-        return decoded, jnp.log(jnp.full_like(decoded, cfg.sigma))
-    mean, raw = jnp.split(decoded, 2, axis=-1)
-    # A density is unbounded, so its sigma ends smoothly at one grey level; a probability's scale where float32 does.
-    floor = -jnp.log(cfg.levels - 1.0) if cfg.likelihood == "gaussian" else -12.0
-    return mean, floor + jax.nn.softplus(raw - floor)
-
-
-def log_likelihood(
-    cfg: Config, x: Float[Array, "... H W C"], decoded: Float[Array, "... H W D"]
-) -> Float[Array, "..."]:
-    """log p(x|z) in nats, summed over pixels; `decoded` is what `decode` returns.
-
-    bernoulli: AEVB eq. 11. With grey levels x it is the negative cross-entropy, a bound on no discrete likelihood; the
-        same formula that the literature calls MNIST with real-valued targets.
-    gaussian: a density in [0, 1] pixel units (AEVB eq. 12, whose sigma ours keeps above one grey level).
-    logistic: the probability of the grey levels.
-    """
-    if cfg.likelihood == "bernoulli":
-        # One axis of pixels: XLA's CPU code for a sum over [..., H, W, 1] is many times slower.
-        x, decoded = (a.reshape(*a.shape[:-3], -1) for a in (x, decoded))
-        # x log p + (1 - x) log(1 - p), p = sigmoid(l), with one exp and one log; optax's two log-sigmoids take
-        # 2.7 times as long on the CPU.
-        softplus = jnp.maximum(decoded, 0) + jnp.log1p(jnp.exp(-jnp.abs(decoded)))
-        return jnp.sum(x * decoded - softplus, -1)
-    mean, log_scale = (a.reshape(*a.shape[:-3], -1) for a in _mean_and_log_scale(cfg, decoded))
-    x = x.reshape(*x.shape[:-3], -1)
-    if cfg.likelihood == "gaussian":
-        return log_normal(x, mean, 2 * log_scale)
-    return jnp.sum(log_logistic(x, mean, log_scale, levels=cfg.levels), -1)
-
-
-def bits_per_dim(cfg: Config, nll_nats: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Bits a pixel and channel. A gaussian's density counts at the levels' distance in [0, 1], 1/(levels-1).
-
-    That is no bound on a discrete likelihood, but near one where sigma is wider than a level.
-    """
-    bits = nll_nats / (cfg.shape[0] * cfg.shape[1] * cfg.shape[2] * jnp.log(2.0))
-    return bits + jnp.log2(cfg.levels - 1.0) if cfg.likelihood == "gaussian" else bits
 
 
 # --------------------------------------------------------------------------------------------------------- the modules
@@ -290,13 +247,6 @@ def decode_upper(cfg: Config, params: Params, z_2: Float[Array, "... Z"]):
     return Gaussian(cfg, cfg.latent_dim, cfg.upper_hidden[::-1]).apply(params["upper_decoder"], z_2)
 
 
-def mean_image(cfg: Config, decoded: Float[Array, "... D"]) -> Float[Array, "... C"]:
-    """The mean of p(x|z) in [0, 1] from what `decode` returns (of a logistic: before its tails are cut)."""
-    if cfg.likelihood == "bernoulli":
-        return jax.nn.sigmoid(decoded)
-    return jnp.clip(_mean_and_log_scale(cfg, decoded)[0], 0.0, 1.0)
-
-
 # ---------------------------------------------------------------------------------------------------------- the bounds
 
 
@@ -333,9 +283,9 @@ def draw(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, 
     return z_1, _normal(mu, logvar, k_2, mu.shape)
 
 
-def log_joint(cfg: Config, params: Params, x: Image, z: Draws, label: Label = None) -> Float[Array, "k B"]:
-    """log p(x, z) in nats."""
-    log_p = log_likelihood(cfg, x[None], decode(cfg, params, z[0], label)) + log_normal(z[-1], 0.0, 0.0)
+def log_prior(cfg: Config, params: Params, z: Draws) -> Float[Array, "k B"]:
+    """log p(z) in nats."""
+    log_p = log_normal(z[-1], 0.0, 0.0)
     return log_p + log_normal(z[0], *decode_upper(cfg, params, z[1])) if cfg.upper_dim else log_p
 
 
@@ -345,6 +295,12 @@ def log_posterior(cfg: Config, params: Params, x: Image, z: Draws, label: Label 
     return log_q + log_normal(z[1], *encode_upper(cfg, params, z[0])) if cfg.upper_dim else log_q
 
 
+def _terms(cfg, params, blind, x, z, label):
+    """log p(x|z) and log p(z) - log q(z|x), each [k, B]; the density of q with parameters `blind`."""
+    likelihood = log_likelihood(cfg, x[None], decode(cfg, params, z[0], label))
+    return likelihood, log_prior(cfg, params, z) - log_posterior(cfg, blind, x, z, label)
+
+
 def log_weights(
     cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None
 ) -> Float[Array, "k B"]:
@@ -352,8 +308,7 @@ def log_weights(
 
     Their mean is the ELBO, their log-mean-exp the bound L_k. k draws are in memory at once: see `iwae_bound`.
     """
-    z = draw(cfg, params, x, key, k=k, label=label)
-    return log_joint(cfg, params, x, z, label) - log_posterior(cfg, params, x, z, label)
+    return sum(_terms(cfg, params, params, x, draw(cfg, params, x, key, k=k, label=label), label))
 
 
 def elbo(
@@ -402,40 +357,43 @@ def iwae_bound(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _doubly(cfg, params, blind, x, z, label):
-    log_w = log_joint(cfg, params, x, z, label) - log_posterior(cfg, blind, x, z, label)
-    return _log_mean_exp(log_w), log_w
+def _doubly(cfg, params, blind, x, z, label, beta):
+    return _doubly_forward(cfg, params, blind, x, z, label, beta)[0]
 
 
-def _doubly_forward(cfg, params, blind, x, z, label):
-    log_w, pull = jax.vjp(
-        lambda params, z: log_joint(cfg, params, x, z, label) - log_posterior(cfg, blind, x, z, label), params, z
-    )
-    return (_log_mean_exp(log_w), log_w), (jax.nn.softmax(log_w, 0), pull, blind, x, label)
+def _doubly_forward(cfg, params, blind, x, z, label, beta):
+    def weights(params, z):
+        likelihood, ratio = _terms(cfg, params, blind, x, z, label)
+        return likelihood + beta * ratio, likelihood + ratio
+
+    tempered, pull, log_w = jax.vjp(weights, params, z, has_aux=True)
+    return (_log_mean_exp(tempered), log_w), (jax.nn.softmax(tempered, 0), pull, blind, x, beta)
 
 
 def _doubly_backward(cfg, residuals, cotangents):
-    w, pull, blind, x, label = residuals
+    w, pull, blind, x, beta = residuals
     params, z = pull(w * cotangents[0][None])
-    z = tuple(w[..., None] * g for g in z)  # the second w of eq. 8
-    zero = partial(jax.tree.map, jnp.zeros_like)
-    return params, zero(blind), zero(x), z, None
+    z = tuple((1 - beta + beta * w)[..., None] * slope for slope in z)  # for beta = 1 the second w of eq. 8
+    return params, jax.tree.map(jnp.zeros_like, blind), jnp.zeros_like(x), z, None, jnp.zeros_like(beta)
 
 
 _doubly.defvjp(_doubly_forward, _doubly_backward)
 
 
 def dreg_bound(
-    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None
+    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None, beta=1.0
 ) -> tuple[Nats, Float[Array, "k B"]]:
     """L_k and its log weights, with the doubly reparameterised gradient (Tucker et al. 2019, eq. 8).
 
-    Values as `iwae_bound`; the decoder's gradient is sum_i w_i grad log p(x, z_i), w normalised over k; the encoder's
+    Values as `log_weights`; the decoder's gradient is sum_i w_i grad log p(x, z_i), w normalised over k; the encoder's
     sum_i w_i^2 (d log w_i / d z_i) grad z_i, whose signal does not vanish against its noise as k grows. log_w carry no
     gradient.
+
+    beta: weight of log p(z) - log q(z|x) in the bound. Not in the paper: its identity, applied to these weights, gives
+        the encoder w_i (1 - beta + beta w_i) in place of w_i^2.
     """
     z = draw(cfg, params, x, key, k=k, label=label)
-    return _doubly(cfg, params, jax.lax.stop_gradient(params), x, z, label)
+    return _doubly(cfg, params, jax.lax.stop_gradient(params), x, z, label, jnp.asarray(beta, x.dtype))
 
 
 def activity(
@@ -524,17 +482,18 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def loss(params, state, batch, key):
         k_x, k_z = jax.random.split(key)
         x, label = preprocess(cfg, batch, k_x), given(batch)
+        beta = cfg.beta * jnp.minimum(1.0, state.step / cfg.kl_warmup) if cfg.kl_warmup else cfg.beta
         if cfg.objective == "elbo":
             terms = elbo(cfg, params, x, k_z, k=cfg.k, label=label)
-            beta = cfg.beta * jnp.minimum(1.0, state.step / cfg.kl_warmup) if cfg.kl_warmup else cfg.beta
             value = beta * terms["kl"] - terms["reconstruction"]
         else:
             if cfg.objective == "dreg":
-                bound, log_w = dreg_bound(cfg, params, x, k_z, k=cfg.k, label=label)
+                bound, log_w = dreg_bound(cfg, params, x, k_z, k=cfg.k, label=label, beta=beta)
             else:
-                log_w = log_weights(cfg, params, x, k_z, k=cfg.k, label=label)
-                bound = _log_mean_exp(log_w)
-            value, terms = -bound, {"iwae": bound, "elbo": log_w.mean(0)}
+                z = draw(cfg, params, x, k_z, k=cfg.k, label=label)
+                likelihood, ratio = _terms(cfg, params, params, x, z, label)
+                bound, log_w = _log_mean_exp(likelihood + beta * ratio), likelihood + ratio
+            value, terms = -bound, {"iwae": _log_mean_exp(log_w), "elbo": log_w.mean(0)}
         return value.mean(), (state.extra, {f"{name}_nats": term.mean() for name, term in terms.items()})
 
     def evaluate(state, batch, key):
