@@ -1,4 +1,4 @@
-"""`python -m aigc_jax sample | info | replay`: what one does with a run folder."""
+"""`python -m aigc_jax sample | evaluate | export | info | replay`: what one does with a run folder."""
 
 from __future__ import annotations
 
@@ -79,9 +79,89 @@ def info(run_folder: Folder, /) -> None:
     saves.close()
 
 
-def replay(
-    run_folder: Folder, /, *, step: int, data_folder: Annotated[str | None, tyro.conf.arg(name="data.folder")] = None
+DataFolder = Annotated[str | None, tyro.conf.arg(name="data.folder")]
+
+
+def _source(run_folder: Path, which: str, folder: str | None, split: str | None = None) -> data.Data:
+    """The set that a run recorded, loaded again; with `split` another part of it."""
+    record = folders.read(run_folder)[which]
+    source = record["source"]
+    if source is None:
+        raise train.Refused(
+            f"{run_folder} was made with arrays, which no name brings back: give them to train.replay or train.evaluate"
+        )
+    options = {name: value for name, value in source.items() if name not in ("name", "split")}
+    found = data.load(source["name"], split or source["split"], folder=folder, **options)
+    if split in (None, source["split"]) and found.info.fingerprint != record["fingerprint"]:
+        raise train.Refused(
+            f"{source['name']} {source['split']} is not what {run_folder} was made with: its fingerprint is "
+            f"{found.info.fingerprint[:8]}, not {record['fingerprint'][:8]}"
+        )
+    return found
+
+
+def evaluate(
+    run_folder: Folder,
+    /,
+    *,
+    split: str | None = None,
+    batch_size: int = 500,
+    seed: int = 0,
+    data_folder: DataFolder = None,
 ) -> None:
+    """Scores a run on its validation set, or on another part of its data, and prints the means over all examples.
+
+    Args:
+        run_folder: what a training run wrote.
+        split: a part of the training set's source, such as test or "train[90%:]"; by default the validation set.
+        batch_size: examples at once.
+        seed: of the noise.
+        data_folder: where the set's original files lie, if it needs any.
+    """
+    record = folders.read(run_folder)
+    if split is None and record["valid"] is None:
+        raise train.Refused(f"{run_folder} was trained without a validation set: name a part of its data with --split")
+    scored = _source(run_folder, "valid" if split is None else "data", data_folder, split)
+    result = train.load(run_folder)
+    values = train.evaluate(result, scored, batch_size=batch_size, seed=seed)
+    name, part = (scored.info.source[key] for key in ("name", "split"))
+    print(f"step {int(result.state.step)} of {run_folder} on {name} {part}, {scored.info.examples} examples")
+    for quantity, value in values.items():
+        print(f"  {quantity:24} {value:.6g}")
+
+
+def export(run_folder: Folder, out: Folder, /) -> None:
+    """Writes the weights that sampling uses (the average where there is one) as a .safetensors file.
+
+    Names are paths in the parameters, joined by dots; the metadata hold the model's make, config and step as text.
+
+    Args:
+        run_folder: what a training run wrote.
+        out: the file.
+    """
+    from safetensors.numpy import save_file
+
+    if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
+        raise train.Refused(f"{out} must be a .safetensors file in a folder that exists")
+    result, record = train.load(run_folder), folders.read(run_folder)
+    averaged = result.state.ema is not None
+    trees = result.state.ema if averaged else {"params": result.state.params, "extra": result.state.extra}
+    leaves = jax.tree_util.tree_leaves_with_path(
+        jax.device_get(trees if averaged or trees["extra"] else trees["params"])
+    )
+    tensors = {jax.tree_util.keystr(path, simple=True, separator="."): np.ascontiguousarray(x) for path, x in leaves}
+    about = {"make": ".".join(record["make"]), "config": json.dumps(record["config"]), "step": str(result.state.step)}
+    new = out.with_name(f".{out.name}.new")
+    try:
+        save_file(tensors, new, metadata={**about, "averaged": str(averaged)})
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
+    numbers = sum(x.size for x in tensors.values())
+    print(f"wrote {len(tensors)} arrays, {numbers} numbers, of step {int(result.state.step)} to {out}")
+
+
+def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None) -> None:
     """Repeats one update of a run, bit for bit, and prints its metrics and norms.
 
     Args:
@@ -89,14 +169,7 @@ def replay(
         step: the number of the update, as messages and metrics.jsonl give it.
         data_folder: where the set's original files lie, if it needs any.
     """
-    source = folders.read(run_folder)["data"]["source"]
-    if source is None:
-        raise train.Refused(
-            f"{run_folder} was trained on arrays, which no name brings back: call train.replay(folder, data, step=...)"
-        )
-    options = {name: value for name, value in source.items() if name not in ("name", "split")}
-    training = data.load(source["name"], source["split"], folder=data_folder, **options)
-    values, facts = train.replay(run_folder, training, step=step)
+    values, facts = train.replay(run_folder, _source(run_folder, "data", data_folder), step=step)
     print(f"update {step} of {run_folder}")
     for name, value in values.items():
         print(f"  {name:24} {value!r}{'' if np.isfinite(value) else '   <- not finite'}")
@@ -109,9 +182,8 @@ def replay(
 def main() -> None:
     """The command line: one line and exit code 2 for a user's mistake."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"sample": sample, "info": info, "replay": replay}, prog="python -m aigc_jax", description=__doc__
-        )
+        commands = {"sample": sample, "evaluate": evaluate, "export": export, "info": info, "replay": replay}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m aigc_jax", description=__doc__)
     except (train.Refused, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from e

@@ -90,6 +90,19 @@ def mean_and_error(values) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
+def seeded(run: train.Run, seeds: int) -> list[train.Run]:
+    """The same run with `seeds` seeds from run.seed on; of several each has its own folder below run.folder.
+
+    One after another: on two cores ten seeds at once (vmap) cost as much as ten runs.
+    """
+    if seeds == 1:
+        return [run]
+    folder = Path(run.folder)
+    return [
+        dataclasses.replace(run, seed=s, folder=str(folder / f"seed{s}")) for s in range(run.seed, run.seed + seeds)
+    ]
+
+
 def _git(*words: str) -> str:
     return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -70,10 +70,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             raise ValueError(f"seeds must be at least 1, got {setup.seeds}")
         training, valid = setup.data.load("train[:1237]"), setup.data.load("train[1237:]")
     results = []
-    for i in range(setup.seeds):
-        run = replace(setup.run, seed=setup.run.seed + i)
-        if setup.seeds > 1:
-            run = replace(run, folder=str(folder / f"seed{run.seed}"))
+    for run in _cli.seeded(setup.run, setup.seeds):
         train.fit(vae.make, setup.model, run, training, valid=valid)
         results.append(train.load(run.folder))  # the best checkpoint on the validation digits
 

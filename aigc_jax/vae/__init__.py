@@ -122,10 +122,6 @@ class Config:
             raise ValueError(f"model.sigma must be positive, got {self.sigma}")
         if not self.beta >= 0:
             raise ValueError(f"model.beta must not be negative, got {self.beta}")
-        if self.objective != "elbo" and (self.beta != 1 or self.kl_warmup):
-            raise ValueError(
-                f"model.beta and model.kl_warmup weigh the KL term, which objective {self.objective} lacks"
-            )
         EMA(self.ema)
 
     def check(self, info) -> None:

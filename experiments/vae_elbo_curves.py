@@ -1,0 +1,166 @@
+"""The bound while training, against wake-sleep, for five latent sizes: AEVB (Kingma & Welling 2014), fig. 2
+
+    python -m experiments.vae_elbo_curves                  about 20 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.vae_elbo_curves --scale paper    1e8 images an arm: about 10 hours on 2 cores
+
+Takes MNIST as vae_manifold does. Both algorithms train the same nets from the same initialisation on the same batches;
+wake-sleep (Hinton et al. 1995) fits the encoder to the model's own dreams. Expect AEVB ahead at every size, and no
+overfitting of 200 latents. The paper prints curves and no numbers: the criteria are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aigc_jax import figures, train, vae
+from aigc_jax.core import EMA, Family, Optim, make_step
+from aigc_jax.train import Run
+from experiments import _cli
+from experiments._cli import Row, Source
+
+MODEL = vae.Config(hidden=(500,), activation="tanh", binarisation="dynamic", optim=Optim(lr=1e-3))
+RUN = Run(
+    folder="runs/vae_elbo_curves", steps=20_000, batch_size=100, eval_every=1000, save_every=5000, log_every=10, keep=1,
+    steps_per_call=100,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Flags of vae_elbo_curves."""
+
+    model: vae.Config = MODEL
+    run: Run = RUN
+    data: Source = Source("mnist")
+    latents: tuple[int, ...] = (3, 5, 10, 20, 200)  # N_z
+    seeds: int = 2  # run.seed is the first
+
+    def __post_init__(self):
+        if self.seeds < 1 or not self.latents or min(self.latents) < 1:
+            raise ValueError(f"seeds and latents must be at least 1, got {self.seeds} and {self.latents}")
+
+
+SCALES = {
+    "smoke": Setup(replace(MODEL, shape=(8, 8, 1), levels=17, hidden=(32,)),
+                   replace(RUN, folder="runs/vae_elbo_curves-smoke", steps=1000, eval_every=250, save_every=1000),
+                   Source("digits"), latents=(2, 8), seeds=1),
+    "cpu": Setup(),
+    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02)),
+                   replace(RUN, folder="runs/vae_elbo_curves-paper", steps=1_000_000, eval_every=20_000)),
+}  # fmt: skip
+DIFFERENCE = {
+    "smoke": "digits 8x8, 1,000 updates",
+    "cpu": "2e6 images an arm (paper: 1e8), Adam for Adagrad, no prior on the weights, Flax's initialisation; dynamic "
+    "binarisation (the paper does not say)",
+    "paper": "no prior on the weights, one step size for the choice of three, Flax's initialisation; dynamic "
+    "binarisation (the paper does not say)",
+}
+ALGORITHMS = ("AEVB", "wake-sleep")
+AHEAD = "AEVB ahead of wake-sleep, smallest lead over the sizes (nats, test)"
+ORDER = "smallest gain from one size to the next up to 20 latents (nats, test)"
+SUPERFLUOUS = "|bound of 200 latents - bound of 20| (nats, test)"
+OVERFIT = "train - test gap of 200 latents less that of 20 (nats)"
+CRITERIA = {
+    AHEAD: ("> 0", lambda ours: ours > 0),
+    ORDER: (">= 0", lambda ours: ours >= 0),
+    SUPERFLUOUS: ("<= 3", lambda ours: ours <= 3),
+    OVERFIT: ("<= 1", lambda ours: ours <= 1),
+}
+INVARIANTS = {ORDER: CRITERIA[ORDER]}  # so early wake-sleep is ahead
+
+
+def make_wake_sleep(cfg: vae.Config, *, axis_name: str | None = None) -> Family:
+    """The VAE's nets trained by wake-sleep (Hinton et al. 1995).
+
+    Wake: the decoder on z ~ q(z|x). Sleep: the encoder on (z, x) ~ p(x|z) p(z). Neither phase differentiates
+    through a draw, so the two losses touch one net each and are added.
+    """
+    family = vae.make(cfg)
+
+    def loss(params, state, batch, key):
+        k_x, k_wake, k_z, k_dream = jax.random.split(key, 4)
+        x = vae.preprocess(cfg, batch, k_x)
+        held = jax.lax.stop_gradient(params)
+        z = vae.draw(cfg, held, x, k_wake, k=1)[0][0]
+        wake = vae.log_likelihood(cfg, x, vae.decode(cfg, params, z))
+
+        dreamt = jax.random.normal(k_z, z.shape)
+        p = vae.mean_image(cfg, vae.decode(cfg, held, dreamt))
+        dream = jax.random.bernoulli(k_dream, p).astype(x.dtype)
+        sleep = vae.log_normal(dreamt, *vae.encode(cfg, params, dream))
+        bound = wake - vae.gaussian_kl(*vae.encode(cfg, held, x))
+        return -(wake + sleep).mean(), (state.extra, {"elbo_nats": bound.mean()})
+
+    ema = EMA(cfg.ema)
+    return family._replace(step=make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name))
+
+
+def rows(setup: Setup, folder: Path) -> list[Row]:
+    """Trains both algorithms at every size, measures bounds on test and train, draws the curves."""
+    with _cli.door():
+        if setup.model.likelihood != "bernoulli" or setup.model.upper_dim:
+            raise ValueError("wake-sleep dreams binary pixels from one layer: likelihood bernoulli, upper_dim 0")
+        training, test = setup.data.load("train"), setup.data.load("test")
+        seen = setup.data.load(f"train[:{test.info.examples}]")
+    bounds, gaps, curves, found = {}, {}, {}, []
+    for latents in setup.latents:
+        for algorithm, make in zip(ALGORITHMS, (vae.make, make_wake_sleep), strict=True):
+            ends = []
+            for run in _cli.seeded(replace(setup.run, folder=str(folder / f"{algorithm}-{latents}")), setup.seeds):
+                result = train.fit(make, replace(setup.model, latent_dim=latents), run, training, valid=test)
+                ends.append([-train.evaluate(result, part)["nll_nats"] for part in (test, seen)])
+                if run.seed == setup.run.seed:
+                    curves[algorithm, latents] = curve(train.metrics(result.folder), run)
+            at, error = _cli.mean_and_error([end[0] for end in ends])
+            bounds[algorithm, latents] = at
+            gaps[algorithm, latents] = float(np.mean([end[1] - end[0] for end in ends]))
+            found.append(
+                Row(f"{algorithm}, {latents} latents: bound, test (nats, ELBO; +- s.e. over seeds)", at, error=error)
+            )
+    lead = min(bounds["AEVB", n] - bounds["wake-sleep", n] for n in setup.latents)
+    small = [bounds["AEVB", n] for n in setup.latents if n <= 20]
+    found += [Row(AHEAD, lead), Row(ORDER, float(min(np.diff(small), default=np.nan)))]
+    if {20, 200} <= set(setup.latents):
+        found.append(Row(SUPERFLUOUS, abs(bounds["AEVB", 200] - bounds["AEVB", 20])))
+        found.append(Row(OVERFIT, gaps["AEVB", 200] - gaps["AEVB", 20]))
+    draw(setup, folder, curves)
+    return found
+
+
+def curve(lines: list[dict], run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images seen, and the bound on test and on the training batches of the stretch before (nats)."""
+    valid = [(line["step"], -line["valid"]["nll_nats"]) for line in lines if "valid" in line]
+    steps, test = np.array(valid).T
+    batches = {line["step"]: line["train"]["elbo_nats"] for line in lines if "train" in line}
+    means = [np.mean([v for s, v in batches.items() if at - run.eval_every < s <= at]) for at in steps]
+    return steps * run.batch_size, test, np.array(means)
+
+
+def draw(setup: Setup, folder: Path, curves: dict) -> None:
+    """One panel a size, as in the paper: images seen against the bound."""
+    fig, (axes,) = figures.figure(1, len(setup.latents), size=(3.2 * len(setup.latents), 3.4))
+    low = min(c[1][len(c[1]) // 10] for c in curves.values())
+    high = max(c[2].max() for c in curves.values())
+    for ax, latents in zip(axes, setup.latents, strict=True):
+        lines = {}
+        for algorithm in ALGORITHMS:
+            seen, test, batches = curves[algorithm, latents]
+            lines |= {f"{algorithm}, test": (seen, test), f"{algorithm}, train": (seen, batches)}
+        figures.curves(
+            ax, lines, xlabel="images seen", ylabel="ELBO (nats an image)", title=f"{setup.data.name}, N_z = {latents}"
+        )
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter("")  # decades only: the rest would overlap
+        ax.set_ylim(low, high + 0.05 * (high - low))
+    caption = f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, dynamic binarisation"
+    figures.save(
+        fig, folder / "vae_elbo_curves.png", f"{caption}; first of {setup.seeds} seeds; train: mean over batches"
+    )
+
+
+if __name__ == "__main__":
+    _cli.main("vae_elbo_curves")
