@@ -3,10 +3,10 @@
     python -m experiments.iwae_table                    about 45 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.iwae_table --scale paper      the paper's 3,280 epochs an arm: days on a GPU
 
-Takes MNIST as vae_manifold does. NLL is -L_5000 with dynamically binarised images. Expect, at 25 epochs each, about
-92.3, 91 and 90 nats for k = 1, 5, 50 (paper, 3,280 epochs: 86.76, 85.54, 84.78), and the order turned round where
-every k trains for as long as k = 50 does. Below: two stochastic layers, and table 2: a trained model goes on with the
-other objective.
+Downloads MNIST or takes its files as vae_manifold does. NLL is -L_5000 with dynamically binarised images. Expect, at 25
+epochs each, about 92.3, 91 and 90 nats for k = 1, 5, 50 (paper, 3,280 epochs: 86.76, 85.54, 84.78), and the order
+turned round where every k trains for as long as k = 50 does. Below: two stochastic layers, and table 2: a trained model
+goes on with the other objective.
 """
 
 from __future__ import annotations

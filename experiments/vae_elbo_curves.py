@@ -3,9 +3,10 @@
     python -m experiments.vae_elbo_curves                  about 20 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_elbo_curves --scale paper    1e8 images an arm: about 10 hours on 2 cores
 
-Takes MNIST as vae_manifold does. Both algorithms train the same nets from the same initialisation on the same batches;
-wake-sleep (Hinton et al. 1995) fits the encoder to the model's own dreams. Expect AEVB ahead at every size, and no
-overfitting of 200 latents. The paper prints curves and no numbers: the criteria are ours.
+Downloads MNIST or takes its files as vae_manifold does. Both algorithms train the same nets from the same
+initialisation on the same batches; wake-sleep (Hinton et al. 1995) fits the encoder to the model's own dreams. Expect
+AEVB ahead at every size, and no overfitting of 200 latents. The paper prints curves and no numbers: the criteria are
+ours.
 """
 
 from __future__ import annotations

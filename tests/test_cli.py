@@ -1,14 +1,16 @@
 """The command lines: what works, and one line with exit code 2 for a user's mistake."""
 
 import json
+import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from aigc_jax import __main__ as commands
-from aigc_jax import train
+from aigc_jax import data, train, vae
 from aigc_jax.data import images
 from experiments import __main__ as experiments
 from experiments import _cli
@@ -72,9 +74,60 @@ def test_sample_info_replay(call, digits_run, tmp_path):
     assert code == 0 and repr(line["train"]["loss"]) in said
 
 
+def test_evaluate_scores_the_recorded_set_and_other_parts(call, digits_run):
+    code, said, _ = call("aigc_jax", "evaluate", digits_run)
+    lines = [line["valid"] for line in train.metrics(digits_run) if "valid" in line]
+    values = {name: float(value) for name, value in (line.split() for line in said.splitlines()[1:])}
+    assert code == 0 and "digits train[1237:], 200 examples" in said
+    assert abs(values["nll_nats"] - min(line["nll_nats"] for line in lines)) < 0.5  # other noise, the best checkpoint
+    code, said, _ = call("aigc_jax", "evaluate", digits_run, "--split", "test")
+    assert code == 0 and "digits test, 360 examples" in said
+    expected = train.evaluate(train.load(digits_run), data.load("digits", "test"))
+    assert f"{expected['nll_nats']:.6g}" in said
+
+
+def test_evaluate_refuses_what_the_run_was_not_made_with(call, digits_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(digits_run, other)
+    record = json.loads((other / "run.json").read_text())
+    record["valid"]["fingerprint"] = "0" * 64
+    (other / "run.json").write_text(json.dumps(record))
+    code, _, err = call("aigc_jax", "evaluate", other)
+    assert code == 2 and "its fingerprint is" in err and "not 00000000" in err
+    record["valid"] = None
+    (other / "run.json").write_text(json.dumps(record))
+    code, _, err = call("aigc_jax", "evaluate", other)
+    assert code == 2 and "name a part of its data with --split" in err
+
+
+def test_exported_weights_are_those_that_sampling_uses(call, digits_run, tmp_path):
+    from flax.traverse_util import unflatten_dict
+    from safetensors import safe_open
+
+    out = tmp_path / "vae.safetensors"
+    code, said, _ = call("aigc_jax", "export", digits_run, out)
+    assert code == 0 and "wrote 8 arrays" in said
+    with safe_open(out, "np") as file:
+        about, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    result = train.load(digits_run)
+    assert about["make"] == "aigc_jax.vae.make" and int(about["step"]) == int(result.state.step)
+    assert json.loads(about["config"])["latent_dim"] == result.config.latent_dim
+    params = unflatten_dict(weights, sep=".")
+    z = jax.random.normal(jax.random.key(0), (3, result.config.latent_dim))
+    np.testing.assert_array_equal(
+        vae.decode(result.config, params, z), vae.decode(result.config, result.state.params, z)
+    )
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (["evaluate", "nowhere"], "no run folder"),
+        (["evaluate", "{run}", "--split", "tset"], "no split 'tset'"),
+        (["evaluate", "{run}", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["export", "{run}", "x.npz"], ".safetensors file"),
+        (["export", "{run}", "nowhere/x.safetensors"], "folder that exists"),
+        (["export", "nowhere", "x.safetensors"], "no run folder"),
         (["sample", "{run}", "--out", "x.jpg"], ".png"),
         (["sample", "{run}", "--out", "nowhere/x.png"], "folder that exists"),
         (["sample", "{run}", "--out", "x.png", "--n", "0"], "at least 1"),
@@ -112,6 +165,15 @@ def test_mistakes_with_a_run_folder_are_one_line(call, digits_run, tmp_path, fla
         ("vae_manifold", [], "no network in this test"),
         ("vae_digits", ["--run.folder", ""], "needs a folder"),
         ("vae_digits", ["--run.seed", str(2**64)], "below 2**32"),
+        ("vae_digits", ["--model.classes", "3"], "model.classes is 3, the images have 10 classes"),
+        ("vae_digits", ["--model.levels", "16"], "model.levels is 16, the images have 17 levels"),
+        ("vae_digits", ["--model.k", "0"], "k must be at least 1, got 0"),
+        ("vae_digits", ["--model.channels", "4", "4", "4", "4"], "halve H and W 4 times"),
+        ("vae_digits", ["--data.name", "images:nowhere"], "there is no folder nowhere"),
+        ("vae_samples", ["--latents", "0"], "latents must hold numbers from 1 on"),
+        ("vae_elbo_curves", ["--model.likelihood", "gaussian", "--model.binarisation", "none"], "wake-sleep dreams"),
+        ("iwae_table", ["--ks", "0", "5"], "ks must hold numbers from 1 on"),
+        ("iwae_table", ["--epochs", "0"], "epochs must be at least 1"),
         ("ppca_exact", ["--latents", "3"], "latents must be at least 5"),
         ("ppca_exact", ["--k", "1050"], "multiple of 100"),
     ],

@@ -25,6 +25,24 @@ ROWS = {
         vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(16,), binarisation="dynamic"),
         DIGITS,
     ),
+    "vae with all of it": (
+        vae.make,
+        vae.Config(
+            shape=(8, 8, 1),
+            levels=17,
+            classes=10,
+            latent_dim=4,
+            channels=(3,),
+            hidden=(16,),
+            upper_dim=2,
+            upper_hidden=(5,),
+            likelihood="logistic",
+            objective="dreg",
+            k=3,
+            kl_warmup=4,
+        ),
+        DIGITS,
+    ),
     "gan": (toy_gan.make, toy_gan.Config(), POINTS),
     "ddpm": (toy_ddpm.make, toy_ddpm.Config(), POINTS),
     "transformer": (toy_text.make, toy_text.Config(), toy_text.crops()),
@@ -260,7 +278,7 @@ def test_several_steps_a_call_equal_single_steps(row):
 
 def test_fit_gives_the_same_bits_however_it_is_cut_into_calls(row):
     _, make, cfg, _ = row
-    source = {"vae": DIGITS, "transformer": toy_text.crops()}.get(row[0], POINTS)
+    source = ROWS[row[0]][2]
     states = [
         train.fit(make, cfg, train.Run(steps=9, batch_size=B, steps_per_call=4, eval_every=every), source,
                   on_eval=lambda *_: {}).state

@@ -192,9 +192,9 @@ def add_a_file(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train.fit(vae.make, trainee.CFG, short(folder), DIGITS)
+    train.fit(vae.make, trainee.ACCUMULATING, short(folder), DIGITS)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["15", "20"]
-    return folder, train.fit(vae.make, trainee.CFG, short("", 30), DIGITS).state
+    return folder, train.fit(vae.make, trainee.ACCUMULATING, short("", 30), DIGITS).state
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, lose_half, lose_the_sums, add_a_file])
@@ -205,7 +205,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, finished, damage, capfd):
     assert int(train.load(folder).state.step) == 15
     warning = capfd.readouterr().err.strip().splitlines()
     assert len(warning) == 1 and "step 20" in warning[0] and "damaged" in warning[0]
-    result = train.fit(vae.make, trainee.CFG, short(folder, 30), DIGITS)
+    result = train.fit(vae.make, trainee.ACCUMULATING, short(folder, 30), DIGITS)
     assert "continuing at step 15 of 30" in capfd.readouterr().err
     assert trainee.fingerprint(result.state) == trainee.fingerprint(finished[1])
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["25", "30", "damaged-20"]
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path, finished
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     flip_a_bit(folder / "checkpoints" / "20")
-    train.fit(vae.make, trainee.CFG, short(folder, 18, keep=1), DIGITS)
+    train.fit(vae.make, trainee.ACCUMULATING, short(folder, 18, keep=1), DIGITS)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["18", "damaged-20"]
     assert int(train.load(folder).state.step) == 18
 
@@ -240,7 +240,7 @@ def test_asked_to_stop_at_any_moment_it_leaves(tmp_path, at):
     source = DIGITS._replace(resident=(arrays, asking, take))
     run = short(tmp_path / "run", eval_every=10)
     with pytest.raises(SystemExit, match="stopped by SIGTERM") as stopped:
-        train.fit(vae.make, trainee.CFG, run, source, on_eval=on_eval)
+        train.fit(vae.make, trainee.ACCUMULATING, run, source, on_eval=on_eval)
     step = {"update": 8, "validation": 10, "last": 20}[at]
     assert f"step {step}" in str(stopped.value) and int(train.load(run.folder).state.step) == step
 
@@ -250,7 +250,7 @@ def test_odd_lines_in_the_log_are_dropped(tmp_path, finished):
     shutil.copytree(finished[0], folder)
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'7\n[]\n{"step": "x"}\n{"step": 20, "train": {"lo\xff')
-    train.fit(vae.make, trainee.CFG, short(folder, 30), DIGITS)
+    train.fit(vae.make, trainee.ACCUMULATING, short(folder, 30), DIGITS)
     assert [line["step"] for line in train.metrics(folder)] == [20, 30]
 
 
@@ -259,7 +259,7 @@ def test_a_start_that_was_killed_at_once_starts_again(tmp_path):
     (folder / "checkpoints").mkdir(parents=True)
     for path in (folder / ".lock", folder / "run.json.new", folder / "checkpoints" / "saving-5"):
         path.write_text("")
-    assert int(train.fit(vae.make, trainee.CFG, short(folder, 5), DIGITS).state.step) == 5
+    assert int(train.fit(vae.make, trainee.ACCUMULATING, short(folder, 5), DIGITS).state.step) == 5
 
 
 def test_no_intact_checkpoint(tmp_path, finished, capfd):
@@ -269,7 +269,7 @@ def test_no_intact_checkpoint(tmp_path, finished, capfd):
         flip_a_bit(folder / "checkpoints" / step)
     with pytest.raises(train.Refused, match="no intact checkpoint"):
         train.load(folder)
-    result = train.fit(vae.make, trainee.CFG, short(folder, 30), DIGITS)
+    result = train.fit(vae.make, trainee.ACCUMULATING, short(folder, 30), DIGITS)
     assert trainee.fingerprint(result.state) == trainee.fingerprint(finished[1])
 
 
@@ -285,7 +285,7 @@ def limited(self, step, *rest, **named):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
     save(self, step, *rest, **named)
 Checkpoints.save = limited
-sys.argv = ["trainee", sys.argv[1]]
+sys.argv = ["trainee", *sys.argv[1:]]
 runpy.run_module("tests.trainee", run_name="__main__")
 """
 
@@ -298,11 +298,11 @@ def check_full(folder, code, err):
     assert int(train.load(folder).state.step) == 5
 
 
-def test_a_file_that_cannot_grow_is_said_and_the_older_checkpoint_stands(tmp_path):
+@pytest.mark.parametrize("k", ["1", "4"])
+def test_a_file_that_cannot_grow_is_said_and_the_older_checkpoint_stands(tmp_path, k):
     folder = tmp_path / "run"
-    process = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(folder)], cwd=ROOT, env=ENV, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", LIMITED, str(folder), "--steps-per-call", k]
+    process = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     check_full(folder, process.returncode, process.stderr)
 
 
@@ -338,7 +338,7 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, k):
     run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=16, save_every=5, steps_per_call=k, devices=1)
     with pytest.raises(train.NonFinite) as stopped:
-        train.fit(trainee.make_nan, trainee.CFG, run, DIGITS)
+        train.fit(trainee.make_nan, trainee.ACCUMULATING, run, DIGITS)
     words = str(stopped.value)
     assert "step 8: loss = nan" in words and "the checkpoint of step 5 stands" in words
     command = f"python -m aigc_jax replay {run.folder} --step 8"
@@ -356,7 +356,7 @@ def test_replay_repeats_the_logged_numbers(tmp_path):
     run = train.Run(
         folder=str(tmp_path / "run"), steps=12, batch_size=16, save_every=5, log_every=1, devices=1, steps_per_call=4
     )
-    train.fit(vae.make, trainee.CFG, run, DIGITS)
+    train.fit(vae.make, trainee.ACCUMULATING, run, DIGITS)
     for line in train.metrics(run.folder)[:1] + train.metrics(run.folder)[-1:]:
         assert train.replay(run.folder, DIGITS, step=line["step"])[0] == line["train"]
     with pytest.raises(train.Refused, match="other data"):
@@ -367,5 +367,5 @@ def test_save_waits_until_metrics_are_known_to_be_finite(tmp_path):
     """The NaN of update 8 is fetched a call late; a save due at 8 must not keep its state."""
     run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=16, save_every=4, devices=1)
     with pytest.raises(train.NonFinite, match="the checkpoint of step 4 stands"):
-        train.fit(trainee.make_nan, trainee.CFG, run, DIGITS)
+        train.fit(trainee.make_nan, trainee.ACCUMULATING, run, DIGITS)
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), train.load(run.folder).state.params))

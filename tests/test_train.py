@@ -106,6 +106,61 @@ def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------------------------- pmap
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_pmap_agrees_with_one_device_where_no_noise_is_drawn(k):
+    cfg = dataclasses.replace(toy_text.Config(), micro=2, optim=Optim("sgd", lr=0.1))
+    source = toy_text.crops()
+    one = fit(toy_text.make, cfg, run(steps=7), source).state
+    eight = fit(toy_text.make, cfg, run(steps=7, devices=8, pmap=True, steps_per_call=k), source).state
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_under_pmap_every_device_has_its_rows_and_its_own_noise():
+    seen = []
+
+    def make(cfg, *, axis_name=None):
+        family = vae.make(cfg, axis_name=axis_name)
+
+        def step(state, batch, key):
+            own = jax.random.normal(jax.random.fold_in(key, 99), ())
+            jax.debug.callback(
+                lambda rows, noise: seen.append((tuple(rows.tolist()), float(noise))), batch["index"], own
+            )
+            return family.step(state, batch, key)
+
+        return family._replace(step=step) if axis_name else family
+
+    fit(make, CFG, run(steps=1, devices=8, pmap=True), DIGITS)
+    jax.effects_barrier()
+    rows = data.order(1437, 0, 0, 16).reshape(8, 2)
+    assert {r for r, _ in seen} == set(map(tuple, rows.tolist())) and len({noise for _, noise in seen}) == 8
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
+    cfg = dataclasses.replace(CFG, micro=2)
+    options = {"devices": 8, "pmap": True, "steps_per_call": k, "save_every": 5, "eval_every": 5, "log_every": 1}
+
+    def go(name, steps):
+        return fit(vae.make, cfg, run(tmp_path / name, steps, **options), DIGITS, valid=VALID).state
+
+    unbroken = go("unbroken", 18)
+    go("cut", 7)
+    assert same_bits(go("cut", 18), unbroken)
+    loaded = load(tmp_path / "cut").state
+    assert same_bits(loaded, unbroken) and loaded.step.shape == ()
+    metrics, _ = train.replay(tmp_path / "cut", DIGITS, step=12)
+    assert metrics == next(line["train"] for line in train.metrics(tmp_path / "cut") if line["step"] == 12)
+    scores = [line["valid"]["nll_nats"] for line in train.metrics(tmp_path / "cut") if "valid" in line]
+    np.testing.assert_allclose(scores[-1], train.evaluate(load(tmp_path / "cut"), VALID)["nll_nats"], rtol=0.05)
+    with pytest.raises(train.Refused, match="run.pmap was True there and is False here"):
+        fit(vae.make, cfg, run(tmp_path / "cut", 20, devices=8), DIGITS)
+
+
 @pytest.mark.parametrize("first, then", [(1, 8), (8, 2)])
 def test_resuming_on_another_number_of_devices(tmp_path, first, then):
     fit(vae.make, SGD, run(tmp_path / "r", 10, devices=first), DIGITS)

@@ -1,6 +1,7 @@
 """A small run in a process of its own, to be killed: `python -m tests.trainee FOLDER`; reports as one JSON line."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import time
@@ -12,6 +13,7 @@ from aigc_jax import data, train, vae
 from aigc_jax.core import Optim, make_step
 
 CFG = vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(32,), ema=0.9, optim=Optim(lr=1e-3))
+ACCUMULATING = dataclasses.replace(CFG, micro=2)  # what runs of several steps a call train: all that a resume must keep
 
 
 def make_nan(cfg: vae.Config, *, axis_name=None):
@@ -63,7 +65,8 @@ def main() -> None:
     train.Engine.advance = counted
     run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
                     steps_per_call=args.steps_per_call)  # fmt: skip
-    result = train.fit(vae.make, CFG, run, slow(data.load("digits"), args.seconds))
+    cfg = CFG if args.steps_per_call == 1 else ACCUMULATING
+    result = train.fit(vae.make, cfg, run, slow(data.load("digits"), args.seconds))
     print(json.dumps({"first": seen[0] if seen else None, "updates": len(seen), "sha": fingerprint(result.state)}))
 
 

@@ -230,7 +230,12 @@ def decode(cfg: Config, params: Params, z: Float[Array, "... Z"], label=None) ->
 
     For any leading axes; label [...] has the last of them (B of z [k, B, Z]).
     """
-    return Decoder(cfg).apply(params["decoder"], z, _one_hot(cfg, label, z.shape[:-1]))
+    y = _one_hot(cfg, label, z.shape[:-1])
+    if not cfg.channels:
+        return Decoder(cfg).apply(params["decoder"], z, y)
+    # Convolutions take one axis of rows: with the images outermost a mesh can leave each on its device.
+    decoded = Decoder(cfg).apply(params["decoder"], jnp.moveaxis(z, -2, 0), jnp.moveaxis(y, -2, 0))
+    return jnp.moveaxis(decoded, 0, -4)
 
 
 def encode_upper(cfg: Config, params: Params, z_1: Float[Array, "... Z"]):
