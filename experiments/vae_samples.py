@@ -4,8 +4,8 @@
     python -m experiments.vae_samples --scale paper    1e8 images a size: about 2 hours on 2 cores
 
 Downloads MNIST or takes its files as vae_manifold does. Expect strokes that sharpen with the number of latents while
-more and more samples are no digit: the bound grows, the prior fits the codes less well. The paper prints pictures and no
-numbers.
+more and more samples are no digit: the bound grows, the prior fits the codes less well. The paper prints pictures and
+no numbers.
 """
 
 from __future__ import annotations

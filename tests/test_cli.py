@@ -172,7 +172,7 @@ def test_mistakes_with_a_run_folder_are_one_line(call, digits_run, tmp_path, fla
         ("vae_digits", ["--data.name", "images:nowhere"], "there is no folder nowhere"),
         ("vae_samples", ["--latents", "0"], "latents must hold numbers from 1 on"),
         ("vae_elbo_curves", ["--model.likelihood", "gaussian", "--model.binarisation", "none"], "wake-sleep dreams"),
-        ("iwae_table", ["--ks", "0", "5"], "ks must hold numbers from 1 on"),
+        ("iwae_table", ["--ks", "0", "5"], "ks must hold 1 and numbers from 1 on"),
         ("iwae_table", ["--epochs", "0"], "epochs must be at least 1"),
         ("ppca_exact", ["--latents", "3"], "latents must be at least 5"),
         ("ppca_exact", ["--k", "1050"], "multiple of 100"),

@@ -107,3 +107,22 @@ def test_the_readmes_code_runs(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("log p(x) >= -")
+
+
+def test_the_page_on_ones_own_net_runs(tmp_path):
+    """Its module, its training twice (the second time nothing is left to do), and the command it names."""
+    module, training = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_own_net.md").read_text(), re.DOTALL)
+    (tmp_path / "mynet.py").write_text(module)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "XLA_FLAGS": ""}
+
+    def run(*command):
+        out = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        return out
+
+    first, again = run("-c", training), run("-c", training)
+    assert first.stdout.startswith("squared error: ") and again.stdout == first.stdout
+    assert float(first.stdout.split()[-1]) < 4  # the mean image's is 5 times that
+    assert "complete at step 500 of 500" in again.stderr
+    run("-m", "aigc_jax", "sample", "runs/mynet", "--out", "runs/mynet.png")
+    assert (tmp_path / "runs" / "mynet.png").exists()
