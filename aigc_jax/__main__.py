@@ -18,7 +18,9 @@ from .train.checkpoints import Checkpoints
 Folder = tyro.conf.Positional[Path]
 
 
-def sample(run_folder: Folder, /, *, out: Path, n: int = 64, seed: int = 0, chunk: int = 256) -> None:
+def sample(
+    run_folder: Folder, /, *, out: Path, n: int = 64, seed: int = 0, chunk: int = 256, label: int | None = None
+) -> None:
     """Draws n samples from a run and writes them as a picture.
 
     Args:
@@ -27,13 +29,21 @@ def sample(run_folder: Folder, /, *, out: Path, n: int = 64, seed: int = 0, chun
         n: how many.
         seed: of the samples; not the run's.
         chunk: how many at once; the samples depend on it.
+        label: the class of all of them, for a conditional model; by default the classes in turn.
     """
     if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise train.Refused(f"--out must name a .png file in a folder that exists, got {out}")
     if not 0 <= seed < 2**32:
         raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
     result = train.load(run_folder)
-    samples = train.sample(result, jax.random.split(jax.random.key(seed), 4)[3], n=n, chunk=chunk)
+    options = {}
+    if label is not None:
+        classes = getattr(result.config, "classes", 0)
+        if not 0 <= label < classes:
+            said = f"labels lie in 0..{classes - 1}, got {label}" if classes else "the model takes no labels"
+            raise train.Refused(f"{run_folder}: {said}")
+        options["label"] = np.full(n, label)
+    samples = train.sample(result, jax.random.split(jax.random.key(seed), 4)[3], n=n, chunk=chunk, **options)
     new = out.with_name(f".{out.name}.new")
     try:
         if result.info.kind == "image":
@@ -133,7 +143,8 @@ def evaluate(
 def export(run_folder: Folder, out: Folder, /) -> None:
     """Writes the weights that sampling uses (the average where there is one) as a .safetensors file.
 
-    Names are paths in the parameters, joined by dots; the metadata hold the model's make, config and step as text.
+    Names are paths in the State's `ema`, or in its `params` (and `extra`, under that name) where there is no average,
+    joined by dots; the metadata hold the model's make, config and step as text.
 
     Args:
         run_folder: what a training run wrote.
@@ -145,11 +156,13 @@ def export(run_folder: Folder, out: Folder, /) -> None:
         raise train.Refused(f"{out} must be a .safetensors file in a folder that exists")
     result, record = train.load(run_folder), folders.read(run_folder)
     averaged = result.state.ema is not None
-    trees = result.state.ema if averaged else {"params": result.state.params, "extra": result.state.extra}
-    leaves = jax.tree_util.tree_leaves_with_path(
-        jax.device_get(trees if averaged or trees["extra"] else trees["params"])
-    )
-    tensors = {jax.tree_util.keystr(path, simple=True, separator="."): np.ascontiguousarray(x) for path, x in leaves}
+    tree = result.state.ema if averaged else result.state.params
+    trees = {"": tree} if averaged or result.state.extra is None else {"": tree, "extra.": result.state.extra}
+    tensors = {
+        prefix + jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, order="C")
+        for prefix, part in trees.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(part))
+    }
     about = {"make": ".".join(record["make"]), "config": json.dumps(record["config"]), "step": str(result.state.step)}
     new = out.with_name(f".{out.name}.new")
     try:

@@ -39,7 +39,10 @@ class Setup:
     folder: str = "runs/iwae_table"
     data: Source = Source("mnist")
     epochs: int = 25  # of every arm of table 1
-    longer: tuple[int, ...] = (400, 200)  # epochs for k = 1 and 5 in the time that the largest k takes for `epochs`
+    longer: tuple[int, ...] = (
+        400,
+        200,
+    )  # epochs for k = 1, 5 in the time of the largest k's (2-core reference machine)
     further: int = 10  # epochs with the other objective (table 2); 0: no table 2
     stages: int = 0  # the paper's schedule: stage i has 3^i times `epochs` at lr 10^(-i/7); 0: one cosine
     ks: tuple[int, ...] = (1, 5, 50)  # of the IWAE; k = 1 is the VAE
@@ -48,15 +51,19 @@ class Setup:
     batch_size: int = 100
     lr: float = 3e-3  # its peak, after 600 updates of warm-up
     kl_warmup: int = 6000  # updates over which the weight of log q - log p rises, in table 1 and for two layers
-    seeds: int = 3  # of one layer with k <= 5; one of the rest
+    seeds: int = 3  # of VAE k = 1 and IWAE k <= 5 at `epochs`; all else has one
     seed: int = 0  # the first
     test: int = 1000  # the first so many test images
     draws: int = 5000  # k of the reported bound
 
     def __post_init__(self):
-        if 1 not in self.ks or min(*self.ks, *self.vae_ks, *self.two_layers) < 1:
+        if len(self.ks) < 2 or self.ks[0] != 1 or list(self.ks) != sorted(set(self.ks)):
+            raise ValueError(f"ks must rise from 1 and hold two numbers or more, got {self.ks}")
+        if min((1, *self.vae_ks, *self.two_layers)) < 1:
+            raise ValueError(f"vae_ks and two_layers must hold numbers from 1 on, got {self.vae_ks}, {self.two_layers}")
+        if len(self.longer) >= len(self.ks) or any(more <= self.epochs for more in self.longer):
             raise ValueError(
-                f"ks must hold 1 and numbers from 1 on, got {self.ks}, {self.vae_ks} and {self.two_layers}"
+                f"longer is for all ks but the largest, above {self.epochs} epochs each, got {self.longer}"
             )
         lowest = {
             "epochs": 1,
@@ -83,9 +90,9 @@ SCALES = {
 }  # fmt: skip
 DIFFERENCE = {
     "smoke": "digits 8x8, 20 epochs",
-    "cpu": "the epochs said, batch 100, one cosine decay from 3e-3 for the staircase, 6,000 updates of KL warm-up, "
-    "table 2 goes on for 10 epochs at 3e-4; first 1,000 test images (+- .8 nats); Flax's initialisation, no bias "
-    "from pixel means",
+    "cpu": "the epochs said, batch 100, one cosine decay from 3e-3 after 600 updates of warm-up for the staircase, "
+    "6,000 updates of KL warm-up, three seeds for VAE k=1 and IWAE k=5 at 25 epochs, one for the rest, table 2 goes on "
+    "for 10 epochs at 3e-4; first 1,000 test images (+- .8 nats); Flax's initialisation, no bias from pixel means",
     "paper": "Flax's initialisation, no bias from pixel means; Adam's moments start anew at each stage",
 }
 PAPER = {  # (layers, objective, k): (NLL, active units)
@@ -125,7 +132,7 @@ def arms(setup: Setup) -> dict[Arm, int]:
     found = {Arm(1, "VAE", k, e): setup.seeds if k == 1 else 1 for k in sorted({1, *setup.vae_ks})}
     found |= {Arm(1, "IWAE", k, e): setup.seeds if k <= 5 else 1 for k in ks if k > 1}
     found |= {Arm(1, "IWAE" if k > 1 else "VAE", k, more): 1 for k, more in zip(ks, setup.longer, strict=False)}
-    found |= {Arm(2, objective, k, e): 1 for k in setup.two_layers for objective in ("VAE", "IWAE")}
+    found |= {Arm(2, objective, k, e): 1 for k in setup.two_layers for objective in ("VAE", "IWAE")[: 1 + (k > 1)]}
     if setup.further:
         pairs = (("VAE", "VAE"), ("VAE", "IWAE"), ("IWAE", "IWAE"), ("IWAE", "VAE"))
         found |= {Arm(1, to, 1 if to == "VAE" else max(ks), setup.further, after): 1 for after, to in pairs}
@@ -134,7 +141,7 @@ def arms(setup: Setup) -> dict[Arm, int]:
 
 def config(setup: Setup, arm: Arm, info: data.Info, lr: float, steps: int) -> vae.Config:
     """The model of an arm. VAE: the ELBO, averaged over k draws."""
-    rises = 0 if arm.after else min(600, steps // 10)
+    rises = 0 if arm.after or setup.stages else min(600, steps // 10)
     optim = Optim("adam", lr=lr, eps=1e-4, warmup=rises, decay=0 if setup.stages else steps - rises, floor=0.02)
     return replace(
         ONE if arm.layers == 1 else TWO,
@@ -221,6 +228,11 @@ CRITERIA = {
     "1 layer, VAE k=1, 25 epochs: NLL (nats)": ("<= 97.6", lambda ours: ours <= 97.6),
     "1 layer, IWAE k=5, 25 epochs: NLL (nats)": ("<= 95.3", lambda ours: ours <= 95.3),
     "1 layer, IWAE k=50, 25 epochs: NLL (nats)": ("<= 94.2", lambda ours: ours <= 94.2),
+    # The paper's protocol, and its numbers.
+    **{
+        f"{Arm(*arm, 1).words(8)}: NLL (nats)": (f"within .3 of {nll}", lambda ours, nll=nll: abs(ours - nll) <= 0.3)
+        for arm, (nll, _) in PAPER.items()
+    },
 }
 INVARIANTS = {MONOTONE: CRITERIA[MONOTONE]}
 

@@ -41,8 +41,10 @@ class Setup:
     seeds: int = 2  # run.seed is the first
 
     def __post_init__(self):
-        if self.seeds < 1 or not self.latents or min(self.latents) < 1:
-            raise ValueError(f"seeds and latents must be at least 1, got {self.seeds} and {self.latents}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if not self.latents or self.latents[0] < 1 or list(self.latents) != sorted(set(self.latents)):
+            raise ValueError(f"latents must be rising numbers from 1 on, got {self.latents}")
 
 
 SCALES = {
@@ -103,8 +105,9 @@ def make_wake_sleep(cfg: vae.Config, *, axis_name: str | None = None) -> Family:
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains both algorithms at every size, measures bounds on test and train, draws the curves."""
     with _cli.door():
-        if setup.model.likelihood != "bernoulli" or setup.model.upper_dim:
-            raise ValueError("wake-sleep dreams binary pixels from one layer: likelihood bernoulli, upper_dim 0")
+        plain = {"likelihood": "bernoulli", "upper_dim": 0, "classes": 0, "objective": "elbo"}
+        if wrong := [name for name, value in plain.items() if getattr(setup.model, name) != value]:
+            raise ValueError(f"wake-sleep is for model.{wrong[0]} {plain[wrong[0]]} only")
         training, test = setup.data.load("train"), setup.data.load("test")
         seen = setup.data.load(f"train[:{test.info.examples}]")
     bounds, gaps, curves, found = {}, {}, {}, []

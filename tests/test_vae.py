@@ -21,7 +21,7 @@ def key(i=3):
 
 
 def params_of(cfg, scale=1.0):
-    params = vae.make(cfg).init(jax.random.key(1)).params
+    params = jax.jit(vae.make(cfg).init)(jax.random.key(1)).params
     return jax.tree.map(lambda x: scale * x, params)
 
 

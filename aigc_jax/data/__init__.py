@@ -27,7 +27,7 @@ class Info:
     levels: int | None = None  # images hold whole numbers in 0..levels-1
     classes: int | None = None  # labels lie in 0..classes-1; None: unlabelled
     examples: int | None = None  # None: endless
-    source: dict[str, Any] | None = None  # name, split and options, never a folder; None: made from arrays
+    source: dict[str, Any] | None = None  # name, split and options, a folder only in images:FOLDER; None: from arrays
     fingerprint: str = ""  # sha256 of the arrays; of the source for an endless set
 
 
@@ -158,13 +158,18 @@ def from_source(
     def stack(rows) -> dict:
         found = [examples[int(row)] for row in rows]
         for row, example in zip(rows, found, strict=True):
+            if missing := [name for name in names if name not in example]:
+                raise ValueError(f"example {row} has no {missing[0]}, example 0 has one")
             if np.shape(example["image"]) != shape:
                 raise ValueError(f"image {row} is {np.shape(example['image'])}, image 0 is {shape}")
-        arrays = {name: np.stack([e[name] for e in found]) for name in ("image", "label") if name in found[0]}
+        arrays = {name: np.stack([e[name] for e in found]) for name in names}
         checked = from_arrays(arrays, levels=levels, classes=classes, fingerprint="of a batch")
         return {name: a for name, a in checked.resident[0].items()}
 
-    shape = np.shape(examples[0]["image"])
+    zeroth = examples[0]
+    if "image" not in zeroth:
+        raise ValueError(f"examples must hold 'image', got {', '.join(zeroth) or 'nothing'}")
+    names, shape = [name for name in ("image", "label") if name in zeroth], np.shape(zeroth["image"])
     first = from_arrays(stack([0]), levels=levels, classes=classes)
     if "label" in first.resident[0] and classes is None:
         raise ValueError("from_source needs to be told how many classes there are")

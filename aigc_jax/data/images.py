@@ -55,35 +55,39 @@ def fashion_mnist(split: str, *, folder: str | None = None) -> Data:
 def pictures(name: str, split: str, *, folder: str | None = None, stream: bool | None = None) -> Data:
     """images:FOLDER, your own pictures of one size; sub-folders are classes, in alphabetical order of their names.
 
-    FOLDER holds train/ and test/, each with the classes in it; or the classes; or the pictures themselves, which then
-    have no labels. Without train/ and test/ there is one split, train, in an order drawn once for ever, so that its
-    slices ("train[:90%]", "train[90%:]") hold all classes. Grey pictures have one channel, others three; what is
-    transparent is put on white.
+    FOLDER holds the classes; or the pictures themselves, which then have no labels; or train/, validation/ and test/,
+    as many as there are, each with the one or the other in it. Without these there is one split, train, in an order
+    that depends on nothing but the files' names, so that its slices ("train[:90%]", "train[90%:]") hold all classes.
+    Where all pictures are grey they have one channel, else three; what is transparent is put on white.
 
-    stream: read pictures while training; by default where they would take more than 2 GiB.
+    stream: read pictures while training; by default where they would take more than 2 GiB. Each load reads every file
+        once, to know the set again.
     """
-    root = Path(folder if folder is not None else name.removeprefix("images:"))
+    if not (folder or name.removeprefix("images:")):
+        raise ValueError("images: name a folder, as in images:FOLDER")
+    root = Path(folder or name.removeprefix("images:"))
     if not root.is_dir():
         raise FileNotFoundError(f"images: there is no folder {root}")
-    splits = {part: root / part for part in ("train", "test") if (root / part).is_dir()}
-    if len(splits) < 2:
-        splits = {"train": root}
-    found = {part: _listed(at) for part, at in splits.items()}
-    classes = {part: names for part, (_, names) in found.items()}
-    if len(set(classes.values())) > 1:
-        raise ValueError(
-            f"images: {root} has other classes in train than in test: {classes['train']}, {classes['test']}"
-        )
-    names = classes["train"]
-    chosen = [
-        found[part][0][i]
-        for part, start, stop in _cuts(name, split, {part: len(files) for part, (files, _) in found.items()})
-        for i in range(start, stop)
-    ]
+    splits = {part: root / part for part in ("train", "validation", "test") if (root / part).is_dir()}
+    beside = [p for p in sorted(root.iterdir()) if p.name not in splits and (_is_picture(p) or _below(p))]
+    if splits and beside:
+        raise ValueError(f"images: {beside[0]} lies beside {next(iter(splits.values()))}, which is read as a split")
+    found = {part: _listed(at) for part, at in (splits or {"train": root}).items()}
+    if len({names for _, names in found.values()}) > 1:
+        said = "; ".join(f"{part}: {', '.join(names) or 'none'}" for part, (_, names) in found.items())
+        raise ValueError(f"images: the splits of {root} hold other classes: {said}")
+    cuts = _cuts(name, split, {part: len(files) for part, (files, _) in found.items()})
+    chosen = [found[part][0][i] for part, start, stop in cuts for i in range(start, stop)]
     if not chosen:
         raise ValueError(f"{name}: the split {split!r} is empty")
-    source = _Pictures(root, chosen, names)
-    info = {"classes": len(names) or None, "source": {"name": name, "split": split}, "fingerprint": source.fingerprint}
+    names = next(iter(found.values()))[1]
+    source = _Pictures(root, [file for files, _ in found.values() for file in files], chosen, names)
+    options = {} if stream is None else {"stream": stream}
+    info = {
+        "classes": len(names) or None,
+        "source": {"name": name, "split": split, **options},
+        "fingerprint": source.fingerprint,
+    }
     if stream if stream is not None else len(chosen) * np.prod(source.shape) > RESIDENT_BYTES:
         return from_source(source, **info)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -91,63 +95,71 @@ def pictures(name: str, split: str, *, folder: str | None = None, stream: bool |
     return from_arrays({key: np.stack([e[key] for e in examples]) for key in examples[0]}, **info)
 
 
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file()
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted(filter(_is_picture, folder.rglob("*"))) if folder.is_dir() else []
+
+
 def _listed(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     """The pictures under a folder in their order for ever, and the names of the classes."""
-
-    def is_picture(path: Path) -> bool:
-        return path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file()
-
-    below = {p.name: sorted(filter(is_picture, p.rglob("*"))) for p in sorted(root.iterdir()) if p.is_dir()}
-    classes = tuple(name for name, files in below.items() if files)
-    loose = sorted(filter(is_picture, root.iterdir()))
+    classes = {p.name: files for p in sorted(root.iterdir()) if (files := _below(p))}
+    loose = sorted(filter(_is_picture, root.iterdir()))
     if loose and classes:
-        raise ValueError(f"images: {loose[0]} lies beside the class folder {root / classes[0]}: move one of them")
-    files = loose or [p for name in classes for p in below[name]]
+        raise ValueError(
+            f"images: {loose[0]} lies beside the class folder {root / next(iter(classes))}: move one of them"
+        )
+    files = loose or [file for found in classes.values() for file in found]
     if not files:
         raise ValueError(f"images: {root} holds no pictures ({', '.join(PICTURES)})")
     bits = np.random.Philox(key=[0, 0]).random_raw(len(files))
-    return [files[i] for i in np.argsort(bits, kind="stable")], classes
+    return [files[i] for i in np.argsort(bits, kind="stable")], tuple(classes)
 
 
 class _Pictures:
-    """Picture files as a random-access source; refuses what is no picture or has another size, by name."""
+    """The chosen picture files as a random-access source; refuses what is no picture or has another size, by name.
 
-    def __init__(self, root: Path, files: list[Path], classes: tuple[str, ...]):
-        self.root, self.files, self.classes = root, files, classes
+    Size and channels are those of the whole folder, so that every slice of it has the same.
+    """
+
+    def __init__(self, root: Path, every: list[Path], chosen: list[Path], classes: tuple[str, ...]):
+        self.root, self.files, self.classes = root, chosen, classes
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            known = list(pool.map(self._look, files))
-        sizes = [size for size, _, _ in known]
-        for file, size in zip(files, sizes, strict=True):
-            if size != sizes[0]:
+            looks = list(pool.map(self._look, every))
+            digests = list(pool.map(self._digest, chosen))
+        width, height = looks[0][0]
+        for file, (size, _) in zip(every, looks, strict=True):
+            if size != (width, height):
                 raise ValueError(
-                    f"images: {file} has {size[0]} x {size[1]} pixels, {files[0]} has {sizes[0][0]} x {sizes[0][1]}: "
+                    f"images: {file} has {size[0]} x {size[1]} pixels, {every[0]} has {width} x {height}: "
                     "bring all to one size"
                 )
-        self.shape = (*sizes[0][::-1], 1 if all(grey for _, grey, _ in known) else 3)
-        digest = hashlib.sha256(repr((self.shape, classes)).encode())
-        for _, _, content in known:
-            digest.update(content)
-        self.fingerprint = digest.hexdigest()
+        self.shape = (height, width, 1 if all(grey for _, grey in looks) else 3)
+        self.fingerprint = hashlib.sha256(repr((self.shape, classes)).encode() + b"".join(digests)).hexdigest()
+
+    def _look(self, file: Path) -> tuple[tuple[int, int], bool]:
+        """Its size as one looks at it, and whether it is grey; from the header alone."""
+        with self._open(file) as image:
+            size = image.size
+            if file.suffix.lower() in (".jpg", ".jpeg") and image.getexif().get(0x0112, 1) >= 5:
+                size = size[::-1]  # the camera was held upright
+            return size, image.mode in ("1", "L")
+
+    def _digest(self, file: Path) -> bytes:
+        label = self._label(file) if self.classes else 0
+        return hashlib.sha256(label.to_bytes(4, "little") + file.read_bytes()).digest()
 
     def _label(self, file: Path) -> int:
         parts = file.relative_to(self.root).parts
         return next(self.classes.index(part) for part in parts[:2] if part in self.classes)
 
-    def _look(self, file: Path) -> tuple[tuple[int, int], bool, bytes]:
-        """Its size, whether it is grey, and the sha256 of its class and bytes."""
-        content = file.read_bytes()
-        with self._open(file, io.BytesIO(content)) as image:
-            size, grey = image.size, image.mode in ("1", "L")
-            if file.suffix.lower() in (".jpg", ".jpeg") and image.getexif().get(0x0112, 1) >= 5:
-                size = size[::-1]  # the camera was held upright
-        label = self._label(file) if self.classes else 0
-        return size, grey, hashlib.sha256(label.to_bytes(4, "little") + content).digest()
-
-    def _open(self, file: Path, content=None):
+    def _open(self, file: Path):
         from PIL import Image
 
         try:
-            image = Image.open(content or file)
+            image = Image.open(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise ValueError(f"images: {file} cannot be read as a picture") from e
         if image.mode.startswith("I") or image.mode == "F":

@@ -19,15 +19,16 @@ import jax
 import numpy as np
 
 from ..core import Family, State
-from ..data import Data, Info
+from ..data import Data, Info, order
 from . import folder as folders
 from .checkpoints import Checkpoints, SaveFailed, difference, say
-from .engine import Engine, Feed, compiler_options
+from .engine import Engine, Feed, ReadFailed, compiler_options
 from .folder import Refused, metrics
 from .progress import Progress
 
 __all__ = [
     "NonFinite",
+    "ReadFailed",
     "Refused",
     "Result",
     "Run",
@@ -195,7 +196,8 @@ def fit(
         runs there too; its numbers are reported beside the scores (None: nothing to report).
 
     Raises Refused for what cannot work, before anything compiles; NonFinite where a loss or gradient is not finite;
-    SaveFailed where a checkpoint cannot be written; SystemExit, after saving, on SIGTERM and Ctrl-C.
+    SaveFailed where a checkpoint cannot be written, ReadFailed, after saving, where data cannot be read; SystemExit,
+    after saving, on SIGTERM and Ctrl-C.
     """
     record = _door(make, cfg, run, data, valid, on_eval)
     folder = Path(run.folder) if run.folder else None
@@ -319,6 +321,12 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
                 raise SystemExit(f"stopped by {caught[0]} at step {step}, the last: {folder or 'nothing was saved'}")
         except SaveFailed:
             raise
+        except ReadFailed as e:  # raised before the state is donated: it still stands
+            save()
+            if saves:
+                saves.wait()
+            stands = f"the checkpoint of step {saved} stands" if saved is not None else "nothing was saved"
+            raise ReadFailed(f"after step {step} the data cannot be read: {e}; {stands}") from e
         except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written
             raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; the newest checkpoint stands") from e
     return engine.view(state)
@@ -362,12 +370,24 @@ def load(folder: str | Path, *, at_most: int | None = None) -> Result:
 
 
 def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **options) -> np.ndarray:
-    """n samples, made in chunks of equal size (chunk i with fold_in(key, i)); they depend on the chunk."""
+    """n samples, made in chunks of equal size (chunk i with fold_in(key, i)); they depend on the chunk.
+
+    Options are those of the family's `sample`; arrays, such as label [n], lead with one entry a sample.
+    """
     if n < 1 or chunk < 1:
         raise Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
-    options_here = compiler_options(jax.devices()[0])
-    draw = jax.jit(partial(result.family.sample, n=min(chunk, n), **options), compiler_options=options_here)
-    pieces = [np.asarray(draw(result.state, jax.random.fold_in(key, i))) for i in range(-(-n // min(chunk, n)))]
+    each = {name: np.asarray(value) for name, value in options.items() if np.ndim(value)}
+    for name, value in each.items():
+        if len(value) != n:
+            raise Refused(f"{name} must have one entry for each of {n} samples, got {len(value)}")
+    rest = {name: value for name, value in options.items() if name not in each}
+    size, told = min(chunk, n), compiler_options(jax.devices()[0])
+    draw = jax.jit(partial(result.family.sample, n=size, **rest), compiler_options=told)
+    pieces = []
+    for i in range(-(-n // size)):
+        rows = np.minimum(np.arange(i * size, (i + 1) * size), n - 1)  # what is drawn beyond n is cut off
+        own = {name: value[rows] for name, value in each.items()}
+        pieces.append(np.asarray(draw(result.state, jax.random.fold_in(key, i), **own)))
     return np.concatenate(pieces)[:n]
 
 
@@ -397,6 +417,8 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
         )
     if not 1 <= step <= run.steps:
         raise Refused(f"the updates of {folder} are numbered 1..{run.steps}, got step {step}")
+    if run.pmap and run.devices > len(jax.devices()):
+        raise Refused(f"{folder} drew its noise on {run.devices} devices (pmap), this machine has {len(jax.devices())}")
     run = replace(run, devices=min(run.devices, len(jax.devices())))
     saves = Checkpoints(folder, run.keep)
     try:
@@ -424,6 +446,6 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
     state, values = engine.advance(state, at, 1)
     values = {name: float(np.reshape(v, -1)[0]) for name, v in jax.device_get(values).items()}
     facts = {"norm_before": before, "norm_after": norms(engine.view(state).params)}
-    if data.resident:
-        facts["rows"] = np.asarray(engine.feed.host(run.seed, step - 1, run.batch_size)).tolist()
+    if data.info.examples is not None:
+        facts["rows"] = order(data.info.examples, run.seed, step - 1, run.batch_size).tolist()
     return values, facts

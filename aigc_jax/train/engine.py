@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 
@@ -58,6 +59,10 @@ def shardings_of(family: Family, template: State, mesh) -> State:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template)
 
 
+class ReadFailed(OSError):
+    """A batch could not be read from its source."""
+
+
 class Feed:
     """A data set's batches on a mesh, each process and device with its own contiguous rows of every global batch."""
 
@@ -68,15 +73,22 @@ class Feed:
             arrays, self._rows, self._take = data.resident
             self.arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
 
-    def host(self, seed: int, i: int, size: int):
-        """What the host sends for batch i: the row numbers of a resident set, else the batch itself."""
+    def host(self, seed: int, i: int, size: int, stop: int):
+        """What the host sends for batch i: the row numbers of a resident set, else the batch itself.
+
+        `stop` is the number of batches that will be asked for. Raises ReadFailed where the set cannot be read.
+        """
         if self.data.resident:
             return self._rows(seed, i, size)
         if self.data.info.examples is None:
             return self.data.batch(seed, i, size)
-        if self._ahead is None or self._ahead.asked != (seed, size) or i not in (self._ahead.i, self._ahead.i + 1):
-            self._ahead = _Ahead(self.data, seed, i, size)
-        return self._ahead.batch(i)
+        try:
+            if self._ahead is None or self._ahead.asked != (seed, size) or i not in (self._ahead.i, self._ahead.i + 1):
+                self._ahead = _Ahead(self.data, seed, i, size, stop)
+            return self._ahead.batch(i)
+        except (OSError, ValueError) as e:
+            self._ahead = None
+            raise ReadFailed(str(e)) from e
 
     def place(self, x, axis: int = 0):
         """Host arrays on the mesh, cut along `axis`."""
@@ -95,12 +107,13 @@ class Feed:
 class _Ahead:
     """The batches i, i + 1, ... of a set that is read from disk, made in threads (grain) before they are asked for."""
 
-    def __init__(self, data: Data, seed: int, i: int, size: int):
+    def __init__(self, data: Data, seed: int, i: int, size: int, stop: int):
         import grain
 
         self.asked, self.i = (seed, size), i
-        batches = grain.MapDataset.range(i, 2**31).map(lambda j: data.batch(seed, j, size))
-        self._left = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        batches = grain.MapDataset.range(i, stop).map(lambda j: data.batch(seed, j, size))
+        cores = os.cpu_count() or 1
+        self._left = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=cores, prefetch_buffer_size=2 * cores)))
         self._now = next(self._left)
 
     def batch(self, i: int) -> dict:
@@ -149,7 +162,7 @@ class Engine:
 
         self._options = compiler_options(self.mesh.devices.flat[0])
         self._init = jax.jit(init, out_shardings=shardings)
-        if run.pmap:
+        if run.pmap:  # it takes no compiler options
             devices = list(self.mesh.devices.flat)
             compiled = partial(jax.pmap, axis_name="data", out_axes=(0, None), devices=devices, donate_argnums=0)
             self._one = compiled(one, in_axes=(0, 0, 0, None))
@@ -193,9 +206,9 @@ class Engine:
         """`count` updates from `step` on, at most steps_per_call; metrics have a leading axis where that is above 1."""
         k, size = self.run.steps_per_call, self.run.batch_size
         if k == 1:
-            x = self._place(self.feed.host(self.run.seed, step, size), 0)
+            x = self._place(self.feed.host(self.run.seed, step, size, self.run.steps), 0)
             return self._one(state, self.feed.arrays, x, self.k_step)
-        hosts = [self.feed.host(self.run.seed, step + min(i, count - 1), size) for i in range(k)]
+        hosts = [self.feed.host(self.run.seed, step + min(i, count - 1), size, self.run.steps) for i in range(k)]
         xs = self._place(jax.tree.map(lambda *x: np.stack(x), *hosts), 1)
         return self._several(state, self.feed.arrays, xs, self.k_step, count)
 
@@ -211,10 +224,11 @@ class Engine:
 
         def score(state: State) -> dict[str, float]:
             total: dict[str, float] = {}
-            for i in range(-(-n // size)):
+            batches = -(-n // size)
+            for i in range(batches):
                 # The last batch is filled up with examples of weight 0, so that no example counts twice.
                 weight = feed.place((i * size + np.arange(size) < n).astype(np.float32))
-                x, key = feed.place(feed.host(0, i, size)), jax.random.fold_in(self.k_eval, i)
+                x, key = feed.place(feed.host(0, i, size, batches)), jax.random.fold_in(self.k_eval, i)
                 for name, value in jax.device_get(sums(state, feed.arrays, x, weight, key)).items():
                     total[name] = total.get(name, 0.0) + float(value)
             means = {name: value / n for name, value in total.items()}

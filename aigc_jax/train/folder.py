@@ -73,6 +73,8 @@ def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
     module, name = getattr(make, "__module__", "?"), getattr(make, "__qualname__", repr(make))
     if module == "__main__" or "." in name or "<" in name:
         raise Refused(f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module")
+    if run.pmap:
+        run = dataclasses.replace(run, devices=run.devices or len(jax.devices()))
     record = {
         "make": [module, name],
         "config": _plain(dataclasses.asdict(cfg)),
@@ -92,6 +94,11 @@ def _differences(old, new, at: str = ""):
             yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
     elif old != new:
         yield at, old, new
+
+
+def _noise(run: dict) -> dict:
+    """Under pmap every device draws its own noise, so their number belongs to what a run is."""
+    return {"pmap": run.get("pmap", False), "devices": run["devices"] if run.get("pmap") else None}
 
 
 def identify(folder: Path, record: dict) -> dict:
@@ -114,7 +121,7 @@ def identify(folder: Path, record: dict) -> dict:
             "make": ".".join(r["make"]),
             "model": r["config"],
             "data": {"fingerprint": r["data"]["fingerprint"]},
-            "run": {key: r["run"].get(key) for key in ("seed", "batch_size", "init", "pmap")},
+            "run": {key: r["run"][key] for key in ("seed", "batch_size", "init")} | _noise(r["run"]),
             # Lowest values are comparable on one set only.
             "valid": {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None,
         }

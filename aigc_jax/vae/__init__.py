@@ -118,8 +118,8 @@ class Config:
             raise ValueError(
                 f"model.binarisation makes images of zeros and ones: likelihood {self.likelihood} needs none"
             )
-        if self.sigma is not None and not self.sigma > 0:
-            raise ValueError(f"model.sigma must be positive, got {self.sigma}")
+        if self.sigma is not None and not (self.sigma > 0 and self.likelihood == "gaussian"):
+            raise ValueError(f"model.sigma must be positive, and is for likelihood gaussian only, got {self.sigma}")
         if not self.beta >= 0:
             raise ValueError(f"model.beta must not be negative, got {self.beta}")
         EMA(self.ema)
@@ -231,7 +231,7 @@ def decode(cfg: Config, params: Params, z: Float[Array, "... Z"], label=None) ->
     For any leading axes; label [...] has the last of them (B of z [k, B, Z]).
     """
     y = _one_hot(cfg, label, z.shape[:-1])
-    if not cfg.channels:
+    if not cfg.channels or z.ndim < 3:
         return Decoder(cfg).apply(params["decoder"], z, y)
     # Convolutions take one axis of rows: with the images outermost a mesh can leave each on its device.
     decoded = Decoder(cfg).apply(params["decoder"], jnp.moveaxis(z, -2, 0), jnp.moveaxis(y, -2, 0))
@@ -275,6 +275,8 @@ def _normal(mu, logvar, key, shape):
 
 def draw(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None) -> Draws:
     """k reparameterised draws of z ~ q(z|x) for each image: (z_1,), or (z_1, z_2) of two layers."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     k_1, k_2 = jax.random.split(key) if cfg.upper_dim else (key, None)
     mu, logvar = encode(cfg, params, x, label)
     z_1 = _normal(mu[None], logvar[None], k_1, (k, *mu.shape))
@@ -343,7 +345,7 @@ def iwae_bound(
     chunk: draws in memory at once, default k; chunk j uses fold_in(key, j), so the draws depend on it. Compile with
         jax.jit(partial(iwae_bound, cfg, k=5000, chunk=100)).
     """
-    chunk = min(chunk or k, k)
+    chunk = k if chunk is None else min(chunk, k)
     if chunk < 1:
         raise ValueError(f"k and chunk must be at least 1, got k={k}, chunk={chunk}")
 
@@ -387,12 +389,13 @@ def dreg_bound(
     """L_k and its log weights, with the doubly reparameterised gradient (Tucker et al. 2019, eq. 8).
 
     Values as `log_weights`; the decoder's gradient is sum_i w_i grad log p(x, z_i), w normalised over k; the encoder's
-    sum_i w_i^2 (d log w_i / d z_i) grad z_i, whose signal does not vanish against its noise as k grows. log_w carry no
-    gradient.
+    sum_i w_i^2 (d log w_i / d z_i) grad z_i, whose signal does not vanish against its noise as k grows. x and log_w
+    carry no gradient.
 
     beta: weight of log p(z) - log q(z|x) in the bound. Not in the paper: its identity, applied to these weights, gives
         the encoder w_i (1 - beta + beta w_i) in place of w_i^2.
     """
+    x = jax.lax.stop_gradient(x)
     z = draw(cfg, params, x, key, k=k, label=label)
     return _doubly(cfg, params, jax.lax.stop_gradient(params), x, z, label, jnp.asarray(beta, x.dtype))
 
@@ -457,7 +460,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     evaluate: `nll_nats` is the negative of the bound that is trained, -ELBO with its two terms, or -L_k with the
         config's k and `elbo_nats` beside it; `nll_bits_per_dim` where the likelihood is one of the images as they are.
     sample(state, key, *, n, label=None): the mean images of p(x|z) for n draws of z ~ p(z), as AEVB fig. 5 shows them.
-        label [n]; where a conditional model is given none, the classes in turn.
+        label [n] in 0..classes-1; where a conditional model is given none, the classes in turn.
     """
     ema = EMA(cfg.ema)
 
@@ -507,7 +510,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         else:
             log_w = log_weights(cfg, params, x, k_z, k=cfg.k, label=label)
             values = {"nll_nats": -_log_mean_exp(log_w), "elbo_nats": log_w.mean(0)}
-        if cfg.likelihood != "bernoulli" or cfg.binarisation != "none":
+        if cfg.likelihood != "bernoulli" or cfg.binarisation != "none" or cfg.levels == 2:
             values["nll_bits_per_dim"] = bits_per_dim(cfg, values["nll_nats"])
         return values
 

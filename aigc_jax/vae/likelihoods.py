@@ -21,7 +21,7 @@ def log_logistic(x: Float[Array, "..."], mean, log_scale, *, levels: int) -> Flo
     """log probability of the grey level x (a multiple of 1/(levels-1) in [0, 1]) under a discretised logistic, in nats.
 
     The logistic's mass between x -+ half a level; levels 0 and 1 take the tails, so the levels' probabilities sum to 1
-    (Kingma et al. 2016, "Improved variational inference with inverse autoregressive flow", eq. 14 of the appendix).
+    (Salimans et al. 2017, "PixelCNN++", eq. 2, with one component).
     """
     half = 0.5 / (levels - 1)
     above, below = ((x + d - mean) * jnp.exp(-log_scale) for d in (half, -half))
@@ -42,7 +42,7 @@ def _mean_and_log_scale(cfg, decoded):
     mean, raw = jnp.split(decoded, 2, axis=-1)
     # A density is unbounded, so its sigma ends smoothly at one grey level; a probability's scale where float32 does.
     floor = -jnp.log(cfg.levels - 1.0) if cfg.likelihood == "gaussian" else -12.0
-    return mean, floor + jax.nn.softplus(raw - floor)
+    return mean, jnp.minimum(floor + jax.nn.softplus(raw - floor), 20.0)
 
 
 def log_likelihood(cfg, x: Float[Array, "... H W C"], decoded: Float[Array, "... H W D"]) -> Float[Array, "..."]:
