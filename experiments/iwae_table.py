@@ -200,7 +200,9 @@ def active(result: train.Result, x: np.ndarray) -> list[np.ndarray]:
 def pruned(params, kept: np.ndarray):
     """The encoder with N(0, I) in the units of z_1 that are not kept."""
     [*_, name] = sorted(params["encoder"]["params"]["Gaussian_0"])
-    head = jax.tree.map(lambda x: x * np.concatenate([kept, kept]), params["encoder"]["params"]["Gaussian_0"][name])
+    head = jax.tree.map(
+        lambda x: np.asarray(x) * np.concatenate([kept, kept]), params["encoder"]["params"]["Gaussian_0"][name]
+    )
     gaussian = {**params["encoder"]["params"]["Gaussian_0"], name: head}
     return {**params, "encoder": {"params": {**params["encoder"]["params"], "Gaussian_0": gaussian}}}
 

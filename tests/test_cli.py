@@ -119,9 +119,26 @@ def test_exported_weights_are_those_that_sampling_uses(call, digits_run, tmp_pat
     )
 
 
+def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
+    from safetensors.numpy import load_file
+
+    cfg = vae.Config(shape=(8, 8, 1), levels=17, classes=10, latent_dim=2, hidden=(5,), ema=0.5)
+    folder = tmp_path / "run"
+    state = train.fit(vae.make, cfg, train.Run(folder=str(folder), steps=3, batch_size=8), data.load("digits")).state
+    assert call("aigc_jax", "export", folder, tmp_path / "x.safetensors")[0] == 0
+    weights = load_file(tmp_path / "x.safetensors")
+    kernel = "encoder.params.Gaussian_0.Dense_0.kernel"
+    np.testing.assert_array_equal(weights[kernel], state.ema["encoder"]["params"]["Gaussian_0"]["Dense_0"]["kernel"])
+    assert (weights[kernel] != state.params["encoder"]["params"]["Gaussian_0"]["Dense_0"]["kernel"]).any()
+    assert call("aigc_jax", "sample", folder, "--n", 4, "--label", 3, "--out", tmp_path / "x.png")[0] == 0
+    code, _, err = call("aigc_jax", "sample", folder, "--label", 10, "--out", tmp_path / "y.png")
+    assert code == 2 and "labels lie in 0..9, got 10" in err
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (["sample", "{run}", "--out", "x.png", "--label", "1"], "takes no labels"),
         (["evaluate", "nowhere"], "no run folder"),
         (["evaluate", "{run}", "--split", "tset"], "no split 'tset'"),
         (["evaluate", "{run}", "--batch-size", "0"], "batch_size must be at least 1"),

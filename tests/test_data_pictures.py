@@ -59,12 +59,24 @@ def test_train_and_test_folders_are_splits(folder, tmp_path):
             at = tmp_path / "split" / part / ("a", "b")[i % 2]
             at.mkdir(parents=True, exist_ok=True)
             picture(i).save(at / f"{i}.png")
-    test = by_bytes(data.load(f"images:{tmp_path / 'split'}", "test"))
+    name = f"images:{tmp_path / 'split'}"
+    test = by_bytes(data.load(name, "test"))
     assert test == {np.asarray(picture(i)).tobytes(): i % 2 for i in range(8, 12)}
-    assert data.load(f"images:{tmp_path / 'split'}", "train+test").info.examples == 12
+    assert data.load(name, "train+test").info.examples == 12
     (tmp_path / "split" / "test" / "a").rename(tmp_path / "split" / "test" / "c")
-    with pytest.raises(ValueError, match="other classes in train than in test"):
-        data.load(f"images:{tmp_path / 'split'}")
+    with pytest.raises(ValueError, match="hold other classes: train: a, b; test: b, c"):
+        data.load(name)
+    (tmp_path / "split" / "test").rename(tmp_path / "split" / "val")
+    with pytest.raises(ValueError, match="val lies beside .*train, which is read as a split"):
+        data.load(name)
+    (tmp_path / "split" / "val").rename(tmp_path / "val")
+    assert data.load(name).info.classes == 2  # a train/ alone is a split, not a class
+
+
+def test_channels_are_those_of_the_whole_folder(folder):
+    picture(0, "RGB").save(folder / "ant" / "colour.png")
+    shapes = {data.load(f"images:{folder}", cut).info.shape for cut in ("train[:50%]", "train[50%:]")}
+    assert shapes == {(4, 6, 3)}
 
 
 def test_pictures_without_sub_folders_have_no_labels(tmp_path):
@@ -126,6 +138,8 @@ def test_no_pictures(tmp_path):
         data.load(f"images:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="no folder"):
         data.load(f"images:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="name a folder"):
+        data.load("images:")
 
 
 def test_a_folder_that_moved_is_the_same_set_and_another_picture_is_not(folder):
@@ -143,7 +157,9 @@ def test_a_folder_that_moved_is_the_same_set_and_another_picture_is_not(folder):
 def test_streamed_batches_are_the_resident_ones(folder, monkeypatch):
     held = data.load(f"images:{folder}")
     streamed = data.load(f"images:{folder}", stream=True)
-    assert held.resident and streamed.resident is None and streamed.info == held.info
+    assert held.resident and streamed.resident is None
+    assert streamed.info.source == {**held.info.source, "stream": True}
+    assert dataclasses.replace(streamed.info, source=held.info.source) == held.info
     for i in range(5):
         ours, theirs = streamed.batch(3, i, 16), held.batch(3, i, 16)
         assert ours.keys() == theirs.keys()
@@ -173,6 +189,18 @@ def test_streamed_training_ends_with_the_resident_bits(folder, tmp_path, k):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, expected)
     scores = [train.metrics(tmp_path / name)[-1]["valid"]["nll_nats"] for name in ("held", "streamed")]
     np.testing.assert_allclose(*scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"devices": 8}, {"devices": 8, "pmap": True}])
+def test_streamed_batches_reach_every_device(folder, options):
+    cfg = dataclasses.replace(CFG, shape=(4, 6, 1), levels=256)
+    a, b = (
+        train.fit(
+            vae.make, cfg, train.Run(steps=4, batch_size=16, **options), data.load(f"images:{folder}", stream=s)
+        ).state
+        for s in (False, True)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), a, b)
 
 
 class Source:
@@ -217,3 +245,48 @@ def test_a_source_of_ones_own_is_read_in_the_order_of_arrays():
 def test_sources_that_do_not_fit_are_refused(source, options, words):
     with pytest.raises(ValueError, match=words):
         data.from_source(source, **{"levels": 17, **options})
+
+
+def test_a_read_that_fails_is_said_and_what_was_trained_is_kept(tmp_path):
+    """Example 29 breaks at first; once it is mended the run goes on, and ends with the bits of an unbroken one."""
+
+    def broken(i):
+        if i == 29:
+            raise OSError(5, "Input/output error", "29.png")
+        return np.random.default_rng(i).integers(0, 17, (8, 8, 1), dtype=np.uint8)
+
+    whole, torn = (
+        data.from_source(Source(image=image) if image else Source(), levels=17, classes=3, fingerprint="x")
+        for image in (None, broken)
+    )
+    run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=4, devices=1)
+    first = next(i for i in range(20) if 29 in data.order(30, 0, i, 4))
+    with pytest.raises(train.ReadFailed, match=f"after step {first} the data cannot be read: .*29.png.*{first} stands"):
+        train.fit(vae.make, CFG, run, torn)
+    assert int(train.load(run.folder).state.step) == first > 0
+    again = train.fit(vae.make, CFG, run, whole).state
+    unbroken = train.fit(vae.make, CFG, dataclasses.replace(run, folder=""), whole).state
+    assert fingerprint(again) == fingerprint(unbroken)
+
+
+def test_a_validation_reads_no_further_than_its_end():
+    source = Source()
+    reads = []
+    streamed = data.from_source(source, levels=17, classes=3)
+    counted = streamed._replace(batch=lambda *at: (reads.append(at), streamed.batch(*at))[1])
+    train.fit(
+        vae.make, CFG, train.Run(steps=4, batch_size=8, eval_every=2, devices=1), data.load("digits"), valid=counted
+    )
+    assert sorted(reads) == sorted([(0, i, 8) for i in range(4)] * 2)
+
+
+def test_a_missing_label_is_named():
+    class Half(Source):
+        def __getitem__(self, i):
+            example = super().__getitem__(i)
+            return example if i != 7 else {"image": example["image"]}
+
+    with pytest.raises(ValueError, match="example 7 has no label"):
+        data.from_source(Half(), levels=17, classes=3)
+    with pytest.raises(ValueError, match="must hold 'image', got pixels"):
+        data.from_source([{"pixels": np.zeros((2, 2, 1), np.uint8)}])

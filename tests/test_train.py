@@ -159,6 +159,8 @@ def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
     np.testing.assert_allclose(scores[-1], train.evaluate(load(tmp_path / "cut"), VALID)["nll_nats"], rtol=0.05)
     with pytest.raises(train.Refused, match="run.pmap was True there and is False here"):
         fit(vae.make, cfg, run(tmp_path / "cut", 20, devices=8), DIGITS)
+    with pytest.raises(train.Refused, match="run.devices was 8 there and is 4 here"):
+        fit(vae.make, cfg, run(tmp_path / "cut", 20, devices=4, pmap=True), DIGITS)
 
 
 @pytest.mark.parametrize("first, then", [(1, 8), (8, 2)])
@@ -602,3 +604,17 @@ def test_another_environment_is_warned_of(tmp_path, capfd):
 def test_negative_sizes_are_refused_by_name(field):
     with pytest.raises(ValueError, match=rf"run\.{field} must be at least \d, got -3"):
         Run(**{field: -3})
+
+
+def test_labels_are_cut_with_the_chunks():
+    cfg = dataclasses.replace(CFG, classes=10)
+    result = fit(vae.make, cfg, run(steps=2), DIGITS)
+    label = np.arange(20) % 3
+    drawn = train.sample(result, jax.random.key(0), n=20, chunk=8, label=label)
+    for i in range(3):
+        rows = np.minimum(np.arange(8 * i, 8 * i + 8), 19)
+        key = jax.random.fold_in(jax.random.key(0), i)
+        expected = result.family.sample(result.state, key, n=8, label=jax.numpy.asarray(label[rows]))
+        np.testing.assert_allclose(drawn[8 * i : 8 * i + 8], expected[: 20 - 8 * i], atol=1e-6)
+    with pytest.raises(train.Refused, match="label must have one entry for each of 20 samples, got 8"):
+        train.sample(result, jax.random.key(0), n=20, chunk=8, label=label[:8])

@@ -163,6 +163,7 @@ class _Pictures:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise ValueError(f"images: {file} cannot be read as a picture") from e
         if image.mode.startswith("I") or image.mode == "F":
+            image.close()
             raise ValueError(f"images: {file} has more than 8 bits a channel (mode {image.mode}): convert it")
         return image
 

@@ -1,0 +1,137 @@
+"""The scripts of the VAE's papers at their smallest: what they train, what they compare, what they leave."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aigc_jax import data, train, vae
+from aigc_jax.core import Optim
+from experiments import _cli, iwae_table, vae_elbo_curves, vae_samples
+
+DIGITS = data.load("digits")
+
+
+# ---------------------------------------------------------------------------------------------------------- wake-sleep
+
+CFG = vae.Config(
+    shape=(8, 8, 1), levels=17, latent_dim=3, hidden=(6,), binarisation="static", optim=Optim("sgd", lr=1.0)
+)
+
+
+def moved(batch, key):
+    """The update of wake-sleep, by net."""
+    family = vae_elbo_curves.make_wake_sleep(CFG)
+    state = family.init(jax.random.key(0))
+    after, _ = jax.jit(family.step)(state, batch, key)
+    return state.params, {
+        net: jax.tree.map(lambda a, b: np.asarray(a - b), after.params[net], state.params[net]) for net in state.params
+    }
+
+
+def test_sleep_trains_the_encoder_on_dreams_alone():
+    """Other images, same key: the encoder's update is the same, the decoder's is not."""
+    _, a = moved(DIGITS.batch(0, 0, 16), jax.random.key(1))
+    _, b = moved(DIGITS.batch(0, 1, 16), jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, a["encoder"], b["encoder"])
+    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a["decoder"], b["decoder"])), strict=True))
+    assert max(np.abs(x).max() for x in jax.tree.leaves(a["encoder"])) > 1e-3
+
+
+def test_wake_trains_the_decoder_on_the_encoders_codes_alone():
+    batch = DIGITS.batch(0, 0, 16)
+    params, update = moved(batch, jax.random.key(1))
+    k_x, k_wake, _, _ = jax.random.split(jax.random.key(1), 4)
+    x = vae.preprocess(CFG, batch, k_x)
+    [z] = vae.draw(CFG, params, x, k_wake, k=1)
+
+    def wake(decoder):
+        return vae.log_likelihood(CFG, x, vae.decode(CFG, {"decoder": decoder}, z[0])).mean()
+
+    expected = jax.grad(wake)(params["decoder"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), update["decoder"], expected)
+
+
+def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
+    """The decoder held: sleep's optimum is the model's own posterior, so the bound on dreams rises."""
+    family = vae_elbo_curves.make_wake_sleep(replace(CFG, optim=Optim(lr=1e-2)))
+    state, step = family.init(jax.random.key(0)), jax.jit(family.step)
+    decoder = jax.tree.map(lambda x: 3 * x, state.params["decoder"])
+    z = jax.random.normal(jax.random.key(5), (500, 3))
+    p = vae.mean_image(CFG, vae.decode(CFG, {"decoder": decoder}, z))
+    x = jax.random.bernoulli(jax.random.key(6), p).astype(jnp.float32)
+
+    def bound(state):
+        return float(vae.elbo(CFG, {**state.params, "decoder": decoder}, x, jax.random.key(7))["elbo"].mean())
+
+    before = bound(state)
+    for i in range(300):
+        state = state._replace(params={**state.params, "decoder": decoder})
+        state, _ = step(state, DIGITS.batch(0, i, 64), jax.random.key(100 + i))
+    assert bound(state) > before + 3
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path):
+    """IWAE's paper in small: two stages an arm, table 2 from their ends."""
+    setup = replace(iwae_table.SCALES["smoke"], folder=str(tmp_path), epochs=1, stages=2, further=1, ks=(1, 2),
+                    vae_ks=(1,), two_layers=(), batch_size=480, lr=1e-3, test=20, draws=20)  # fmt: skip
+    found = iwae_table.rows(setup, tmp_path)
+    runs = {str(p.parent.relative_to(tmp_path)): json.loads(p.read_text()) for p in tmp_path.rglob("run.json")}
+    first, second = (runs[f"1-IWAE-k2-1epochs/seed0/stage{i}"] for i in (0, 1))
+    assert first["run"]["steps"] * 3 == second["run"]["steps"] == 9
+    assert second["run"]["init"].endswith("stage0") and first["run"]["init"] == ""
+    np.testing.assert_allclose(second["config"]["optim"]["lr"], 1e-3 * 10 ** (-1 / 7))
+    assert {r["config"]["optim"]["warmup"] for r in runs.values()} == {0}
+    turned = runs["1-VAE-IWAE-k2-1epochs/seed0"]
+    assert turned["run"]["init"].endswith("1-VAE-k1-1epochs/seed0/stage1")
+    assert (turned["config"]["objective"], turned["config"]["k"]) == ("iwae", 2)
+    named = {row.quantity: row.ours for row in found}
+    assert (
+        "1 layer, IWAE k=2, 4 epochs: NLL (nats)" in named
+        and "1 layer, VAE -> IWAE k=2, +1 epochs: NLL (nats)" in named
+    )
+    assert (tmp_path / "iwae_table.png").exists()
+
+    result = train.load(tmp_path / "1-VAE-k1-1epochs/seed0/stage1")
+    x = np.asarray(vae.preprocess(result.config, data.load("digits", "test[:20]").batch(0, 0, 20), jax.random.key(9)))
+    ours = iwae_table.nll(result, x, draws=20).mean()
+    np.testing.assert_allclose(named["1 layer, VAE k=1, 4 epochs: NLL (nats)"], ours, rtol=1e-6)
+    kept = np.arange(50) % 2 == 0
+    mu, logvar = vae.encode(result.config, iwae_table.pruned(result.state.params, kept), jnp.asarray(x))
+    before = vae.encode(result.config, result.state.params, jnp.asarray(x))[0]
+    assert (mu[:, ~kept] == 0).all() and (logvar[:, ~kept] == 0).all()
+    np.testing.assert_allclose(mu[:, kept], before[:, kept])
+
+
+def test_the_papers_protocol_is_the_papers():
+    setup = iwae_table.SCALES["paper"]
+    assert sum(setup.epochs * 3**i for i in range(setup.stages)) == 3280 and setup.batch_size == 20
+    arms = {arm[:3] for arm in iwae_table.arms(setup) if not arm.after}
+    assert arms == set(iwae_table.PAPER)
+    assert "2 layers, IWAE k=50, 3280 epochs: NLL (nats)" in iwae_table.CRITERIA
+
+
+@pytest.mark.parametrize("script", [vae_elbo_curves, vae_samples])
+def test_curves_and_samples_are_drawn(tmp_path, script):
+    small = script.SCALES["smoke"]
+    every = {"eval_every": 30} if script is vae_elbo_curves else {}
+    run = replace(small.run, folder=str(tmp_path), steps=60, steps_per_call=30, devices=1, **every)
+    setup = replace(small, run=run, latents=(2, 3), **({"seeds": 2} if every else {}))
+    found = script.rows(setup, tmp_path)
+    assert all(np.isfinite(row.ours) for row in found)
+    if script is vae_elbo_curves:
+        assert all(row.error is not None for row in found[:4])
+        assert {p.name for p in (tmp_path / "AEVB-2").iterdir()} == {"seed0", "seed1"}
+    assert (tmp_path / f"{script.__name__.removeprefix('experiments.')}.png").stat().st_size > 20_000
+
+
+def test_seeds_follow_the_first_in_folders_of_their_own():
+    run = train.Run(folder="a/b", seed=3)
+    assert _cli.seeded(run, 1) == [run]
+    assert [(r.seed, r.folder) for r in _cli.seeded(run, 2)] == [(3, "a/b/seed3"), (4, "a/b/seed4")]
