@@ -1,10 +1,10 @@
 """Importance weighted autoencoders: Burda, Grosse & Salakhutdinov 2016 (IWAE), tables 1 and 2 on MNIST
 
-    python -m experiments.iwae_table                    about 45 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.iwae_table                    about 50 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.iwae_table --scale paper      the paper's 3,280 epochs an arm: days on a GPU
 
 Downloads MNIST or takes its files as vae_manifold does. NLL is -L_5000 with dynamically binarised images. Expect, at 25
-epochs each, about 92.3, 91 and 90 nats for k = 1, 5, 50 (paper, 3,280 epochs: 86.76, 85.54, 84.78), and the order
+epochs each, about 92.3, 91.0 and 90.2 nats for k = 1, 5, 50 (paper, 3,280 epochs: 86.76, 85.54, 84.78), and the order
 turned round where every k trains for as long as k = 50 does. Below: two stochastic layers, and table 2: a trained model
 goes on with the other objective.
 """
