@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,10 @@ def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path):
+def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypatch):
     """IWAE's paper in small: two stages an arm, table 2 from their ends."""
+    monkeypatch.setattr(iwae_table, "Run", partial(train.Run, devices=1))  # compiles in half the time
+    monkeypatch.setattr(iwae_table, "ONE", replace(iwae_table.ONE, hidden=(8,), latent_dim=4))
     setup = replace(iwae_table.SCALES["smoke"], folder=str(tmp_path), epochs=1, stages=2, further=1, ks=(1, 2),
                     vae_ks=(1,), two_layers=(), batch_size=480, lr=1e-3, test=20, draws=20)  # fmt: skip
     found = iwae_table.rows(setup, tmp_path)
@@ -102,7 +105,7 @@ def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path):
     x = np.asarray(vae.preprocess(result.config, data.load("digits", "test[:20]").batch(0, 0, 20), jax.random.key(9)))
     ours = iwae_table.nll(result, x, draws=20).mean()
     np.testing.assert_allclose(named["1 layer, VAE k=1, 4 epochs: NLL (nats)"], ours, rtol=1e-6)
-    kept = np.arange(50) % 2 == 0
+    kept = np.arange(4) % 2 == 0
     mu, logvar = vae.encode(result.config, iwae_table.pruned(result.state.params, kept), jnp.asarray(x))
     before = vae.encode(result.config, result.state.params, jnp.asarray(x))[0]
     assert (mu[:, ~kept] == 0).all() and (logvar[:, ~kept] == 0).all()

@@ -84,7 +84,7 @@ def test_every_record_can_be_repeated():
 def test_every_script_says_what_it_needs(name):
     script = importlib.import_module(f"experiments.{name}")
     assert f"python -m experiments.{name}" in script.__doc__
-    assert "download" in script.__doc__
+    assert "download" in script.__doc__.lower()
     assert {"smoke", "cpu"} <= set(script.SCALES) == set(script.DIFFERENCE)
     assert script.CRITERIA and script.INVARIANTS
     assert len({getattr(s, "run", s).folder for s in script.SCALES.values()}) == len(script.SCALES)
