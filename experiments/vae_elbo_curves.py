@@ -1,6 +1,6 @@
 """The bound while training, against wake-sleep, for five latent sizes: AEVB (Kingma & Welling 2014), fig. 2
 
-    python -m experiments.vae_elbo_curves                  about 20 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.vae_elbo_curves                  about 25 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_elbo_curves --scale paper    1e8 images an arm: about 10 hours on 2 cores
 
 Downloads MNIST or takes its files as vae_manifold does. Both algorithms train the same nets from the same
