@@ -163,8 +163,7 @@ def from_source(
             if np.shape(example["image"]) != shape:
                 raise ValueError(f"image {row} is {np.shape(example['image'])}, image 0 is {shape}")
         arrays = {name: np.stack([e[name] for e in found]) for name in names}
-        checked = from_arrays(arrays, levels=levels, classes=classes, fingerprint="of a batch")
-        return {name: a for name, a in checked.resident[0].items()}
+        return from_arrays(arrays, levels=levels, classes=classes, fingerprint="of a batch").resident[0]
 
     zeroth = examples[0]
     if "image" not in zeroth:

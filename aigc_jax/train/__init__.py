@@ -322,9 +322,10 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
         except SaveFailed:
             raise
         except ReadFailed as e:  # raised before the state is donated: it still stands
-            save()
-            if saves:
-                saves.wait()
+            if jax.process_count() == 1:  # of several, the others still train: a save would wait for them
+                save()
+                if saves:
+                    saves.wait()
             stands = f"the checkpoint of step {saved} stands" if saved is not None else "nothing was saved"
             raise ReadFailed(f"after step {step} the data cannot be read: {e}; {stands}") from e
         except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written

@@ -238,14 +238,19 @@ def decode(cfg: Config, params: Params, z: Float[Array, "... Z"], label=None) ->
     return jnp.moveaxis(decoded, 0, -4)
 
 
+def _upper(cfg: Config) -> tuple[Gaussian, Gaussian]:
+    """q(z_2|z_1) and p(z_1|z_2)."""
+    return Gaussian(cfg, cfg.upper_dim, cfg.upper_hidden), Gaussian(cfg, cfg.latent_dim, cfg.upper_hidden[::-1])
+
+
 def encode_upper(cfg: Config, params: Params, z_1: Float[Array, "... Z"]):
     """mu and logvar of q(z_2|z_1)."""
-    return Gaussian(cfg, cfg.upper_dim, cfg.upper_hidden).apply(params["upper_encoder"], z_1)
+    return _upper(cfg)[0].apply(params["upper_encoder"], z_1)
 
 
 def decode_upper(cfg: Config, params: Params, z_2: Float[Array, "... Z"]):
     """mu and logvar of p(z_1|z_2)."""
-    return Gaussian(cfg, cfg.latent_dim, cfg.upper_hidden[::-1]).apply(params["upper_decoder"], z_2)
+    return _upper(cfg)[1].apply(params["upper_decoder"], z_2)
 
 
 # ---------------------------------------------------------------------------------------------------------- the bounds
@@ -472,12 +477,9 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
             "decoder": Decoder(cfg).init(k_decoder, z, y),
         }
         if cfg.upper_dim:
-            upper = (
-                Gaussian(cfg, cfg.upper_dim, cfg.upper_hidden),
-                Gaussian(cfg, cfg.latent_dim, cfg.upper_hidden[::-1]),
-            )
-            params["upper_encoder"] = upper[0].init(k_upper[0], z)
-            params["upper_decoder"] = upper[1].init(k_upper[1], jnp.zeros((1, cfg.upper_dim)))
+            upwards, downwards = _upper(cfg)
+            params["upper_encoder"] = upwards.init(k_upper[0], z)
+            params["upper_decoder"] = downwards.init(k_upper[1], jnp.zeros((1, cfg.upper_dim)))
         return start(params, cfg.optim, ema=ema)
 
     def given(batch):
