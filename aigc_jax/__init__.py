@@ -1,6 +1,6 @@
 """Generative models as pure functions in JAX: one file a family."""
 
-from . import vae
+from . import gan, vae
 
-__all__ = ["vae"]
+__all__ = ["gan", "vae"]
 __version__ = "0.1.0"

@@ -50,8 +50,15 @@ class Family(NamedTuple):
     rules: tuple = ()
 
 
+def _momentum(o):
+    if o.momentum_end is None:
+        return optax.trace(o.momentum) if o.momentum else optax.identity()
+    rise = optax.linear_schedule(o.momentum, o.momentum_end, o.momentum_steps)
+    return optax.inject_hyperparams(optax.trace, static_args=("nesterov",))(decay=rise)
+
+
 _DIRECTIONS = {
-    "sgd": lambda o: optax.trace(o.momentum) if o.momentum else optax.identity(),
+    "sgd": _momentum,
     "adam": lambda o: optax.scale_by_adam(o.b1, o.b2, o.eps, o.eps_root),
     "rmsprop": lambda o: optax.scale_by_rms(o.b2, o.eps),
     "adagrad": lambda o: optax.scale_by_rss(initial_accumulator_value=0.0, eps=o.eps),
@@ -73,6 +80,8 @@ class Optim:
     b2: float = 0.999  # adam, rmsprop: decay of the second moment
     eps: float = 1e-8
     momentum: float = 0.0  # sgd
+    momentum_end: float | None = None  # sgd: what momentum moves to, linearly over momentum_steps updates
+    momentum_steps: int = 0
     eps_root: float = 0.0  # adam: inside the square root, for whoever differentiates through the update
     weight_decay: float = 0.0  # decoupled (AdamW), on leaves named kernel or embedding only
     clip: float = 0.0  # largest global norm of the gradient; 0: none
@@ -86,12 +95,14 @@ class Optim:
             raise ValueError(f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}")
         if self.curve not in _CURVES:
             raise ValueError(f"optim.curve must be one of {', '.join(_CURVES)}, not {self.curve!r}")
-        for field in ("lr", "eps", "eps_root", "weight_decay", "clip", "warmup", "decay"):
+        for field in ("lr", "eps", "eps_root", "weight_decay", "clip", "warmup", "decay", "momentum_steps"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"optim.{field} must not be negative, got {getattr(self, field)}")
-        for field in ("b1", "b2", "momentum"):
-            if not 0 <= getattr(self, field) < 1:
+        for field in ("b1", "b2", "momentum", "momentum_end"):
+            if not 0 <= (getattr(self, field) or 0) < 1:
                 raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
+        if (self.momentum_end is None) != (self.momentum_steps == 0):
+            raise ValueError("optim.momentum_end and optim.momentum_steps go together")
         if not 0 <= self.floor <= 1 or (self.curve == "exponential" and self.decay and not self.floor):
             raise ValueError(f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}")
 

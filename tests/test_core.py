@@ -32,6 +32,19 @@ def test_sgd_is_the_textbook_update():
     assert int(new.step) == 0 and new.ema is None  # these belong to finish
 
 
+def test_momentum_moves_in_a_straight_line_to_its_end():
+    optim = Optim("sgd", lr=0.1, momentum=0.5, momentum_end=0.7, momentum_steps=4)
+    state = core.start({"w": jnp.ones(3)}, optim)
+    w, velocity = np.ones(3), np.zeros(3)
+    for i in range(8):
+        state = core.finish(core.descend(quadratic, optim, state, rows(i), KEY)[0], EMA())
+        velocity = min(0.7, 0.5 + 0.05 * i) * velocity + w - np.asarray(rows(i)["x"]).mean(0)
+        w = w - 0.1 * velocity
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+    with pytest.raises(ValueError, match="go together"):
+        Optim("sgd", momentum_end=0.7)
+
+
 @pytest.mark.parametrize(
     "optim, peer",
     [

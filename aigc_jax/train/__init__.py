@@ -7,6 +7,7 @@ again continues it, and ends with the same bits as a run that nothing interrupte
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -98,9 +99,11 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> dict:
         raise Refused(f"run.devices is {run.devices}, this machine has {len(jax.devices())}")
     if run.pmap and jax.process_count() > 1:
         raise Refused("run.pmap is for one process: several train over a mesh")
-    devices, micro = run.devices or len(jax.devices()), getattr(cfg, "micro", 1)
-    if run.batch_size % (devices * micro):
-        raise Refused(f"run.batch_size {run.batch_size} does not divide by {devices} devices x {micro} micro-batches")
+    cuts = {"devices": run.devices or len(jax.devices())}
+    cuts |= getattr(cfg, "cuts", {"micro-batches": getattr(cfg, "micro", 1)})
+    if run.batch_size % math.prod(cuts.values()):
+        words = " x ".join(f"{n} {name}" for name, n in cuts.items())
+        raise Refused(f"run.batch_size {run.batch_size} does not divide by {words}")
     if valid is not None and valid.info.examples is None:
         raise Refused("validation needs a finite set: load it with examples=N")
     if run.best and valid is None and on_eval is None:
@@ -142,11 +145,13 @@ def _warm_start(family: Family, run: Run) -> State:
 
 def _check_finite(metrics: dict, start: int, count: int, folder, last) -> None:
     for i in range(count):
-        bad = [n for n, v in metrics.items() if n.endswith(("loss", "grad_norm")) and not np.isfinite(v[i])]
-        bad.sort(key=lambda name: name.endswith("grad_norm"))  # a loss says more
+        watched = {name: v[i] for name, v in metrics.items() if name.endswith(("loss", "grad_norm"))}
+        bad = [name for name, value in watched.items() if not np.isfinite(value)]
         if bad:
             step = start + i + 1
-            values = ", ".join(f"{name} = {metrics[name][i]}" for name in bad)
+            # A loss says more than a norm; of two nets the one that is still finite may be what blew up the other.
+            listed = sorted(watched, key=lambda name: (name not in bad, name.endswith("grad_norm")))
+            values = ", ".join(f"{name} = {watched[name]:.4g}" for name in listed)
             again = f"; repeat it with: python -m aigc_jax replay {folder} --step {step}" if folder else ""
             stands = "no checkpoint was written" if last is None else f"the checkpoint of step {last} stands"
             raise NonFinite(f"step {step}: {values}; {stands}{again}")

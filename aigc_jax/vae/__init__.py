@@ -23,6 +23,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from ..core import EMA, Family, Optim, State, make_step, start
+from ..nn import pixel_shuffle
 from .likelihoods import bits_per_dim, gaussian_kl, log_likelihood, log_logistic, log_normal, mean_image
 
 __all__ = [
@@ -202,12 +203,7 @@ class Decoder(nn.Module):
         first = cfg.channels[-1] if cfg.channels else depth
         h = nn.Dense(height * width * first, dtype=dtype)(h).reshape(*h.shape[:-1], height, width, first)
         for features in (*reversed(cfg.channels[:-1]), depth) if cfg.channels else ():
-            # A convolution into 2 x 2 pixels each (Shi et al. 2016): a transposed one without its checkerboard, and
-            # without the zeros that it multiplies by.
-            h = nn.Conv(4 * features, (3, 3), dtype=dtype)(act(h))
-            h = h.reshape(*h.shape[:-3], height, width, 2, 2, features).swapaxes(-4, -3)
-            height, width = 2 * height, 2 * width
-            h = h.reshape(*h.shape[:-5], height, width, features)
+            h = pixel_shuffle(nn.Conv(4 * features, (3, 3), dtype=dtype)(act(h)))
         return _float32(h)
 
 

@@ -1,0 +1,480 @@
+"""GANs against closed forms, brute force and exact optima."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aigc_jax import core, data, gan, train
+from aigc_jax.core import Optim
+
+LOSSES = ("minimax", "non_saturating", "least_squares", "wasserstein", "hinge")
+SGD, STILL = Optim("sgd", lr=0.05), Optim("sgd", lr=0.0)
+DIGITS = data.load("digits")
+# Both nets linear: what one update does can be written down.
+LINEAR = gan.Config(
+    shape=(2,), latent_dim=2, gen=gan.Net(widths=()), disc=gan.Net(widths=()), optim=SGD, disc_optim=SGD
+)
+SMALL = gan.Config(
+    shape=(8, 8, 1),
+    levels=17,
+    latent_dim=4,
+    gen=gan.Net(widths=(16,), norm="batch"),
+    disc=gan.Net(widths=(12,), activation="leaky_relu", norm="batch"),
+)
+
+
+def key(i):
+    return jax.random.key(i)
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def same(a, b):
+    return all((x == y).all() for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+# -------------------------------------------------------------------------------------------------- losses, penalties
+
+
+def test_losses_are_their_definitions():
+    r, f = np.random.default_rng(0).normal(size=(2, 50)) * 3
+    d_r, d_f = 1 / (1 + np.exp(-r)), 1 / (1 + np.exp(-f))
+    expected = {
+        "minimax": (-np.log(d_r) - np.log(1 - d_f), np.log(1 - d_f)),
+        "non_saturating": (-np.log(d_r) - np.log(1 - d_f), -np.log(d_f)),
+        "least_squares": (((r - 1) ** 2 + f**2) / 2, (f - 1) ** 2 / 2),
+        "wasserstein": (f - r, -f),
+        "hinge": (np.maximum(0, 1 - r) + np.maximum(0, 1 + f), -f),
+    }
+    assert set(expected) == set(LOSSES)
+    for name, (disc, gen) in expected.items():
+        np.testing.assert_allclose(gan.discriminator_loss(name, jnp.float32(r), jnp.float32(f)), disc, atol=1e-5)
+        np.testing.assert_allclose(gan.generator_loss(name, jnp.float32(f)), gen, atol=1e-5)
+
+
+def test_losses_survive_large_logits():
+    far = jnp.array([-1e4, 1e4])
+    for name in LOSSES:
+        slopes = jax.grad(lambda f, name=name: gan.generator_loss(name, f).sum())(far)
+        assert np.isfinite(slopes).all() and np.isfinite(gan.discriminator_loss(name, far, -far)).all()
+    # Where D is sure of a fake, the first loss of the paper has no slope left and the second all of it.
+    assert jax.grad(lambda f: gan.generator_loss("minimax", f).sum())(far)[0] == 0
+    assert jax.grad(lambda f: gan.generator_loss("non_saturating", f).sum())(far)[0] == -1
+
+
+def test_the_best_discriminator_gives_the_jensen_shannon_divergence():
+    """GAN, proposition 1 and theorem 1: D* = p / (p + q), and its loss is log 4 - 2 JSD(p, q)."""
+    rng = np.random.default_rng(1)
+    p, q = rng.dirichlet(np.ones(7), size=2)
+
+    def expected(name, logits):
+        loss = [gan.discriminator_loss(name, logits, jnp.full(7, f)) for f in np.float32(logits)]  # [fake, real]
+        return jnp.einsum("fr,f,r->", jnp.stack(loss), jnp.float32(q), jnp.float32(p))
+
+    m = (p + q) / 2
+    jsd = (p * np.log(p / m) + q * np.log(q / m)).sum() / 2
+    best = jnp.float32(np.log(p / q))
+    np.testing.assert_allclose(expected("minimax", best), np.log(4) - 2 * jsd, atol=1e-5)
+
+    def separate(name, logits):  # the same, differentiable: the loss is a sum of a real and a fake part
+        zero = jnp.zeros(7)
+        real = gan.discriminator_loss(name, logits, zero) - gan.discriminator_loss(name, zero, zero)
+        fake = gan.discriminator_loss(name, zero, logits)
+        return (jnp.float32(p) * real + jnp.float32(q) * fake).sum()
+
+    np.testing.assert_allclose(jax.grad(lambda r: separate("minimax", r))(best), 0, atol=1e-6)
+    # Least squares has the same decision p / (p + q), as its value (Mao et al. 2017, eq. 5 with a = 0, b = 1).
+    np.testing.assert_allclose(jax.grad(lambda r: separate("least_squares", r))(jnp.float32(p / (p + q))), 0, atol=1e-6)
+
+
+def test_penalties_of_a_linear_critic_are_known():
+    w = jax.random.normal(key(0), (5, 4, 3))
+    norm = float(jnp.sqrt((w**2).sum()))
+
+    def critic(x):
+        return jnp.einsum("bhwc,hwc->b", x, w)
+
+    real, fake = jax.random.normal(key(1), (2, 6, 5, 4, 3))
+    np.testing.assert_allclose(gan.gradient_penalty(critic, real, fake, key(2)), (norm - 1) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(gan.r1_penalty(critic, real), norm**2, rtol=1e-5)
+
+
+def test_penalty_is_taken_between_the_samples_and_one_by_one():
+    """The slope of |x|^2 / 2 is x itself, so the penalty says where it was taken: uniformly on each line."""
+    n = 4000
+    real, fake = jnp.zeros((n, 2)), jnp.tile(jnp.array([[3.0, 4.0]]), (n, 1))
+    penalty = gan.gradient_penalty(lambda x: (x**2).sum(-1) / 2, real, fake, key(0))
+    # Along the line |x| = 5 t with t uniform: E (5 t - 1)^2 = 25/3 - 5 + 1.
+    error = float(penalty.std()) / n**0.5
+    assert abs(float(penalty.mean()) - (25 / 3 - 4)) < 4 * error
+    assert len(np.unique(np.asarray(penalty))) > n // 2
+    np.testing.assert_allclose(gan.r1_penalty(lambda x: (x**2).sum(-1) / 2, fake), 25.0, rtol=1e-6)
+
+
+def test_penalty_of_a_flat_critic_has_a_slope():
+    """At slope 0 the square root has none: the penalty is 1 and its derivative 0, never NaN."""
+    x = jax.random.normal(key(0), (4, 3))
+
+    def penalty(a):
+        return gan.gradient_penalty(lambda x: a * (x**2).sum(-1), x, -x, key(1)).mean()
+
+    assert penalty(0.0) == 1 and jax.grad(penalty)(0.0) == 0
+
+
+def test_wasserstein_critic_reaches_its_exact_optimum():
+    """Real points at 0, fake ones at distance a: of all linear critics -w.x the best under lambda (|w| - 1)^2 has
+    |w| = 1 + a / (2 lambda), and the step finds it."""
+    a, weight = 0.8, 5.0
+    cfg = replace(LINEAR, loss="wasserstein", penalty="gp", penalty_weight=weight, optim=STILL)
+    family = gan.make(cfg)
+    state = family.init(key(0))
+    fixed = jax.tree.map(jnp.zeros_like, state.params["gen"])
+    fixed["Dense_0"]["bias"] = jnp.array([a, 0.0])
+    state = state._replace(params={**state.params, "gen": fixed})
+    step = jax.jit(family.step)
+    for i in range(300):
+        state, metrics = step(state, {"points": np.zeros((8, 2), np.float32)}, core.step_key(key(1), i))
+    slope = np.asarray(state.params["disc"]["Dense_0"]["kernel"])[:, 0]
+    np.testing.assert_allclose(slope, [-(1 + a / (2 * weight)), 0], atol=1e-4)
+    np.testing.assert_allclose(metrics["real_logit"] - metrics["fake_logit"], a * (1 + a / (2 * weight)), rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ updates
+
+
+def test_each_update_leaves_the_other_net_alone():
+    for still, moving in (("gen", "disc"), ("disc", "gen")):
+        optims = {"gen": SMALL.optim, "disc": SMALL.disc_optim, still: STILL}
+        family = gan.make(replace(SMALL, optim=optims["gen"], disc_optim=optims["disc"]))
+        state = family.init(key(0))
+        new, _ = jax.jit(family.step)(state, DIGITS.batch(0, 0, 16), key(1))
+        assert same(new.params[still], state.params[still])
+        assert not same(new.params[moving], state.params[moving])
+
+
+def test_no_gradient_reaches_the_other_optimizer():
+    """The moments of each Adam depend on its own net's loss alone: G's loss scaled by 0 changes nothing in D's."""
+    batch = DIGITS.batch(0, 0, 16)
+    state = gan.make(SMALL).init(key(0))
+    steep, flat = (
+        jax.jit(gan.make(replace(SMALL, loss=loss)).step)(state, batch, key(1))[0]
+        for loss in ("non_saturating", "minimax")  # D's loss is the same, G's is not
+    )
+    assert same(steep.params["disc"], flat.params["disc"])
+    assert same(steep.opt_state["disc"], flat.opt_state["disc"])
+    assert same(steep.extra["disc"], flat.extra["disc"])
+    assert not same(steep.opt_state["gen"], flat.opt_state["gen"])
+
+
+def test_statistics_of_the_discriminator_come_from_real_then_fake():
+    """One update with all weights held still, G a constant grey: the running mean is .9 (.9 0 + .1 real) + .1 fake."""
+    disc = gan.Net(widths=(12, 12), activation="leaky_relu", norm="batch")
+    cfg = replace(SMALL, gen=gan.Net(widths=()), disc=disc, optim=STILL, disc_optim=STILL)
+    family = gan.make(cfg)
+    state = jax.jit(family.init)(key(0))
+    grey = jax.tree.map(jnp.zeros_like, state.params["gen"])
+    batch = DIGITS.batch(0, 0, 16)
+    new, _ = jax.jit(family.step)(state._replace(params={**state.params, "gen": grey}), batch, key(1))
+
+    layers = state.params["disc"]["_MLP_0"]
+
+    def mean(pixels):
+        h = pixels.reshape(16, 64) @ np.asarray(layers["Dense_0"]["kernel"])
+        return (np.where(h > 0, h, 0.2 * h) @ np.asarray(layers["Dense_1"]["kernel"])).mean(0)
+
+    expected = 0.09 * mean(batch["image"] / 16) + 0.1 * mean(np.full((16, 64), 0.5))
+    [running] = [x for p, x in jax.tree_util.tree_leaves_with_path(new.extra["disc"]) if "mean" in str(p)]
+    np.testing.assert_allclose(running, expected, atol=1e-5)  # G's update saw D too, and left no trace
+
+
+def test_critic_updates_take_the_parts_of_the_batch_in_turn():
+    cfg = replace(LINEAR, n_critic=3, disc_optim=STILL, loss="wasserstein")
+    family = gan.make(cfg)
+    state = family.init(key(0))
+    x = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
+    _, metrics = jax.jit(family.step)(state, {"points": x}, key(1))
+    variables = {"params": state.params["disc"], "batch_stats": {}}
+    np.testing.assert_allclose(
+        metrics["real_logit"], gan.discriminate(cfg, variables, jnp.asarray(x[2::3])).mean(), rtol=1e-5
+    )
+
+
+def adam(lr, b1=0.5, b2=0.9, eps=1e-8, root=1e-6):
+    return Optim(lr=lr, b1=b1, b2=b2, eps=eps, eps_root=root)
+
+
+class Written:
+    """D's updates on a linear logit w.x + v and fakes all at c, in float64 numpy: an independent implementation."""
+
+    def __init__(self, x, optim):
+        self.x, self.o = x, optim
+        self.m = self.s = np.zeros(3)
+        self.t = 0
+
+    @staticmethod
+    def loss(theta, x, c):
+        def softplus(a):
+            return np.logaddexp(0, a)
+
+        return softplus(-(x @ theta[:2] + theta[2])).mean() + softplus(c @ theta[:2] + theta[2])
+
+    def update(self, theta, c):
+        def sigmoid(a):
+            return 1 / (1 + np.exp(-a))
+
+        real = -sigmoid(-(self.x @ theta[:2] + theta[2]))
+        fake = sigmoid(c @ theta[:2] + theta[2])
+        g = np.concatenate([(real[:, None] * self.x).mean(0) + fake * c, [real.mean() + fake]])
+        if self.o.name == "sgd":
+            return theta - self.o.lr * g
+        self.t += 1
+        self.m = self.o.b1 * self.m + (1 - self.o.b1) * g
+        self.s = self.o.b2 * self.s + (1 - self.o.b2) * g**2
+        m, s = self.m / (1 - self.o.b1**self.t), self.s / (1 - self.o.b2**self.t)
+        return theta - self.o.lr * m / (np.sqrt(s + self.o.eps_root) + self.o.eps)
+
+
+@pytest.mark.parametrize("optim", [Optim("sgd", lr=0.3), adam(0.1)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("loss", ["minimax", "non_saturating"])
+@pytest.mark.parametrize("unrolled", [0, 1, 3])
+def test_unrolled_gradient_is_the_whole_derivative(unrolled, loss, optim):
+    """G puts all its mass at its bias c; d loss(theta_K(c), c) / dc by finite differences of the written updates."""
+    cfg = replace(LINEAR, loss=loss, unrolled=unrolled, optim=Optim("sgd", lr=1.0), disc_optim=optim)
+    family = gan.make(cfg)
+    state = family.init(key(3))
+    c = np.array([0.4, -0.7])
+    fixed = jax.tree.map(jnp.zeros_like, state.params["gen"])
+    fixed["Dense_0"]["bias"] = jnp.float32(c)
+    state = state._replace(params={**state.params, "gen": fixed})
+    x = np.random.default_rng(5).normal(size=(16, 2)) + 1
+    new, _ = jax.jit(family.step)(state, {"points": np.float32(x)}, key(1))
+    got = c - np.asarray(new.params["gen"]["Dense_0"]["bias"], np.float64)
+
+    layer = state.params["disc"]["Dense_0"]
+    first = np.concatenate([np.asarray(layer["kernel"], np.float64)[:, 0], np.asarray(layer["bias"], np.float64)])
+
+    def objective(at):
+        written = Written(np.float32(x).astype(np.float64), optim)
+        theta = written.update(first, c)  # the update of D itself: G's loss does not look through it
+        for _ in range(unrolled):
+            theta = written.update(theta, at)
+        if loss == "minimax":
+            return -written.loss(theta, written.x, at) if unrolled else -np.logaddexp(0, at @ theta[:2] + theta[2])
+        return np.logaddexp(0, -(at @ theta[:2] + theta[2]))
+
+    h = 1e-5 * np.eye(2)
+    expected = [(objective(c + d) - objective(c - d)) / 2e-5 for d in h]
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-5)
+    # Only the surrogate looked ahead: D itself made one update.
+    own = Written(np.float32(x).astype(np.float64), optim).update(first, c)
+    np.testing.assert_allclose(np.asarray(new.params["disc"]["Dense_0"]["kernel"])[:, 0], own[:2], rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_every_weight_of_the_critic_only():
+    cfg = replace(SMALL, loss="wasserstein", penalty="clip", penalty_weight=0.01)
+    family = gan.make(cfg)
+    new, _ = jax.jit(family.step)(family.init(key(0)), DIGITS.batch(0, 0, 16), key(1))
+    assert max(np.abs(w).max() for w in leaves(new.params["disc"])) == np.float32(0.01)
+    assert max(np.abs(w).max() for w in leaves(new.params["gen"])) > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------- the nets
+
+
+def test_maxout_and_the_first_discriminator_by_hand():
+    """Both maxout layers and the sigmoid's logit of GAN's D, in numpy, on pixels taken back to [0, 1]."""
+    cfg = gan.Config(shape=(4, 4, 1), latent_dim=3, disc=gan.Net(widths=(6, 5), activation="maxout", pieces=3))
+    params = gan.make(cfg).init(key(0)).params["disc"]
+    x = jax.random.uniform(key(1), (7, 4, 4, 1), minval=-1, maxval=1)
+    h = (np.asarray(x).reshape(7, 16) + 1) / 2
+    for i, width in enumerate((6, 5)):
+        layer = params["_MLP_0"][f"Dense_{i}"]
+        pieces = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+        h = np.max([pieces[:, p * width : (p + 1) * width] for p in range(3)], 0)
+    logits = h @ np.asarray(params["Dense_0"]["kernel"])[:, 0] + np.asarray(params["Dense_0"]["bias"])
+    got = gan.discriminate(cfg, {"params": params}, x)
+    np.testing.assert_allclose(got, logits, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
+    cfg = replace(LINEAR, disc=gan.Net(widths=(), dropout=(0.2, 0.5)), loss="wasserstein", disc_optim=STILL)
+    family = gan.make(cfg)
+    state = family.init(key(0))
+    x = np.full((20_000, 2), 1.0, np.float32)
+    _, metrics = jax.jit(family.step)(state, {"points": x}, key(1))
+    w = np.asarray(state.params["disc"]["Dense_0"]["kernel"])[:, 0]
+    # Each input is kept with .8 and scaled by 1.25: mean w_1 + w_2, variance .25 |w|^2.
+    error = 0.5 * np.sqrt((w**2).sum() / len(x))
+    assert abs(float(metrics["real_logit"]) - w.sum()) < 4 * error
+    assert float(metrics["real_logit"]) != pytest.approx(w.sum(), abs=1e-7)
+    values = family.evaluate(state, {"points": jnp.asarray(x[:4])}, key(2))
+    np.testing.assert_allclose(values["real_logit"], w.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dcgan", "resnet"])
+def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
+    """Held still, the power iteration converges to the singular values that numpy finds."""
+    disc = gan.Net(kind, (6,), "leaky_relu", norm="spectral")
+    cfg = replace(SMALL, disc=disc, disc_optim=STILL, optim=STILL, classes=10, condition="projection")
+    family = gan.make(cfg)
+    state = jax.jit(family.init)(key(0))
+    step = jax.jit(family.step)
+    for i in range(40):
+        state, _ = step(state, DIGITS.batch(0, i, 8), core.step_key(key(1), i))
+    kernels = {
+        jax.tree_util.keystr(p): np.asarray(w)
+        for p, w in jax.tree_util.tree_leaves_with_path(state.params["disc"])
+        if "kernel" in jax.tree_util.keystr(p)
+    }
+    sigmas = sorted(float(s) for p, s in jax.tree_util.tree_leaves_with_path(state.extra["disc"])
+                    if "sigma" in jax.tree_util.keystr(p))  # fmt: skip
+    exact = sorted(np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)[0] for w in kernels.values())
+    np.testing.assert_allclose(sigmas, exact, rtol=0.02)
+    assert len(sigmas) == len(kernels) >= 3
+
+
+def test_spectral_norm_of_one_linear_layer_is_slope_one():
+    cfg = replace(LINEAR, disc=gan.Net(widths=(), norm="spectral"))
+    state = gan.make(cfg).init(key(0))
+    variables = {"params": state.params["disc"], "batch_stats": state.extra["disc"]}
+    slope = jax.grad(lambda x: gan.discriminate(cfg, variables, x[None])[0])(jnp.array([0.3, 2.0]))
+    np.testing.assert_allclose(jnp.sqrt((slope**2).sum()), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("condition", ["concat", "projection"])
+@pytest.mark.parametrize("kind", ["mlp", "dcgan", "resnet"])
+def test_both_nets_listen_to_the_label(kind, condition):
+    nets = {"gen": gan.Net(kind, (4, 4), norm="batch"), "disc": gan.Net(kind, (4, 4), "leaky_relu")}
+    cfg = replace(SMALL, classes=10, condition=condition, **nets)
+    state = jax.jit(gan.make(cfg).init)(key(0))
+    gen = {"params": state.params["gen"], "batch_stats": state.extra["gen"]}
+    z = gan.noise(cfg, key(1), 3)
+    a, b = jnp.array([1, 2, 3]), jnp.array([1, 5, 3])
+    x, other = gan.generate(cfg, gen, z, a), gan.generate(cfg, gen, z, b)
+    assert x.shape == (3, 8, 8, 1) and np.abs(np.asarray(x)).max() <= 1
+    assert same(x[::2], other[::2]) and not same(x[1], other[1])
+    disc = {"params": state.params["disc"]}
+    logits, others = (gan.discriminate(cfg, disc, x, label) for label in (a, b))
+    assert same(logits[::2], others[::2]) and logits[1] != others[1]
+    with pytest.raises(ValueError, match="needs label="):
+        gan.generate(cfg, gen, z)
+
+
+def test_projection_is_an_inner_product_with_the_label():
+    """logit(y) - logit(y') = <V_y - V_y', phi(x)>, phi the last features."""
+    cfg = replace(SMALL, classes=10, condition="projection", disc=gan.Net(widths=(5,), activation="tanh"))
+    params = gan.make(cfg).init(key(0)).params["disc"]
+    x = jax.random.uniform(key(1), (3, 8, 8, 1))
+    one, two = (gan.discriminate(cfg, {"params": params}, x, jnp.full(3, y)) for y in (2, 7))
+    layer = params["_MLP_0"]["Dense_0"]
+    phi = np.tanh((np.asarray(x).reshape(3, -1) + 1) / 2 @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"]))
+    v = np.asarray(params["Dense_1"]["kernel"])
+    np.testing.assert_allclose(one - two, phi @ (v[2] - v[7]), atol=1e-5)
+
+
+def test_packed_discriminator_judges_neighbours_together():
+    cfg = replace(SMALL, packing=3, disc=gan.Net("dcgan", (4,), "leaky_relu"), classes=10)
+    params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
+    x = jax.random.uniform(key(1), (6, 8, 8, 1), minval=-1)
+    y = jax.nn.one_hot(jnp.arange(6), 10)
+    net = gan.Discriminator(cfg.disc)
+    got = gan.discriminate(cfg, {"params": params}, x, jnp.arange(6))
+    for i in range(6):
+        rows = [(i + j) % 6 for j in range(3)]
+        stacked = jnp.concatenate([x[r] for r in rows], -1)[None]
+        alone = net.apply({"params": params}, stacked, jnp.concatenate([y[r] for r in rows])[None], False)
+        np.testing.assert_allclose(got[i], alone[0], atol=1e-5)
+    # In training the groups are rows 0..2 and 3..5.
+    packed = gan._pack(cfg, x)
+    np.testing.assert_array_equal(packed[1], jnp.concatenate([x[3], x[4], x[5]], -1))
+    points = jax.random.normal(key(2), (6, 2))
+    np.testing.assert_array_equal(gan._pack(cfg, points)[0], points[:3].reshape(-1))
+
+
+def test_the_first_biases_are_the_mean_picture():
+    """GAN's code starts the last layer at the logits of the mean pixels: without noise G draws the mean image."""
+    mean = np.random.default_rng(0).uniform(0.05, 0.95, 64)
+    bias = tuple(float(b) for b in np.log(mean / (1 - mean)))
+    cfg = replace(SMALL, output_bias=bias, gen=gan.Net(widths=()))
+    params = jax.tree.map(lambda w: w if w.ndim == 1 else 0 * w, gan.make(cfg).init(key(0)).params["gen"])
+    x = gan.generate(cfg, {"params": params}, jnp.zeros((1, 4)))
+    np.testing.assert_allclose((x.reshape(-1) + 1) / 2, mean, atol=1e-5)
+
+
+def test_uniform_noise_is_the_unit_cube():
+    z = np.asarray(gan.noise(replace(LINEAR, latent="uniform"), key(0), 5000))
+    assert 0 <= z.min() < 0.01 and 0.99 < z.max() < 1
+    assert abs(gan.noise(LINEAR, key(0), 5000).std() - 1) < 0.05
+
+
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss": "nonsaturating"}, "loss must be one of minimax, non_saturating"),
+        ({"penalty": "gp"}, "disc.norm 'batch' makes a logit depend on the whole batch, and penalty 'gp'"),
+        ({"penalty": "r1"}, "penalty 'r1'"),
+        ({"n_critic": 0}, "n_critic must be at least 1, got 0"),
+        ({"packing": 0}, "packing must be at least 1"),
+        ({"unrolled": 2}, "disc_optim.eps_root"),
+        ({"gen": gan.Net("dcgan", (4, 4, 4, 4))}, r"model.gen.widths .* halve H and W 4 times"),
+        ({"gen": gan.Net(norm="spectral")}, "gen.norm 'spectral' is for the discriminator only"),
+        ({"disc": gan.Net(norm="layer")}, "model.disc.norm must be one of none, batch, spectral, not 'layer'"),
+        ({"disc": gan.Net("dcgan", (4,), "maxout")}, "model.disc: maxout and dropout are for kind mlp"),
+        ({"disc": gan.Net(dropout=(0.2, 1.0))}, "model.disc.dropout must be two shares"),
+        ({"output_bias": (0.0,) * 3}, "output_bias needs gen.kind mlp and 64 values, got 3"),
+        ({"shape": (8, 8)}, r"model.shape must be \(H, W, C\) or \(d,\)"),
+        ({"penalty_weight": 0.0}, "penalty_weight must be positive"),
+        ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
+    ],
+)
+def test_configs_that_cannot_work_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SMALL, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "run", "source", "words"),
+    [
+        ({"packing": 3}, {}, DIGITS, "16 does not divide by 1 devices x 1 micro-batches x 1 n_critic x 3 packing"),
+        ({"n_critic": 5}, {}, DIGITS, "x 5 n_critic x 1 packing"),
+        ({"classes": 10}, {}, data.from_arrays({"image": np.zeros((9, 8, 8, 1), np.uint8)}, levels=17), "no labels"),
+        ({"classes": 7}, {}, DIGITS, "model.classes is 7, the examples have 10 classes"),
+        ({"levels": 256}, {}, DIGITS, "model.levels is 256, the images have 17"),
+        ({}, {}, data.load("ring"), r"model.shape \(8, 8, 1\) is for image, this data set holds points"),
+        ({"shape": (16, 16, 1)}, {}, DIGITS, r"model.shape is \(16, 16, 1\), the examples are \(8, 8, 1\)"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_before_anything_compiles(change, run, source, words, monkeypatch):
+    monkeypatch.setattr(train.Engine, "__init__", lambda *_: pytest.fail("it went on to compile"))
+    with pytest.raises(train.Refused, match=words):
+        train.fit(gan.make, replace(SMALL, **change), train.Run(batch_size=16, devices=1, **run), source)
+
+
+def test_divergence_names_the_nets_and_the_step():
+    """D explodes; G's gradient through it overflows first, so the message shows D's numbers beside it."""
+    cfg = replace(LINEAR, loss="least_squares", disc_optim=Optim("sgd", lr=1e3), optim=STILL)
+    with pytest.raises(train.NonFinite) as e:
+        train.fit(gan.make, cfg, train.Run(steps=50, batch_size=8, log_every=1), data.load("ring"))
+    said = re.match(r"step \d+: gen_grad_norm = inf, disc_loss = (\S+), .*disc_grad_norm = ([\d.e+]+)", str(e.value))
+    assert said and float(said[1]) > 1e6, str(e.value)
+
+
+def test_resume_is_exact_with_statistics_and_both_optimizers(tmp_path):
+    cfg = replace(SMALL, disc=gan.Net(widths=(12,), activation="leaky_relu", norm="spectral"), ema=0.9, n_critic=2)
+
+    def run(steps, folder):
+        return train.Run(folder=folder, steps=steps, batch_size=16, save_every=4, steps_per_call=3)
+
+    whole = train.fit(gan.make, cfg, run(11, ""), DIGITS).state
+    train.fit(gan.make, cfg, run(5, str(tmp_path / "run")), DIGITS)
+    again = train.fit(gan.make, cfg, run(11, str(tmp_path / "run")), DIGITS).state
+    assert same(whole, again) and whole.extra["gen"] and whole.extra["disc"]
