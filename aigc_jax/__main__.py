@@ -1,17 +1,19 @@
-"""`python -m aigc_jax sample | evaluate | export | info | replay`: what one does with a run folder."""
+"""`python -m aigc_jax sample | evaluate | export | info | replay | compare`: what to do with a run or its samples."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 import tyro
+from rich.console import Console
+from rich.table import Table
 
-from . import data, figures, train
+from . import data, figures, metrics, train
 from .train import folder as folders
 from .train.checkpoints import Checkpoints
 
@@ -192,11 +194,102 @@ def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None) 
         print(f"  rows of the set: {' '.join(map(str, facts['rows']))}")
 
 
+FEWEST = 50  # pictures a side; with fewer no value of `compare` says anything
+
+
+def _pictures(folder: Path) -> data.Data:
+    """Every picture of a folder, whatever splits it is sorted into."""
+    splits = [part for part in ("train", "validation", "test") if (folder / part).is_dir()]
+    return data.load(f"images:{folder}", "+".join(splits) or "train")
+
+
+def compare(
+    reference: Folder,
+    other: Folder,
+    /,
+    *,
+    features: Literal["pixels", "mnist", "fashion_mnist", "digits"] = "pixels",
+    n: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Says how far a folder of pictures is from a reference, beside how far the reference is from itself.
+
+    The floor is what two halves of the reference score against each other, so both columns take n pictures a side.
+    Compare the values (of aigc_jax.metrics) only with others of the same features and the same n.
+
+    Args:
+        reference: the real pictures.
+        other: those to judge.
+        features: the pixels in [0, 1], or the 64 features of that set's classifier (28x28 or 8x8, grey).
+        n: pictures a side; by default half of the reference, or all of the other where those are fewer.
+        seed: which pictures, and the random directions.
+    """
+    if not 0 <= seed < 2**32:
+        raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
+    real, fake = _pictures(reference), _pictures(other)
+    shape = real.info.shape
+    if fake.info.shape != shape:
+        one, two = (" x ".join(map(str, found.info.shape)) for found in (real, fake))
+        raise train.Refused(f"pictures of one size are compared: {reference} has {one}, {other} {two}")
+    most = min(real.info.examples // 2, fake.info.examples)
+    there = f"{reference} holds {real.info.examples} pictures, {other} {fake.info.examples}"
+    if most < FEWEST:
+        raise train.Refused(f"{there}: at least {2 * FEWEST} and {FEWEST} are needed")
+    n = most if n is None else n
+    if not FEWEST <= n <= most:
+        raise train.Refused(f"{there}: n must lie in {FEWEST}..{most}, got {n}")
+    classifier = None if features == "pixels" else metrics.load_classifier(features)
+    if classifier and shape != classifier.shape:
+        wanted, got = (" x ".join(map(str, s)) for s in (classifier.shape, shape))
+        raise train.Refused(f"the classifier of {features} takes pictures of {wanted}, these are {got}")
+
+    def take(found: data.Data, seed: int, size: int) -> np.ndarray:
+        images = found.batch(seed, 0, size)["image"] / np.float32(255)
+        return classifier.apply(images)[1] if classifier else images.reshape(size, -1)
+
+    first, second = np.split(take(real, seed, 2 * n), 2)
+    columns = [_scores(first, x, seed) for x in (take(fake, seed + 1, n), second)]
+    _show_scores(columns, f"{other} against {reference}", features)
+    width = first.shape[1]
+    used = f"classifier {features}, sha256 {classifier.sha256[:12]}" if classifier else "pixels in [0, 1]"
+    print(f"{n} pictures a side, {width} features: {used}")
+    if n < 10 * width:
+        print(f"fewer than {10 * width} pictures: the Frechet distance is mostly its floor")
+
+
+def _scores(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, tuple[float, ...]]:
+    """{quantity: (value,) or (value, standard error)}."""
+    k_kernel, k_sliced = jax.random.split(jax.random.key(seed))
+    precision, recall = metrics.precision_recall(real, fake)
+    density, coverage = metrics.density_coverage(real, fake)
+    return {
+        "Frechet distance": (metrics.frechet_distance(real, fake),),
+        "kernel distance": metrics.kernel_distance(real, fake, k_kernel),
+        "precision (k = 3)": (precision,),
+        "recall (k = 3)": (recall,),
+        "density (k = 5)": (density,),
+        "coverage (k = 5)": (coverage,),
+        "sliced Wasserstein distance": (metrics.sliced_wasserstein(real, fake, k_sliced),),
+    }
+
+
+def _show_scores(columns: list[dict], title: str, features: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for head in ("quantity", "value", "floor: the reference against itself"):
+        table.add_column(head)
+    for name in columns[0]:
+        shown = f"fid_{features}" if name.startswith("Frechet") and features != "pixels" else name
+        table.add_row(shown, *(" +- ".join(f"{x:.4g}" for x in column[name]) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
 def main() -> None:
     """The command line: one line and exit code 2 for a user's mistake."""
     try:
-        commands = {"sample": sample, "evaluate": evaluate, "export": export, "info": info, "replay": replay}
-        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m aigc_jax", description=__doc__)
+        commands = [sample, evaluate, export, info, replay, compare]
+        tyro.extras.subcommand_cli_from_dict(
+            {command.__name__: command for command in commands}, prog="python -m aigc_jax", description=__doc__
+        )
     except (train.Refused, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from e

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from aigc_jax import __main__ as commands
-from aigc_jax import data, train, vae
+from aigc_jax import data, metrics, train, vae
 from aigc_jax.data import images
 from experiments import __main__ as experiments
 from experiments import _cli
@@ -246,3 +246,79 @@ def test_rows_and_verdicts():
     assert _cli.command("x", "paper", ["--run.folder", "/a", "--seeds", "3", "--folder=/b"]) == (
         "python -m experiments.x --scale paper --seeds 3"
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- compare
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of 8x8 pictures: real ones, others of them sorted into splits and classes, noise, few, large."""
+    root = tmp_path_factory.mktemp("pictures")
+    image, label = (data.load("digits", "train[:500]").resident[0][name] for name in ("image", "label"))
+    noise = np.random.default_rng(0).integers(0, 17, (60, 8, 8, 1))
+
+    def write(name, pictures, places):
+        for i, (picture, place) in enumerate(zip(pictures, places, strict=True)):
+            path = root / name / place / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.uint8(picture[..., 0] / 16 * 255)).save(path)
+
+    write("real", image[:300], [""] * 300)
+    write("sorted", image[300:], [f"{('train', 'test')[i % 2]}/{min(y, 3)}" for i, y in enumerate(label[300:])])
+    write("noise", noise, [""] * 60)
+    write("few", image[:49], [""] * 49)
+    write("large", image[:60].repeat(2, 1).repeat(2, 2), [""] * 60)
+    return root
+
+
+def table_of(said):
+    """{quantity: [value, floor]} of what `compare` prints."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    return {name: [float(cell.split(" +- ")[0]) for cell in cells] for name, *cells in lines}
+
+
+def test_compare_reads_every_picture_and_shows_the_floor(call, folders):
+    code, said, err = call("aigc_jax", "compare", folders / "real", folders / "sorted", "--features", "digits")
+    assert code == 0, err
+    digest = metrics.load_classifier("digits").sha256[:12]
+    assert f"150 pictures a side, 64 features: classifier digits, sha256 {digest}" in said
+    assert "fewer than 640 pictures" in said
+    found = table_of(said)
+    assert len(found) == 7 and 0 < found["fid_digits"][0] < 4 * found["fid_digits"][1]
+    assert min(found["precision (k = 3)"] + found["recall (k = 3)"] + found["coverage (k = 5)"]) > 0.6
+    code, said, _ = call("aigc_jax", "compare", folders / "sorted", folders / "real", "--n", 100)
+    assert code == 0 and "100 pictures a side, 64 features: pixels in [0, 1]" in said  # both splits: 200 pictures
+    assert (
+        call("aigc_jax", "compare", folders / "sorted", folders / "real")[1].splitlines()[1:] == said.splitlines()[1:]
+    )
+    assert call("aigc_jax", "compare", folders / "sorted", folders / "real", "--seed", 1)[1] != said
+
+
+def test_compare_tells_noise_from_digits(call, folders):
+    code, said, err = call("aigc_jax", "compare", folders / "real", folders / "noise")
+    assert code == 0, err
+    assert "60 pictures a side" in said
+    found = table_of(said)
+    assert found["precision (k = 3)"][0] == found["coverage (k = 5)"][0] == 0 < 0.6 < found["precision (k = 3)"][1]
+    assert found["Frechet distance"][0] > 10 * found["Frechet distance"][1]
+    assert found["kernel distance"][0] > 0.1 > abs(found["kernel distance"][1])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["real", "nowhere"], "there is no folder"),
+        (["real", "few"], "holds 300 pictures, {root}/few 49: at least 100 and 50 are needed"),
+        (["noise", "real"], "at least 100 and 50 are needed"),
+        (["real", "large"], "{root}/real has 8 x 8 x 1, {root}/large 16 x 16 x 1"),
+        (["real", "sorted", "--features", "mnist"], "mnist takes pictures of 28 x 28 x 1, these are 8 x 8 x 1"),
+        (["real", "sorted", "--n", "151"], "n must lie in 50..150, got 151"),
+        (["real", "sorted", "--n", "49"], "n must lie in 50..150, got 49"),
+        (["real", "sorted", "--seed", "-1"], "seed must lie in 0..2**32 - 1, got -1"),
+    ],
+)
+def test_mistakes_of_compare_are_one_line(call, folders, flags, words):
+    code, out, err = call("aigc_jax", "compare", *(folders / name for name in flags[:2]), *flags[2:])
+    assert code == 2 and out == ""
+    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and words.format(root=folders) in err
