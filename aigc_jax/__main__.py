@@ -278,7 +278,9 @@ def _show_scores(columns: list[dict], title: str, features: str) -> None:
     for head in ("quantity", "value", "floor: the reference against itself"):
         table.add_column(head)
     for name in columns[0]:
-        shown = f"fid_{features}" if name.startswith("Frechet") and features != "pixels" else name
+        shown = (
+            f"fid_{features.removesuffix('_mnist')}" if name.startswith("Frechet") and features != "pixels" else name
+        )
         table.add_row(shown, *(" +- ".join(f"{x:.4g}" for x in column[name]) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -122,10 +122,11 @@ def bits_per_dim(nll_nats, shape: Sequence[int], *, levels: int | None = None):
 def frechet_distance(a: A, b: B) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the Frechet distance of two Gaussians, in squared units.
 
-    Heusel et al. 2017, eq. 6. With features of `load_classifier(<set>)` its name is fid_<set>; it compares with no
-    published FID, which takes Inception's 2,048 features. Float64; the root's trace is the sum of the singular values
-    of R_a R_b^T, where S = R^T R comes from a QR decomposition, so n may be below d. For equal distributions of unit
-    variance it is not 0 but .5 to .6 d^2 / n (d = 64: 2.2 at n = 1,000, .23 at 10,000): give both sides the same n,
+    Heusel et al. 2017, eq. 6. With features of `load_classifier` it is fid_digits, fid_mnist, fid_fashion; none
+    compares with a published FID, which takes Inception's 2,048 features. Float64; the root's trace is the sum of
+    the singular values of R_a R_b^T, where S = R^T R comes from a QR decomposition, so n may be below d. For equal
+    distributions of unit variance it is not 0 but .5 to .6 d^2 / n (d = 64: 2.2 at n = 1,000, .23 at 10,000): give
+    both sides the same n,
     above 10 d, and report it.
     """
     a, b = (x.astype(np.float64) for x in _vectors(2, a=a, b=b))
@@ -348,7 +349,7 @@ def load_classifier(name: str | Path) -> Pretrained:
     """The classifier of digits, mnist or fashion_mnist, or one in a file that experiments/classifiers.py wrote.
 
     Draw the samples of a floor at random: the two halves of MNIST's test split are by other writers, and at n = 5,000
-    fid_mnist is 31 between them, 2.7 between two sets from its training split (1.1 for fid_fashion_mnist, in both).
+    fid_mnist is 31 between them, 2.7 between two sets from its training split (1.1 for fid_fashion, in both).
     """
     path = Path(name) if str(name).endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
     if path.parent == WEIGHTS and not path.is_file():

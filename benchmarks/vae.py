@@ -15,17 +15,18 @@ matrices, timed in the same run.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import platform
 import sys
 
 import numpy as np
 
-EXAMPLES, UPDATES, SIDE, PRODUCTS = 60_000, 60, 1024, 20
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+from benchmarks import _alternate  # noqa: E402
+from benchmarks._alternate import PRODUCTS, SIDE, Task  # noqa: E402
+
+EXAMPLES, UPDATES = 60_000, 60
 NETS = ("dense", "iwae", "conv")
-PRODUCT_FLOP = PRODUCTS * 2 * SIDE**3
 BATCH = {"dense": 128, "iwae": 100, "conv": 128}
 STEPS = {"dense": -(-EXAMPLES // 128), "iwae": UPDATES, "conv": UPDATES}
 K = 50
@@ -39,7 +40,10 @@ MACS = {
     "iwae": (784 * 200, 200 * 200 + 200 * 100 + K * _DECODER),
     "conv": (_SEEN, _INNER + _DREAMT),
 }
-FLOP = {net: 2 * STEPS[net] * BATCH[net] * (2 * first + 3 * rest) for net, (first, rest) in MACS.items()}
+TASKS = {
+    net: Task(STEPS[net], BATCH[net], 2 * STEPS[net] * BATCH[net] * (2 * first + 3 * rest))
+    for net, (first, rest) in MACS.items()
+}
 
 
 def images() -> np.ndarray:
@@ -168,39 +172,5 @@ WORKERS = {
 }
 
 
-def main() -> None:
-    """Times all workers in turn and prints a table a net."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--repeats", type=int, default=7)
-    p.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
-    p.add_argument("--worker", choices=tuple(WORKERS))
-    args = p.parse_args()
-    sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
-    from benchmarks import _alternate
-
-    if args.worker:
-        if hasattr(os, "sched_setaffinity"):  # XLA has no flag for its threads: it takes the cores that it may run on
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-        _alternate.serve(WORKERS[args.worker]())
-        return
-    workers = {name: _alternate.Worker(__file__, name) for name in WORKERS}
-    medians = _alternate.alternate(workers, ("product", *args.nets), args.repeats)
-    for worker in workers.values():
-        worker.close()
-
-    print(f"median of {args.repeats}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    for net in args.nets:
-        print(f"\n{net}: {STEPS[net]} updates of {BATCH[net]} images\n")
-        print("| side | ms an update | GFLOP/s | own product, GFLOP/s | share of it |")
-        print("| --- | --- | --- | --- | --- |")
-        for name in WORKERS:
-            speed, product = FLOP[net] / medians[name, net] / 1e9, PRODUCT_FLOP / medians[name, "product"] / 1e9
-            a_step = 1e3 * medians[name, net] / STEPS[net]
-            print(f"| {name} | {a_step:.2f} | {speed:.0f} | {product:.0f} | {speed / product:.2f} |")
-        best = min((name for name in WORKERS if name != "ours"), key=lambda name: medians[name, net])
-        print(f"\nours / {best}: {medians['ours', net] / medians[best, net]:.2f} of the time;", end=" ")
-        print(f"matrix products: XLA at {medians[best, 'product'] / medians['ours', 'product']:.2f}x PyTorch's speed")
-
-
 if __name__ == "__main__":
-    main()
+    _alternate.main(__file__, __doc__, WORKERS, TASKS)

@@ -38,6 +38,7 @@ __all__ = [
     "discriminator_loss",
     "generate",
     "generator_loss",
+    "generator_of",
     "gradient_penalty",
     "make",
     "noise",
@@ -45,7 +46,7 @@ __all__ = [
     "r1_penalty",
 ]
 
-Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...} of one net; EMA of a state holds the generator's
+Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...} of one net
 Sample = Float[Array, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
 Logits = Float[Array, "B"]
 Label = Int[Array, "B"] | None
@@ -217,7 +218,7 @@ def _one_hot(cfg: Config, label: Label, rows: int):
 def generate(cfg: Config, variables: Variables, z: Float[Array, "B Z"], label: Label = None) -> Sample:
     """G(z), with the running BatchNorm statistics: images in [-1, 1], or points.
 
-    `variables` of a state: its `ema`, or {"params": state.params["gen"], "batch_stats": state.extra["gen"]}.
+    `variables` of a state: `generator_of(cfg, state)`.
     """
     return _nets(cfg)["gen"].apply(variables, z, _one_hot(cfg, label, z.shape[0]), False)
 
@@ -239,6 +240,15 @@ def _pack(cfg: Config, x):
     rows //= cfg.packing
     together = jnp.moveaxis(x.reshape(rows, cfg.packing, *x.shape[1:]), 1, -2)
     return together.reshape(rows, *x.shape[1:-1], cfg.packing * channels)
+
+
+def _average(cfg: Config) -> EMA:
+    return EMA(cfg.ema, of=lambda state: {"params": state.params["gen"], "batch_stats": state.extra["gen"]})
+
+
+def generator_of(cfg: Config, state: State) -> Variables:
+    """What `generate` takes of a state: the generator's average where there is one, else the generator itself."""
+    return _average(cfg).read(state)
 
 
 def noise(cfg: Config, key: Key[Array, ""], n: int) -> Float[Array, "n Z"]:
@@ -268,7 +278,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         classes in turn.
     """
     nets = _nets(cfg, axis_name)
-    ema = EMA(cfg.ema, of=lambda state: {"params": state.params["gen"], "batch_stats": state.extra["gen"]})
+    ema = _average(cfg)
 
     def init(key):
         k_gen, k_disc = jax.random.split(key)
@@ -365,7 +375,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def evaluate(state, batch, key):
         x, label = preprocess(cfg, batch), batch["label"] if cfg.classes else None
-        fake = generate(cfg, ema.read(state), noise(cfg, key, x.shape[0]), label)
+        fake = generate(cfg, generator_of(cfg, state), noise(cfg, key, x.shape[0]), label)
         judge = partial(discriminate, cfg, {"params": state.params["disc"], "batch_stats": state.extra["disc"]})
         values = {"real_logit": judge(x, label), "fake_logit": judge(fake, label)}
         if cfg.loss != "wasserstein":
@@ -377,7 +387,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def sample(state: State, key, *, n: int, label=None):
         if cfg.classes and label is None:
             label = jnp.arange(n) % cfg.classes
-        x = generate(cfg, ema.read(state), noise(cfg, key, n), label)
+        x = generate(cfg, generator_of(cfg, state), noise(cfg, key, n), label)
         return (x + 1) / 2 if len(cfg.shape) == 3 else x
 
     return Family(init, step, evaluate, sample)

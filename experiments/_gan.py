@@ -1,0 +1,78 @@
+"""What the GAN scripts share: how D fares on what it has seen, and the distances of samples beside their floors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from aigc_jax import data, metrics
+from experiments._cli import Row
+
+ACCURACY = "class accuracy of the samples (%, our classifier)"
+COVERAGE = "coverage (k=5)"
+
+
+def health(training: data.Data, n: int = 500) -> Callable:
+    """An `on_eval`: D's logit, and its accuracy where it has one, on n training examples.
+
+    `fit` reports the same of held-out examples (its `valid`): the gap is what D knows by heart.
+    """
+    batch = jax.tree.map(jax.numpy.asarray, training.batch(0, 0, n))
+
+    def on_eval(family, state, step):
+        values = jax.jit(family.evaluate)(state, batch, jax.random.key(0))
+        return {f"seen_{name}": value.mean() for name, value in values.items() if name.startswith("real")}
+
+    return on_eval
+
+
+def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, fake_label=None) -> list[Row]:
+    """Rows for samples against held-out images `real`, in the features of our classifier of the set `name`.
+
+    The oracle of each is its floor: as many training images, `seen`, in place of the samples. Images in [0, 1].
+    """
+    n = min(len(fake), len(real), len(seen))
+    net = metrics.load_classifier(name)
+    logits, features = {}, {}
+    for who, x in (("fake", fake), ("real", real), ("seen", seen)):
+        logits[who], features[who] = net.apply(x[:n])
+    p = {who: np.asarray(jax.nn.softmax(a, -1)) for who, a in logits.items()}
+
+    about = f"classifier {net.sha256[:8]}, {100 * net.accuracy:.1f} % accurate"
+
+    def measured(who):
+        precision, recall = metrics.precision_recall(features["real"], features[who])
+        density, coverage = metrics.density_coverage(features["real"], features[who])
+        return {
+            f"fid_{name.removesuffix('_mnist')}, n = {n} ({about})":
+                metrics.frechet_distance(features["real"], features[who]),
+            "kernel distance x 1000, same features (+- s.e. over blocks)":
+                1000 * np.array(metrics.kernel_distance(features["real"], features[who], jax.random.key(0))),
+            "precision (k=3)": precision,
+            "recall (k=3)": recall,
+            "density (k=5)": density,
+            COVERAGE: coverage,
+            "classifier score": metrics.classifier_score(p[who]),
+        }  # fmt: skip
+
+    floor, rows = measured("seen"), []
+    for what, value in measured("fake").items():
+        (value, *error), (best, *_) = np.atleast_1d(value).tolist(), np.atleast_1d(floor[what]).tolist()
+        rows.append(Row(f"{what}; oracle: training images", value, error=error[0] if error else None, oracle=best))
+    if fake_label is not None:
+        rows.append(Row(ACCURACY, 100 * float((logits["fake"].argmax(-1) == fake_label[:n]).mean())))
+    return rows
+
+
+def pixels(source: data.Data, n: int | None = None) -> np.ndarray:
+    """The first n images of a finite set, in [0, 1]."""
+    images = source.resident[0]["image"][:n]
+    return np.asarray(images, np.float32) / (source.info.levels - 1)
+
+
+def neighbours(fake: np.ndarray, training: np.ndarray, test: np.ndarray) -> tuple[float, float]:
+    """Median distance of samples to their nearest training image, over that of test images; the smallest distance."""
+    near = metrics.nearest(fake, training)[0]
+    return float(np.median(near) / np.median(metrics.nearest(test[: len(fake)], training)[0])), float(near.min())

@@ -1,0 +1,223 @@
+"""What a clipped critic cannot see, and what a penalty can: Gulrajani et al. 2017 (WGAN-GP), fig. 1
+
+    python -m experiments.wgan_gp_toys                  about 6 minutes on 2 cores; downloads nothing
+
+Critics of a generator that is held fixed at real points + N(0, I), trained to about their optimum on 8 Gaussians, 25
+Gaussians and the swiss roll, by weight clipping (WGAN) and by gradient penalty. Fig. 1a: their values; the clipped ones
+are simple functions. Fig. 1b: the gradient at each layer of a deep critic explodes or vanishes under clipping, and
+clipped weights pile up at the bound. The paper has pictures and no numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aigc_jax import data, figures, gan, train
+from aigc_jax.core import EMA, Family, Optim, descend, finish
+from aigc_jax.train import Run
+from experiments import _cli
+from experiments._cli import Row
+
+CRITIC = gan.Net(widths=(256, 256, 256), activation="relu", init="he")
+CLIP = gan.Config(
+    shape=(2,), latent_dim=2, gen=CRITIC, disc=CRITIC, loss="wasserstein", penalty="clip", penalty_weight=0.01,
+    disc_optim=Optim("rmsprop", lr=5e-5, b2=0.9),
+)  # fmt: skip
+# The authors' code for these sets weighs the penalty by .1, the text by 10.
+GP = replace(CLIP, penalty="gp", penalty_weight=0.1, disc_optim=Optim(lr=1e-4, b1=0.5, b2=0.9))
+RUN = Run(
+    folder="runs/wgan_gp_toys", steps=5000, batch_size=256, save_every=5000, log_every=100, keep=1, steps_per_call=100
+)
+# At the scale of the authors' code.
+SETS = {
+    "8 Gaussians": ("ring", {"radius": 2 / 1.414, "std": 0.02 / 1.414}),
+    "25 Gaussians": ("grid", {"step": 2 / 2.828, "std": 0.05 / 2.828}),
+    "swiss roll": ("swiss_roll", {}),
+}
+BOUNDS = (0.1, 0.01, 0.001)  # c of fig. 1b
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Flags of wgan_gp_toys."""
+
+    clip: gan.Config = CLIP
+    penalty: gan.Config = GP
+    run: Run = RUN
+    depth: int = 12  # layers of the critics of fig. 1b
+    width: int = 128
+    deep_steps: int = 500
+
+
+SCALES = {
+    "smoke": Setup(run=replace(RUN, folder="runs/wgan_gp_toys-smoke", steps=300), deep_steps=100),
+    "cpu": Setup(),
+    "paper": Setup(
+        replace(CLIP, disc=replace(CRITIC, widths=(512, 512, 512))),
+        replace(GP, disc=replace(CRITIC, widths=(512, 512, 512))),
+        replace(RUN, folder="runs/wgan_gp_toys-paper", steps=500_000, save_every=50_000),
+        width=512, deep_steps=5000,
+    ),
+}  # fmt: skip
+DIFFERENCE = {
+    "smoke": "300 and 100 critic updates, width 256 for 512",
+    "cpu": "5,000 critic updates of width 256 (the authors' code: 512, 5 critic updates for each of 100,000 of the "
+    "generator); fig. 1b of width 128 after 500 updates, generator fixed as in fig. 1a",
+    "paper": "fig. 1b: generator fixed as in fig. 1a; the paper gives no width and no length for it",
+}
+SLOPE_GP = "fig. 1b, penalty: |change of ln gradient norm a layer|"
+SLOPE_SMALL = f"fig. 1b, c = {BOUNDS[-1]}: change of ln gradient norm a layer, output to input (vanishes below 0)"
+
+
+def objective(name: str) -> str:
+    return f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, penalty over clip"
+
+
+def piled(name: str) -> str:
+    return f"fig. 1a, {name}: share of clipped weights within 5 % of +-c"
+
+
+CRITERIA = {
+    **{objective(name): (">= 2", lambda ours: ours >= 2) for name in SETS},
+    **{piled(name): ("> .5", lambda ours: ours > 0.5) for name in SETS},
+    SLOPE_GP: ("< .1", lambda ours: ours < 0.1),
+    SLOPE_SMALL: ("< -.3", lambda ours: ours < -0.3),
+}
+INVARIANTS = {SLOPE_SMALL: CRITERIA[SLOPE_SMALL]}
+
+
+def make_critic(cfg: gan.Config, *, axis_name: str | None = None) -> Family:
+    """The critic of `gan.make` alone; the generator is fixed at real points + N(0, I)."""
+
+    def loss(params, state, batch, key):
+        k_noise, k_at = jax.random.split(key)
+        critic = partial(gan.discriminate, cfg, {"params": params})
+        real = batch["points"]
+        fake = real + jax.random.normal(k_noise, real.shape)
+        value = gan.discriminator_loss(cfg.loss, critic(real), critic(fake)).mean()
+        if cfg.penalty == "gp":
+            value += cfg.penalty_weight * gan.gradient_penalty(critic, real, fake, k_at).mean()
+        return value, (state.extra, {})
+
+    def step(state, batch, key):
+        state, seen = descend(loss, cfg.disc_optim, state, batch, key, net="disc", axis_name=axis_name)
+        if cfg.penalty == "clip":
+            c = cfg.penalty_weight
+            clipped = jax.tree.map(lambda w: jnp.clip(w, -c, c), state.params["disc"])
+            state = state._replace(params={**state.params, "disc": clipped})
+        return finish(state, EMA()), seen
+
+    return gan.make(cfg)._replace(step=step)
+
+
+def layers(params) -> list:
+    """Kernel and bias of each layer, from the points to the logit."""
+    hidden = params.get("_MLP_0", {})
+    dense = [hidden[f"Dense_{i}"] for i in range(len(hidden))] + [params["Dense_0"]]
+    return [(layer["kernel"], layer["bias"]) for layer in dense]
+
+
+def slopes(params, real, fake) -> np.ndarray:
+    """Norm of the gradient of the critic's loss in the activations of each hidden layer, from the input on.
+
+    In float64 by hand: at c = .001 it falls by powers of ten a layer, below what float32 holds.
+    """
+    *hidden, (last, _) = [(np.asarray(w, np.float64), np.asarray(b, np.float64)) for w, b in layers(params)]
+    squares = np.zeros(len(hidden))
+    for x in (real, fake):
+        h, on = np.asarray(x, np.float64), []
+        for w, b in hidden:
+            h = np.maximum(h @ w + b, 0)
+            on.append(h > 0)
+        g = np.broadcast_to(last[:, 0] / len(h), h.shape)
+        for i in reversed(range(len(hidden))):
+            squares[i] += np.square(g).sum()
+            g = (g * on[i]) @ hidden[i][0].T
+    return np.sqrt(squares)
+
+
+def scaled_gap(result: train.Result, real, key) -> float:
+    """E D(real) - E D(fake), the critic rescaled to a median slope of 1 on the lines between them."""
+    k_noise, k_at = jax.random.split(key)
+    critic = jax.jit(partial(gan.discriminate, result.config, {"params": result.state.params["disc"]}))
+    fake = real + jax.random.normal(k_noise, real.shape)
+    between = real + jax.random.uniform(k_at, (len(real), 1)) * (fake - real)
+    steep = np.sqrt(np.median(gan.r1_penalty(critic, between)))
+    return float((critic(real).mean() - critic(fake).mean()) / steep)
+
+
+def rows(setup: Setup, folder: Path) -> list[Row]:
+    """Trains the critics of both figures, measures the three numbers, draws."""
+    found, shown, deep = [], {}, {}
+    arms = {"clip": setup.clip, "penalty": setup.penalty}
+    for name, (source, options) in SETS.items():
+        training = data.load(source, "train", **options)
+        real, gaps = jnp.asarray(training.batch(1, 0, 4096)["points"]), {}
+        for arm, cfg in arms.items():
+            run = replace(setup.run, folder=str(folder / f"{name.replace(' ', '-')}-{arm}"))
+            shown[name, arm] = train.fit(make_critic, cfg, run, training)
+            gaps[arm] = scaled_gap(shown[name, arm], real, jax.random.key(2))
+        found += [
+            Row(f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, clip", gaps["clip"]),
+            Row(f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, penalty", gaps["penalty"]),
+            Row(objective(name), gaps["penalty"] / gaps["clip"]),
+        ]
+        w = np.concatenate([np.ravel(k) for k, _ in layers(shown[name, "clip"].state.params["disc"])])
+        found.append(Row(piled(name), float((np.abs(w) > 0.95 * setup.clip.penalty_weight).mean())))
+
+    training = data.load("swiss_roll", "train")
+    real = jnp.asarray(training.batch(1, 0, 4096)["points"])
+    fake = real + jax.random.normal(jax.random.key(2), real.shape)
+    tall = replace(CRITIC, widths=(setup.width,) * (setup.depth - 1))
+    configs = {f"c = {c}": replace(setup.clip, disc=tall, penalty_weight=c) for c in BOUNDS}
+    configs["penalty"] = replace(setup.penalty, disc=tall)
+    for name, cfg in configs.items():
+        run = replace(setup.run, folder=str(folder / f"deep-{name.replace(' = ', '')}"), steps=setup.deep_steps)
+        result = train.fit(make_critic, cfg, run, training)
+        deep[name] = slopes(result.state.params["disc"], real, fake), result
+    for name, (norms, _) in deep.items():
+        # A line through ln |gradient|, from the output to the input: below 0 it vanishes.
+        slope = -float(np.polyfit(np.arange(len(norms)), np.log(norms), 1)[0])
+        words = SLOPE_SMALL if name == f"c = {BOUNDS[-1]}" else SLOPE_GP if name == "penalty" else SLOPE_SMALL.replace(
+            f"c = {BOUNDS[-1]}", name
+        )  # fmt: skip
+        found.append(Row(words, abs(slope) if name == "penalty" else slope))
+    draw(setup, folder, shown, deep)
+    return found
+
+
+def draw(setup: Setup, folder: Path, shown: dict, deep: dict) -> None:
+    """Fig. 1a, level sets of the critics; fig. 1b, gradients by layer and weights."""
+    fig, axes = figures.figure(2, 5, size=(16, 6.6))
+    at = np.linspace(-3, 3, 128, dtype=np.float32)
+    plane = np.stack(np.meshgrid(at, at), -1).reshape(-1, 2)
+    for column, (name, (source, options)) in enumerate(SETS.items()):
+        real = data.load(source, "train", **options).batch(1, 0, 500)["points"]
+        for ax, arm in zip(axes[:, column], ("clip", "penalty"), strict=True):
+            result = shown[name, arm]
+            variables = {"params": result.state.params["disc"]}
+            value = np.asarray(gan.discriminate(result.config, variables, jnp.asarray(plane))).reshape(128, 128)
+            figures.points(ax, real, title=f"{name}, {arm}: level sets of D")
+            ax.contour(at, at, value, 12, cmap="viridis", linewidths=0.9)
+            ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    curves = {name: (np.arange(1, len(norms) + 1), norms) for name, (norms, _) in deep.items()}
+    figures.curves(axes[0, 3], curves, xlabel="layer of the critic (1: next to the input)",
+                   ylabel="norm of the loss's gradient there", title=f"swiss roll, {setup.depth} layers")  # fmt: skip
+    axes[0, 3].set_yscale("log")
+    for ax, name in zip((axes[1, 3], axes[0, 4], axes[1, 4]), ("c = 0.01", "c = 0.1", "penalty"), strict=True):
+        w = np.concatenate([np.ravel(k) for k, _ in layers(deep[name][1].state.params["disc"])])
+        ax.hist(w, 60, color=figures.COLOURS[0])
+        ax.set(title=f"weights of the critic, {name}", xlabel="weight", ylabel="count")
+        ax.set_yscale("log")
+    caption = f"generator fixed at real + N(0, I); {setup.run.steps} critic updates of {setup.run.batch_size} points"
+    figures.save(fig, folder / "wgan_gp_toys.png", f"{caption}; {setup.depth} layers: {setup.deep_steps} updates")
+
+
+if __name__ == "__main__":
+    _cli.main("wgan_gp_toys")
