@@ -126,8 +126,7 @@ def frechet_distance(a: A, b: B) -> float:
     compares with a published FID, which takes Inception's 2,048 features. Float64; the root's trace is the sum of
     the singular values of R_a R_b^T, where S = R^T R comes from a QR decomposition, so n may be below d. For equal
     distributions of unit variance it is not 0 but .5 to .6 d^2 / n (d = 64: 2.2 at n = 1,000, .23 at 10,000): give
-    both sides the same n,
-    above 10 d, and report it.
+    both sides the same n, above 10 d, and report it.
     """
     a, b = (x.astype(np.float64) for x in _vectors(2, a=a, b=b))
     r_a, r_b = (np.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r") for x in (a, b))
