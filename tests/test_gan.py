@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def test_wasserstein_critic_reaches_its_exact_optimum():
     a, weight = 0.8, 5.0
     cfg = replace(LINEAR, loss="wasserstein", penalty="gp", penalty_weight=weight, optim=STILL)
     family = gan.make(cfg)
-    state = family.init(key(0))
+    state = jax.jit(family.init)(key(0))
     fixed = jax.tree.map(jnp.zeros_like, state.params["gen"])
     fixed["Dense_0"]["bias"] = jnp.array([a, 0.0])
     state = state._replace(params={**state.params, "gen": fixed})
@@ -152,7 +153,7 @@ def test_each_update_leaves_the_other_net_alone():
     for still, moving in (("gen", "disc"), ("disc", "gen")):
         optims = {"gen": SMALL.optim, "disc": SMALL.disc_optim, still: STILL}
         family = gan.make(replace(SMALL, optim=optims["gen"], disc_optim=optims["disc"]))
-        state = family.init(key(0))
+        state = jax.jit(family.init)(key(0))
         new, _ = jax.jit(family.step)(state, DIGITS.batch(0, 0, 16), key(1))
         assert same(new.params[still], state.params[still])
         assert not same(new.params[moving], state.params[moving])
@@ -161,7 +162,7 @@ def test_each_update_leaves_the_other_net_alone():
 def test_no_gradient_reaches_the_other_optimizer():
     """The moments of each Adam depend on its own net's loss alone: G's loss scaled by 0 changes nothing in D's."""
     batch = DIGITS.batch(0, 0, 16)
-    state = gan.make(SMALL).init(key(0))
+    state = jax.jit(gan.make(SMALL).init)(key(0))
     steep, flat = (
         jax.jit(gan.make(replace(SMALL, loss=loss)).step)(state, batch, key(1))[0]
         for loss in ("non_saturating", "minimax")  # D's loss is the same, G's is not
@@ -196,7 +197,7 @@ def test_statistics_of_the_discriminator_come_from_real_then_fake():
 def test_critic_updates_take_the_parts_of_the_batch_in_turn():
     cfg = replace(LINEAR, n_critic=3, disc_optim=STILL, loss="wasserstein")
     family = gan.make(cfg)
-    state = family.init(key(0))
+    state = jax.jit(family.init)(key(0))
     x = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
     _, metrics = jax.jit(family.step)(state, {"points": x}, key(1))
     variables = {"params": state.params["disc"], "batch_stats": {}}
@@ -247,7 +248,7 @@ def test_unrolled_gradient_is_the_whole_derivative(unrolled, loss, optim):
     """G puts all its mass at its bias c; d loss(theta_K(c), c) / dc by finite differences of the written updates."""
     cfg = replace(LINEAR, loss=loss, unrolled=unrolled, optim=Optim("sgd", lr=1.0), disc_optim=optim)
     family = gan.make(cfg)
-    state = family.init(key(3))
+    state = jax.jit(family.init)(key(3))
     c = np.array([0.4, -0.7])
     fixed = jax.tree.map(jnp.zeros_like, state.params["gen"])
     fixed["Dense_0"]["bias"] = jnp.float32(c)
@@ -290,7 +291,7 @@ def test_clipping_bounds_every_weight_of_the_critic_only():
 def test_maxout_and_the_first_discriminator_by_hand():
     """Both maxout layers and the sigmoid's logit of GAN's D, in numpy, on pixels taken back to [0, 1]."""
     cfg = gan.Config(shape=(4, 4, 1), latent_dim=3, disc=gan.Net(widths=(6, 5), activation="maxout", pieces=3))
-    params = gan.make(cfg).init(key(0)).params["disc"]
+    params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (7, 4, 4, 1), minval=-1, maxval=1)
     h = (np.asarray(x).reshape(7, 16) + 1) / 2
     for i, width in enumerate((6, 5)):
@@ -305,7 +306,7 @@ def test_maxout_and_the_first_discriminator_by_hand():
 def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
     cfg = replace(LINEAR, disc=gan.Net(widths=(), dropout=(0.2, 0.5)), loss="wasserstein", disc_optim=STILL)
     family = gan.make(cfg)
-    state = family.init(key(0))
+    state = jax.jit(family.init)(key(0))
     x = np.full((20_000, 2), 1.0, np.float32)
     _, metrics = jax.jit(family.step)(state, {"points": x}, key(1))
     w = np.asarray(state.params["disc"]["Dense_0"]["kernel"])[:, 0]
@@ -341,7 +342,7 @@ def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
 
 def test_spectral_norm_of_one_linear_layer_is_slope_one():
     cfg = replace(LINEAR, disc=gan.Net(widths=(), norm="spectral"))
-    state = gan.make(cfg).init(key(0))
+    state = jax.jit(gan.make(cfg).init)(key(0))
     variables = {"params": state.params["disc"], "batch_stats": state.extra["disc"]}
     slope = jax.grad(lambda x: gan.discriminate(cfg, variables, x[None])[0])(jnp.array([0.3, 2.0]))
     np.testing.assert_allclose(jnp.sqrt((slope**2).sum()), 1, rtol=1e-5)
@@ -356,11 +357,12 @@ def test_both_nets_listen_to_the_label(kind, condition):
     gen = {"params": state.params["gen"], "batch_stats": state.extra["gen"]}
     z = gan.noise(cfg, key(1), 3)
     a, b = jnp.array([1, 2, 3]), jnp.array([1, 5, 3])
-    x, other = gan.generate(cfg, gen, z, a), gan.generate(cfg, gen, z, b)
+    generate, discriminate = (jax.jit(partial(f, cfg)) for f in (gan.generate, gan.discriminate))
+    x, other = generate(gen, z, a), generate(gen, z, b)
     assert x.shape == (3, 8, 8, 1) and np.abs(np.asarray(x)).max() <= 1
     assert same(x[::2], other[::2]) and not same(x[1], other[1])
     disc = {"params": state.params["disc"]}
-    logits, others = (gan.discriminate(cfg, disc, x, label) for label in (a, b))
+    logits, others = (discriminate(disc, x, label) for label in (a, b))
     assert same(logits[::2], others[::2]) and logits[1] != others[1]
     with pytest.raises(ValueError, match="needs label="):
         gan.generate(cfg, gen, z)
@@ -369,7 +371,7 @@ def test_both_nets_listen_to_the_label(kind, condition):
 def test_projection_is_an_inner_product_with_the_label():
     """logit(y) - logit(y') = <V_y - V_y', phi(x)>, phi the last features."""
     cfg = replace(SMALL, classes=10, condition="projection", disc=gan.Net(widths=(5,), activation="tanh"))
-    params = gan.make(cfg).init(key(0)).params["disc"]
+    params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (3, 8, 8, 1))
     one, two = (gan.discriminate(cfg, {"params": params}, x, jnp.full(3, y)) for y in (2, 7))
     layer = params["_MLP_0"]["Dense_0"]
@@ -383,12 +385,12 @@ def test_packed_discriminator_judges_neighbours_together():
     params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (6, 8, 8, 1), minval=-1)
     y = jax.nn.one_hot(jnp.arange(6), 10)
-    net = gan.Discriminator(cfg.disc)
-    got = gan.discriminate(cfg, {"params": params}, x, jnp.arange(6))
+    judge = jax.jit(lambda x, y: gan.Discriminator(cfg.disc).apply({"params": params}, x, y, False))
+    got = jax.jit(partial(gan.discriminate, cfg))({"params": params}, x, jnp.arange(6))
     for i in range(6):
         rows = [(i + j) % 6 for j in range(3)]
         stacked = jnp.concatenate([x[r] for r in rows], -1)[None]
-        alone = net.apply({"params": params}, stacked, jnp.concatenate([y[r] for r in rows])[None], False)
+        alone = judge(stacked, jnp.concatenate([y[r] for r in rows])[None])
         np.testing.assert_allclose(got[i], alone[0], atol=1e-5)
     # In training the groups are rows 0..2 and 3..5.
     packed = gan._pack(cfg, x)
@@ -402,7 +404,7 @@ def test_the_first_biases_are_the_mean_picture():
     mean = np.random.default_rng(0).uniform(0.05, 0.95, 64)
     bias = tuple(float(b) for b in np.log(mean / (1 - mean)))
     cfg = replace(SMALL, output_bias=bias, gen=gan.Net(widths=()))
-    params = jax.tree.map(lambda w: w if w.ndim == 1 else 0 * w, gan.make(cfg).init(key(0)).params["gen"])
+    params = jax.tree.map(lambda w: w if w.ndim == 1 else 0 * w, jax.jit(gan.make(cfg).init)(key(0)).params["gen"])
     x = gan.generate(cfg, {"params": params}, jnp.zeros((1, 4)))
     np.testing.assert_allclose((x.reshape(-1) + 1) / 2, mean, atol=1e-5)
 

@@ -306,27 +306,30 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         k_z, k_dropout = jax.random.split(key)
         return applied("gen", params, stats, spread(noise(cfg, k_z, y.shape[0])), y, k_dropout)
 
-    def compare(params, stats, x, fake, y, key):
-        """D's loss on real and given fake examples, its statistics after it, and what to report."""
-        k_real, k_fake, k_at, k_penalty = jax.random.split(key, 4)
-        x, fake, y = (_pack(cfg, a) for a in (x, fake, y))
+    def judged(params, stats, x, fake, y, key):
+        """D's logits of real and of given fake examples, all packed, and its statistics after both."""
+        k_real, k_fake = jax.random.split(key)
         real_logits, stats = applied("disc", params, stats, x, y, k_real)
         fake_logits, stats = applied("disc", params, stats, fake, y, k_fake)
+        return real_logits, fake_logits, stats
+
+    def compare(params, state, x, fake, y, key):
+        """D's loss on packed examples, as `descend` takes it."""
+        k_judge, k_at, k_penalty = jax.random.split(key, 3)
+        real_logits, fake_logits, stats = judged(params, state.extra["disc"], x, fake, y, k_judge)
         value = discriminator_loss(cfg.loss, real_logits, fake_logits).mean()
         seen = {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
-        if cfg.penalty in ("gp", "r1"):
 
-            def critic(x):
-                return applied("disc", params, stats, x, y, k_penalty)[0]
+        def critic(x):
+            return applied("disc", params, stats, x, y, k_penalty)[0]
 
-            if cfg.penalty == "gp":
-                penalty = gradient_penalty(critic, x, fake, k_at).mean()
-                value += cfg.penalty_weight * penalty
-            else:
-                penalty = r1_penalty(critic, x).mean()
-                value += 0.5 * cfg.penalty_weight * penalty
-            seen["penalty"] = penalty
-        return value, (stats, seen)
+        if cfg.penalty == "gp":
+            seen["penalty"] = gradient_penalty(critic, x, fake, k_at).mean()
+            value += cfg.penalty_weight * seen["penalty"]
+        if cfg.penalty == "r1":
+            seen["penalty"] = r1_penalty(critic, x).mean()
+            value += 0.5 * cfg.penalty_weight * seen["penalty"]
+        return value, ({**state.extra, "disc": stats}, seen)
 
     def update_disc(loss, state, batch, key, micro):
         shared = {"micro": micro, "axis_name": axis_name}
@@ -337,33 +340,32 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
             state = state._replace(params={**state.params, "disc": clipped})
         return state, metrics
 
+    def packed(*arrays):
+        return tuple(_pack(cfg, a) for a in arrays)
+
     def disc_loss(params, state, batch, key):
-        k_fake, k = jax.random.split(key)
+        k_fake, k_compare = jax.random.split(key)
         x, y = given(batch)
         fake, _ = fakes(state.params["gen"], state.extra["gen"], y, k_fake)
-        value, (stats, seen) = compare(params, state.extra["disc"], x, fake, y, k)
-        return value, ({**state.extra, "disc": stats}, seen)
+        return compare(params, state, *packed(x, fake, y), k_compare)
 
     def gen_loss(params, state, batch, key):
         k_fake, k_disc, k_unrolled = jax.random.split(key, 3)
         x, y = given(batch)
         fake, stats = fakes(params, state.extra["gen"], y, k_fake)
-        extra = {**state.extra, "gen": stats}
+        extra, (x, fake, y) = {**state.extra, "gen": stats}, packed(x, fake, y)
 
-        # Surrogate updates of D on this batch and these fakes, each a differentiable function of G.
-        def against(params, state, batch, key):
-            value, (stats, seen) = compare(params, state.extra["disc"], x, fake, y, key)
-            return value, ({**state.extra, "disc": stats}, seen)
-
+        # Surrogate updates of D on this batch and these fakes: D's parameters become a function of G's.
         for i in range(cfg.unrolled):
-            state, _ = update_disc(against, state, batch, jax.random.fold_in(k_unrolled, i), 1)
-        logits = partial(applied, "disc", state.params["disc"], state.extra["disc"], y=_pack(cfg, y))
+            state, _ = update_disc(
+                lambda disc, state, _, key: compare(disc, state, x, fake, y, key),
+                state, batch, jax.random.fold_in(k_unrolled, i), 1,
+            )  # fmt: skip
+        real_logits, fake_logits, _ = judged(state.params["disc"], state.extra["disc"], x, fake, y, k_disc)
         if cfg.unrolled and cfg.loss == "minimax":
-            # D's loss on the real examples depends on G too, through the updates (Metz et al. 2017, eq. 3).
-            value = -compare(state.params["disc"], state.extra["disc"], x, fake, y, k_disc)[0]
-        else:
-            value = generator_loss(cfg.loss, logits(x=_pack(cfg, fake), key=k_disc)[0]).mean()
-        return value, (extra, {})
+            # What D says of real examples depends on G too, through the updates (Metz et al. 2017, eq. 3).
+            return -discriminator_loss(cfg.loss, real_logits, fake_logits).mean(), (extra, {})
+        return generator_loss(cfg.loss, fake_logits).mean(), (extra, {})
 
     def step(state, batch, key):
         k_disc, k_gen = jax.random.split(key)
