@@ -140,7 +140,8 @@ class Checkpoints:
                 self._fail(step, e)
 
     def _fail(self, step: int, cause: Exception):
-        logging.getLogger("asyncio").addFilter(lambda record: False)  # the tasks of the failed save, when collected
+        for name in ("absl", "asyncio"):  # threads and tasks of the failed save, which speak when it is over
+            logging.getLogger(name).addFilter(lambda record: False)
         self._failed = True
         with contextlib.suppress(OSError):
             self.clear()
