@@ -23,7 +23,7 @@ from experiments import _cli, _gan
 from experiments._cli import Row, Source
 
 MODEL = gan.Config(
-    classes=10, latent="uniform", gen=gan.Net(widths=(1200, 1200), init="uniform", init_scale=0.05),
+    classes=10, gen=gan.Net(widths=(1200, 1200), init="uniform", init_scale=0.05),
     optim=Optim(lr=2e-4, b1=0.5), disc_optim=Optim(lr=2e-4, b1=0.5), ema=0.999,
 )  # fmt: skip
 RUN = Run(
@@ -55,8 +55,9 @@ SCALES = {
 }  # fmt: skip
 DIFFERENCE = {
     "smoke": "digits 8x8, small nets, 2,000 updates",
-    "cpu": "3e6 images, Adam for SGD, averaged generator, the 2014 GAN's widths with the label beside the input (the "
-    "paper: separate first layers for label and input), no early stopping",
+    "cpu": "3e6 images, Adam for SGD, averaged generator, N(0, I) for uniform noise (with which D "
+    "won and G collapsed), the 2014 GAN's widths with the label beside the input (the paper: "
+    "separate first layers for label and input), no early stopping",
 }
 COVERAGE = f"{_gan.COVERAGE}; oracle: training images"
 PARZEN = "Parzen log-likelihood (nats; +- s.e. over test)"

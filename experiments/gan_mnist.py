@@ -98,7 +98,7 @@ def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, see
     last = fake[4:40:5]
     nearest = seen[metrics.nearest(last, seen)[1]]
     table = np.concatenate([fake[:40].reshape(8, 5, *cfg.shape), nearest[:, None]], 1).reshape(-1, *cfg.shape)
-    figures.images(axes[0], table, 6, title="samples, not chosen; column 6: the training image nearest to column 5")
+    figures.images(axes[0], table, 6, title="samples, not chosen; last: training image\nnearest to the fifth")
     ends = gan.noise(cfg, jax.random.key(1), 16).reshape(8, 2, -1)
     at = np.linspace(0, 1, 9, dtype=np.float32)[None, :, None]
     z = ends[:, :1] * (1 - at) + ends[:, 1:] * at
@@ -113,7 +113,10 @@ def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, see
     caption = (
         f"{setup.data.name}, {cfg.loss}, penalty {cfg.penalty}, {setup.run.steps} updates of {setup.run.batch_size}"
     )
-    figures.save(fig, folder / "gan_mnist.png", f"{caption}; {score.quantity}: {score.ours:.2f}")
+    name = score.quantity.split(",")[0]
+    figures.save(
+        fig, folder / "gan_mnist.png", f"{caption}; {name} {score.ours:.1f}, of training images {score.oracle:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Critics of a generator that is held fixed at real points + N(0, I), trained to about their optimum on 8 Gaussians, 25
 Gaussians and the swiss roll, by weight clipping (WGAN) and by gradient penalty. Fig. 1a: their values; the clipped ones
 are simple functions. Fig. 1b: the gradient at each layer of a deep critic explodes or vanishes under clipping, and
-clipped weights pile up at the bound. The paper has pictures and no numbers.
+clipped weights pile up at the bound. The paper has pictures and no numbers; the oracle of fig. 1a is the Wasserstein
+distance by exact transport between 2,000 points, which a critic of slope at most 1 cannot pass but by sampling error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from aigc_jax import data, figures, gan, train
 from aigc_jax.core import EMA, Family, Optim, descend, finish
@@ -52,7 +55,7 @@ class Setup:
     run: Run = RUN
     depth: int = 12  # layers of the critics of fig. 1b
     width: int = 128
-    deep_steps: int = 500
+    deep_steps: int = 2000
 
 
 SCALES = {
@@ -68,7 +71,7 @@ SCALES = {
 DIFFERENCE = {
     "smoke": "300 and 100 critic updates, width 256 for 512",
     "cpu": "5,000 critic updates of width 256 (the authors' code: 512, 5 critic updates for each of 100,000 of the "
-    "generator); fig. 1b of width 128 after 500 updates, generator fixed as in fig. 1a",
+    "generator); fig. 1b of width 128 after 2,000 updates, generator fixed as in fig. 1a",
     "paper": "fig. 1b: generator fixed as in fig. 1a; the paper gives no width and no length for it",
 }
 SLOPE_GP = "fig. 1b, penalty: |change of ln gradient norm a layer|"
@@ -79,12 +82,19 @@ def objective(name: str) -> str:
     return f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, penalty over clip"
 
 
+def reached(name: str) -> str:
+    return f"fig. 1a, {name}: the penalty's E D(real) - E D(fake) over the Wasserstein distance"
+
+
 def piled(name: str) -> str:
     return f"fig. 1a, {name}: share of clipped weights within 5 % of +-c"
 
 
+# Reset after the first run (1.78, 1.18, 1.43), from ">= 2": exact transport allows at most 1.78, 1.37, 1.31 times what
+# the clipped critics reached, so no critic of slope 1 can hold that.
 CRITERIA = {
-    **{objective(name): (">= 2", lambda ours: ours >= 2) for name in SETS},
+    **{objective(name): (">= 1.1 (first: >= 2)", lambda ours: ours >= 1.1) for name in SETS},
+    **{reached(name): ("within .8 .. 1.2", lambda ours: 0.8 <= ours <= 1.2) for name in SETS},
     **{piled(name): ("> .5", lambda ours: ours > 0.5) for name in SETS},
     SLOPE_GP: ("< .1", lambda ours: ours < 0.1),
     SLOPE_SMALL: ("< -.3", lambda ours: ours < -0.3),
@@ -152,6 +162,14 @@ def scaled_gap(result: train.Result, real, key) -> float:
     return float((critic(real).mean() - critic(fake).mean()) / steep)
 
 
+def wasserstein(real, key) -> float:
+    """Mean length of the shortest matching of points to other points + N(0, I): the distance, a little above."""
+    half = len(real) // 2
+    fake = real[half:] + jax.random.normal(key, (half, real.shape[1]))
+    cost = cdist(np.asarray(real[:half]), np.asarray(fake))
+    return float(cost[linear_sum_assignment(cost)].mean())
+
+
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains the critics of both figures, measures the three numbers, draws."""
     found, shown, deep = [], {}, {}
@@ -163,10 +181,12 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             run = replace(setup.run, folder=str(folder / f"{name.replace(' ', '-')}-{arm}"))
             shown[name, arm] = train.fit(make_critic, cfg, run, training)
             gaps[arm] = scaled_gap(shown[name, arm], real, jax.random.key(2))
+        distance = wasserstein(real[:4000], jax.random.key(3))
         found += [
-            Row(f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, clip", gaps["clip"]),
-            Row(f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, penalty", gaps["penalty"]),
+            Row(f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, clip", gaps["clip"], oracle=distance),
+            Row(f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, penalty", gaps["penalty"], oracle=distance),
             Row(objective(name), gaps["penalty"] / gaps["clip"]),
+            Row(reached(name), gaps["penalty"] / distance),
         ]
         w = np.concatenate([np.ravel(k) for k, _ in layers(shown[name, "clip"].state.params["disc"])])
         found.append(Row(piled(name), float((np.abs(w) > 0.95 * setup.clip.penalty_weight).mean())))
