@@ -57,18 +57,16 @@ def wait_for(condition, process, seconds=60):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Bits of runs that nothing interrupts, one a steps_per_call."""
+    """Bits of runs that nothing interrupts, one for each set of flags."""
     known = {}
 
-    def get(k):
-        if k not in known:
-            code, out, err = finish(
-                start(tmp_path_factory.mktemp("unbroken") / "run", "--steps-per-call", k, "--seconds", 0)
-            )
+    def get(*flags):
+        if flags not in known:
+            code, out, err = finish(start(tmp_path_factory.mktemp("unbroken") / "run", *flags, "--seconds", 0))
             assert code == 0, err
-            known[k] = json.loads(out)
-            assert known[k]["updates"] == 60
-        return known[k]["sha"]
+            known[flags] = json.loads(out)
+            assert known[flags]["updates"] == 60
+        return known[flags]["sha"]
 
     return get
 
@@ -87,26 +85,28 @@ def phase(folder):
     return "between saves"
 
 
-def check_resume(folder, k, unbroken):
+def check_resume(folder, unbroken, *flags):
     """The same command again restored a step > 0, ran only what was left, and ends with an unbroken run's bits."""
-    code, out, err = finish(start(folder, "--steps-per-call", k, "--seconds", 0))
+    code, out, err = finish(start(folder, *flags, "--seconds", 0))
     assert code == 0, err
     report = json.loads(out)
     assert report["first"] > 0 and report["updates"] == 60 - report["first"]
-    assert report["sha"] == unbroken(k)
+    assert report["sha"] == unbroken(*flags)
     assert not saving(folder)
     lines = train.metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, 61))
 
 
-@pytest.mark.parametrize("k, until", [(1, 17), (4, 30)])
-def test_killed_between_steps(tmp_path, unbroken, k, until):
+@pytest.mark.parametrize(
+    "until, flags", [(17, ()), (30, ("--steps-per-call", 4)), (22, ("--family", "gan", "--steps-per-call", 2))]
+)
+def test_killed_between_steps(tmp_path, unbroken, until, flags):
     folder = tmp_path / "run"
-    process = start(folder, "--steps-per-call", k)
+    process = start(folder, *flags)
     wait_for(lambda: steps_logged(folder) >= until, process)
     kill(process)
     assert steps_logged(folder) < 60
-    check_resume(folder, k, unbroken)
+    check_resume(folder, unbroken, *flags)
 
 
 def test_killed_while_a_save_is_under_way(tmp_path, unbroken):
@@ -117,7 +117,7 @@ def test_killed_while_a_save_is_under_way(tmp_path, unbroken):
         wait_for(lambda: saving(folder), process)  # noqa: B023
         kill(process)
         if saving(folder):
-            return check_resume(folder, 1, unbroken)
+            return check_resume(folder, unbroken)
     pytest.fail("no kill hit a save")
 
 
@@ -137,7 +137,7 @@ def test_twenty_kills_over_all_phases(tmp_path, unbroken):
         kill(process)
         phases.setdefault(phase(folder), []).append(steps_logged(folder))
         if steps_logged(folder) < 60:
-            check_resume(folder, 1, unbroken)
+            check_resume(folder, unbroken)
     for name, at in phases.items():
         print(f"killed {len(at)} times while {name}: after updates {at}")
     assert len(phases) >= 3
@@ -153,7 +153,7 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, unbroken, number):
     assert code == 1 and out == ""
     lines = err.strip().splitlines()
     assert len(lines) == 1 and signal.Signals(number).name in lines[0] and str(folder) in lines[0]
-    check_resume(folder, 1, unbroken)
+    check_resume(folder, unbroken)
 
 
 # ------------------------------------------------------------------------------------------------- damaged checkpoints

@@ -9,11 +9,16 @@ import time
 import jax
 import numpy as np
 
-from aigc_jax import data, train, vae
+from aigc_jax import data, gan, train, vae
 from aigc_jax.core import Optim, make_step
 
 CFG = vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(32,), ema=0.9, optim=Optim(lr=1e-3))
 ACCUMULATING = dataclasses.replace(CFG, micro=2)  # what runs of several steps a call train: all that a resume must keep
+# BatchNorm, spectral norm, dropout, two optimizers, several updates of D a step: all that a resume must keep.
+GAN = gan.Config(
+    shape=(8, 8, 1), levels=17, latent_dim=4, gen=gan.Net(widths=(16,), norm="batch"),
+    disc=gan.Net(widths=(16,), activation="leaky_relu", norm="spectral", dropout=(0.2, 0.5)), n_critic=2, ema=0.9,
+)  # fmt: skip
 
 
 def make_nan(cfg: vae.Config, *, axis_name=None):
@@ -50,6 +55,7 @@ def main() -> None:
     """Trains and reports."""
     p = argparse.ArgumentParser()
     p.add_argument("folder")
+    p.add_argument("--family", default="vae")
     p.add_argument("--steps", type=int, default=60)
     p.add_argument("--save-every", type=int, default=5)
     p.add_argument("--steps-per-call", type=int, default=1)
@@ -65,8 +71,8 @@ def main() -> None:
     train.Engine.advance = counted
     run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
                     steps_per_call=args.steps_per_call)  # fmt: skip
-    cfg = CFG if args.steps_per_call == 1 else ACCUMULATING
-    result = train.fit(vae.make, cfg, run, slow(data.load("digits"), args.seconds))
+    model = (vae.make, CFG if args.steps_per_call == 1 else ACCUMULATING) if args.family == "vae" else (gan.make, GAN)
+    result = train.fit(*model, run, slow(data.load("digits"), args.seconds))
     print(json.dumps({"first": seen[0] if seen else None, "updates": len(seen), "sha": fingerprint(result.state)}))
 
 
