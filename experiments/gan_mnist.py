@@ -1,9 +1,10 @@
 """Samples beside their nearest training images, and a walk between codes: Goodfellow et al. 2014 (GAN), figs. 2 and 3
 
-    python -m experiments.gan_mnist                     about 8 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.gan_mnist                     about 11 minutes on 2 cores; MNIST (12 MB)
 
 Downloads MNIST or takes its files as vae_manifold does. The nets of the paper under Adam, 3e6 images; samples are not
-chosen. Expect digits, some malformed, none copied: their distance to the nearest training image is that of test images.
+chosen. Expect digits, some malformed, none copied: their distance to the nearest training image is that of test images
+(1.03 times it), fid_mnist 19 (training images: 2.5), coverage .80.
 Distances of distributions (fid_mnist and others) are in the features of our own small classifier and stand beside what
 training images score; they compare with no published FID. `python -m experiments.parzen_table` trains by the authors'
 own schedule. Other nets and losses by flags: --model.loss wasserstein --model.penalty gp --model.n-critic 5
