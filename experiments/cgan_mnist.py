@@ -1,11 +1,11 @@
 """One class a row: conditional GAN (Mirza & Osindero 2014), fig. 2
 
-    python -m experiments.cgan_mnist                    about 10 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.cgan_mnist                    about 13 minutes on 2 cores; MNIST (12 MB)
 
 Downloads MNIST or takes its files as vae_manifold does. Labels enter both nets by concatenation, as in the paper, whose
-only number is a Parzen log-likelihood of 132 +- 1.8 nats (its authors: a proof of concept). Expect a class accuracy
-above 90 % by our own classifier (99 % accurate on real digits) and a coverage above .5: a model can have the first
-without the second by drawing one good picture a class.
+only number is a Parzen log-likelihood of 132 +- 1.8 nats (its authors: a proof of concept). Expect 208 nats, a class
+accuracy of 97 % by our own classifier (99 % accurate on real digits), a coverage of .90 and fid_mnist 4.2 (training
+images: .94, 2.5). Coverage stands beside accuracy because a model can have that alone, by one good picture a class.
 """
 
 from __future__ import annotations
