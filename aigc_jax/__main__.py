@@ -45,6 +45,8 @@ def sample(
             said = f"labels lie in 0..{classes - 1}, got {label}" if classes else "the model takes no labels"
             raise train.Refused(f"{run_folder}: {said}")
         options["label"] = np.full(n, label)
+    elif getattr(result.config, "classes", 0):  # left to the model they would begin anew in every chunk
+        options["label"] = np.arange(n) % result.config.classes
     samples = train.sample(result, jax.random.split(jax.random.key(seed), 4)[3], n=n, chunk=chunk, **options)
     new = out.with_name(f".{out.name}.new")
     try:
@@ -231,6 +233,8 @@ def compare(
     if fake.info.shape != shape:
         one, two = (" x ".join(map(str, found.info.shape)) for found in (real, fake))
         raise train.Refused(f"pictures of one size are compared: {reference} has {one}, {other} {two}")
+    if real.info.fingerprint == fake.info.fingerprint:
+        raise train.Refused(f"{reference} and {other} hold the same pictures")
     most = min(real.info.examples // 2, fake.info.examples)
     there = f"{reference} holds {real.info.examples} pictures, {other} {fake.info.examples}"
     if most < FEWEST:

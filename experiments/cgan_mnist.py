@@ -1,6 +1,6 @@
 """One class a row: conditional GAN (Mirza & Osindero 2014), fig. 2
 
-    python -m experiments.cgan_mnist                    about 13 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.cgan_mnist                    about 16 minutes on 2 cores; MNIST (12 MB)
 
 Downloads MNIST or takes its files as vae_manifold does. Labels enter both nets by concatenation, as in the paper, whose
 only number is a Parzen log-likelihood of 132 +- 1.8 nats (its authors: a proof of concept). Expect 208 nats, a class
@@ -39,9 +39,11 @@ class Setup:
     model: gan.Config = MODEL
     run: Run = RUN
     data: Source = Source("mnist")
-    classifier: str = "mnist"  # of ours: digits | mnist | fashion_mnist
     training: int = 50_000  # images of train; the kernel width of the Parzen row is chosen on the next 1,000
     samples: int = 10_000
+
+    def __post_init__(self):
+        _gan.check(self, "cgan_mnist", conditional=True)
 
 
 SCALES = {
@@ -49,7 +51,7 @@ SCALES = {
         replace(MODEL, shape=(8, 8, 1), levels=17, latent_dim=10, gen=replace(MODEL.gen, widths=(64, 64)),
                 disc=replace(MODEL.disc, widths=(32, 32)), ema=0.99),
         replace(RUN, folder="runs/cgan_mnist-smoke", steps=2000, eval_every=1000, steps_per_call=100),
-        Source("digits"), "digits", 1237, 360,
+        Source("digits"), 1237, 360,
     ),
     "cpu": Setup(),
 }  # fmt: skip
@@ -78,7 +80,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     # As many of each class as the test set has: an even mixture would be another distribution.
     label = test.resident[0]["label"][np.arange(setup.samples) % test.info.examples]
     fake = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=500, label=label)
-    found = _gan.distances(setup.classifier, fake, real, seen, label)
+    found = _gan.distances(setup.data.name, fake, real, seen, label)
     near, copies = _gan.neighbours(fake, seen, real)
     value, error, _ = metrics.parzen_log_likelihood(fake, _gan.pixels(held, 1000), real)
     found += [

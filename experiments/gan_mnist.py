@@ -39,9 +39,11 @@ class Setup:
     model: gan.Config = MODEL
     run: Run = RUN
     data: Source = Source("mnist")
-    classifier: str = "mnist"  # of ours: digits | mnist | fashion_mnist
     training: int = 50_000  # images of train; D's accuracy on held-out images is measured on the rest
     samples: int = 10_000
+
+    def __post_init__(self):
+        _gan.check(self, "gan_mnist", conditional=False)
 
 
 SCALES = {
@@ -49,7 +51,7 @@ SCALES = {
         replace(MODEL, shape=(8, 8, 1), levels=17, latent_dim=10, gen=replace(MODEL.gen, widths=(64, 64)),
                 disc=replace(MODEL.disc, widths=(32, 32)), ema=0.99),
         replace(RUN, folder="runs/gan_mnist-smoke", steps=800, eval_every=400, steps_per_call=50),
-        Source("digits"), "digits", 1237, 360,
+        Source("digits"), 1237, 360,
     ),
     "cpu": Setup(),
 }  # fmt: skip
@@ -77,10 +79,10 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     seen, real = _gan.pixels(training), _gan.pixels(test)
     fake = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=500)
     near, copies = _gan.neighbours(fake, seen, real)
-    classes = metrics.load_classifier(setup.classifier).apply(fake)[0].argmax(-1)
+    classes = metrics.load_classifier(setup.data.name).apply(fake)[0].argmax(-1)
     last = [line["valid"] for line in train.metrics(result.folder) if "valid" in line][-1]
     found = [
-        *_gan.distances(setup.classifier, fake, real, seen),
+        *_gan.distances(setup.data.name, fake, real, seen),
         Row(NEAR, near),
         Row(COPIES, copies),
         Row(CLASSES, int(len(np.unique(classes)))),

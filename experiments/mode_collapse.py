@@ -122,7 +122,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
                 x = train.sample(result, jax.random.key(run.seed), n=setup.samples, chunk=setup.samples)
                 count = metrics.mode_count(x, modes, std)
                 least = 100 * count.histogram.min() / max(1, count.histogram.sum())
-                kl = metrics.reverse_kl(count.histogram)
+                # A run without any high-quality sample has no histogram: as bad as all in one mode.
+                kl = metrics.reverse_kl(count.histogram) if count.histogram.any() else float(np.log(len(modes)))
                 scores[name, arm].append(Score(count.modes, 100 * count.high_quality, kl, least))
                 if run.seed == setup.run.seed:
                     shown[name, arm] = x
@@ -138,7 +139,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         paired("Pac2", "plain", PACKED),
         paired("Pac4", "Pac2", MORE),
         paired("unrolled", "plain", UNROLLED),
-        Row(FALLS, float(np.nanmean(grid["plain"][:, 2]) / np.nanmean(grid["Pac4"][:, 2]))),
+        Row(FALLS, float(grid["plain"][:, 2].mean() / grid["Pac4"][:, 2].mean())),
         Row(SOME, int(min(s.modes for (name, _), runs in scores.items() if name == "grid" for s in runs))),
     ]
     draw(setup, folder, shown, scores)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from aigc_jax import __main__ as commands
 from aigc_jax import data, metrics, train, vae
-from aigc_jax.data import images
+from aigc_jax.data import prepare
 from experiments import __main__ as experiments
 from experiments import _cli
 
@@ -204,7 +204,7 @@ def test_mistakes_of_an_experiment_are_said_and_leave_nothing(call, monkeypatch,
 
     from tensorflow_datasets.core import constants
 
-    monkeypatch.setattr(images.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", no_network)
     monkeypatch.delenv("AIGC_DATA", raising=False)
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path / "tfds"))
     code, out, err = call(f"experiments.{name}", *flags)
@@ -313,6 +313,7 @@ def test_compare_tells_noise_from_digits(call, folders):
         (["noise", "real"], "at least 100 and 50 are needed"),
         (["real", "large"], "{root}/real has 8 x 8 x 1, {root}/large 16 x 16 x 1"),
         (["real", "sorted", "--features", "mnist"], "mnist takes pictures of 28 x 28 x 1, these are 8 x 8 x 1"),
+        (["real", "real"], "hold the same pictures"),
         (["real", "sorted", "--n", "151"], "n must lie in 50..150, got 151"),
         (["real", "sorted", "--n", "49"], "n must lie in 50..150, got 49"),
         (["real", "sorted", "--seed", "-1"], "seed must lie in 0..2**32 - 1, got -1"),

@@ -1,4 +1,4 @@
-"""The scripts of the VAE's papers at their smallest: what they train, what they compare, what they leave."""
+"""The scripts at their smallest: what they train, what they compare, what they leave, what they refuse."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,17 @@ import pytest
 
 from aigc_jax import data, train, vae
 from aigc_jax.core import Optim
-from experiments import _cli, iwae_table, vae_elbo_curves, vae_samples
+from experiments import (
+    _cli,
+    cgan_mnist,
+    gan_digits,
+    gan_mnist,
+    iwae_table,
+    parzen_table,
+    vae_elbo_curves,
+    vae_samples,
+    wgan_gp_toys,
+)
 
 DIGITS = data.load("digits")
 
@@ -132,6 +142,52 @@ def test_curves_and_samples_are_drawn(tmp_path, script):
         assert all(row.error is not None for row in found[:4])
         assert {p.name for p in (tmp_path / "AEVB-2").iterdir()} == {"seed0", "seed1"}
     assert (tmp_path / f"{script.__name__.removeprefix('experiments.')}.png").stat().st_size > 20_000
+
+
+def test_slopes_of_a_critic_are_those_of_its_gradients():
+    cfg = replace(wgan_gp_toys.CLIP, disc=replace(wgan_gp_toys.CRITIC, widths=(5, 4, 3)))
+    params = jax.jit(wgan_gp_toys.make_critic(cfg).init)(jax.random.key(0)).params["disc"]
+    real, fake = (jnp.asarray(np.random.default_rng(i).normal(size=(6, 2)), jnp.float32) for i in (0, 1))
+    layers = wgan_gp_toys.layers(params)
+
+    def loss(moves):
+        """The critic's loss, with a move added to each hidden layer's activations of either batch."""
+        means = []
+        for x, own in zip((real, fake), moves, strict=True):
+            for (w, b), move in zip(layers[:-1], own, strict=True):
+                x = jax.nn.relu(x @ w + b[None]) + move
+            means.append((x @ layers[-1][0] + layers[-1][1][None]).mean())
+        return means[1] - means[0]
+
+    still = [[jnp.zeros((6, width)) for width in (5, 4, 3)] for _ in range(2)]
+    grads = jax.grad(loss)(still)
+    expected = [np.sqrt(sum(float((own[i] ** 2).sum()) for own in grads)) for i in range(3)]
+    np.testing.assert_allclose(wgan_gp_toys.slopes(params, real, fake), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{}, {"loss": "wasserstein", "penalty": "gp", "condition": "concat"}])
+def test_a_gan_is_trained_and_measured(tmp_path, flags):
+    run = replace(gan_digits.RUN, folder=str(tmp_path), steps=20, eval_every=10, steps_per_call=10, devices=1)
+    setup = replace(gan_digits.SCALES["smoke"], run=run, model=replace(gan_digits.MODEL, **flags))
+    found = gan_digits.rows(setup, tmp_path)
+    assert all(np.isfinite(row.ours) for row in found) and (tmp_path / "gan_digits.png").exists()
+    assert not any("kernel distance" in row.quantity for row in found)  # of 360 digits it is noise
+
+
+def test_gan_scripts_refuse_what_they_could_not_measure():
+    for script, change, words in (
+        (
+            gan_mnist,
+            {"model": replace(gan_mnist.MODEL, classes=10)},
+            "an unconditional GAN: model.classes cannot be 10",
+        ),
+        (cgan_mnist, {"data": _cli.Source("grid")}, "data.name must be one of digits, fashion_mnist, mnist"),
+        (gan_digits, {"model": replace(gan_digits.MODEL, classes=0, condition="concat")}, "trains a conditional GAN"),
+        (parzen_table, {"marks": (200_000,)}, "no mark of .* lies within run.steps"),
+        (parzen_table, {"run": replace(parzen_table.RUN, eval_every=0)}, "run.eval_every must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(script.SCALES["cpu"], **change)
 
 
 def test_seeds_follow_the_first_in_folders_of_their_own():

@@ -128,11 +128,12 @@ def test_penalty_of_a_flat_critic_has_a_slope():
     assert penalty(0.0) == 1 and jax.grad(penalty)(0.0) == 0
 
 
-def test_wasserstein_critic_reaches_its_exact_optimum():
+@pytest.mark.parametrize(("kind", "best"), [("gp", 1 + 0.8 / 10), ("r1", 0.8 / 5)])
+def test_wasserstein_critic_reaches_its_exact_optimum(kind, best):
     """Real points at 0, fake ones at distance a: of all linear critics -w.x the best under lambda (|w| - 1)^2 has
-    |w| = 1 + a / (2 lambda), and the step finds it."""
+    |w| = 1 + a / (2 lambda), under gamma/2 |w|^2 it has a / gamma, and the step finds it."""
     a, weight = 0.8, 5.0
-    cfg = replace(LINEAR, loss="wasserstein", penalty="gp", penalty_weight=weight, optim=STILL)
+    cfg = replace(LINEAR, loss="wasserstein", penalty=kind, penalty_weight=weight, optim=STILL)
     family = gan.make(cfg)
     state = jax.jit(family.init)(key(0))
     fixed = jax.tree.map(jnp.zeros_like, state.params["gen"])
@@ -142,8 +143,31 @@ def test_wasserstein_critic_reaches_its_exact_optimum():
     for i in range(300):
         state, metrics = step(state, {"points": np.zeros((8, 2), np.float32)}, core.step_key(key(1), i))
     slope = np.asarray(state.params["disc"]["Dense_0"]["kernel"])[:, 0]
-    np.testing.assert_allclose(slope, [-(1 + a / (2 * weight)), 0], atol=1e-4)
-    np.testing.assert_allclose(metrics["real_logit"] - metrics["fake_logit"], a * (1 + a / (2 * weight)), rtol=1e-3)
+    np.testing.assert_allclose(slope, [-best, 0], atol=1e-4)
+    np.testing.assert_allclose(metrics["real_logit"] - metrics["fake_logit"], a * best, rtol=1e-3)
+
+
+def test_micro_batches_of_both_nets_are_averaged():
+    """A generator without noise: two halves of the batch, one after another, give the step of the whole."""
+    batch = {"points": np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)}
+    ends = []
+    for micro in (1, 2):
+        family = gan.make(replace(LINEAR, micro=micro))
+        state = jax.jit(family.init)(key(0))
+        fixed = jax.tree.map(jnp.zeros_like, state.params["gen"])
+        state = state._replace(params={**state.params, "gen": fixed})
+        params = jax.jit(family.step)(state, batch, key(1))[0].params
+        ends.append([*params["disc"]["Dense_0"].values(), params["gen"]["Dense_0"]["bias"]])
+    before = [*state.params["disc"]["Dense_0"].values(), jnp.zeros(2)]
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(ends[0], before, strict=True))
+    for whole, halves in zip(*ends, strict=True):
+        np.testing.assert_allclose(halves, whole, atol=1e-6)
+
+
+def test_penalties_begin_with_the_weights_of_their_papers():
+    for kind, weight in (("gp", 10.0), ("r1", 10.0), ("clip", 0.01)):
+        assert gan.Config(loss="wasserstein", penalty=kind).weight == weight
+    assert gan.Config(loss="wasserstein", penalty="clip", penalty_weight=0.1).weight == 0.1
 
 
 # ------------------------------------------------------------------------------------------------------------ updates
@@ -195,7 +219,7 @@ def test_statistics_of_the_discriminator_come_from_real_then_fake():
 
 
 def test_critic_updates_take_the_parts_of_the_batch_in_turn():
-    cfg = replace(LINEAR, n_critic=3, disc_optim=STILL, loss="wasserstein")
+    cfg = replace(LINEAR, n_critic=3, disc_optim=STILL, loss="hinge")
     family = gan.make(cfg)
     state = jax.jit(family.init)(key(0))
     x = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
@@ -304,7 +328,14 @@ def test_maxout_and_the_first_discriminator_by_hand():
 
 
 def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
-    cfg = replace(LINEAR, disc=gan.Net(widths=(), dropout=(0.2, 0.5)), loss="wasserstein", disc_optim=STILL)
+    cfg = replace(
+        LINEAR,
+        disc=gan.Net(widths=(), dropout=(0.2, 0.5)),
+        loss="wasserstein",
+        penalty="clip",
+        penalty_weight=1e6,
+        disc_optim=STILL,
+    )
     family = gan.make(cfg)
     state = jax.jit(family.init)(key(0))
     x = np.full((20_000, 2), 1.0, np.float32)
@@ -435,6 +466,8 @@ def test_uniform_noise_is_the_unit_cube():
         ({"output_bias": (0.0,) * 3}, "output_bias needs gen.kind mlp and 64 values, got 3"),
         ({"shape": (8, 8)}, r"model.shape must be \(H, W, C\) or \(d,\)"),
         ({"penalty_weight": 0.0}, "penalty_weight must be positive"),
+        ({"loss": "wasserstein"}, "'wasserstein' needs a critic whose slope is held"),
+        ({"condition": "projection"}, "'projection' needs classes"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
     ],
 )

@@ -67,7 +67,7 @@ class Config:
     output_bias: tuple[float, ...] = ()  # mlp: the last layer of G begins with these biases; (): zeros
     loss: str = "non_saturating"  # minimax | non_saturating | least_squares | wasserstein | hinge
     penalty: str = "none"  # none | gp (WGAN-GP) | r1 (Mescheder et al. 2018) | clip (WGAN)
-    penalty_weight: float = 10.0  # lambda of gp, gamma of r1; clip: the bound of D's weights
+    penalty_weight: float | None = None  # None: lambda = 10 of gp, gamma = 10 of r1, the bound .01 of clip
     n_critic: int = 1  # updates of D a step, each on its own part of the batch
     packing: int = 1  # samples that D judges together (PacGAN)
     unrolled: int = 0  # further updates of D that the loss of G looks through (Metz et al. 2017)
@@ -112,12 +112,22 @@ class Config:
             raise ValueError(
                 f"model.output_bias needs gen.kind mlp and {prod(self.shape)} values, got {len(self.output_bias)}"
             )
-        if not self.penalty_weight > 0:
+        if self.penalty_weight is not None and not self.penalty_weight > 0:
             raise ValueError(f"model.penalty_weight must be positive, got {self.penalty_weight}")
+        if self.loss == "wasserstein" and self.penalty == "none" and self.disc.norm != "spectral":
+            raise ValueError("model.loss 'wasserstein' needs a critic whose slope is held: penalty gp, r1 or clip, or "
+                             "disc.norm spectral")  # fmt: skip
+        if self.condition == "projection" and not self.classes:
+            raise ValueError("model.condition 'projection' needs classes")
         if self.unrolled and self.disc_optim.name == "adam" and not self.disc_optim.eps_root:
             raise ValueError("model.unrolled looks through D's Adam, whose square root has no slope at 0: "
                              "set disc_optim.eps_root, say to 1e-12")  # fmt: skip
         EMA(self.ema)
+
+    @property
+    def weight(self) -> float:
+        """The penalty's weight, or the bound of D's weights: as given, else that of the penalty's paper."""
+        return (0.01 if self.penalty == "clip" else 10.0) if self.penalty_weight is None else self.penalty_weight
 
     @property
     def cuts(self) -> dict[str, int]:
@@ -325,17 +335,17 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
         if cfg.penalty == "gp":
             seen["penalty"] = gradient_penalty(critic, x, fake, k_at).mean()
-            value += cfg.penalty_weight * seen["penalty"]
+            value += cfg.weight * seen["penalty"]
         if cfg.penalty == "r1":
             seen["penalty"] = r1_penalty(critic, x).mean()
-            value += 0.5 * cfg.penalty_weight * seen["penalty"]
+            value += 0.5 * cfg.weight * seen["penalty"]
         return value, ({**state.extra, "disc": stats}, seen)
 
     def update_disc(loss, state, batch, key, micro):
         shared = {"micro": micro, "axis_name": axis_name}
         state, metrics = descend(loss, cfg.disc_optim, state, batch, key, net="disc", **shared)
         if cfg.penalty == "clip":
-            bound = cfg.penalty_weight
+            bound = cfg.weight
             clipped = jax.tree.map(lambda w: jnp.clip(w, -bound, bound), state.params["disc"])
             state = state._replace(params={**state.params, "disc": clipped})
         return state, metrics
