@@ -11,14 +11,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aigc_jax import core, data, gan, train, vae
+from aigc_jax import core, data, gan, train, transformer, vae
 from aigc_jax.core import EMA, Optim
+from aigc_jax.data import text
 from aigc_jax.train import engine
 
-from . import toy_ddpm, toy_text
+from . import toy_ddpm
 
 DIGITS = data.load("digits")
 POINTS = data.load("ring")
+CROPS = text.from_tokens(np.random.default_rng(0).integers(0, 12, 500), length=8)
 ROWS = {
     "vae": (
         vae.make,
@@ -72,7 +74,31 @@ ROWS = {
         DIGITS,
     ),
     "ddpm": (toy_ddpm.make, toy_ddpm.Config(), POINTS),
-    "transformer": (toy_text.make, toy_text.Config(), toy_text.crops()),
+    "transformer": (
+        transformer.make,
+        transformer.Config(
+            vocab=12, context=8, layers=1, heads=2, width=16, micro=2, optim=Optim(lr=1e-2, weight_decay=0.1, decay=100)
+        ),
+        CROPS,
+    ),
+    "transformer with all of it": (
+        transformer.make,
+        transformer.Config(
+            vocab=12,
+            context=8,
+            layers=1,
+            heads=2,
+            width=16,
+            positions="rotary",
+            norm="rms",
+            activation="swiglu",
+            bias=False,
+            tied=False,
+            dropout=0.1,
+            remat=True,
+        ),
+        CROPS,
+    ),
 }
 NOISELESS = ("transformer",)  # its step draws no noise, so that the per-device view must agree with the global one
 B = 32
@@ -201,7 +227,7 @@ def test_evaluate_is_per_example_and_sample_gives_n(row):
     for n in (1, 5):
         samples = jax.jit(partial(family.sample, n=n))(state, key(2))
         assert samples.shape[0] == n
-        assert samples.dtype == (jnp.int32 if name == "transformer" else jnp.float32)
+        assert samples.dtype == (jnp.int32 if name.startswith("transformer") else jnp.float32)
         if name == "vae":
             assert samples.min() >= 0 and samples.max() <= 1
 

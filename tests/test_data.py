@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from aigc_jax import data
-from aigc_jax.data import images, points
+from aigc_jax.data import images, points, prepare
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -210,7 +210,7 @@ def no_network(*args, **options):
 
 def test_official_files_are_read_whatever_their_names(tiny, monkeypatch, capfd):
     folder, content = tiny
-    monkeypatch.setattr(images.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", no_network)
     train = data.load("mnist", "train", folder=str(folder))
     said = capfd.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1 and "preparing mnist" in said.err
@@ -226,7 +226,7 @@ def test_official_files_are_read_whatever_their_names(tiny, monkeypatch, capfd):
 
 def test_environment_names_the_root_of_local_files(tiny, monkeypatch):
     folder, _ = tiny
-    monkeypatch.setattr(images.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", no_network)
     folder.rename(folder.parent / "mnist")
     monkeypatch.setenv("AIGC_DATA", str(folder.parent))
     assert data.load("mnist", "test").info.examples == 3
@@ -234,7 +234,7 @@ def test_environment_names_the_root_of_local_files(tiny, monkeypatch):
 
 def test_missing_files_without_a_network_are_said_at_once(tiny, monkeypatch, tmp_path):
     folder, _ = tiny
-    monkeypatch.setattr(images.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", no_network)
     with pytest.raises(FileNotFoundError, match="no network in this test.*--data.folder FOLDER"):
         data.load("mnist")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
@@ -275,18 +275,18 @@ def test_debian_header_gives_the_official_bytes(tmp_path, monkeypatch):
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00" + b"time" + b"\x00\x03" + b"deflated")
     monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path)
     wanted = {"train-labels-idx1-ubyte.gz": ("", hashlib.sha256(official).hexdigest(), len(official))}
-    assert images._debian_fashion_mnist(wanted) == {"train-labels-idx1-ubyte.gz": official}
+    assert prepare._debian_fashion_mnist(wanted) == {"train-labels-idx1-ubyte.gz": official}
     wanted = {"train-labels-idx1-ubyte.gz": ("", "0" * 64, len(official))}
     with pytest.raises(ValueError, match="not the official file"):
-        images._debian_fashion_mnist(wanted)
+        prepare._debian_fashion_mnist(wanted)
 
 
-@pytest.mark.skipif(not images.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not prepare.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_debian_fashion_mnist_is_official():
     from aigc_jax.data.builders.fashion_mnist.fashion_mnist_dataset_builder import Builder
 
     wanted = {info.filename: (url, info.checksum, info.size) for url, info in Builder.url_infos.items()}
-    assert len(images._debian_fashion_mnist(wanted)) == 4
+    assert len(prepare._debian_fashion_mnist(wanted)) == 4
 
 
 @pytest.mark.skipif(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import data, metrics, train
-from aigc_jax.data import images
+from aigc_jax.data import prepare
 from experiments import classifiers
 
 
@@ -303,7 +303,7 @@ def test_the_larger_classifiers_reach_their_accuracy(name, monkeypatch):
     def no_network(*args, **options):
         raise OSError("tests download nothing")
 
-    monkeypatch.setattr(images.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", no_network)
     try:
         found, right, _ = scored(name, "test")
     except FileNotFoundError as e:

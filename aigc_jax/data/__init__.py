@@ -22,20 +22,22 @@ import numpy as np
 class Info:
     """What a set is. A run folder records it, and a Config's `check(info)` compares itself with it."""
 
-    kind: str  # image | points: how figures show a sample
+    kind: str  # image | points | text: how figures show a sample
     shape: tuple[int, ...]  # of one example, (H, W, C) for images
-    levels: int | None = None  # images hold whole numbers in 0..levels-1
+    levels: int | None = None  # images and tokens are whole numbers in 0..levels-1
     classes: int | None = None  # labels lie in 0..classes-1; None: unlabelled
     examples: int | None = None  # None: endless
     source: dict[str, Any] | None = None  # name, split and options, a folder only in images:FOLDER; None: from arrays
     fingerprint: str = ""  # sha256 of the arrays; of the source for an endless set
+    tokenizer: str = ""  # of text: `data.text.Tokenizer(content)`
+    bytes_per_token: float | None = None  # of text, UTF-8
 
 
 class Data(NamedTuple):
     """A data set.
 
     batch(seed, i, size) -> dict of host arrays with `size` rows (image uint8 [B,H,W,C], points float32 [B,d],
-        label int32 [B], index int32 [B] for finite sets)
+        tokens int32 [B,T+1], label int32 [B], index int32 [B] for finite sets, mask [B,T] of what counts)
     resident: (arrays, rows, take) of a set that fits in memory. rows(seed, i, size) -> int32 [size] says on the host
         which examples; take(arrays, rows) -> dict is jit-able; `batch` is the take of the rows.
     """
@@ -197,17 +199,19 @@ def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
 
 
 def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
-    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca; images:FOLDER for your own pictures.
+    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca; python_source, tiny_shakespeare;
+    images:FOLDER and text:FILE for your own pictures and text.
 
     split: train or test, sliced as in TFDS where wished ("train[:50000]", "train[90%:]", "train+test"); synthetic sets
-        take any name, and another name draws other points; images:FOLDER see `images.pictures`.
+        take any name, and another name draws other points; images:FOLDER see `images.pictures`; text is cut into
+        train and validation.
     folder: where the original files of a downloaded set lie (else AIGC_DATA/<name>, else a prepared copy, else the
-        network). Files are known by their checksums, whatever their names. For images:FOLDER: where it is now.
-    options: the set's own (synthetic: std, examples ...); unknown ones are refused.
+        network). Files are known by their checksums, whatever their names. For images: and text:, where they are now.
+    options: the set's own (synthetic: std, examples ...; text: length, stride, tokenizer); unknown ones are refused.
 
     Raises ValueError for a name, split, option or file that does not fit, FileNotFoundError where files are missing.
     """
-    from . import images, points
+    from . import images, points, text
 
     sets = {
         "digits": images.digits,
@@ -217,11 +221,14 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         "grid": points.grid,
         "swiss_roll": points.swiss_roll,
         "ppca": points.ppca,
+        **{name: functools.partial(text.load_text, name) for name in ("python_source", "tiny_shakespeare")},
     }
     if name.startswith("images:"):
         sets[name] = functools.partial(images.pictures, name)
+    if name.startswith("text:"):
+        sets[name] = functools.partial(text.load_text, name)
     if name not in sets:
-        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sets)} and images:FOLDER")
+        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sets)}, images:FOLDER and text:FILE")
     known = inspect.signature(sets[name]).parameters
     downloaded = "folder" in known
     if folder is not None and not downloaded:

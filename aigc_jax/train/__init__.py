@@ -23,7 +23,7 @@ from ..core import Family, State
 from ..data import Data, Info, order
 from . import folder as folders
 from .checkpoints import Checkpoints, SaveFailed, difference, say
-from .engine import Engine, Feed, ReadFailed, compiler_options
+from .engine import Engine, Feed, ReadFailed, compiler_options, ratios
 from .folder import Refused, metrics
 from .progress import Progress
 
@@ -123,7 +123,7 @@ def _reported(family: Family, valid: Data, run: Run) -> list[str]:
     key = jax.random.key(0)
     batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, valid.batch(0, 0, run.batch_size)))
     names = list(jax.eval_shape(family.evaluate, jax.eval_shape(family.init, key), batch, key))
-    return names + [f"nll_nats_per_{per[:-1]}" for per in ("tokens", "frames") if per in names]
+    return [*names, *ratios(dict.fromkeys(names, 1.0), valid.info)]
 
 
 def _check_best(best: str, names) -> None:
@@ -227,7 +227,7 @@ def fit(
                 if held is None:
                     stack.callback(folders.lock(folder).close)
                 saves.open(last)
-                folders.write_json(folder / "run.json", record)
+                folders.write(folder, record, data.info)
             except OSError as e:
                 raise Refused(f"run.folder {folder} cannot be written: {e}") from e
         engine = Engine(make, cfg, run, data)

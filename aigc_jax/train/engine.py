@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from functools import partial
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..core import Family, State, step_key
-from ..data import Data
+from ..data import Data, Info
 
 # A parameter smaller than this is copied to every device rather than cut: gathering it in every layer of every step
 # would cost more than the memory it saves.
@@ -102,6 +103,17 @@ class Feed:
     def batch(self, arrays, x):
         """The same, spread over the devices."""
         return jax.lax.with_sharding_constraint(self.take(arrays, x), NamedSharding(self.mesh, P("data")))
+
+
+def ratios(total: dict[str, float], info: Info) -> dict[str, float]:
+    """What is reported of text and music beside the means: sums over sums, as means of ratios weigh short rows more."""
+    found = {}
+    for per in ("token", "frame"):
+        if f"{per}s" in total:
+            found[f"nll_nats_per_{per}"] = total["nll_nats"] / total[f"{per}s"]
+    if "tokens" in total and info.bytes_per_token:
+        found["nll_bits_per_byte"] = found["nll_nats_per_token"] / math.log(2) / info.bytes_per_token
+    return found
 
 
 class _Ahead:
@@ -231,10 +243,6 @@ class Engine:
                 x, key = feed.place(feed.host(0, i, size, batches)), jax.random.fold_in(self.k_eval, i)
                 for name, value in jax.device_get(sums(state, feed.arrays, x, weight, key)).items():
                     total[name] = total.get(name, 0.0) + float(value)
-            means = {name: value / n for name, value in total.items()}
-            for per in ("tokens", "frames"):  # sum over sum: a mean of ratios would weigh short examples more
-                if per in total:
-                    means[f"nll_nats_per_{per[:-1]}"] = total["nll_nats"] / total[per]
-            return means
+            return ratios(total, feed.data.info) | {name: value / n for name, value in total.items()}
 
         return score

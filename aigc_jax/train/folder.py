@@ -68,6 +68,17 @@ def write_json(path: Path, value) -> None:
     new.replace(path)
 
 
+def _described(info: Info) -> dict:
+    return _plain({**dataclasses.asdict(info), "tokenizer": ""})  # it has a file of its own
+
+
+def write(folder: Path, record: dict, info: Info) -> None:
+    """run.json, and tokenizer.json where the data are text."""
+    if info.tokenizer:
+        (folder / "tokenizer.json").write_text(info.tokenizer, encoding="utf-8")
+    write_json(folder / "run.json", record)
+
+
 def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
     """The content of run.json. Refuses a make that another process could not import."""
     module, name = getattr(make, "__module__", "?"), getattr(make, "__qualname__", repr(make))
@@ -79,8 +90,8 @@ def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
         "make": [module, name],
         "config": _plain(dataclasses.asdict(cfg)),
         "run": _plain(dataclasses.asdict(run)),
-        "data": _plain(dataclasses.asdict(data)),
-        "valid": None if valid is None else _plain(dataclasses.asdict(valid)),
+        "data": _described(data),
+        "valid": None if valid is None else _described(valid),
         "environment": environment(),
     }
     if _model(record, run.folder) != (make, cfg):
@@ -199,8 +210,12 @@ def rebuild(folder: str | Path) -> tuple:
 
     record = read(folder)
     make, cfg = _model(record, folder)
+    tokenizer = Path(folder) / "tokenizer.json"
     try:
-        return make, cfg, build(Run, record["run"]), build(Info, record["data"]), record
+        info = build(Info, record["data"])
+        if tokenizer.is_file():
+            info = dataclasses.replace(info, tokenizer=tokenizer.read_text(encoding="utf-8"))
+        return make, cfg, build(Run, record["run"]), info, record
     except (TypeError, ValueError) as e:
         raise Refused(f"{folder}/run.json does not describe a run of this version: {e}") from e
 

@@ -1,0 +1,252 @@
+"""Text: tokenizers, and sets of crops (to train on) or windows (to score every token once)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+from . import Data, Info, order
+from .prepare import cuts, prepared
+
+
+class Tokenizer:
+    """Text to token numbers and back: single characters, or byte-level BPE by the `tokenizers` library.
+
+    `Tokenizer.characters(text)`, `Tokenizer.bpe(text, vocab)`, `Tokenizer.gpt2(folder)`, `Tokenizer.load(file)`.
+    `content` is what `save` writes, JSON; two tokenizers of equal content are equal.
+    """
+
+    def __init__(self, content: str):
+        """From `content`; raises ValueError where it describes no tokenizer."""
+        self.content = content
+        try:
+            said = json.loads(content)
+            self._characters = np.array(sorted(map(ord, said["characters"]))) if "characters" in said else None
+            if self._characters is None:
+                import tokenizers
+
+                self._bpe = tokenizers.Tokenizer.from_str(content)
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"this is no tokenizer ({e})") from e
+        self.size = len(self._characters) if self._characters is not None else self._bpe.get_vocab_size()
+
+    @classmethod
+    def characters(cls, text: str) -> Tokenizer:
+        """One token for each character that occurs, in the order of their code points."""
+        return cls(json.dumps({"characters": "".join(sorted(set(text)))}))
+
+    @classmethod
+    def bpe(cls, text: str, vocab: int) -> Tokenizer:
+        """Byte-level BPE (GPT-2, section 2.2) of `vocab` tokens, at least 256, trained on the text."""
+        import tokenizers
+
+        if vocab < 256:
+            raise ValueError(f"byte-level BPE needs a vocabulary of at least 256, the bytes themselves, got {vocab}")
+        made = _byte_level(tokenizers.models.BPE())
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False)
+        made.train_from_iterator([text], trainer)
+        return cls(made.to_str())
+
+    @classmethod
+    def gpt2(cls, folder: str | Path) -> Tokenizer:
+        """GPT-2's own, from a folder with its vocab.json and merges.txt, or tokenizer.json."""
+        import tokenizers
+
+        folder = Path(folder)
+        if (folder / "tokenizer.json").is_file():
+            return cls.load(folder / "tokenizer.json")
+        files = [folder / "vocab.json", folder / "merges.txt"]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{folder} has no tokenizer.json, and no {' and no '.join(missing)}")
+        try:
+            return cls(_byte_level(tokenizers.models.BPE.from_file(*map(str, files))).to_str())
+        except Exception as e:
+            raise ValueError(f"{files[0]} and {files[1].name} are no tokenizer ({e})") from e
+
+    @classmethod
+    def load(cls, file: str | Path) -> Tokenizer:
+        """What `save` wrote, or any tokenizer.json of the `tokenizers` library."""
+        file = Path(file)
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no tokenizer {file}")
+        try:
+            return cls(file.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from e
+
+    def save(self, file: str | Path) -> None:
+        """One JSON file."""
+        Path(file).write_text(self.content, encoding="utf-8")
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [T]. Raises ValueError for a character that the vocabulary has not."""
+        if self._characters is None:
+            return np.array(self._bpe.encode(text, add_special_tokens=False).ids, np.int32)
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
+        tokens = np.minimum(np.searchsorted(self._characters, points), self.size - 1)
+        if unknown := points[self._characters[tokens] != points].tolist():
+            raise ValueError(f"the vocabulary has no {chr(unknown[0])!r}")
+        return tokens.astype(np.int32)
+
+    def decode(self, tokens) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD. Raises ValueError for numbers beyond the vocabulary."""
+        tokens = np.asarray(tokens, np.int64).reshape(-1)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.size:
+            raise ValueError(f"tokens lie in 0..{self.size - 1}, got {tokens.min()}..{tokens.max()}")
+        if self._characters is None:
+            return self._bpe.decode(tokens.tolist(), skip_special_tokens=False)
+        return "".join(map(chr, self._characters[tokens]))
+
+
+def _byte_level(model):
+    import tokenizers
+
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
+
+
+def _crop(length: int, arrays: dict, rows) -> dict:
+    return {"tokens": arrays["text"][rows[:, None] + np.arange(length + 1)[None]]}
+
+
+def _window(length: int, arrays: dict, rows) -> dict:
+    mask = np.arange(length)[None] >= arrays["seen"][rows][:, None]
+    return {**_crop(length, arrays, arrays["start"][rows]), "mask": mask.astype(np.float32), "index": rows}
+
+
+def from_tokens(
+    tokens: np.ndarray,
+    *,
+    length: int,
+    stride: int = 0,
+    vocab: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    source: dict | None = None,
+    bytes_per_token: float | None = None,
+) -> Data:
+    """A text as tokens [N] -> batches `tokens` int32 [B, length + 1]: what is read, and shifted by one what follows.
+
+    stride 0: crops from random places, without end. Else windows `stride` apart, with `mask` [B, length]: of every
+    window only what no earlier one has predicted counts, so that each token but the first counts once, and, from the
+    second window on, after at least length - stride others.
+
+    Raises ValueError where the text is shorter than length + 1, or stride exceeds length.
+    """
+    tokens = np.ascontiguousarray(tokens, np.int32)
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    if not 0 <= stride <= length:
+        raise ValueError(f"stride must lie in 0..length = {length}, got {stride}")
+    if len(tokens) <= length:
+        raise ValueError(f"the text has {len(tokens)} tokens, a length of {length} needs at least {length + 1}")
+    vocab = tokenizer.size if tokenizer else vocab or int(tokens.max()) + 1
+    digest = hashlib.sha256(tokens.tobytes() + f"{length} {stride} {vocab}".encode())
+    if tokenizer:
+        digest.update(tokenizer.content.encode())
+    last = len(tokens) - 1 - length  # where the last window begins
+    windows = -(-last // stride) + 1 if stride else None
+    info = Info(
+        kind="text", shape=(length + 1,), levels=vocab, examples=windows, source=source,
+        fingerprint=digest.hexdigest(), tokenizer=tokenizer.content if tokenizer else "",
+        bytes_per_token=bytes_per_token,
+    )  # fmt: skip
+    if not stride:
+
+        def rows(seed, i, size):
+            bits = np.random.Philox(key=[seed, 0], counter=[0, 0, i, 0]).random_raw(size)
+            return (bits % np.uint64(last + 1)).astype(np.int32)
+
+        arrays, take = {"text": tokens}, functools.partial(_crop, length)
+    else:
+        start = np.minimum(np.arange(windows) * stride, last)
+        seen = np.diff(start, prepend=start[0] - length)
+        arrays = {"text": tokens, "start": start.astype(np.int32), "seen": (length - seen).astype(np.int32)}
+        rows, take = functools.partial(order, windows), functools.partial(_window, length)
+    return Data(info, lambda seed, i, size: take(arrays, rows(seed, i, size)), (arrays, rows, take))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sets
+
+
+def load_text(
+    name: str, split: str, *, folder: str | None = None, length: int = 256, stride: int = 0, tokenizer: str = "char"
+) -> Data:
+    """python_source, tiny_shakespeare or text:PATH (UTF-8), as `from_tokens` cuts them.
+
+    split: train, the first 90 % of the characters, validation, the rest; sliced as in TFDS.
+    tokenizer: char; bpe:N, trained on train; or a tokenizer.json, or a folder with GPT-2's files.
+    """
+    text = _read(name, folder)
+    border = len(text) * 9 // 10
+    parts = {"train": text[:border], "validation": text[border:]}
+    sizes = {part: len(content) for part, content in parts.items()}
+    chosen = "".join(parts[part][start:stop] for part, start, stop in cuts(name, split, sizes))
+    made = _tokenizer(tokenizer, text, parts["train"])
+    try:
+        tokens = made.encode(chosen)
+        options = {"length": length, "stride": stride, "tokenizer": tokenizer}
+        size = len(chosen.encode()) / max(1, len(tokens))
+        return from_tokens(tokens, length=length, stride=stride, tokenizer=made, bytes_per_token=size,
+                           source={"name": name, "split": split, **options})  # fmt: skip
+    except ValueError as e:
+        raise ValueError(f"{name} {split}: {e}") from e
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(which: str, text: str, train: str) -> Tokenizer:
+    if which == "char":
+        return Tokenizer.characters(text)
+    if which.startswith("bpe:") and which[4:].isdecimal():
+        return Tokenizer.bpe(train, int(which[4:]))
+    if Path(which).is_dir():
+        return Tokenizer.gpt2(which)
+    if which.endswith(".json"):
+        return Tokenizer.load(which)
+    raise ValueError(f"tokenizer must be char, bpe:N, a tokenizer.json or a folder with GPT-2's files, got {which!r}")
+
+
+def _read(name: str, folder: str | None) -> str:
+    if name == "python_source":
+        if folder is not None:
+            raise ValueError("python_source needs no files, so it takes no folder")
+        return _python_source()
+    if name == "tiny_shakespeare":
+        return _official_text(str(prepared(name, folder).data_path))
+    path = Path(folder or name.removeprefix("text:"))
+    if not path.is_file():
+        raise FileNotFoundError(f"text: there is no file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"text: {path} is not UTF-8 (byte {e.start}): convert it, or name a text file") from e
+
+
+@functools.lru_cache(maxsize=1)
+def _official_text(path: str) -> str:
+    """The whole text out of TFDS's three splits, whose borders are not ours."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(path)
+    return b"".join(builder.as_data_source(part)[0]["text"] for part in ("train", "validation", "test")).decode()
+
+
+@functools.lru_cache(maxsize=1)
+def _python_source() -> str:
+    """The standard library's modules at its top level, those of pure ASCII, by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for file in sorted(root.glob("*.py"), key=lambda f: f.name):
+        with contextlib.suppress(UnicodeDecodeError):
+            found.append(file.read_text(encoding="ascii"))
+    if not found:
+        raise FileNotFoundError(f"python_source: there are no modules in {root}")
+    return "\n".join(found)

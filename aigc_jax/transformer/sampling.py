@@ -1,0 +1,124 @@
+"""From logits to a token: which ones stay, and which of them is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. A pytree of numbers, so that a jitted `generate` takes other ones without compiling."""
+
+    temperature: Any = 1.0  # logits are divided by it; 0: the most likely token
+    top_k: Any = 0  # the k most likely; 0: all (Fan et al. 2018)
+    top_p: Any = 1.0  # the smallest set of most likely tokens with at least this probability (Holtzman et al. 2020)
+    min_p: Any = 0.0  # those at least this share as likely as the most likely (Nguyen et al. 2024)
+    repetition: Any = 1.0  # > 1: logits of tokens that occurred are divided by it, or multiplied where negative
+    stop: Any = ()  # tokens that end a sequence
+
+    def __post_init__(self):
+        said = {
+            "temperature": (lambda x: 0 <= x < float("inf"), "at least 0"),
+            "top_k": (lambda x: x >= 0 and x == int(x), "a whole number, at least 0"),
+            "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+            "repetition": (lambda x: 0 < x < float("inf"), "positive"),
+        }
+        for name, (holds, words) in said.items():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not holds(value):  # not what jit puts in its place
+                raise ValueError(f"sampling.{name} must be {words}, got {value}")
+
+
+jax.tree_util.register_dataclass(Sampling, [f for f in Sampling.__dataclass_fields__], [])
+
+
+def penalise(logits: Float[Array, "B V"], used: Bool[Array, "B V"], repetition: Any) -> Float[Array, "B V"]:
+    """Logits of tokens that occurred: positive ones / repetition, negative ones * repetition (Keskar et al. 2019)."""
+    return jnp.where(used, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+
+
+def _largest_threshold(order: Array, holds) -> Array:
+    """The largest threshold t [B] for which holds(order >= t[:, None]) [B]; holds is true of all tokens together.
+
+    Bisection over the 32 bits: exact, and twenty times as fast as a sort of GPT-2's vocabulary.
+    """
+
+    def body(i, t):
+        higher = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(holds(order >= higher[:, None]), higher, t)
+
+    return jax.lax.fori_loop(0, 32, body, jnp.zeros(order.shape[0], jnp.uint32))
+
+
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits / temperature, -inf for tokens that are not to be drawn.
+
+    In turn, each on what is left: top_k, top_p, min_p. A token as likely as the last one kept is kept too. Exact
+    without sorting the vocabulary.
+    """
+    greedy = jnp.asarray(sampling.temperature) == 0
+    logits = logits / jnp.where(greedy, 1.0, sampling.temperature)
+    # As unsigned integers in the order of the logits, with one zero for two.
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits).astype(jnp.float32), jnp.uint32)
+    order = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+    def keep(logits, kept):
+        return jnp.where(kept, logits, -jnp.inf)
+
+    def top_k(logits):
+        t = _largest_threshold(order, lambda kept: kept.sum(-1) >= jnp.minimum(sampling.top_k, order.shape[-1]))
+        return keep(logits, order >= t[:, None])
+
+    def top_p(logits):
+        p = jax.nn.softmax(logits)
+        total = p.sum(-1)  # 1 but for rounding, which top_p close to 1 would feel
+        t = _largest_threshold(order, lambda kept: jnp.where(kept, p, 0.0).sum(-1) >= sampling.top_p * total)
+        return keep(logits, order >= t[:, None])
+
+    def same(logits):
+        return logits
+
+    logits = jax.lax.cond(jnp.asarray(sampling.top_k) > 0, top_k, same, logits)
+    logits = jax.lax.cond(jnp.asarray(sampling.top_p) < 1, top_p, same, logits)
+    largest = logits.max(-1, keepdims=True)
+    return keep(logits, logits >= largest + jnp.where(greedy, 0.0, jnp.log(sampling.min_p)))
+
+
+def draw(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, "B"]:
+    """One token a row from softmax(filter_logits(logits, sampling)); of equal ones at temperature 0 the first."""
+
+    def most_likely(logits):
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def sampled(logits):
+        return categorical(filter_logits(logits, sampling), key)
+
+    return jax.lax.cond(jnp.asarray(sampling.temperature) == 0, most_likely, sampled, logits)
+
+
+def categorical(logits: Float[Array, "B V"], key: Key[Array, ""], block: int = 256) -> Int[Array, "B"]:
+    """A draw from softmax(logits) by its distribution function: a block of tokens first, then one in it.
+
+    Two random numbers a row, where Gumbel noise takes one a token, and two levels, because a sum over all tokens in
+    float32 would blur those of little probability. Tokens of probability 0 are never drawn.
+    """
+    B, V = logits.shape
+    p = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
+    u = jax.random.uniform(key, (2, B))
+
+    def pick(p, u):
+        """The first index at which the running sum passes u times the total."""
+        total = jnp.cumsum(p, -1)
+        passed = (total > u[:, None] * total[:, -1:]) & (p > 0)
+        # u < 1, but its product with the total may round up to it: then the most likely, which exists.
+        return jnp.where(passed.any(-1), passed.argmax(-1), p.argmax(-1)).astype(jnp.int32)
+
+    which = pick(blocks.sum(-1), u[0])
+    return which * block + pick(jnp.take_along_axis(blocks, which[:, None, None], 1)[:, 0], u[1])
