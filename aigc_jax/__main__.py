@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,31 +15,108 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from . import data, figures, metrics, train
+from . import data, figures, metrics, train, transformer
+from .data.text import Tokenizer
 from .train import folder as folders
 from .train.checkpoints import Checkpoints
 
 Folder = tyro.conf.Positional[Path]
 
 
+@dataclass(frozen=True)
+class Continue:
+    """How a language model writes."""
+
+    prompt: str = "\n"
+    new: int = 256  # tokens; fewer where the context ends
+    temperature: float = 1.0  # 0: the most likely token
+    top_k: int = 0  # the k most likely; 0: all
+    top_p: float = 1.0  # the smallest set of tokens of this probability
+    min_p: float = 0.0  # those this share as likely as the most likely
+    repetition: float = 1.0  # penalty of what occurred; 1: none
+    stop: str = ""  # a text of one token that ends it
+
+
+def _continue(result: train.Result, how: Continue, n: int, seed: int) -> None:
+    """n continuations of a prompt, one after another, each token printed when it is drawn."""
+    cfg, tokenizer = result.config, Tokenizer(result.info.tokenizer)
+    params = result.state.params if result.state.ema is None else result.state.ema
+    prompt = tokenizer.encode(how.prompt)
+    stop = tokenizer.encode(how.stop)
+    if n < 1 or how.new < 1:
+        raise train.Refused(f"n and text.new must be at least 1, got {n} and {how.new}")
+    if len(stop) > 1:
+        raise train.Refused(f"text.stop must be one token, {how.stop!r} is {len(stop)}")
+    if not 1 <= len(prompt) < cfg.context:
+        raise train.Refused(f"the prompt has {len(prompt)} tokens; it must have 1 to {cfg.context - 1}")
+    sampling = transformer.Sampling(how.temperature, how.top_k, how.top_p, how.min_p, how.repetition)
+    new = min(how.new, cfg.context - len(prompt))
+    keys = jax.random.split(jax.random.split(jax.random.key(seed), 4)[3], n)
+    prefill = jax.jit(partial(transformer.prefill, cfg, slots=len(prompt) + new))
+    decode = jax.jit(partial(transformer.decode, cfg), donate_argnums=2)
+
+    @jax.jit
+    def draw(logits, used, key, sampling):
+        logits = transformer.penalise(logits, used, sampling.repetition)
+        # A vocabulary that was rounded up has numbers which are no token.
+        return transformer.draw(logits.at[:, tokenizer.size :].set(-jax.numpy.inf), key, sampling)
+
+    for i in range(n):
+        if n > 1:
+            print(f"--- {i + 1} of {n}", flush=True)
+        tokens = prompt.tolist()
+        print(shown := tokenizer.decode(tokens), end="", flush=True)
+        logits, cache = prefill(params, prompt[None])
+        used = np.isin(np.arange(cfg.vocab), prompt)[None]
+        for j in range(new):
+            [token] = draw(logits, used, jax.random.fold_in(keys[i], j), sampling)
+            tokens.append(int(token))
+            used[0, tokens[-1]] = True
+            text = tokenizer.decode(tokens)
+            if not text.endswith("\ufffd"):  # the bytes of a character are not all there yet
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+            if tokens[-1] in stop:
+                break
+            if j + 1 < new:
+                logits, cache = decode(params, jax.numpy.array(tokens[-1:]), cache)
+        print()
+
+
 def sample(
-    run_folder: Folder, /, *, out: Path, n: int = 64, seed: int = 0, chunk: int = 256, label: int | None = None
+    run_folder: Folder,
+    /,
+    *,
+    out: Path | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    chunk: int = 256,
+    label: int | None = None,
+    text: Continue = Continue(),
 ) -> None:
-    """Draws n samples from a run and writes them as a picture.
+    """Draws n samples from a run: a picture of them, or text, which appears as it is drawn.
 
     Args:
         run_folder: what a training run wrote.
-        out: the picture, a .png file.
-        n: how many.
+        out: the picture, a .png file; of text it is none.
+        n: how many; by default 64, of text 1.
         seed: of the samples; not the run's.
-        chunk: how many at once; the samples depend on it.
+        chunk: how many pictures at once; the samples depend on it.
         label: the class of all of them, for a conditional model; by default the classes in turn.
+        text: of a language model.
     """
-    if out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
-        raise train.Refused(f"--out must name a .png file in a folder that exists, got {out}")
     if not 0 <= seed < 2**32:
         raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
     result = train.load(run_folder)
+    if result.info.kind == "text":
+        if out is not None or label is not None:
+            raise train.Refused(f"{run_folder} writes text, to the terminal: it takes no --out and no --label")
+        return _continue(result, text, 1 if n is None else n, seed)
+    if text != Continue():
+        raise train.Refused(f"{run_folder} makes {result.info.kind}: --text.* is for language models")
+    n = 64 if n is None else n
+    if out is None or out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
+        raise train.Refused(f"--out must name a .png file in a folder that exists, got {out}")
     options = {}
     if label is not None:
         classes = getattr(result.config, "classes", 0)

@@ -15,17 +15,20 @@ import jax
 import numpy as np
 import pytest
 
-from aigc_jax import core, data, train, vae
+from aigc_jax import core, data, train, transformer, vae
 from aigc_jax.core import Optim
+from aigc_jax.data import text
 from aigc_jax.train import Run, engine, fit, load
 
-from . import toy_text, trainee
+from . import trainee
 
 ROOT = Path(__file__).parent.parent
 DIGITS = data.load("digits")
 VALID = data.load("digits", "train[:50]")
 CFG = trainee.CFG
 SGD = dataclasses.replace(CFG, ema=0.0, optim=Optim("sgd", lr=1e-3))
+SPEAKER = transformer.Config(vocab=12, context=8, layers=1, heads=2, width=16)
+CROPS = text.from_tokens(np.random.default_rng(0).integers(0, 12, 500), length=8)
 
 
 def run(folder="", steps=20, **options):
@@ -111,10 +114,10 @@ def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_pmap_agrees_with_one_device_where_no_noise_is_drawn(k):
-    cfg = dataclasses.replace(toy_text.Config(), micro=2, optim=Optim("sgd", lr=0.1))
-    source = toy_text.crops()
-    one = fit(toy_text.make, cfg, run(steps=7), source).state
-    eight = fit(toy_text.make, cfg, run(steps=7, devices=8, pmap=True, steps_per_call=k), source).state
+    cfg = dataclasses.replace(SPEAKER, micro=2, optim=Optim("sgd", lr=0.1))
+    source = CROPS
+    one = fit(transformer.make, cfg, run(steps=7), source).state
+    eight = fit(transformer.make, cfg, run(steps=7, devices=8, pmap=True, steps_per_call=k), source).state
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
@@ -530,7 +533,7 @@ def test_best_is_not_compared_over_two_validation_sets(tmp_path):
 
 def test_validation_must_be_finite():
     with pytest.raises(train.Refused, match="examples=N"):
-        fit(toy_text.make, toy_text.Config(), run(), toy_text.crops(), valid=toy_text.crops())
+        fit(transformer.make, SPEAKER, run(), CROPS, valid=CROPS)
 
 
 def build(cfg: vae.Config):

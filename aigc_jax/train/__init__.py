@@ -131,10 +131,20 @@ def _check_best(best: str, names) -> None:
         raise Refused(f"run.best is {best!r}; reported are {', '.join(names)}")
 
 
-def _warm_start(family: Family, run: Run) -> State:
+def _warm_start(family: Family, run: Run, params) -> State:
     """The state that a run starts from; Refused where its parameters are not those of this model."""
-    warm = load(run.init).state
     ours = jax.eval_shape(family.init, jax.random.key(0))
+    if params is not None:
+        if run.init:
+            raise Refused("a run starts from run.init or from params, not from both")
+        if words := difference(ours.params, params):
+            raise Refused(f"params do not fit this model: {words}")
+        if ours.extra is not None or (ours.ema is not None and difference(ours.ema, params)):
+            raise Refused("this model carries more than params: start it from a run folder (run.init)")
+        # Copies, because a step gives away the arrays it is given.
+        own, ema = (jax.tree.map(lambda x: jax.numpy.array(x, copy=True), params) for _ in range(2))
+        return State(None, own, None, ema=ema)
+    warm = load(run.init).state
     if ours.ema is not None and warm.ema is None:
         raise Refused(f"{run.init} holds no average to start model.ema from: set model.ema to 0")
     kept = ("params", "extra", *(["ema"] if ours.ema is not None else []))
@@ -194,8 +204,12 @@ def fit(
     *,
     valid: Data | None = None,
     on_eval: Callable[[Family, State, int], dict] | None = None,
+    params: Any = None,
 ) -> Result:
     """Trains make(cfg) on `data`, or continues the run that lies in run.folder, and returns it.
+
+    params: what to start from in place of the seed's, such as those of `transformer.load_gpt2`; the checkpoint of step
+        0 keeps them. A run that is continued does not look at them.
 
     valid: a finite set, scored every run.eval_every steps and at the end. on_eval(family, state, step) -> {name: value}
         runs there too; its numbers are reported beside the scores (None: nothing to report).
@@ -220,7 +234,7 @@ def fit(
         last = saves.newest() if saves else None
         if last is not None and last > run.steps:
             raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
-        warm = _warm_start(make(cfg), run) if run.init and last is None else None
+        warm = _warm_start(make(cfg), run, params) if (run.init or params is not None) and last is None else None
         if folder and lead:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
