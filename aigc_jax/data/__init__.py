@@ -22,7 +22,7 @@ import numpy as np
 class Info:
     """What a set is. A run folder records it, and a Config's `check(info)` compares itself with it."""
 
-    kind: str  # image | points | text: how figures show a sample
+    kind: str  # image | points | text | roll: how figures show a sample
     shape: tuple[int, ...]  # of one example, (H, W, C) for images
     levels: int | None = None  # images and tokens are whole numbers in 0..levels-1
     classes: int | None = None  # labels lie in 0..classes-1; None: unlabelled
@@ -37,7 +37,8 @@ class Data(NamedTuple):
     """A data set.
 
     batch(seed, i, size) -> dict of host arrays with `size` rows (image uint8 [B,H,W,C], points float32 [B,d],
-        tokens int32 [B,T+1], label int32 [B], index int32 [B] for finite sets, mask [B,T] of what counts)
+        tokens int32 [B,T+1], roll uint8 [B,T,88], label int32 [B], index int32 [B] for finite sets, mask [B,T] of what
+        counts)
     resident: (arrays, rows, take) of a set that fits in memory. rows(seed, i, size) -> int32 [size] says on the host
         which examples; take(arrays, rows) -> dict is jit-able; `batch` is the take of the rows.
     """
@@ -79,16 +80,20 @@ def from_arrays(
     source: dict | None = None,
     fingerprint: str | None = None,
 ) -> Data:
-    """A finite set of your own: {"image": uint8 [N,H,W,C] or "points": float [N,d], "label": int [N] if there are any}.
+    """A finite set of your own: {"image": uint8 [N,H,W,C] or "points": float [N,d] or "tokens": int [N,T+1] or
+    "roll": 0 or 1 [N,T,keys]}, with "label": int [N] if there are any; tokens and rolls with "mask": [N,T] of what
+    counts if not all does.
 
-    Images hold whole numbers in 0..levels-1. `classes` defaults to the largest label + 1, `fingerprint` to the sha256
-    of the arrays. Raises ValueError for anything that does not fit this description.
+    Images and tokens are whole numbers in 0..levels-1. `classes` defaults to the largest label + 1, `fingerprint` to
+    the sha256 of the arrays. Raises ValueError for anything that does not fit this description.
     """
-    kinds = [kind for kind in ("image", "points") if kind in arrays]
+    kinds = [kind for kind in ("image", "points", "tokens", "roll") if kind in arrays]
     if len(kinds) != 1:
-        raise ValueError(f"arrays must hold either 'image' or 'points', got {', '.join(arrays) or 'nothing'}")
-    if unknown := set(arrays) - {*kinds, "label"}:
-        raise ValueError(f"from_arrays takes image or points, and label, not {', '.join(sorted(unknown))}")
+        raise ValueError(f"arrays must hold one of image, points, tokens, roll, got {', '.join(arrays) or 'nothing'}")
+    also = ("label", "mask") if kinds[0] in ("tokens", "roll") else ("label",)
+    if unknown := set(arrays) - {*kinds, *also}:
+        said = ", ".join(sorted(unknown))
+        raise ValueError(f"beside {kinds[0]} from_arrays takes {' and '.join(also)}, not {said}")
     kind, arrays = kinds[0], {name: np.asarray(a) for name, a in arrays.items()}
     x = arrays[kind]
     if len(x) == 0:
@@ -100,12 +105,28 @@ def from_arrays(
             raise ValueError(f"levels must lie in 2..256, got {levels}")
         if x.max() >= levels:
             raise ValueError(f"an image value of {x.max()} does not fit levels={levels} (0..{levels - 1})")
+    elif kind == "tokens":
+        if x.ndim != 2 or x.shape[1] < 2 or not np.issubdtype(x.dtype, np.integer):
+            raise ValueError(f"tokens must be whole numbers [N, T+1], got {x.dtype} {list(x.shape)}")
+        if x.min() < 0 or x.max() >= levels:
+            raise ValueError(f"tokens must lie in 0..{levels - 1} (levels={levels}), got {x.min()}..{x.max()}")
+        arrays[kind] = x.astype(np.int32)
+    elif kind == "roll":
+        if x.ndim != 3 or not np.isin(x, (0, 1)).all():
+            raise ValueError(f"roll must be 0 or 1 [N, T, keys], got {x.dtype} {list(x.shape)}")
+        arrays[kind] = x.astype(np.uint8)
+        arrays.setdefault("mask", np.ones(x.shape[:2]))
     elif x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"points must be floats [N, d], got {x.dtype} {list(x.shape)}")
     elif not np.isfinite(x).all():
         raise ValueError("points hold values that are not finite")
     else:
         arrays[kind] = x.astype(np.float32)
+    if "mask" in arrays:
+        mask, expected = arrays["mask"], (len(x), x.shape[1] - (kind == "tokens"))
+        if mask.shape != expected or not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"mask must be 0 or 1 {list(expected)}, got {mask.dtype} {list(mask.shape)}")
+        arrays["mask"] = mask.astype(np.float32)
     if "label" in arrays:
         y = arrays["label"]
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
@@ -116,9 +137,9 @@ def from_arrays(
         arrays["label"] = y.astype(np.int32)
 
     info = Info(
-        kind=kind,
+        kind="text" if kind == "tokens" else kind,
         shape=x.shape[1:],
-        levels=levels if kind == "image" else None,
+        levels=levels if kind in ("image", "tokens") else None,
         classes=classes if "label" in arrays else None,
         examples=len(x),
         source=source,
@@ -199,8 +220,8 @@ def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
 
 
 def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
-    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca; python_source, tiny_shakespeare;
-    images:FOLDER and text:FILE for your own pictures and text.
+    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca; python_source, tiny_shakespeare,
+    jsb_chorales; images:FOLDER and text:FILE for your own pictures and text.
 
     split: train or test, sliced as in TFDS where wished ("train[:50000]", "train[90%:]", "train+test"); synthetic sets
         take any name, and another name draws other points; images:FOLDER see `images.pictures`; text is cut into
@@ -211,7 +232,7 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
 
     Raises ValueError for a name, split, option or file that does not fit, FileNotFoundError where files are missing.
     """
-    from . import images, points, text
+    from . import images, music, points, text
 
     sets = {
         "digits": images.digits,
@@ -221,6 +242,7 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         "grid": points.grid,
         "swiss_roll": points.swiss_roll,
         "ppca": points.ppca,
+        "jsb_chorales": music.jsb_chorales,
         **{name: functools.partial(text.load_text, name) for name in ("python_source", "tiny_shakespeare")},
     }
     if name.startswith("images:"):

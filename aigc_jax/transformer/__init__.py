@@ -377,8 +377,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     """The transformer as a Family, on batches `tokens` [B, T+1] with an optional `mask` [B, T] of what counts.
 
     evaluate: `nll_nats`, a sum over the row, and `tokens`, how many it is over.
-    sample(state, key, *, n, prompt=None, max_new_tokens=None, sampling=Sampling()): tokens [n, max_new_tokens]. prompt
-        [T] is one for all, [n, T] one each; without one, token 0. By default the context is filled.
+    sample(state, key, *, n, prompt=None, max_new_tokens=None, sampling=Sampling()): tokens [n, max_new_tokens] after
+        those of prompt [n, T]; without a prompt, after token 0. By default the context is filled.
     """
     ema = EMA(cfg.ema)
 
@@ -399,8 +399,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         return {"nll_nats": each.sum(-1), "tokens": mask.sum(-1)}
 
     def sample(state: State, key, *, n: int, prompt=None, max_new_tokens=None, sampling=Sampling()):
-        prompt = jnp.zeros(1, jnp.int32) if prompt is None else jnp.asarray(prompt, jnp.int32)
-        prompt = jnp.broadcast_to(prompt[None], (n, *prompt.shape)) if prompt.ndim == 1 else prompt
+        prompt = jnp.zeros((n, 1), jnp.int32) if prompt is None else jnp.asarray(prompt, jnp.int32)
         new = cfg.context - prompt.shape[1] if max_new_tokens is None else max_new_tokens
         return generate(cfg, ema.read(state), prompt, key, max_new_tokens=new, sampling=sampling)
 

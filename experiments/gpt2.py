@@ -1,0 +1,125 @@
+"""GPT-2 from its published weights: how many nats a text costs, and what it says next; Radford et al. 2019
+
+    python -m experiments.gpt2 --weights FOLDER         about 2 minutes on 2 cores for 30,000 characters
+
+Downloads nothing: FOLDER holds config.json, model.safetensors and the tokenizer (vocab.json and merges.txt, or
+tokenizer.json), as at https://huggingface.co/openai-community/gpt2 (548 MB). Scores a text file (by default the end of
+Python's own source) with every token counted once, at least half a context before it, and continues a prompt. Without
+weights only the parameter counts of the four sizes are checked, which need none. Perplexities of papers are per word of
+a text that was taken apart and put together in their own way: compare bits per byte of the same file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aigc_jax import data, train, transformer
+from aigc_jax.data.text import Tokenizer
+from experiments import _cli
+from experiments._cli import Row, Source
+
+# (layers, heads, width): the four published sizes; the paper calls them 117M, 345M, 762M and 1542M.
+SIZES = {
+    "gpt2": (12, 12, 768, 124_439_808),
+    "gpt2-medium": (24, 16, 1024, 354_823_168),
+    "gpt2-large": (36, 20, 1280, 774_030_080),
+    "gpt2-xl": (48, 25, 1600, 1_557_611_200),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Flags of gpt2."""
+
+    folder: str = "runs/gpt2"
+    weights: str = ""  # a folder of Hugging Face's; "": only the parameter counts; random: a tiny model, for a try
+    data: Source = Source("python_source")
+    split: str = "validation[:30000]"
+    length: int = 1024  # of windows, half of which overlap
+    prompt: str = "def fibonacci(n):\n"
+    new: int = 60  # tokens after the prompt
+    temperature: float = 0.8
+    seed: int = 0
+
+
+SCALES = {
+    "smoke": Setup(
+        folder="runs/gpt2-smoke", weights="random", split="validation[:2000]", length=24, prompt="def ", new=10
+    ),
+    "cpu": Setup(),
+}
+DIFFERENCE = {"smoke": "a random model of 7,000 parameters, written and read", "cpu": "another text than the paper's"}
+BITS = "bits per byte"
+
+
+def counted(name: str) -> str:
+    return f"{name}: parameters"
+
+
+CRITERIA = {counted(name): (f"= {size[-1]}", lambda ours, n=size[-1]: ours == n) for name, size in SIZES.items()}
+INVARIANTS = {**CRITERIA, BITS: ("< 20", lambda ours: ours < 20)}
+
+
+def parameters(cfg: transformer.Config) -> int:
+    """How many, without making them."""
+    shapes = jax.eval_shape(partial(transformer.init, cfg), jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def rows(setup: Setup, folder: Path) -> list[Row]:
+    """Counts, scores the text, continues the prompt."""
+    found = []
+    for name, (layers, heads, width, paper) in SIZES.items():
+        cfg = transformer.Config(layers=layers, heads=heads, width=width)
+        found.append(Row(counted(name), parameters(cfg), oracle=paper))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = random_model(folder / "random") if setup.weights == "random" else setup.weights
+    if not weights:
+        print("no --weights FOLDER: only the parameter counts")
+        return found
+    with _cli.door():
+        cfg, params = transformer.load_gpt2(weights)
+        length = min(setup.length, cfg.context)
+        text = setup.data.load(setup.split, length=length, stride=length // 2, tokenizer=str(weights))
+        tokenizer = Tokenizer(text.info.tokenizer)
+        if tokenizer.size > cfg.vocab:
+            raise ValueError(f"{weights}: the tokenizer has {tokenizer.size} tokens, the model {cfg.vocab}")
+        prompt = tokenizer.encode(setup.prompt)
+        transformer.Sampling(setup.temperature)
+        if not 0 < len(prompt) <= cfg.context - setup.new:
+            raise ValueError(f"prompt: {len(prompt)} tokens and {setup.new} new ones do not fit 1..{cfg.context}")
+    family = transformer.make(cfg)
+    state = jax.eval_shape(family.init, jax.random.key(0))._replace(params=params, opt_state=())
+    result = train.Result(family, state, cfg, text.info, None)
+    value = train.evaluate(result._replace(state=state._replace(step=np.int32(0))), text, batch_size=2)
+    generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
+    sampling = transformer.Sampling(setup.temperature, top_p=0.95)
+    tokens = generate(params, prompt[None], jax.random.key(setup.seed), sampling=sampling)[0]
+    said = setup.prompt + tokenizer.decode(np.asarray(tokens)[np.asarray(tokens) < tokenizer.size])
+    (folder / "sample.txt").write_text(said + "\n")
+    print(said)
+    return [
+        *found,
+        Row(f"nats per token, {setup.data.name} {setup.split}", value["nll_nats_per_token"]),
+        Row("perplexity per token", math.exp(value["nll_nats_per_token"])),
+        Row(BITS, value["nll_bits_per_byte"]),
+    ]
+
+
+def random_model(folder: Path) -> str:
+    """A small random GPT-2 with a tokenizer, in the published layout."""
+    cfg = transformer.Config(vocab=300, context=48, layers=2, heads=2, width=16)
+    transformer.save_gpt2(folder, cfg, jax.jit(partial(transformer.init, cfg))(jax.random.key(0)))
+    whole = Tokenizer(data.load("python_source", "train[:20000]", length=8, tokenizer="bpe:300").info.tokenizer)
+    whole.save(folder / "tokenizer.json")
+    return str(folder)
+
+
+if __name__ == "__main__":
+    _cli.main("gpt2")
