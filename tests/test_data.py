@@ -76,7 +76,7 @@ def test_index_names_the_example():
         ({"label": np.full(10, 4)}, {"classes": 4}, r"0\.\.3"),
         ({}, {"levels": 17}, "does not fit levels=17"),
         ({"other": np.zeros(10)}, {}, "other"),
-        ({"points": np.zeros((10, 2))}, {}, "either"),
+        ({"points": np.zeros((10, 2))}, {}, "must hold one of image, points, tokens, roll, got image, label, points"),
         ({"image": np.zeros((0, 2, 2, 1), np.uint8), "label": np.zeros(0, int)}, {}, "at least one"),
     ],
 )
@@ -273,7 +273,7 @@ def test_debian_header_gives_the_official_bytes(tmp_path, monkeypatch):
         b"\x1f\x8b\x08\x08" + struct.pack("<I", 1504176606) + b"\x00\x03train-labels-idx1-ubyte\x00" + b"deflated"
     )
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00" + b"time" + b"\x00\x03" + b"deflated")
-    monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(prepare, "DEBIAN_FASHION_MNIST", tmp_path)
     wanted = {"train-labels-idx1-ubyte.gz": ("", hashlib.sha256(official).hexdigest(), len(official))}
     assert prepare._debian_fashion_mnist(wanted) == {"train-labels-idx1-ubyte.gz": official}
     wanted = {"train-labels-idx1-ubyte.gz": ("", "0" * 64, len(official))}
