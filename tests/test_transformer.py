@@ -253,6 +253,8 @@ def test_sequences_beyond_the_context_are_refused():
             transformer.generate(SMALL, params, tokens(1, T), key(0), max_new_tokens=new)
         with pytest.raises(ValueError, match=words):
             transformer.beam_search(SMALL, params, tokens(1, T), beams=2, max_new_tokens=new)
+    with pytest.raises(ValueError, match="a prompt is tokens .B, T., as Tokenizer.encode"):
+        transformer.generate.__wrapped__(SMALL, params, "the", key(0), max_new_tokens=3)
     with pytest.raises(ValueError, match=r"beams must lie in 1..11, got 12"):
         transformer.beam_search(SMALL, params, tokens(1, 3), beams=12, max_new_tokens=2)
     with pytest.raises(ValueError, match="a cache of 4 slots does not hold a prompt of 5 tokens"):

@@ -50,7 +50,7 @@ class Config:
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
     micro: int = 1
     ema: float = 0.0
-    optim: Optim = Optim(lr=6e-4, b2=0.95, weight_decay=0.1, clip=1.0, warmup=2000)
+    optim: Optim = Optim(lr=6e-4, b2=0.95, weight_decay=0.1, clip=1.0, warmup=100)
 
     def __post_init__(self):
         for field in ("context", "layers", "heads", "width", "micro"):
@@ -90,7 +90,7 @@ class Config:
         if info.kind != "text":
             raise ValueError(f"a transformer trains on text, not on {info.kind}")
         if info.levels > self.vocab:
-            raise ValueError(f"model.vocab is {self.vocab}, the tokenizer has {info.levels} tokens")
+            raise ValueError(f"model.vocab is {self.vocab}, the tokenizer has {info.levels} tokens (data.info.levels)")
         if info.shape[0] - 1 > self.context:
             raise ValueError(f"model.context is {self.context}, the data's length is {info.shape[0] - 1}")
 
@@ -258,6 +258,8 @@ def decode(cfg: Config, params: Params, token_B: Int[Array, "B"], cache: Cache) 
 
 
 def _check_prompt(cfg: Config, prompt, new: int) -> None:
+    if not hasattr(prompt, "shape") or len(prompt.shape) != 2:
+        raise ValueError("a prompt is tokens [B, T], as Tokenizer.encode(text)[None] gives them")
     if new < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {new}")
     if prompt.shape[1] < 1:
