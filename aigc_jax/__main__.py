@@ -39,6 +39,8 @@ class Continue:
 
 def _continue(result: train.Result, how: Continue, n: int, seed: int) -> None:
     """n continuations of a prompt, one after another, each token printed when it is drawn."""
+    if not result.info.tokenizer:
+        raise train.Refused(f"{result.folder} was trained on tokens without a tokenizer: use transformer.generate")
     cfg, tokenizer = result.config, Tokenizer(result.info.tokenizer)
     params = result.state.params if result.state.ema is None else result.state.ema
     prompt = tokenizer.encode(how.prompt)

@@ -216,6 +216,8 @@ def descend(
     micro: the batch is cut into so many parts, one after another, for memory; part i gets `fold_in(key, i)` and the
         `extra` of the part before it. Gradients and metrics are means over the parts.
     axis_name: the per-device view; gradients and metrics are means over the devices.
+    A loss that is a mean over an unequal number of things, such as the tokens that count, says how many in
+        `metrics["weight"]`: parts and devices are then averaged by it, and the update is that of the whole batch.
 
     Returns the new State and `loss, grad_norm, lr` (`<net>_loss ...` for a named net) beside the loss's own metrics.
     """
@@ -230,25 +232,33 @@ def descend(
     blind = state._replace(params=put(state.params, None))
     gradient = jax.value_and_grad(loss, has_aux=True)
 
+    def weighed(extra, batch, key):
+        (value, (extra, metrics)), grads = gradient(params, blind._replace(extra=extra), batch, key)
+        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
+        return extra, weight, (grads, value, {name: x for name, x in metrics.items() if name != "weight"})
+
+    def share(weight, total):
+        return weight / jnp.where(total > 0, total, 1.0)  # where nothing counts at all, nothing moves
+
     if micro == 1:
-        (value, (extra, metrics)), grads = gradient(params, blind, batch, key)
+        extra, weight, means = weighed(state.extra, batch, key)
     else:
 
         def one(carry, i):
-            extra, total = carry
-            (value, (extra, metrics)), grads = gradient(
-                params, blind._replace(extra=extra), _part(batch, micro, i), jax.random.fold_in(key, i)
-            )
-            return (extra, jax.tree.map(jnp.add, total, grads)), (value, metrics)
+            extra, total, sums = carry
+            extra, weight, means = weighed(extra, _part(batch, micro, i), jax.random.fold_in(key, i))
+            return (extra, total + weight, jax.tree.map(lambda a, x: a + weight * x, sums, means)), None
 
         # Rolled, because memory is its purpose.
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        (extra, total), several = jax.lax.scan(one, (state.extra, zeros), jnp.arange(micro))
-        grads = jax.tree.map(lambda g: g / micro, total)
-        value, metrics = jax.tree.map(lambda x: x.mean(0), several)
+        like = jax.eval_shape(weighed, state.extra, _part(batch, micro, 0), key)[2]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), like)
+        (extra, weight, sums), _ = jax.lax.scan(one, (state.extra, jnp.float32(0), zeros), jnp.arange(micro))
+        means = jax.tree.map(lambda x: x * share(1.0, weight), sums)
 
     if axis_name is not None:
-        grads, value, metrics = jax.lax.pmean((grads, value, metrics), axis_name)
+        part = share(weight, jax.lax.pmean(weight, axis_name))
+        means = jax.lax.pmean(jax.tree.map(lambda x: x * part, means), axis_name)
+    grads, value, metrics = means
     lr = optim.rate(state.step)
     direction, opt_state = optim.chain().update(grads, pick(state.opt_state), params)
     params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)

@@ -2,7 +2,8 @@
 
 SCALES      {"smoke": Setup, "cpu": Setup, "paper": Setup}: a frozen dataclass; its fields are the flags
 DIFFERENCE  {scale: how this scale differs from the paper's protocol}; "" where it does not
-CRITERIA    {quantity: (what must hold, as words; the same as a function of ours)}
+CRITERIA    {quantity: (what must hold, as words; the same as a function of ours)}; a quantity that a run did not
+            come to is a row of NOT_REACHED, and fails; one without a row is shown as not measured
 INVARIANTS  the same for scale smoke, where a run is too short for the criteria; a failing one is exit code 1
 rows(setup, folder) -> list of Row: trains, draws its figures into the folder, measures
 
@@ -35,6 +36,7 @@ from aigc_jax import data, train
 from aigc_jax.train import folder as folders
 from aigc_jax.train.folder import environment, write_json
 
+NOT_REACHED = "not reached"
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TABLE = ROOT / "results", ROOT / "docs" / "reproduction.md"
 
@@ -43,7 +45,7 @@ class Row(NamedTuple):
     """One line of the results table; numbers in the unit that the quantity names."""
 
     quantity: str
-    ours: float | str
+    ours: float | str | None
     paper: float | str | None = None
     error: float | None = None  # standard error over seeds, or of the estimate (the quantity says which)
     oracle: float | str | None = None  # what exact mathematics says, where it says something
@@ -79,6 +81,10 @@ def verdict(row: Row, criteria: dict) -> str:
     if row.quantity not in criteria:
         return ""
     words, holds = criteria[row.quantity]
+    if row.ours is None:
+        return f"not measured: {words}"
+    if row.ours == NOT_REACHED:
+        return f"FAILS: {words}"
     return f"{'holds' if holds(row.ours) else 'FAILS'}: {words}"
 
 
@@ -166,6 +172,7 @@ def main(name: str) -> None:
     except (train.NonFinite, OSError) as e:  # SaveFailed, or a figure that could not be written
         raise SystemExit(_error(e, 1)) from e
     criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA
+    rows += [Row(quantity, None) for quantity in criteria if quantity not in {row.quantity for row in rows}]
     verdicts = [verdict(row, criteria) for row in rows]
     seconds = round(time.monotonic() - begin, 1)
     # Flags that change what is compared; the record says the data set and the seeds by themselves.
@@ -195,7 +202,7 @@ def main(name: str) -> None:
         write_json(RESULTS / f"{name}.json", {**result, "commit": commit})
         write_table()
         print(f"recorded in results/{name}.json and docs/reproduction.md")
-    if choice.scale == "smoke" and any(v.startswith("FAILS") for v in verdicts):
+    if choice.scale == "smoke" and any(v.startswith(("FAILS", "not measured")) for v in verdicts):
         raise SystemExit(1)
 
 

@@ -85,7 +85,7 @@ SECOND = "repetition: beam search less top-k, small, t .7 (%)"
 THIRD = "repetition: top-k, small, t .7 less the larger of nucleus and pure (%)"
 LIKELY = "perplexity of people over the larger of greedy and beam search"
 UNLIKELY = "perplexity: pure less people"
-CLOSEST = "closest to people in perplexity, of top-k, top-k t .7, nucleus, pure"
+CLOSEST = "closest to people in perplexity, of top-k small, the same at t .7, nucleus, pure"
 ALIKE = "self-BLEU-4: greedy less the next largest"
 CRITERIA = {
     FIRST: ("> 0", lambda ours: ours > 0),
@@ -102,14 +102,14 @@ INVARIANTS = {MOST: ("< 20", lambda ours: ours < 20)}
 
 def repeats(tokens: list[int], longest: int = 90) -> bool:
     """Whether a text ends in a phrase said more than once in a row: of at least 3 tokens, or over 50 times."""
-    best = (0, 0)  # how often, how long
+    best = (0, 0)  # how often, and minus how long: of equal counts the shortest phrase, "ababab" being three of "ab"
     for n in range(1, longest + 1):
         phrase, times = tokens[-n:], 1
         while len(tokens) >= n * (times + 1) and tokens[-n * (times + 1) : -n * times] == phrase:
             times += 1
-        best = max(best, (times, n))
+        best = max(best, (times, -n))
     times, n = best
-    return times > 1 and (n >= 3 or times > 50)
+    return times > 1 and (-n >= 3 or times > 50)
 
 
 def self_bleu(texts: list[list[str]], order: int = 4) -> float:
@@ -149,6 +149,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         training = setup.data.load("train", length=setup.length)
         valid = setup.data.load("validation", length=setup.length, stride=setup.length // 2)
     cfg = replace(setup.model, vocab=training.info.levels)
+    if setup.beams > cfg.vocab:
+        raise train.Refused(f"beams must lie in 1..{cfg.vocab}, the vocabulary, got {setup.beams}")
     result = train.fit(transformer.make, cfg, setup.run, training, valid=valid)
     params, tokenizer = result.state.params, Tokenizer(training.info.tokenizer)
     text = valid.resident[0]["text"]

@@ -3,9 +3,9 @@
     python -m experiments.finetune --weights FOLDER --data.name text:FILE       about 15 minutes on 2 cores
 
 Downloads nothing: FOLDER holds GPT-2's config.json, model.safetensors and tokenizer, as experiments.gpt2 says. The
-first nine tenths of the file are trained on, the rest is scored before and after; the weights of the lowest validation
-loss are written to runs/finetune/gpt2, which `transformers` opens, and which --weights takes again. Expect the text's
-manner within a hundred updates, and a loss that rises again soon after: a file is small.
+first nine tenths of the file are trained on, 20,000 characters of the rest are scored before and after; the weights of
+the lowest validation loss are written to runs/finetune/gpt2, which `transformers` opens, and which --weights takes
+again. Expect the text's manner within a hundred updates, and a loss that rises again soon after: a file is small.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SCALES = {
     ),
     "cpu": Setup(),
 }  # fmt: skip
-DIFFERENCE = {"smoke": "a random model of 10,000 parameters", "cpu": "no paper has numbers for it"}
+DIFFERENCE = {"smoke": "a random model of 12,160 parameters", "cpu": "no paper has numbers for it"}
 BEFORE = "before: validation (nats per token)"
 AFTER = "after: validation, lowest (nats per token)"
 GAIN = "before less after (nats per token)"
@@ -71,6 +71,10 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         cfg = replace(cfg, dropout=setup.dropout, optim=setup.optim)
         training = setup.data.load(setup.split, length=setup.length, tokenizer=str(weights))
         valid = setup.data.load(setup.valid, length=setup.length, stride=setup.length, tokenizer=str(weights))
+        cfg.check(training.info)
+        asked = len(Tokenizer(training.info.tokenizer).encode(setup.prompt))
+        if not 0 < asked < cfg.context:
+            raise ValueError(f"prompt: {asked} tokens, where 1 to {cfg.context - 1} fit")
     family = transformer.make(cfg)
     state = jax.jit(partial(family.init, jax.random.key(0)))()._replace(params=params)
     first = train.evaluate(

@@ -47,6 +47,11 @@ class Setup:
     temperature: float = 0.8
     seed: int = 0
 
+    def __post_init__(self):
+        if self.new < 1 or self.length < 2 or not 0 <= self.seed < 2**32:
+            raise ValueError("new must be at least 1, length at least 2, and seed lie in 0..2**32 - 1")
+        transformer.Sampling(self.temperature)
+
 
 SCALES = {
     "smoke": Setup(
@@ -54,7 +59,7 @@ SCALES = {
     ),
     "cpu": Setup(),
 }
-DIFFERENCE = {"smoke": "a random model of 7,000 parameters, written and read", "cpu": "another text than the paper's"}
+DIFFERENCE = {"smoke": "a random model of 12,160 parameters, written and read", "cpu": "another text than the paper's"}
 BITS = "bits per byte"
 
 
@@ -91,7 +96,6 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         if tokenizer.size > cfg.vocab:
             raise ValueError(f"{weights}: the tokenizer has {tokenizer.size} tokens, the model {cfg.vocab}")
         prompt = tokenizer.encode(setup.prompt)
-        transformer.Sampling(setup.temperature)
         if not 0 < len(prompt) <= cfg.context - setup.new:
             raise ValueError(f"prompt: {len(prompt)} tokens and {setup.new} new ones do not fit 1..{cfg.context}")
     family = transformer.make(cfg)

@@ -33,13 +33,14 @@ class Config:
     dim: int = 5  # of x
     points: int = 11  # pairs in a prompt
     micro: int = 1
-    ema: float = 0.0
 
     def __post_init__(self):
         if self.dim < 1 or self.points < 1:
             raise ValueError(f"dim and points must be at least 1, got {self.dim} and {self.points}")
         if self.net.vocab or self.net.context < 2 * self.points:
             raise ValueError(f"net must have vocab 0 and a context of at least {2 * self.points}")
+        if self.net.micro != 1 or self.net.ema or self.net.dropout:
+            raise ValueError("net.ema and net.dropout are not for this model, and micro is its own, not net's")
 
 
 # `tiny` of the authors' code.

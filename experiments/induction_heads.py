@@ -21,7 +21,7 @@ from aigc_jax import data, figures, train, transformer
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
 from experiments import _cli
-from experiments._cli import Row
+from experiments._cli import NOT_REACHED, Row
 
 SYMBOLS = 64
 BEGIN = SYMBOLS  # the token before every sequence
@@ -46,6 +46,8 @@ class Setup:
     def __post_init__(self):
         if self.run.eval_every < 1:
             raise ValueError("run.eval_every must be at least 1: scores are measured there")
+        if self.model.layers != 2:
+            raise ValueError("model.layers cannot be chosen: models of one and of two layers are compared")
         if self.model.vocab < SYMBOLS + 1 or self.model.context < 4 * SEGMENT + 1:
             raise ValueError(f"the model needs a vocab of {SYMBOLS + 1} and a context of {4 * SEGMENT + 1}")
 
@@ -68,6 +70,7 @@ CRITERIA = {
     JUMP: ("<= 20", lambda ours: ours <= 20),
     TOGETHER: ("<= 10", lambda ours: ours <= 10),
     COPY: ("< .3", lambda ours: ours < 0.3),
+    TWO: ("> .5", lambda ours: ours > 0.5),
     ONE: ("< .2", lambda ours: ours < 0.2),
 }
 INVARIANTS = {ONE: CRITERIA[ONE]}
@@ -133,16 +136,15 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     step, two = curves[2]
     score, second = two["prefix_matching"], two["second_copy_nats"]
     found += [Row(TWO, float(score[-1])), Row(COPY, float(second[-1] / two["first_copy_nats"][-1]))]
+    jump, together = NOT_REACHED, NOT_REACHED
     if (score > 0.5).any():
         high = int(np.argmax(score > 0.5))
         low = int(np.flatnonzero(score[: high + 1] < 0.1)[-1]) if (score[:high] < 0.1).any() else 0
         middle = (step[low] + step[high]) / 2
         fall = int(np.argmin(np.diff(second)))  # the steepest piece of its curve
         fastest = (step[fall] + step[fall + 1]) / 2
-        found += [
-            Row(JUMP, float(100 * (step[high] - step[low]) / step[-1])),
-            Row(TOGETHER, float(100 * abs(fastest - middle) / step[-1])),
-        ]
+        jump, together = (float(100 * x / step[-1]) for x in (step[high] - step[low], abs(fastest - middle)))
+    found += [Row(JUMP, jump), Row(TOGETHER, together)]
     fig, (axes,) = figures.figure(1, 2, size=(11, 4.2))
     best = {f"{n} layer{'s'[n == 1 :]}": (s, v["prefix_matching"]) for n, (s, v) in curves.items()}
     figures.curves(

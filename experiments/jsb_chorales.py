@@ -40,6 +40,8 @@ class Config:
     def __post_init__(self):
         if self.net.vocab:
             raise ValueError("net must have vocab 0: frames are no tokens")
+        if self.net.micro != 1 or self.net.ema:
+            raise ValueError("micro and ema are the model's own, not net's")
         if not 0 <= self.transpose < 12:
             raise ValueError(f"transpose must lie in 0..11, got {self.transpose}")
 
@@ -82,7 +84,7 @@ SCALES = {
     "cpu": Setup(),
 }  # fmt: skip
 DIFFERENCE = {
-    "smoke": "a tiny model, 100 updates",
+    "smoke": "a tiny model, 150 updates",
     "cpu": "a transformer of 0.6 million parameters in batches of 16 pieces (TCN: 0.3 million, one piece at a time)",
 }
 PUBLISHED = {"RNN": 8.91, "LSTM": 8.45, "GRU": 8.43, "TCN": 8.10}
@@ -131,7 +133,8 @@ def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
             by = jax.random.randint(k_move, (batch["roll"].shape[0],), -cfg.transpose, cfg.transpose + 1)
             batch = {**batch, "roll": jax.vmap(lambda roll, by: jnp.roll(roll, by, -1))(batch["roll"], by)}
         nll, mask = each(params, batch, k_drop if cfg.net.dropout else None)
-        return nll.sum() / mask.sum(), (state.extra, {})
+        count = mask.sum()
+        return nll.sum() / jnp.maximum(count, 1.0), (state.extra, {"weight": count})
 
     def evaluate(state, batch, key):
         nll, mask = each(ema.read(state), batch)

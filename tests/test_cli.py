@@ -237,6 +237,9 @@ def test_rows_and_verdicts():
     assert _cli.verdict(row, {"a": ("< 4", lambda v: v < 4)}) == "holds: < 4"
     assert _cli.verdict(row, {"a": ("< 2", lambda v: v < 2)}) == "FAILS: < 2"
     assert _cli.verdict(row, {}) == ""
+    missed = row._replace(ours=_cli.NOT_REACHED)
+    assert _cli.verdict(missed, {"a": ("< 2", lambda v: v < 2)}) == "FAILS: < 2"
+    assert _cli.verdict(row._replace(ours=None), {"a": ("< 2", lambda v: v < 2)}) == "not measured: < 2"
     mean, error = _cli.mean_and_error([1.0, 2.0, 4.0])
     np.testing.assert_allclose((mean, error), (7 / 3, np.std([1, 2, 4], ddof=1) / 3**0.5))
     assert _cli.mean_and_error([5.0]) == (5.0, None)

@@ -363,6 +363,34 @@ def test_micro_batches_take_the_mean_over_parts(row):
         assert_same(got.extra, extra, atol=1e-6)
 
 
+def test_unequal_masks_weigh_what_counts_not_rows():
+    """Cut into parts or over devices, the update is that of the mean over all tokens that count, no mean of means."""
+    make, cfg, _ = ROWS["transformer"]
+    rng = np.random.default_rng(0)
+    # From rows that count fully to rows that do not count at all; the first device's are all of these.
+    mask = (rng.random((B, 8)) < np.linspace(-0.3, 1.2, B)[:, None]).astype(np.float32)
+    assert not mask[: B // 8].any() and mask.sum() > B
+    rows = {"tokens": rng.integers(0, 12, (B, 9)).astype(np.int32), "mask": mask}
+    whole = make(dataclasses.replace(sgd(cfg), micro=1))
+    state = whole.init(key(0))
+    expected, metrics = jax.jit(whole.step)(state, rows, key(1))
+    each = jax.jit(partial(transformer.nll, cfg))(state.params, rows["tokens"])
+    np.testing.assert_allclose(metrics["loss"], (each * mask).sum() / mask.sum(), rtol=1e-5)
+    assert "weight" not in metrics
+    for micro in (2, 8):
+        got, cut = jax.jit(make(dataclasses.replace(sgd(cfg), micro=micro)).step)(state, rows, key(1))
+        assert_same(got.params, expected.params, atol=1e-6)
+        assert_same(cut, metrics, atol=1e-5)
+    view = make(dataclasses.replace(sgd(cfg), micro=2), axis_name="i")
+    states, cut = per_device(view, lambda *_: rows, 1, lambda f, **kw: jax.jit(jax.vmap(f, **kw)))
+    assert_same(jax.tree.map(lambda x: x[3], states.params), expected.params, atol=1e-6)
+    assert_same(jax.tree.map(lambda x: x[3], cut), metrics, atol=1e-5)
+    nothing = {**rows, "mask": np.zeros_like(mask)}
+    for micro in (1, 2):
+        got, _ = jax.jit(make(dataclasses.replace(sgd(cfg), micro=micro)).step)(state, nothing, key(1))
+        assert_same(got.params, state.params)
+
+
 def test_rules_place_moments_and_average_like_the_parameters():
     make, cfg, _ = ROWS["ddpm"]
     family = make(dataclasses.replace(cfg, ema=0.9))

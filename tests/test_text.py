@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,10 +143,11 @@ def test_windows_count_every_token_but_the_first_once(n, length, stride):
 def test_strided_evaluation_is_a_loop_over_the_tokens():
     cfg = transformer.Config(vocab=9, context=6, layers=1, heads=2, width=8)
     tokens = np.random.default_rng(0).integers(0, 9, 40).astype(np.int32)
-    result = train.Result(transformer.make(cfg), transformer.make(cfg).init(jax.random.key(0)), cfg, None, None)
-    state = result.state._replace(params=jax.tree.map(lambda x: 5 * x, result.state.params))
     windows = text.from_tokens(tokens, length=6, stride=2, vocab=9, bytes_per_token=1.5)
-    got = train.evaluate(result._replace(state=state), windows, batch_size=4)
+    family = transformer.make(cfg)
+    state = family.init(jax.random.key(0))
+    state = state._replace(params=jax.tree.map(lambda x: 5 * x, state.params))
+    got = train.evaluate(train.Result(family, state, cfg, windows.info, None), windows, batch_size=4)
     apply = jax.jit(lambda x: jax.nn.log_softmax(transformer.apply(cfg, state.params, x)))
     total = 0.0
     for t in range(1, 40):
@@ -162,11 +164,15 @@ def test_strided_evaluation_is_a_loop_over_the_tokens():
         ({"length": 50}, "the text has 50 tokens, a length of 50 needs at least 51"),
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"length": 5, "stride": 6}, r"stride must lie in 0..length = 5, got 6"),
+        ({"length": 5, "vocab": 49}, r"tokens must lie in 0..48, got 0..49"),
+        ({"length": 5, "tokens": np.arange(-1, 9)}, r"tokens must lie in 0..8, got -1..8"),
+        ({"length": 5, "tokens": np.arange(9.0)}, r"tokens must be whole numbers \[N\], got float64 \[9\]"),
+        ({"length": 5, "tokens": np.zeros((3, 9), int)}, r"tokens must be whole numbers \[N\], got int64 \[3, 9\]"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        text.from_tokens(np.arange(50), **options)
+        text.from_tokens(**{"tokens": np.arange(50), **options})
 
 
 def test_fingerprint_sees_tokens_cut_and_vocabulary():
@@ -208,6 +214,18 @@ def test_a_file_of_ones_own(tmp_path):
     tokenizer.save(tmp_path / "mine.json")
     again = data.load(name, "validation", length=8, stride=8, tokenizer=str(tmp_path / "mine.json"))
     np.testing.assert_array_equal(again.resident[0]["text"], pairs.resident[0]["text"])
+
+
+def test_line_ends_are_characters(tmp_path):
+    (tmp_path / "dos.txt").write_bytes(b"one\r\ntwo\rthree\n" * 5)
+    found = data.load(f"text:{tmp_path / 'dos.txt'}", length=8)
+    tokenizer = Tokenizer(found.info.tokenizer)
+    assert tokenizer.decode(found.resident[0]["text"]).startswith("one\r\ntwo\rthree\n")
+    tokenizer.save(tmp_path / "t.json")
+    (tmp_path / "t.json").write_bytes((tmp_path / "t.json").read_bytes() + b"\r\n")
+    loaded = Tokenizer.load(tmp_path / "t.json")
+    loaded.save(tmp_path / "u.json")
+    assert Tokenizer.load(tmp_path / "u.json").content == loaded.content and loaded.size == tokenizer.size
 
 
 @pytest.mark.parametrize(
@@ -378,10 +396,48 @@ def test_training_starts_from_parameters_that_are_given(tmp_path):
     for i in range(4):
         state, _ = step(state, crops.batch(0, i, 8), jax.random.fold_in(keys, i))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.state.params, state.params)
-    again = train.fit(transformer.make, cfg, run, crops)  # complete: params are asked for no more
+    again = train.fit(transformer.make, cfg, run, crops, params=params)
     assert fingerprint(again.state) == fingerprint(one.state)
+    for other in (None, jax.tree.map(lambda x: x + 1, params)):
+        with pytest.raises(train.Refused, match="holds another run: params"):
+            train.fit(transformer.make, cfg, run, crops, params=other)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # as some weights are published
+    two = train.fit(transformer.make, cfg, dataclasses.replace(run, folder=str(tmp_path / "b")), crops, params=half)
+    assert {x.dtype for x in jax.tree.leaves(two.state.params)} == {jnp.dtype("float32")}
+    values, _ = train.replay(tmp_path / "a", crops, step=1)
+    assert np.isfinite(values["loss"])
+    shutil.rmtree(tmp_path / "a" / "checkpoints" / "0")
+    with pytest.raises(train.Refused, match="began with parameters that were given and has no intact checkpoint"):
+        train.replay(tmp_path / "a", crops, step=1)
     with pytest.raises(train.Refused, match="params do not fit this model"):
         train.fit(transformer.make, cfg, train.Run(steps=1, batch_size=8), crops, params={"wte": params["wte"]})
+
+
+def test_another_tokenizer_than_trainings_is_refused(run_folder, tmp_path):
+    """Its numbers mean other characters, and a loss in them would mean nothing."""
+    (tmp_path / "other.txt").write_text("the cat " * 60)
+    name = f"text:{tmp_path / 'other.txt'}"
+    other = data.load(name, length=16, stride=16)
+    result = train.load(run_folder)
+    with pytest.raises(train.Refused, match="another tokenizer than that of training: load it with tokenizer="):
+        train.evaluate(result, other)
+    training = data.load(f"text:{run_folder.parent / 'story.txt'}", length=16)
+    with pytest.raises(train.Refused, match="another tokenizer than that of training"):
+        train.fit(transformer.make, CFG, train.Run(steps=1, batch_size=8), training, valid=other)
+    fits = data.load(name, length=16, stride=16, tokenizer=str(run_folder / "tokenizer.json"))
+    assert np.isfinite(train.evaluate(result, fits)["nll_nats_per_token"])
+
+
+def test_tokens_without_a_tokenizer_are_not_written(tmp_path, capsys, monkeypatch):
+    from aigc_jax import __main__
+
+    crops = text.from_tokens(np.arange(200) % 9, length=8)
+    cfg = transformer.Config(vocab=9, context=8, layers=1, heads=2, width=8)
+    train.fit(transformer.make, cfg, train.Run(folder=str(tmp_path / "a"), steps=1, batch_size=8, devices=1), crops)
+    monkeypatch.setattr(sys, "argv", ["aigc_jax", "sample", str(tmp_path / "a")])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert "was trained on tokens without a tokenizer: use transformer.generate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

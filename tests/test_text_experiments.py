@@ -49,6 +49,9 @@ def test_repetition_is_a_phrase_said_again_at_the_end():
     assert not decoding.repeats([4, 5, 6, 4, 5, 6, 1]) and not decoding.repeats([1, 2, 3, 4, 5, 6])
     assert not decoding.repeats([5] * 2 + [1, 7, 7]) and decoding.repeats([1, 2] + [7] * 60)
     assert not decoding.repeats([1, 2, 3, 8, 4, 4])  # two of one token are no phrase
+    assert not decoding.repeats([9, *[1, 2] * 3])  # nor three of two
+    assert not decoding.repeats([9, *[4] * 50]) and decoding.repeats([9, *[4] * 51])
+    assert not decoding.repeats([9, *[1, 2, 2] * 2])  # "2" and "1 2 2" are said twice: the shorter decides
 
 
 def test_self_bleu_of_equal_and_of_different_texts():
@@ -275,14 +278,25 @@ def test_gpt2_and_finetune_run_on_a_small_model(tmp_path):
 def test_scripts_refuse_what_they_could_not_do(tmp_path):
     for script, change, words in (
         (decoding, {"new": 300}, "prompt \\+ new = 340 must not exceed the length"),
-        (grokking, {"steps": (5,)}, "steps must name a length for each of 2 fractions"),
+        (induction_heads, {"model": replace(induction_heads.MODEL, layers=3)}, "model.layers cannot be chosen"),
+        (gpt2, {"new": 0}, "new must be at least 1"),
+        (gpt2, {"temperature": -1.0}, "sampling.temperature must be at least 0"),
         (grokking, {"fractions": (0.5, 1.0)}, "fractions must lie between 0 and 1"),
         (induction_heads, {"run": replace(induction_heads.RUN, eval_every=0)}, "run.eval_every must be at least 1"),
         (in_context_regression, {"prompts": 1}, "prompts must be at least 2"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(script.SCALES["cpu"], **change)
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+    for of in (in_context_regression, jsb_chorales):
+        with pytest.raises(ValueError, match="micro"):
+            replace(of.Config(), net=replace(of.NET, micro=2))
+    small = finetune.SCALES["smoke"]
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        finetune.rows(finetune.Setup(), tmp_path / "none")
+        for setup in (finetune.Setup(), replace(small, length=100), replace(small, prompt="")):
+            with pytest.raises(SystemExit):
+                finetune.rows(setup, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    small = decoding.SCALES["smoke"]
+    with pytest.raises(train.Refused, match="beams must lie in 1.."):
+        decoding.rows(replace(small, beams=1000), tmp_path / "none")

@@ -333,6 +333,41 @@ def test_after_a_stop_token_come_only_stop_tokens():
     assert len({tuple(row) for row in got}) > 5
 
 
+@pytest.mark.parametrize(
+    ("prompt", "lengths", "words"),
+    [
+        ([[3, 11]], None, r"tokens of a prompt lie in 0..10, got 3..11"),
+        ([[-1, 2]], None, r"tokens of a prompt lie in 0..10, got -1..2"),
+        ([[1, 2]], [3], r"lengths of a prompt lie in 1..2, got 3..3"),
+        ([[1, 2]], [0], r"lengths of a prompt lie in 1..2, got 0..0"),
+        ([[]], None, "the prompt is empty"),
+    ],
+)
+def test_prompts_that_the_model_has_not_are_refused(prompt, lengths, words):
+    prompt = jnp.asarray(prompt, jnp.int32)
+    lengths = None if lengths is None else jnp.asarray(lengths)
+    for ask in (
+        lambda: transformer.generate(SMALL, {}, prompt, key(0), max_new_tokens=2, lengths=lengths),
+        lambda: transformer.beam_search(SMALL, {}, prompt, beams=2, max_new_tokens=2, lengths=lengths),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ask()
+    for ask in (
+        lambda cfg: transformer.apply(cfg, {}, tokens(1, 3)),
+        lambda cfg: transformer.prefill(cfg, {}, tokens(1, 3)),
+        lambda cfg: transformer.generate(cfg, {}, tokens(1, 3), key(0), max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match="model.vocab is 0"):
+            ask(dataclasses.replace(SMALL, vocab=0))
+
+
+def test_damaged_weights_give_no_plausible_token():
+    params = jax.tree.map(lambda x: x.at[0].set(jnp.nan), parameters(SMALL))
+    for sampling in (Sampling(), Sampling(0.0), Sampling(top_p=0.5)):
+        generate = jax.jit(partial(transformer.generate, SMALL, max_new_tokens=3))
+        assert (generate(params, tokens(2, 3), key(0), sampling=sampling) == -1).all()
+
+
 def test_another_temperature_does_not_compile_again():
     params, traces = parameters(SMALL), []
 
@@ -341,7 +376,7 @@ def test_another_temperature_does_not_compile_again():
         traces.append(1)
         return transformer.generate(SMALL, params, tokens(1, 3), key, max_new_tokens=3, sampling=sampling)
 
-    for sampling in (Sampling(), Sampling(0.0), Sampling(0.5, 3, 0.9, 0.1, 1.2), Sampling(top_k=7)):
+    for sampling in (Sampling(), Sampling(0), Sampling(0.5, 3, 0.9, 0.1, 1.2), Sampling(top_k=7)):
         generate(params, key(0), sampling)
     assert len(traces) == 1
 

@@ -66,7 +66,10 @@ class Tokenizer:
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{folder} has no tokenizer.json, and no {' and no '.join(missing)}")
         try:
-            return cls(_byte_level(tokenizers.models.BPE.from_file(*map(str, files))).to_str())
+            made = _byte_level(tokenizers.models.BPE.from_file(*map(str, files)))
+            if made.token_to_id("<|endoftext|>") is not None:
+                made.add_special_tokens(["<|endoftext|>"])  # one token, as tokenizer.json has it
+            return cls(made.to_str())
         except Exception as e:
             raise ValueError(f"{files[0]} and {files[1].name} are no tokenizer ({e})") from e
 
@@ -77,19 +80,21 @@ class Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer {file}")
         try:
-            return cls(file.read_text(encoding="utf-8"))
+            return cls(file.read_bytes().decode("utf-8"))  # read_text would turn "\r\n" into "\n"
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from e
 
     def save(self, file: str | Path) -> None:
         """One JSON file."""
-        Path(file).write_text(self.content, encoding="utf-8")
+        Path(file).write_bytes(self.content.encode())
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [T]. Raises ValueError for a character that the vocabulary has not."""
         if self._characters is None:
             return np.array(self._bpe.encode(text, add_special_tokens=False).ids, np.int32)
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
+        if not self.size and len(points):
+            raise ValueError(f"the vocabulary has no {text[0]!r}")
         tokens = np.minimum(np.searchsorted(self._characters, points), self.size - 1)
         if unknown := points[self._characters[tokens] != points].tolist():
             raise ValueError(f"the vocabulary has no {chr(unknown[0])!r}")
@@ -139,9 +144,12 @@ def from_tokens(
     window only what no earlier one has predicted counts, so that each token but the first counts once, and, from the
     second window on, after at least length - stride others.
 
-    Raises ValueError where the text is shorter than length + 1, or stride exceeds length.
+    Raises ValueError for tokens that are no whole numbers in 0..vocab-1, a text shorter than length + 1, and a stride
+    above length.
     """
-    tokens = np.ascontiguousarray(tokens, np.int32)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens must be whole numbers [N], got {tokens.dtype} {list(tokens.shape)}")
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     if not 0 <= stride <= length:
@@ -149,6 +157,9 @@ def from_tokens(
     if len(tokens) <= length:
         raise ValueError(f"the text has {len(tokens)} tokens, a length of {length} needs at least {length + 1}")
     vocab = tokenizer.size if tokenizer else vocab or int(tokens.max()) + 1
+    if tokens.min() < 0 or tokens.max() >= vocab:
+        raise ValueError(f"tokens must lie in 0..{vocab - 1}, got {tokens.min()}..{tokens.max()}")
+    tokens = np.ascontiguousarray(tokens, np.int32)
     digest = hashlib.sha256(tokens.tobytes() + f"{length} {stride} {vocab}".encode())
     if tokenizer:
         digest.update(tokenizer.content.encode())
@@ -225,7 +236,7 @@ def _read(name: str, folder: str | None) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"text: there is no file {path}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # with its line ends as they are
     except UnicodeDecodeError as e:
         raise ValueError(f"text: {path} is not UTF-8 (byte {e.start}): convert it, or name a text file") from e
 

@@ -87,7 +87,14 @@ class Result(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> dict:
+def _check_tokenizer(ours: Info, theirs: Info, folder) -> None:
+    if ours.tokenizer != theirs.tokenizer:
+        file = f"{folder or 'RUN'}/tokenizer.json"
+        raise Refused(f"this text was cut into tokens by another tokenizer than that of training: load it with "
+                      f"tokenizer={file!r}")  # fmt: skip
+
+
+def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval, params) -> dict:
     """Refuses what cannot work, before anything compiles or is written; returns the content of run.json."""
     if hasattr(cfg, "check"):
         for info in (data.info, *([valid.info] if valid else [])):
@@ -106,6 +113,8 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> dict:
         raise Refused(f"run.batch_size {run.batch_size} does not divide by {words}")
     if valid is not None and valid.info.examples is None:
         raise Refused("validation needs a finite set: load it with examples=N")
+    if valid is not None:
+        _check_tokenizer(data.info, valid.info, run.folder)
     if run.best and valid is None and on_eval is None:
         raise Refused(f"run.best is {run.best!r}, but there is no validation set to measure it on")
     if run.best and on_eval is None:
@@ -114,7 +123,7 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> dict:
         raise Refused("run.init and run.folder are the same folder")
     if not run.folder:
         return {}
-    record = folders.describe(make, cfg, run, data.info, valid.info if valid else None)
+    record = folders.describe(make, cfg, run, data.info, valid.info if valid else None, params)
     return folders.identify(Path(run.folder), record)
 
 
@@ -142,7 +151,9 @@ def _warm_start(family: Family, run: Run, params) -> State:
         if ours.extra is not None or (ours.ema is not None and difference(ours.ema, params)):
             raise Refused("this model carries more than params: start it from a run folder (run.init)")
         # Copies, because a step gives away the arrays it is given.
-        own, ema = (jax.tree.map(lambda x: jax.numpy.array(x, copy=True), params) for _ in range(2))
+        own, ema = (
+            jax.tree.map(lambda t, x: jax.numpy.array(x, t.dtype, copy=True), ours.params, params) for _ in range(2)
+        )
         return State(None, own, None, ema=ema)
     warm = load(run.init).state
     if ours.ema is not None and warm.ema is None:
@@ -208,8 +219,8 @@ def fit(
 ) -> Result:
     """Trains make(cfg) on `data`, or continues the run that lies in run.folder, and returns it.
 
-    params: what to start from in place of the seed's, such as those of `transformer.load_gpt2`; the checkpoint of step
-        0 keeps them. A run that is continued does not look at them.
+    params: what to start from in place of the seed's, such as those of `transformer.load_gpt2`. The checkpoint of step
+        0 keeps them, and run.json their sha256: a folder that began with others is refused.
 
     valid: a finite set, scored every run.eval_every steps and at the end. on_eval(family, state, step) -> {name: value}
         runs there too; its numbers are reported beside the scores (None: nothing to report).
@@ -218,7 +229,7 @@ def fit(
     SaveFailed where a checkpoint cannot be written, ReadFailed, after saving, where data cannot be read; SystemExit,
     after saving, on SIGTERM and Ctrl-C.
     """
-    record = _door(make, cfg, run, data, valid, on_eval)
+    record = _door(make, cfg, run, data, valid, on_eval, params)
     folder = Path(run.folder) if run.folder else None
     saves = Checkpoints(folder, run.keep) if folder else None
     with contextlib.ExitStack() as stack:
@@ -415,8 +426,12 @@ def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
     """Means of the family's `evaluate` over every example of a finite set."""
     if data.info.examples is None:
         raise Refused("evaluation needs a finite set: load it with examples=N")
-    if hasattr(result.config, "check"):
-        result.config.check(data.info)
+    try:
+        if hasattr(result.config, "check"):
+            result.config.check(data.info)
+    except ValueError as e:
+        raise Refused(str(e)) from e
+    _check_tokenizer(result.info, data.info, result.folder)
     run = Run(batch_size=min(batch_size, data.info.examples), seed=seed, devices=1)
     engine = Engine(lambda _: result.family, result.config, run, data)
     state = jax.device_put(result.state, engine.mesh.devices.flat[0])
@@ -430,7 +445,7 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
     rows of the batch where the set is finite. `data` is the training set of the run; another one is refused.
     """
     folder = Path(folder)
-    make, cfg, run, info, _ = folders.rebuild(folder)
+    make, cfg, run, info, record = folders.rebuild(folder)
     if data.info.fingerprint != info.fingerprint:
         raise Refused(
             f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}"
@@ -444,10 +459,9 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
     try:
         engine = Engine(make, cfg, run, data)
         at = saves.newest(at_most=step - 1)
-        if at is None and run.init:
-            raise Refused(
-                f"{folder} began with the parameters of {run.init} and has no intact checkpoint before step {step}"
-            )
+        if at is None and (run.init or record.get("params")):
+            began = f"the parameters of {run.init}" if run.init else "parameters that were given"
+            raise Refused(f"{folder} began with {began} and has no intact checkpoint before step {step}")
         state, at = (engine.init(), 0) if at is None else (saves.restore(at, engine.template), at)
     finally:
         saves.close()

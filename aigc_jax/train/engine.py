@@ -110,7 +110,7 @@ def ratios(total: dict[str, float], info: Info) -> dict[str, float]:
     found = {}
     for per in ("token", "frame"):
         if f"{per}s" in total:
-            found[f"nll_nats_per_{per}"] = total["nll_nats"] / total[f"{per}s"]
+            found[f"nll_nats_per_{per}"] = total["nll_nats"] / total[f"{per}s"] if total[f"{per}s"] else math.nan
     if "tokens" in total and info.bytes_per_token:
         found["nll_bits_per_byte"] = found["nll_nats_per_token"] / math.log(2) / info.bytes_per_token
     return found

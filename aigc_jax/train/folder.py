@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -18,6 +19,7 @@ import typing
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from ..data import Info
 from .checkpoints import say
@@ -75,11 +77,22 @@ def _described(info: Info) -> dict:
 def write(folder: Path, record: dict, info: Info) -> None:
     """run.json, and tokenizer.json where the data are text."""
     if info.tokenizer:
-        (folder / "tokenizer.json").write_text(info.tokenizer, encoding="utf-8")
+        new = folder / "tokenizer.json.new"
+        new.write_bytes(info.tokenizer.encode())
+        new.replace(folder / "tokenizer.json")
     write_json(folder / "run.json", record)
 
 
-def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
+def _sha256(params) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.view(np.uint8))  # numpy has no buffer of bfloat16
+    return digest.hexdigest()
+
+
+def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dict:
     """The content of run.json. Refuses a make that another process could not import."""
     module, name = getattr(make, "__module__", "?"), getattr(make, "__qualname__", repr(make))
     if module == "__main__" or "." in name or "<" in name:
@@ -92,6 +105,7 @@ def describe(make, cfg, run, data: Info, valid: Info | None) -> dict:
         "run": _plain(dataclasses.asdict(run)),
         "data": _described(data),
         "valid": None if valid is None else _described(valid),
+        "params": None if params is None else {"sha256": _sha256(params)},
         "environment": environment(),
     }
     if _model(record, run.folder) != (make, cfg):
@@ -121,7 +135,8 @@ def identify(folder: Path, record: dict) -> dict:
     if folder.exists() and not folder.is_dir():
         raise Refused(f"run.folder {folder} is a file")
     if not path.exists():
-        ours = (".lock", "run.json.new", "checkpoints")  # what a start leaves that was killed at once
+        # What a start leaves that was killed at once.
+        ours = (".lock", "run.json.new", "tokenizer.json", "tokenizer.json.new", "checkpoints")
         if folder.exists() and any(p.name not in ours for p in folder.iterdir()):
             raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
         return record
@@ -133,6 +148,7 @@ def identify(folder: Path, record: dict) -> dict:
             "model": r["config"],
             "data": {"fingerprint": r["data"]["fingerprint"]},
             "run": {key: r["run"][key] for key in ("seed", "batch_size", "init")} | _noise(r["run"]),
+            "params": r.get("params"),
             # Lowest values are comparable on one set only.
             "valid": {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None,
         }
@@ -214,7 +230,7 @@ def rebuild(folder: str | Path) -> tuple:
     try:
         info = build(Info, record["data"])
         if tokenizer.is_file():
-            info = dataclasses.replace(info, tokenizer=tokenizer.read_text(encoding="utf-8"))
+            info = dataclasses.replace(info, tokenizer=tokenizer.read_bytes().decode())
         return make, cfg, build(Run, record["run"]), info, record
     except (TypeError, ValueError) as e:
         raise Refused(f"{folder}/run.json does not describe a run of this version: {e}") from e

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -157,7 +158,9 @@ def _call(cfg, params, method, *args, rngs=None):
     return Transformer(cfg).apply({"params": params}, *args, method=method, rngs=rngs)
 
 
-def _check_length(cfg: Config, T: int) -> None:
+def _check_length(cfg: Config, T: int, *, tokens: bool = True) -> None:
+    if tokens and not cfg.vocab:
+        raise ValueError("model.vocab is 0: a model without tokens takes embeddings, by `backbone`")
     if not 1 <= T <= cfg.context:
         raise ValueError(f"sequences must have 1 to {cfg.context} positions (model.context), got {T}")
 
@@ -184,7 +187,7 @@ def backbone(
     With a key, dropout is on. `Config(vocab=0)` has no token embedding to go unused. Raises ValueError where T >
     context.
     """
-    _check_length(cfg, x_BTD.shape[1])
+    _check_length(cfg, x_BTD.shape[1], tokens=False)
     rngs = None if key is None else {"dropout": key}
     return _call(cfg, params, "run", x_BTD, *_causal(*x_BTD.shape[:2]), rngs=rngs)[0]
 
@@ -257,18 +260,23 @@ def decode(cfg: Config, params: Params, token_B: Int[Array, "B"], cache: Cache) 
     return _call(cfg, params, "unembed", h_BTD[:, 0]), Cache(kv, filled, cache.lengths + 1, cache.at + 1)
 
 
-def _check_prompt(cfg: Config, prompt, new: int) -> None:
+def _check_prompt(cfg: Config, prompt, lengths, new: int) -> None:
     if not hasattr(prompt, "shape") or len(prompt.shape) != 2:
         raise ValueError("a prompt is tokens [B, T], as Tokenizer.encode(text)[None] gives them")
+    _check_length(cfg, 1)
     if new < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {new}")
-    if prompt.shape[1] < 1:
+    if 0 in prompt.shape:
         raise ValueError("the prompt is empty: a model continues at least one token")
     if prompt.shape[1] + new > cfg.context:
         raise ValueError(
             f"a prompt of {prompt.shape[1]} tokens and {new} new ones exceed the context of {cfg.context}: "
             f"cut the prompt, or ask for at most {max(0, cfg.context - prompt.shape[1])}"
         )
+    # What is traced has no values to look at; of what is compiled, the caller keeps count.
+    for name, x, low, high in (("tokens", prompt, 0, cfg.vocab - 1), ("lengths", lengths, 1, prompt.shape[1])):
+        if x is not None and not isinstance(x, jax.core.Tracer) and not low <= np.min(x) <= np.max(x) <= high:
+            raise ValueError(f"{name} of a prompt lie in {low}..{high}, got {np.min(x)}..{np.max(x)}")
 
 
 def generate(
@@ -288,9 +296,12 @@ def generate(
 
     The numbers in `sampling` are traced: another temperature does not compile again. lengths: of prompts that are
     unequal, 1 to T; they are filled up on the right with any token. After a stop token come only stop tokens, and the
-    loop ends where all rows have one. Raises ValueError where prompt and continuation exceed the context.
+    loop ends where all rows have one. Where logits are NaN, which means damaged weights, the token is -1.
+
+    Raises ValueError where prompt and continuation exceed the context, and, outside of jit, for tokens beyond the
+    vocabulary and lengths beyond T.
     """
-    _check_prompt(cfg, prompt, max_new_tokens)
+    _check_prompt(cfg, prompt, lengths, max_new_tokens)
     B, T = prompt.shape
     stop = jnp.asarray(sampling.stop, jnp.int32).reshape(-1)
     logits, cache = prefill(cfg, params, prompt, lengths, slots=T + max_new_tokens)
@@ -308,19 +319,19 @@ def generate(
         return token, used, done | (token[:, None] == stop[None]).any(-1)
 
     def more(carry):
-        i, _, _, _, done, _, _ = carry
+        i, _, _, _, done, _ = carry
         return (i < max_new_tokens) & ~done.all()
 
     def one(carry):
-        i, token, cache, used, done, _, out = carry
+        i, token, cache, used, done, out = carry
         logits, cache = decode(cfg, params, token, cache)
         token, used, done = choose(i, logits, used, done, token)
-        return i + 1, token, cache, used, done, token, out.at[:, i].set(token)
+        return i + 1, token, cache, used, done, out.at[:, i].set(token)
 
     nobody = jnp.zeros(B * n, bool)
     token, used, done = choose(0, logits, used, nobody, jnp.zeros(B * n, jnp.int32))
     out = jnp.zeros((B * n, max_new_tokens), jnp.int32).at[:, 0].set(token)
-    i, *_, last, out = jax.lax.while_loop(more, one, (jnp.array(1), token, cache, used, done, token, out))
+    i, last, *_, out = jax.lax.while_loop(more, one, (jnp.array(1), token, cache, used, done, out))
     return jnp.where(jnp.arange(max_new_tokens)[None] < i, out, last[:, None])
 
 
@@ -339,7 +350,7 @@ def beam_search(
     A prefix that ends in a stop token is kept with its log p as it is, filled up with that token; there is no length
     penalty. Raises ValueError where beams exceed the vocabulary, or prompt and continuation the context.
     """
-    _check_prompt(cfg, prompt, max_new_tokens)
+    _check_prompt(cfg, prompt, lengths, max_new_tokens)
     if not 1 <= beams <= cfg.vocab:
         raise ValueError(f"beams must lie in 1..{cfg.vocab}, got {beams}")
     B, T = prompt.shape
@@ -393,7 +404,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def loss(params, state, batch, key):
         each, mask = nll(cfg, params, batch["tokens"], key if cfg.dropout else None), counted(batch)
-        return (each * mask).sum() / mask.sum(), (state.extra, {})
+        count = mask.sum()
+        return (each * mask).sum() / jnp.maximum(count, 1.0), (state.extra, {"weight": count})
 
     def evaluate(state, batch, key):
         mask = counted(batch)

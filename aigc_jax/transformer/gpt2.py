@@ -90,9 +90,9 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
     elif index.is_file():
         try:
             pieces = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [folder / Path(piece).name for piece in pieces]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{index} is damaged ({type(e).__name__}: {e})") from e
-        files = [folder / Path(piece).name for piece in pieces]
     else:
         pickled = (
             ", and pytorch_model.bin is a pickle, which is never opened" * (folder / "pytorch_model.bin").is_file()
@@ -162,8 +162,9 @@ def save_gpt2(folder: str | Path, cfg: Config, params: Any) -> None:
         "n_embd": cfg.width, "n_layer": cfg.layers, "n_head": cfg.heads, "n_inner": cfg.hidden or None,
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
         "resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout,
-        "bos_token_id": cfg.vocab - 1, "eos_token_id": cfg.vocab - 1,
     }  # fmt: skip
+    end = cfg.vocab - 1 if cfg.vocab == Config.vocab else None  # <|endoftext|> is GPT-2's last token
+    said |= {"bos_token_id": end, "eos_token_id": end}
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / ".model.safetensors.new"
     try:

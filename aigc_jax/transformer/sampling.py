@@ -31,8 +31,12 @@ class Sampling:
         }
         for name, (holds, words) in said.items():
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not holds(value):  # not what jit puts in its place
+            if not isinstance(value, (int, float)):  # what jit puts in its place
+                continue
+            if not holds(value):
                 raise ValueError(f"sampling.{name} must be {words}, got {value}")
+            # Of one type each, because jit compiles anew for another: 0 is not 0.0 to it.
+            object.__setattr__(self, name, int(value) if name == "top_k" else float(value))
 
 
 jax.tree_util.register_dataclass(Sampling, [f for f in Sampling.__dataclass_fields__], [])
@@ -91,7 +95,10 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 
 
 def draw(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, "B"]:
-    """One token a row from softmax(filter_logits(logits, sampling)); of equal ones at temperature 0 the first."""
+    """One token a row from softmax(filter_logits(logits, sampling)); of equal ones at temperature 0 the first.
+
+    -1 for a row that holds NaN: no distribution, no token.
+    """
 
     def most_likely(logits):
         return jnp.argmax(logits, -1).astype(jnp.int32)
@@ -99,7 +106,8 @@ def draw(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -
     def sampled(logits):
         return categorical(filter_logits(logits, sampling), key)
 
-    return jax.lax.cond(jnp.asarray(sampling.temperature) == 0, most_likely, sampled, logits)
+    token = jax.lax.cond(jnp.asarray(sampling.temperature) == 0, most_likely, sampled, logits)
+    return jnp.where(jnp.isnan(logits).any(-1), -1, token)
 
 
 def categorical(logits: Float[Array, "B V"], key: Key[Array, ""], block: int = 256) -> Int[Array, "B"]:
