@@ -132,9 +132,11 @@ def _show(name: str, scale: str, rows: list[Row], verdicts: list[str], differenc
 
 
 def number(value: Any) -> str:
-    """A number for a table: four digits, or a dash."""
+    """A number for a table: four digits, a whole one all of its own, or a dash."""
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     return value if isinstance(value, str) else f"{value:.4g}"
 
 

@@ -1,11 +1,13 @@
 """Memorised first, understood much later: grokking on modular addition, Power et al. 2022
 
-    python -m experiments.grokking                      about 5 minutes on 2 cores; downloads nothing
+    python -m experiments.grokking                      about 8 minutes on 2 cores; downloads nothing
 
 Two layers of width 128 learn a + b mod 97 from a share of all 9,409 equations, written `a + b =`; loss and accuracy are
 of the answer alone. With weight decay 1 the paper's effect comes after thousands of updates where its figure 1 (without
-decay) takes a million. Expect 100 % on the training equations within hundreds of updates, where the others are at
-chance or below a half, and 99 % on those long after; the smaller the share, the longer the wait.
+decay) takes a million. Expect 100 % on the training equations after 200 to 300 updates, when the others are at 26 %
+(trained on half) and 9 % (on .3), and 99 % on those 1,000 and 2,800 updates later (one seed): the smaller the share,
+the longer the wait. Now and then accuracy falls for a moment, on both, and comes back: the loss is 1e-3 by then, and
+decay and Adam push against each other.
 """
 
 from __future__ import annotations

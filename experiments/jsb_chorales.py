@@ -54,10 +54,10 @@ class Config:
 
 NET = transformer.Config(
     vocab=0, context=160, layers=3, heads=4, width=128, positions="rotary", dropout=0.3,
-    optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=100, decay=1400, floor=0.05),
+    optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=100, decay=700, floor=0.05),
 )  # fmt: skip
 RUN = Run(
-    folder="runs/jsb_chorales", steps=1500, batch_size=16, eval_every=50, save_every=500, log_every=50, keep=1,
+    folder="runs/jsb_chorales", steps=800, batch_size=16, eval_every=50, save_every=400, log_every=50, keep=1,
     best="nll_nats_per_frame", steps_per_call=10,
 )  # fmt: skip
 
