@@ -6,6 +6,8 @@ Attention-only models of one and two layers, on sequences of 64 symbols: half of
 half text from a Markov chain. An induction head looks from a symbol to what followed it last time (its prefix-matching
 score is the weight there) and so predicts a copy. It takes two layers: expect the score of the best head to jump in the
 two-layer model, in the moment in which the loss on second copies falls, and to stay near 0 in the one-layer model.
+Rotary positions act on queries and keys alone, as the paper's do. With learned ones and a rate of 1e-3 the best head
+scored .07 after 5,000 updates, and was only beginning (one run).
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ BEGIN = SYMBOLS  # the token before every sequence
 LENGTH = 100
 SEGMENT = 25  # symbols that the prefix-matching score repeats, as in the paper
 MODEL = transformer.Config(
-    vocab=SYMBOLS + 1, context=128, layers=2, heads=8, width=64, mlp=False, optim=Optim(lr=1e-3, weight_decay=0.01)
-)
+    vocab=SYMBOLS + 1, context=128, layers=2, heads=8, width=64, mlp=False, positions="rotary",
+    optim=Optim(lr=4e-3, weight_decay=0.01),
+)  # fmt: skip
 RUN = Run(
     folder="runs/induction_heads", steps=5000, batch_size=64, eval_every=50, save_every=2500, log_every=50, keep=1,
     steps_per_call=50,
