@@ -6,7 +6,8 @@ Downloads Tiny Shakespeare (--data.folder takes its file). nanoGPT's configurati
 nats, over 5 seeds: at that loss it is behind a smoothed 5-gram (1.75), which needs no training. So a second model of
 ours: rotary positions, RMSNorm, SwiGLU, longer context, more tokens. nanoGPT scores 20 batches of random crops, where
 early positions have little to look at; ours are 200, because 20 leave a standard error of .014 nats. Beside that stands
-a strided evaluation that counts every character once, with at least half a context before it. `--scale paper` is nanoGPT's configuration for GPUs (README: 1.4697).
+a strided evaluation that counts every character once, with at least half a context before it. `--scale paper` is
+nanoGPT's configuration for GPUs (README: 1.4697).
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ SCALES = {
 }  # fmt: skip
 DIFFERENCE = {
     "smoke": "tiny models on Python's source, 200 updates",
-    "cpu": "nanoGPT's configuration for CPUs, as its README has it (GELU in its tanh form), scored on 200 batches of crops "
-    "(20); the second model is ours",
+    "cpu": "nanoGPT's configuration for CPUs, as its README has it (GELU in its tanh form), scored on 200 batches of "
+    "crops (20); the second model is ours",
     "paper": "GELU in its tanh form; best of the validations every 250 updates, as nanoGPT's",
 }
 CROPS = "nanoGPT's configuration: validation, random crops (nats per character; +- s.e. over seeds)"
