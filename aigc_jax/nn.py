@@ -54,6 +54,9 @@ class Block(nn.Module):
 
     Shapes: B rows, T new positions, S positions looked at, D channels in H heads of K. Dropout is on where the caller
     passes an rng named dropout. The attention weights [B, H, T, S] are sown as intermediates / attention.
+
+    Given a condition, it shifts and scales what the norms give and gates both branches, which begin as nothing
+    ("adaLN-Zero", Peebles & Xie 2023).
     """
 
     heads: int
@@ -75,6 +78,7 @@ class Block(nn.Module):
         positions_BT: Int[Array, "B T"],
         past: tuple[Array, Array] | None = None,
         at: Any = 0,
+        condition_BD: Float[Array, "B D"] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """x_BTD after the block, and the keys and values [B, H, S, K] that it looked at.
 
@@ -90,7 +94,19 @@ class Block(nn.Module):
         def drop(h):
             return nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
 
-        h_BTD = Norm(self.norm, self.bias, self.dtype, name="norm_attention")(x_BTD)
+        parts = None
+        if condition_BD is not None:
+            n = 6 if self.hidden else 3
+            modulation = nn.Dense(n * D, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="modulation")
+            parts = jnp.split(modulation(jax.nn.silu(condition_BD))[:, None], n, -1)
+
+        def shifted(h, i):
+            return h if parts is None else h * (1 + parts[i + 1]) + parts[i]
+
+        def gated(h, i):
+            return h if parts is None else h * parts[i]
+
+        h_BTD = shifted(Norm(self.norm, self.bias, self.dtype, name="norm_attention")(x_BTD), 0)
         qkv = dense(3 * D, self.std, "qkv")(h_BTD)
         q, k, v = (y.reshape(*y.shape[:2], H, D // H).swapaxes(1, 2) for y in jnp.split(qkv, 3, -1))
         if self.rotary:
@@ -102,14 +118,14 @@ class Block(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         self.sow("intermediates", "attention", weights)
         y_BTD = jnp.einsum("bhts,bhsk->bhtk", drop(weights), v).swapaxes(1, 2).reshape(*x_BTD.shape)
-        x_BTD = x_BTD + drop(dense(D, self.residual_std, "out")(y_BTD))
+        x_BTD = x_BTD + gated(drop(dense(D, self.residual_std, "out")(y_BTD)), 2)
         if not self.hidden:
             return x_BTD, (k, v)
 
-        h_BTD = Norm(self.norm, self.bias, self.dtype, name="norm_mlp")(x_BTD)
+        h_BTD = shifted(Norm(self.norm, self.bias, self.dtype, name="norm_mlp")(x_BTD), 3)
         if self.activation == "swiglu":  # Shazeer 2020
             gate, up = jnp.split(dense(2 * self.hidden, self.std, "up")(h_BTD), 2, -1)
             h = jax.nn.silu(gate) * up
         else:
             h = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}[self.activation](dense(self.hidden, self.std, "up")(h_BTD))
-        return x_BTD + drop(dense(D, self.residual_std, "down")(h)), (k, v)
+        return x_BTD + gated(drop(dense(D, self.residual_std, "down")(h)), 5), (k, v)

@@ -1,0 +1,427 @@
+"""Denoising diffusion: Ho et al. 2020 ("DDPM"), and what came of it: implicit samplers (Song et al. 2021, "DDIM"),
+cosine schedules and learned variances (Nichol & Dhariwal 2021), guidance (Ho & Salimans 2022), v (Salimans & Ho 2022),
+learned schedules in continuous time (Kingma et al. 2021, "VDM").
+
+A process q adds noise in T steps; a net sees x_t and t and says what was added. Samplers and bounds are functions of a
+`Schedule` and an `eps_fn(x_t, t) -> eps_hat`, whatever made it: a net, or an exact score. Images are floats in [-1, 1]
+here; only `preprocess` sees whole-number pixels, and `Family.sample` gives images in [0, 1].
+
+    family = make(Config(shape=(8, 8, 1), levels=17, net=Net(widths=(32, 64), groups=8)))
+    state = family.init(key)
+    step = jax.jit(family.step)
+    state, metrics = step(state, batch, step_key)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ..core import EMA, Family, Optim, State, make_step, spread, start
+from .bounds import (
+    continuous_vlb,
+    gaussian_kl,
+    log_discretised,
+    low_discrepancy,
+    ode_log_likelihood,
+    prior_kl,
+    vlb,
+    vlb_term,
+    vlb_terms,
+)
+from .nets import MLP, DiT, Net, UNet, module
+from .process import (
+    Schedule,
+    beta_tilde,
+    convert,
+    cosine_schedule,
+    discretise,
+    linear_schedule,
+    q_posterior,
+    q_sample,
+    respace,
+)
+from .samplers import (
+    ddim_invert,
+    guide,
+    inpaint,
+    interpolate,
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+    sample_heun,
+    slerp,
+)
+
+__all__ = [
+    "Config", "DiT", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert", "cosine_schedule", "ddim_invert",
+    "discretise", "gamma", "gaussian_kl", "guide", "inpaint", "interpolate", "linear_schedule", "log_discretised",
+    "make", "ode_log_likelihood", "predict", "preprocess", "q_posterior", "q_sample", "respace", "sample_ddim",
+    "sample_ddpm",
+    "sample_dpm_solver", "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
+]  # fmt: skip
+
+Params = Any
+Sample = Float[Array, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
+Label = Int[Array, "B"] | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: DDPM's for CIFAR-10 (section 4 and appendix B)."""
+
+    shape: tuple[int, ...] = (32, 32, 3)  # (H, W, C) of images, (d,) of points
+    levels: int = 256  # pixels are whole numbers in 0..levels-1
+    classes: int = 0  # the net is given a label in 0..classes-1; 0: unconditional
+    unlabelled: float = 0.1  # share of labels withheld in training, for guidance; nothing without classes
+    T: int = 1000
+    schedule: str = "linear"  # linear | cosine | learned (VDM: continuous time, T only where it is sampled)
+    prediction: str = "eps"  # eps | x_0 | v | mu
+    variance: str = "beta"  # of p(x_{t-1} | x_t): beta | beta_tilde | learned, between them
+    objective: str = "simple"  # simple | vlb | hybrid | snr | truncated_snr | min_snr
+    times: str = "uniform"  # how t is drawn: uniform | low_discrepancy | importance
+    terms: int = 8  # t that `evaluate` draws for its estimate of the bound; 0: all T
+    net: Net = Net()
+    ema: float = 0.9999
+    micro: int = 1
+    optim: Optim = Optim(lr=2e-4, clip=1.0, warmup=5000)
+
+    def __post_init__(self):
+        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
+            raise ValueError(f"model.shape must be (H, W, C) or (d,), all positive, got {self.shape}")
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"model.levels must lie in 2..256, got {self.levels}")
+        for field, low in {"classes": 0, "T": 1, "terms": 0, "micro": 1}.items():
+            if getattr(self, field) < low:
+                raise ValueError(f"model.{field} must be at least {low}, got {getattr(self, field)}")
+        choices = {
+            "schedule": (*_SCHEDULES, "learned"),
+            "prediction": ("eps", "x_0", "v", "mu"),
+            "variance": ("beta", "beta_tilde", "learned"),
+            "objective": ("simple", "vlb", "hybrid", *_WEIGHTS),
+            "times": ("uniform", "low_discrepancy", "importance"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"model.{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}")
+        if not 0 <= self.unlabelled < 1:
+            raise ValueError(f"model.unlabelled must lie in [0, 1), got {self.unlabelled}")
+        if (self.variance == "learned") != (self.objective in ("vlb", "hybrid")) and self.variance == "learned":
+            raise ValueError(f"model.variance 'learned' is trained by objective vlb or hybrid, not {self.objective}")
+        if self.objective == "hybrid" and self.variance != "learned":
+            raise ValueError("model.objective 'hybrid' is simple, and vlb for a learned variance: set model.variance")
+        if self.schedule == "learned":
+            asked = (self.prediction, self.variance, self.objective, self.times)
+            if asked != ("eps", "beta_tilde", "vlb", "low_discrepancy"):
+                raise ValueError("model.schedule 'learned' (VDM) goes with prediction eps, variance beta_tilde, "
+                                 f"objective vlb and times low_discrepancy, got {', '.join(asked)}")  # fmt: skip
+        else:
+            _SCHEDULES[self.schedule](self.T)
+        self.net.check(self.shape)
+        EMA(self.ema)
+
+    def check(self, info) -> None:
+        """Refuses data (a `data.Info`) that this model cannot take, before anything compiles."""
+        kind = "image" if len(self.shape) == 3 else "points"
+        if info.kind != kind:
+            raise ValueError(f"model.shape {tuple(self.shape)} is for {kind}, this data set holds {info.kind}")
+        if tuple(info.shape) != tuple(self.shape):
+            raise ValueError(f"model.shape is {tuple(self.shape)}, the examples are {tuple(info.shape)}")
+        if kind == "image" and info.levels != self.levels:
+            raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
+        if self.classes and info.classes != self.classes:
+            raise ValueError(f"model.classes is {self.classes}, the examples have {info.classes or 'no'} classes")
+
+
+# ------------------------------------------------------------------------------------------------ schedule and net
+
+_SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
+
+
+def _init_gamma(key: Key[Array, ""]) -> Params:
+    """gamma from -13.3 to 5 (VDM, section 6), nearly straight between them."""
+    k_first, k_last = jax.random.split(key)
+    return {
+        "ends": jnp.array([-13.3, 5.0]),
+        "line": jnp.zeros(()),
+        "first": jax.random.normal(k_first, (1024,)),
+        "bias": jnp.zeros(1024),
+        "last": jax.random.normal(k_last, (1024,)) - 6.0,
+    }
+
+
+def gamma(params: Params, u: Float[Array, "B"]) -> Float[Array, "B"]:
+    """VDM's monotone net (appendix H): minus the log signal-to-noise ratio at u in [0, 1], both ends learned.
+
+    u and 1024 sigmoids of it with positive weights, scaled so that `ends` are the values at 0 and 1.
+    """
+
+    def rise(u):
+        line = jax.nn.softplus(params["line"]) * u
+        h = jax.nn.sigmoid(jax.nn.softplus(params["first"])[None] * line[:, None] + params["bias"][None])
+        return line + h @ jax.nn.softplus(params["last"])
+
+    low, high = rise(jnp.array([0.0, 1.0]))
+    return params["ends"][0] + (params["ends"][1] - params["ends"][0]) * (rise(u) - low) / (high - low)
+
+
+def schedule_of(cfg: Config, params: Params) -> Schedule:
+    """The T levels that a model samples through and is scored on."""
+    if cfg.schedule == "learned":
+        return discretise(lambda u: gamma(params["gamma"], u), cfg.T)
+    return _SCHEDULES[cfg.schedule](cfg.T)
+
+
+def preprocess(cfg: Config, batch: dict) -> Sample:
+    """Pixels 0..levels-1 as floats in [-1, 1]; points as they are."""
+    if "image" in batch:
+        return jnp.asarray(batch["image"], jnp.float32) * (2 / (cfg.levels - 1)) - 1
+    return jnp.asarray(batch["points"], jnp.float32)
+
+
+def _net(cfg: Config):
+    return module(cfg.net, cfg.shape, cfg.classes, several=2 if cfg.variance == "learned" else 1)
+
+
+def predict(
+    cfg: Config, params: Params, x_t: Sample, t: Array, label: Label = None, key: Key[Array, ""] | None = None
+) -> tuple[Sample, Sample | None]:
+    """What the net says of x_t: its `cfg.prediction`, and of a learned variance the raw v, else None.
+
+    t: steps 0..T-1; of a learned schedule u in [0, 1]. label: classes stands for none. With a key, dropout is on.
+    """
+    if cfg.classes and label is None:
+        label = jnp.full(len(x_t), cfg.classes)
+    time = 1000.0 * t / (1 if cfg.schedule == "learned" else cfg.T)
+    rngs = None if key is None else {"dropout": key}
+    out = _net(cfg).apply({"params": params["net"]}, x_t, time, label if cfg.classes else None, rngs=rngs)
+    value, *raw = jnp.split(out.reshape(len(x_t), *out.shape[1:]), 2, -1) if cfg.variance == "learned" else [out]
+    return value.reshape(x_t.shape), raw[0].reshape(x_t.shape) if raw else None
+
+
+def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
+    """eps_fn(x_t, t) of the net for these labels, guided by w where that is not 0; t are steps, for VDM's too."""
+    schedule = schedule_of(cfg, params)
+    continuous = cfg.schedule == "learned"
+
+    def one(x_t, t, label):
+        value, _ = predict(cfg, params, x_t, t / max(1, cfg.T - 1) if continuous else t, label)
+        return convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps")
+
+    def eps_fn(x_t, t):
+        if label is None or (isinstance(w, (int, float)) and w == 0):
+            return one(x_t, t, label)
+        both = one(
+            *(jnp.concatenate([x, x]) for x in (x_t, t)), jnp.concatenate([label, jnp.full_like(label, cfg.classes)])
+        )
+        return guide(*jnp.split(both, 2), w)
+
+    return eps_fn
+
+
+def _between(schedule: Schedule, raw, t) -> Array:
+    """exp(v log beta + (1 - v) log beta_tilde) with v = (raw + 1) / 2 (Nichol & Dhariwal, eq. 15)."""
+    tilde = np.maximum(beta_tilde(schedule), beta_tilde(schedule)[min(1, len(schedule.t) - 1)])
+    tilde = np.where(tilde > 0, tilde, schedule.beta)  # one step only
+    low, high = (
+        jnp.asarray(np.log(x), jnp.float32)[t].reshape(-1, *[1] * (raw.ndim - 1)) for x in (tilde, schedule.beta)
+    )
+    v = (raw + 1) / 2
+    return jnp.exp(v * high + (1 - v) * low)
+
+
+def sigma2_of(cfg: Config, params: Params, schedule: Schedule, label: Label = None):
+    """`sigma2` for samplers and bounds over this (perhaps respaced) schedule."""
+    if cfg.variance != "learned":
+        return cfg.variance
+
+    def sigma2(x_t, t):
+        _, raw = predict(cfg, params, x_t, t, label)  # the same call as eps_fn's: compiled once
+        return _between(schedule, raw, jnp.searchsorted(jnp.asarray(schedule.t), t))
+
+    return sigma2
+
+
+# ------------------------------------------------------------------------------------------------------ objectives
+
+# Weights of |x_0 - x_0_hat|^2 by the signal-to-noise ratio (Salimans & Ho 2022, section 4; Hang et al. 2023).
+_WEIGHTS = {
+    "snr": lambda snr: snr,  # |eps - eps_hat|^2
+    "truncated_snr": lambda snr: jnp.maximum(snr, 1.0),
+    "min_snr": lambda snr: jnp.minimum(snr, 5.0),
+}
+
+
+def _mean(x: Array) -> Float[Array, "B"]:
+    return x.reshape(len(x), -1).mean(-1)
+
+
+def losses(
+    cfg: Config, params: Params, x_0: Sample, t: Int[Array, "B"], eps: Sample, label: Label, key=None
+) -> Float[Array, "B"]:
+    """The objective at one t an example.
+
+    simple: mean square of the net's own error, whatever it predicts (DDPM eq. 14; for mu the "MSE" of its table 2).
+    vlb: T L_t in bits a dimension, whose mean over t is the bound but for L_T (DDPM eq. 5).
+    hybrid: simple + .001 vlb, in which only the variance learns (Nichol & Dhariwal, eq. 16).
+    snr, truncated_snr, min_snr: mean square error of x_0 with that weight.
+    """
+    schedule = schedule_of(cfg, params)
+    x_t = q_sample(schedule, x_0, t, eps)
+    value, raw = predict(cfg, params, x_t, t, label, key)
+
+    def bound(value):
+        eps_hat = convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps")
+        sigma2 = cfg.variance if raw is None else lambda *_: _between(schedule, raw, t)
+        levels = cfg.levels if len(cfg.shape) == 3 else None
+        term = vlb_term(schedule, lambda *_: eps_hat, x_0, t, eps, levels=levels, sigma2=sigma2)
+        return cfg.T * term / (math.prod(cfg.shape) * math.log(2))
+
+    if cfg.objective in _WEIGHTS:
+        ab = jnp.asarray(schedule.alpha_bar / (1 - schedule.alpha_bar), jnp.float32)[t]
+        x_0_hat = convert(schedule, value, x_t, t, given=cfg.prediction, wanted="x_0")
+        return _WEIGHTS[cfg.objective](ab) * _mean((x_0 - x_0_hat) ** 2)
+    if cfg.objective == "vlb":
+        return bound(value)
+    target = convert(schedule, eps, x_t, t, given="eps", wanted=cfg.prediction)
+    if cfg.prediction in ("x_0", "mu"):  # not through a division by sqrt(alpha_bar)
+        target = x_0 if cfg.prediction == "x_0" else q_posterior(schedule, x_0, x_t, t)[0]
+    simple = _mean((target - value) ** 2)
+    return simple if cfg.objective == "simple" else simple + 0.001 * bound(jax.lax.stop_gradient(value))
+
+
+def _continuous(cfg: Config, params: Params, x_0: Sample, label: Label, key, dropout=None) -> Float[Array, "B"]:
+    """VDM's bound, nats."""
+    levels = cfg.levels if len(cfg.shape) == 3 else None
+    return continuous_vlb(
+        lambda u: gamma(params["gamma"], u), lambda x, u: predict(cfg, params, x, u, label, dropout)[0], x_0, key,
+        levels=levels,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ the family
+
+
+def make(cfg: Config, *, axis_name: str | None = None) -> Family:
+    """The diffusion model as a Family, on batches `image` or `points`, with `label` where cfg.classes.
+
+    evaluate: `nll_nats`, an upper bound on -log p per example, unbiased from cfg.terms of its T terms; of images also
+        `nll_bits_per_dim`.
+    sample(state, key, *, n, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0): images [n, H, W, C] in [0, 1], or
+        points. sampler: ddpm | ddim | dpm_solver | heun; steps: 0 is all T; w: guidance; by default labels in turn.
+    """
+    ema, D, images = EMA(cfg.ema), math.prod(cfg.shape), len(cfg.shape) == 3
+    levels = cfg.levels if images else None
+
+    def init(key):
+        k_net, k_gamma = jax.random.split(key)
+        label = jnp.zeros(1, int) if cfg.classes else None
+        params = {"net": _net(cfg).init(k_net, jnp.zeros((1, *cfg.shape)), jnp.zeros(1), label)["params"]}
+        if cfg.schedule == "learned":
+            params["gamma"] = _init_gamma(k_gamma)
+        extra = {"square": jnp.ones(cfg.T), "count": jnp.zeros(cfg.T, jnp.int32)} if cfg.times == "importance" else None
+        return start(params, cfg.optim, extra=extra, ema=ema)
+
+    def draw(extra, key, n):
+        """t [n], and what makes a mean over them one over all t."""
+        if cfg.times == "low_discrepancy":
+            return (low_discrepancy(key, n) * cfg.T).astype(int), jnp.ones(n)
+        if cfg.times == "uniform":
+            return jax.random.randint(key, (n,), 0, cfg.T), jnp.ones(n)
+        # p_t ~ sqrt(E[L_t^2]) once every t was seen ten times (Nichol & Dhariwal, eq. 18), a thousandth of it uniform.
+        # The paper keeps the last ten losses of each t, ours a running mean.
+        p = jnp.sqrt(extra["square"])
+        p = 0.999 * p / p.sum() + 0.001 / cfg.T
+        p = jnp.where((extra["count"] >= 10).all(), p, 1 / cfg.T)
+        t = jax.random.categorical(key, jnp.log(p), shape=(n,))
+        return t, 1 / (cfg.T * p[t])
+
+    def remember(extra, t, each):
+        if cfg.times != "importance":
+            return extra
+        seen = jnp.zeros(cfg.T).at[t].add(jax.lax.stop_gradient(each) ** 2), jnp.zeros(cfg.T, jnp.int32).at[t].add(1)
+        if axis_name is not None:  # extra is equal on every device: what is recorded is gathered
+            seen = jax.lax.psum(seen, axis_name)
+        square, count = seen
+        mean = 0.9 * extra["square"] + 0.1 * square / jnp.maximum(count, 1)
+        return {"square": jnp.where(count > 0, mean, extra["square"]), "count": extra["count"] + count}
+
+    def withheld(batch, key):
+        if not cfg.classes:
+            return None
+        drop = jax.random.uniform(key, batch["label"].shape) < cfg.unlabelled
+        return jnp.where(drop, cfg.classes, batch["label"])
+
+    def loss(params, state, batch, key):
+        k_t, k_eps, k_label, k_drop = jax.random.split(key, 4)
+        x_0, label = preprocess(cfg, batch), withheld(batch, k_label)
+        k_drop = k_drop if cfg.net.dropout else None
+        if cfg.schedule == "learned":
+            fixed = jax.lax.stop_gradient(params)
+            inside = {**params["gamma"], "ends": fixed["gamma"]["ends"]}
+            scale = 1 / (D * math.log(2))
+            # The bound depends on the ends of gamma only; between them it learns to lessen the estimate's variance.
+            ends = {**fixed["gamma"], "ends": params["gamma"]["ends"]}
+            k_drops = (None, None) if k_drop is None else jax.random.split(k_drop)
+            k_each, k_noisy = jax.random.split(k_eps)
+            each = scale * _continuous(cfg, {**params, "gamma": ends}, x_0, label, k_each, k_drops[0])
+            noisy = scale * _continuous(cfg, {**fixed, "gamma": inside}, x_0, label, k_noisy, k_drops[1])
+            noisy = (noisy**2).mean()
+            return each.mean() + noisy - jax.lax.stop_gradient(noisy), (state.extra, {})
+        t, weight = draw(state.extra, k_t, len(x_0))
+        eps = jax.random.normal(k_eps, x_0.shape)
+        each = losses(cfg, params, x_0, t, eps, label, k_drop)
+        return (weight * each).mean(), (remember(state.extra, t, each), {})
+
+    def evaluate(state, batch, key):
+        params, x_0 = ema.read(state), preprocess(cfg, batch)
+        label = batch["label"] if cfg.classes else None
+        k_t, k_eps = jax.random.split(key)
+        if cfg.schedule == "learned":
+            count = max(1, cfg.terms)
+            draws = jax.lax.map(lambda k: _continuous(cfg, params, x_0, label, k), jax.random.split(k_eps, count))
+            nll = draws.mean(0)
+        else:
+            schedule = schedule_of(cfg, params)
+            eps_fn, sigma2 = eps_fn_of(cfg, params, label), sigma2_of(cfg, params, schedule, label)
+            if cfg.terms in (0, cfg.T):
+                nll = vlb(schedule, eps_fn, x_0, k_eps, levels=levels, sigma2=sigma2)
+            else:
+                u = jax.random.uniform(k_t, (len(x_0),))
+
+                def term(i):
+                    t = jnp.minimum(((u + i / cfg.terms) % 1 * cfg.T).astype(int), cfg.T - 1)
+                    eps = jax.random.normal(jax.random.fold_in(k_eps, i), x_0.shape)
+                    return vlb_term(schedule, eps_fn, x_0, t, eps, levels=levels, sigma2=sigma2)
+
+                nll = cfg.T * jax.lax.map(term, jnp.arange(cfg.terms)).mean(0) + prior_kl(schedule, x_0)
+        return {"nll_nats": nll, **({"nll_bits_per_dim": nll / (D * math.log(2))} if images else {})}
+
+    def sample(state: State, key, *, n: int, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0):
+        if cfg.classes and label is None:
+            label = jnp.arange(n) % cfg.classes
+        params = ema.read(state)
+        schedule, steps, clip = schedule_of(cfg, params), steps or cfg.T, 1.0 if images else None
+        eps_fn = eps_fn_of(cfg, params, label, w)
+        k_start, k_way = jax.random.split(key)
+        x_T = spread(jax.random.normal(k_start, (n, *cfg.shape)))
+        if sampler == "ddpm":
+            few = schedule if steps == cfg.T else respace(schedule, steps)
+            x_0 = sample_ddpm(few, eps_fn, x_T, k_way, sigma2=sigma2_of(cfg, params, few, label), clip=clip)
+        elif sampler == "ddim":
+            x_0 = sample_ddim(schedule, eps_fn, x_T, k_way, steps=steps, eta=eta, clip=clip)
+        elif sampler in ("dpm_solver", "heun"):
+            solve = {"dpm_solver": sample_dpm_solver, "heun": sample_heun}[sampler]
+            x_0 = solve(schedule, eps_fn, x_T, steps=steps, clip=clip)
+        else:
+            raise ValueError(f"sampler must be ddpm, ddim, dpm_solver or heun, not {sampler!r}")
+        return jnp.clip((x_0 + 1) / 2, 0, 1) if images else x_0
+
+    step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
+    return Family(init, step, evaluate, sample)

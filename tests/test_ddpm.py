@@ -1,0 +1,688 @@
+"""Diffusion against exact mathematics: Gaussian data, whose score, bound and flow are known in closed form; mixtures;
+brute-force Bayes."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from aigc_jax import ddpm
+from aigc_jax.core import Optim
+from aigc_jax.ddpm import bounds, process, samplers
+
+LINEAR, COSINE = ddpm.linear_schedule(1000), ddpm.cosine_schedule(1000)
+SHORT = {"linear": ddpm.linear_schedule(25), "cosine": ddpm.cosine_schedule(12)}
+
+
+def key(i):
+    return jax.random.key(i)
+
+
+def normal(i, *shape):
+    return jax.random.normal(key(i), shape)
+
+
+def exact_eps(schedule, cov, mean=0.0):
+    """eps_fn of data N(mean, cov), cov [d, d] or a number: sqrt(1 - a) (a cov + (1 - a) I)^-1 (x_t - sqrt(a) mean)."""
+    cov = np.atleast_2d(np.asarray(cov, np.float64))
+    eye = np.eye(len(cov))
+    matrices = np.stack([(1 - a) ** 0.5 * np.linalg.inv(a * cov + (1 - a) * eye) for a in schedule.alpha_bar])
+    matrices, roots = jnp.asarray(matrices, jnp.float32), jnp.asarray(schedule.alpha_bar**0.5, jnp.float32)
+
+    def eps_fn(x, t):
+        return jnp.einsum("bij,bj->bi", matrices[t], x - roots[t][:, None] * mean)
+
+    return eps_fn
+
+
+# -------------------------------------------------------------------------------------------------------- the process
+
+
+def test_schedules_are_those_of_the_papers():
+    assert round(float(LINEAR.alpha_bar[499]), 4) == 0.0786 and round(float(COSINE.alpha_bar[499]), 4) == 0.4938
+    for schedule, first in ((LINEAR, 167), (COSINE, 185)):
+        share = process.beta_tilde(schedule) / schedule.beta
+        assert int(np.argmax(share >= 0.99)) == first
+    np.testing.assert_allclose(LINEAR.beta[[0, -1]], [1e-4, 0.02], rtol=1e-12)
+    assert COSINE.beta.max() <= 0.999 and COSINE.alpha_bar.dtype == np.float64
+    np.testing.assert_allclose(ddpm.linear_schedule(200).beta[[0, -1]], [5e-4, 0.1], rtol=1e-12)
+    straight = ddpm.discretise(lambda u: -6 + 11 * u, 23)
+    np.testing.assert_allclose(straight.alpha_bar, 1 / (1 + np.exp(np.linspace(-6, 5, 23))), rtol=1e-5)
+    assert len(ddpm.discretise(lambda u: -6 + 11 * u, 1).t) == 1
+
+
+@pytest.mark.parametrize("T", [1, 20])
+def test_a_schedule_whose_beta_reaches_one_is_refused(T):
+    with pytest.raises(ValueError, match="linear_schedule needs T >= 21"):
+        ddpm.linear_schedule(T)
+    assert len(ddpm.cosine_schedule(T).beta) == T
+
+
+def test_steps_are_spaced_as_said():
+    assert process.spaced(1000, 4).tolist() == [0, 333, 666, 999] and process.spaced(1000, 1).tolist() == [999]
+    assert process.spaced(1000, 4, "paper").tolist() == [0, 250, 500, 750]
+    assert process.spaced(10, 10, "quadratic").tolist() == list(range(10))
+    for T in (1, 2, 7, 50, 1000):
+        for steps in {1, 2, T // 3, T // 2, T - 1, T} - {0}:
+            for spacing in ("uniform", "quadratic"):
+                found = process.spaced(T, min(steps, T), spacing)
+                assert (np.diff(found) > 0).all() and found[-1] == T - 1 and (found[0] == 0 or steps == 1)
+    for bad, words in (((10, 11), r"steps must lie in 1..10, got 11"), ((10, 0), r"steps must lie in 1..10, got 0"),
+                       ((10, 3, "paper"), "needs steps that divide T = 10, got 3"),
+                       ((10, 3, "log"), "spacing must be one of uniform, paper, quadratic")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            process.spaced(*bad)
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, SHORT["cosine"], ddpm.respace(LINEAR, 7)], ids=["1000", "12", "respaced"])
+def test_the_posterior_is_bayes_rule(schedule):
+    """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0), as a product of two normals in x_{t-1}."""
+    x_0, x_t = (np.asarray(normal(i, 5, 2), np.float64) for i in (1, 2))
+    for t in range(0, len(schedule.t), max(1, len(schedule.t) // 5)):
+        mean, variance = ddpm.q_posterior(schedule, jnp.asarray(x_0), jnp.asarray(x_t), jnp.full(5, t))
+        if t == 0:
+            np.testing.assert_allclose(mean, x_0, atol=1e-6)
+            assert not variance.any()
+            continue
+        beta, earlier = schedule.beta[t], schedule.alpha_bar[t - 1]
+        precision = (1 - beta) / beta + 1 / (1 - earlier)
+        expected = ((1 - beta) ** 0.5 / beta * x_t + earlier**0.5 / (1 - earlier) * x_0) / precision
+        np.testing.assert_allclose(mean, expected, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(variance.reshape(-1), 1 / precision, rtol=1e-5)
+
+
+def test_a_respaced_process_has_the_same_marginals():
+    few = ddpm.respace(LINEAR, 10, "quadratic")
+    np.testing.assert_allclose(few.alpha_bar, LINEAR.alpha_bar[few.t], rtol=1e-12)
+    np.testing.assert_allclose(np.cumprod(1 - few.beta), few.alpha_bar, rtol=1e-9)
+    x_0, eps = normal(1, 4, 3), normal(2, 4, 3)
+    for i in (0, 9):
+        same = ddpm.q_sample(LINEAR, x_0, jnp.full(4, int(few.t[i])), eps)
+        np.testing.assert_array_equal(ddpm.q_sample(few, x_0, jnp.full(4, i), eps), same)
+
+
+@pytest.mark.parametrize("given", process.PREDICTIONS)
+@pytest.mark.parametrize("wanted", process.PREDICTIONS)
+def test_predictions_are_one_another(given, wanted):
+    t = jnp.array([0, 3, 11])
+    schedule = SHORT["cosine"]
+    x_0, eps = normal(1, 3, 2, 2, 1), normal(2, 3, 2, 2, 1)
+    x_t = ddpm.q_sample(schedule, x_0, t, eps)
+    ab = np.asarray(schedule.alpha_bar)[np.asarray(t)].reshape(-1, 1, 1, 1)
+    true = {"eps": eps, "x_0": x_0, "v": ab**0.5 * eps - (1 - ab) ** 0.5 * x_0}
+    true["mu"] = ddpm.q_posterior(schedule, x_0, x_t, t)[0]
+    got = ddpm.convert(schedule, jnp.asarray(true[given], jnp.float32), x_t, t, given=given, wanted=wanted)
+    # alpha_bar is 2e-6 at the last step: what divides by its root loses three digits.
+    np.testing.assert_allclose(got, true[wanted], atol=2e-3 if given == "eps" else 2e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- the bounds
+
+
+@pytest.mark.parametrize(("mean", "sigma"), [(0.1, 0.05), (0.93, 0.01), (-3.0, 0.1), (0.0, 2.0), (1.0, 0.003)])
+def test_grey_levels_have_the_mass_of_a_normal(mean, sigma):
+    levels = jnp.linspace(-1, 1, 17)[:, None]
+    got = bounds.log_discretised(levels, jnp.full((17, 1), mean), jnp.full((17, 1), sigma**2), levels=17)
+    edges = np.concatenate([[-np.inf], (np.arange(16) + 0.5) / 8 - 1, [np.inf]])
+    a, b = (edges[:-1] - mean) / sigma, (edges[1:] - mean) / sigma
+    flip = a + b > 0
+    a, b = np.where(flip, -b, a), np.where(flip, -a, b)
+    low, high = stats.norm.logcdf(a), stats.norm.logcdf(b)
+    expected = high + np.log1p(-np.exp(low - high))
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(np.exp(np.asarray(got, np.float64)).sum(), 1, rtol=1e-5)
+    slope = jax.grad(lambda m, s: bounds.log_discretised(levels, jnp.full((17, 1), m), jnp.full((17, 1), s),
+                                                         levels=17).sum(), (0, 1))(mean, sigma**2)  # fmt: skip
+    assert np.isfinite(slope).all()
+
+
+def expected_bound(schedule, s2, variances):
+    """E[-log p(x_0:T) + log q(x_1:T | x_0)], x_0 ~ N(0, s2): p's chain is linear in x, so second moments suffice."""
+    a = np.concatenate([[1.0], schedule.alpha_bar])
+    second = a * s2 + 1 - a  # E[x_t^2], x_0 first
+    total = 0.5 * (math.log(2 * math.pi) + second[-1])
+    for t, beta in enumerate(schedule.beta):
+        eps = (1 - a[t + 1]) ** 0.5 / second[t + 1]  # of x_t
+        x_0_hat = (1 - (1 - a[t + 1]) ** 0.5 * eps) / a[t + 1] ** 0.5
+        factor = (a[t] ** 0.5 * beta * x_0_hat + (1 - beta) ** 0.5 * (1 - a[t])) / (1 - a[t + 1])
+        both = (1 - beta) ** 0.5 * second[t]  # E[x_{t-1} x_t]
+        error = second[t] - 2 * factor * both + factor**2 * second[t + 1]
+        total += 0.5 * (math.log(2 * math.pi * variances[t]) + error / variances[t])
+        total -= 0.5 * math.log(2 * math.pi * math.e * beta)
+    return total
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("sigma2", ["beta", "beta_tilde"])
+def test_the_bound_of_gaussian_data(name, sigma2):
+    schedule, s2 = SHORT[name], 0.3
+    x_0 = math.sqrt(s2) * normal(0, 40_000, 1)
+    got = jax.jit(partial(ddpm.vlb, schedule, exact_eps(schedule, s2), sigma2=sigma2))(x_0, key(1))
+    tilde = process.beta_tilde(schedule)
+    variances = schedule.beta if sigma2 == "beta" else np.concatenate([tilde[1:2], tilde[1:]])
+    expected = expected_bound(schedule, s2, variances)
+    assert abs(got.mean() - expected) < 4 * got.std() / 200 and got.std() / 200 < 0.02 * expected
+    entropy = 0.5 * math.log(2 * math.pi * math.e * s2)
+    assert expected > entropy
+
+
+def test_the_bound_is_tight_where_the_chain_is_right():
+    """For data N(0, I) the reversed chain is Gaussian with variance beta: any number of steps costs nothing."""
+    x_0 = normal(0, 40_000, 1)
+    for schedule in (*SHORT.values(), ddpm.cosine_schedule(1), ddpm.respace(LINEAR, 3)):
+        terms = jax.jit(partial(ddpm.vlb_terms, schedule, exact_eps(LINEAR if schedule.t[-1] > 500 else schedule, 1.0)))
+        got = terms(x_0, key(1)).sum(0)
+        assert abs(got.mean() - 0.5 * math.log(2 * math.pi * math.e)) < 4 * got.std() / 200
+    # For a single point it is beta_tilde, and no step but the first costs anything at all.
+    point, schedule = jnp.full((100, 1), 0.25), SHORT["linear"]
+
+    def eps_fn(x, t):
+        a = jnp.asarray(schedule.alpha_bar, jnp.float32)[t][:, None]
+        return (x - jnp.sqrt(a) * 0.25) / jnp.sqrt(1 - a)
+
+    terms = ddpm.vlb_terms(schedule, eps_fn, point, key(0), levels=17, sigma2="beta_tilde")
+    np.testing.assert_allclose(terms[1:-1], 0, atol=1e-5)
+    last = schedule.alpha_bar[-1]
+    np.testing.assert_allclose(terms[-1], 0.5 * (last * 0.25**2 - last - math.log(1 - last)), atol=1e-6)
+
+
+def test_the_bound_in_continuous_time_depends_on_the_ends_alone():
+    """Its limit for data N(m, s2), exact denoiser: entropy of x_0 and what the two ends add, for every gamma."""
+    m, s2, low, high = 0.4, 0.25, -7.0, 4.0
+    x_0 = m + 0.5 * normal(0, 200_000, 1)
+
+    def run(gamma):
+        def eps_fn(x, u):
+            a = jax.nn.sigmoid(-gamma(u))[:, None]
+            return jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * m) / (a * s2 + 1 - a)
+
+        return jax.jit(partial(ddpm.continuous_vlb, gamma, eps_fn))(x_0, key(1))
+
+    gammas = {
+        "straight": lambda u: low + (high - low) * u,
+        "square": lambda u: low + (high - low) * u**2,
+        "bent": lambda u: low + (high - low) * (u + jnp.sin(2 * jnp.pi * u) / 8),
+    }
+    # KL(q(x_u | x_0) || its marginal) is the integral between the ends: the mutual information of x_0 and x_u.
+    mutual = [0.5 * math.log(1 + s2 * math.exp(-g)) for g in (low, high)]
+    a = 1 / (1 + math.exp(high))
+    prior = 0.5 * (a * (s2 + m**2) - a - math.log(1 - a))
+    noise = math.exp(low)
+    decoder = 0.5 * math.log(2 * math.pi * math.e * noise)
+    expected = decoder + mutual[0] - mutual[1] + prior
+    for name, gamma in gammas.items():
+        got = run(gamma)
+        assert abs(got.mean() - expected) < 4 * got.std() / len(x_0) ** 0.5, name
+        assert got.std() / len(x_0) ** 0.5 < 0.015
+    few = ddpm.discretise(gammas["straight"], 400)
+
+    def eps_fn(x, t):
+        a = few.alpha_bar[t][:, None]
+        return jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * m) / (a * s2 + 1 - a)
+
+    steps = jax.jit(partial(ddpm.vlb, few, eps_fn, sigma2="beta_tilde"))(x_0[:20_000], key(2))
+    continuous = run(gammas["straight"])
+    # The same but for the decoder, whose variance is half of the first noise here (that of beta_tilde at step 1).
+    assert steps.mean() > continuous.mean() - 4 * steps.std() / 20_000**0.5
+
+
+def test_grey_levels_in_continuous_time():
+    """One level in 5, exact denoiser: the prior's KL, and a decoder that knows it as well as the first noise allows."""
+    x_0 = jnp.full((5000, 1), 0.5)
+
+    def gamma(u):
+        return -8 + 13 * u
+
+    def eps_fn(x, u):
+        a = jax.nn.sigmoid(-gamma(u))[:, None]
+        return (x - jnp.sqrt(a) * 0.5) / jnp.sqrt(1 - a)
+
+    got = ddpm.continuous_vlb(gamma, eps_fn, x_0, key(0), levels=5)
+    a = 1 / (1 + math.exp(5.0))
+    np.testing.assert_allclose(got, 0.5 * (a * 0.25 - a - math.log(1 - a)), atol=1e-5)
+    vague = ddpm.continuous_vlb(lambda u: 4.0 + u, lambda x, u: eps_fn(x, u), x_0, key(0), levels=5)
+    assert (vague > 0.5).mean() > 0.9  # almost nothing is known: log 5 but for the noise
+
+
+def test_the_flow_gives_the_density():
+    cov = np.array([[0.5, 0.3], [0.3, 0.4]])
+    x = jnp.asarray(np.random.default_rng(0).multivariate_normal(np.zeros(2), cov, 200), jnp.float32)
+    first = 1 / LINEAR.alpha_bar[0] - 1
+    exact = stats.multivariate_normal(np.zeros(2), cov + first * np.eye(2)).logpdf(x)
+    density = jax.jit(
+        partial(ddpm.ode_log_likelihood, LINEAR, exact_eps(LINEAR, cov)), static_argnames=("steps", "trace")
+    )
+    errors = [np.abs(density(x, key(0), steps=steps, trace="exact") - exact).max() for steps in (125, 250, 500)]
+    assert errors[2] < 0.02 and errors[0] > 2.5 * errors[1] > 5 * errors[2]  # second order
+    # Unbiased over its probe vectors, of which +-1 has two kinds here: equal signs and unequal ones.
+    several = np.stack([density(x, key(i), steps=500, trace="hutchinson") for i in range(12)])
+    kinds = [several[np.abs(several - value).argmin(0), np.arange(200)] for value in (several.min(0), several.max(0))]
+    assert np.abs(several - exact[None]).max() > 0.1
+    np.testing.assert_allclose(np.mean(kinds, 0), exact, atol=0.02)
+    with pytest.raises(ValueError, match="trace must be hutchinson or exact"):
+        ddpm.ode_log_likelihood(LINEAR, exact_eps(LINEAR, cov), x, key(0), steps=5, trace="all")
+
+
+# -------------------------------------------------------------------------------------------------------- the samplers
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_ancestral_samples_have_the_variance_of_their_chain(name):
+    schedule, s2 = SHORT[name], 0.3
+    a, earlier = schedule.alpha_bar, process.before(schedule)
+    for sigma2, added in (("beta", schedule.beta), ("beta_tilde", process.beta_tilde(schedule))):
+        variance = 1.0
+        for t in range(len(a))[::-1]:
+            second = a[t] * s2 + 1 - a[t]
+            x_0_hat = (1 - (1 - a[t]) / second) / a[t] ** 0.5
+            of_x_0 = earlier[t] ** 0.5 * schedule.beta[t] / (1 - a[t])
+            factor = of_x_0 * x_0_hat + (1 - schedule.beta[t]) ** 0.5 * (1 - earlier[t]) / (1 - a[t])
+            variance = factor**2 * variance + (added[t] if t else 0.0)  # no noise in the last step
+        x = jax.jit(partial(ddpm.sample_ddpm, schedule, exact_eps(schedule, s2), sigma2=sigma2))(
+            normal(0, 50_000, 1), key(1)
+        )
+        assert abs(x.var() / variance - 1) < 4 * (2 / 50_000) ** 0.5
+
+
+def test_ddim_with_eta_one_is_ancestral_sampling():
+    x_T, eps_fn = normal(0, 100, 2), exact_eps(LINEAR, [[0.5, 0.2], [0.2, 0.3]])
+    few = ddpm.respace(LINEAR, 9, "quadratic")
+    ancestral = ddpm.sample_ddpm(few, eps_fn, x_T, key(1), sigma2="beta_tilde")
+    implicit = ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=9, eta=1.0, spacing="quadratic")
+    np.testing.assert_allclose(implicit, ancestral, atol=1e-4)
+    assert np.abs(implicit - ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=9, spacing="quadratic")).max() > 0.1
+
+
+def test_deterministic_samplers_follow_the_flow():
+    """x_0 = x_T sqrt(var x_0 / var x_T) for a Gaussian; DDIM is of first order, the other two of second."""
+    s2 = 0.3
+    eps_fn, x_T = exact_eps(LINEAR, s2), jnp.array([[1.5], [-0.4]])
+    ends = [LINEAR.alpha_bar[i] * s2 + 1 - LINEAR.alpha_bar[i] for i in (0, -1)]
+    # To the first level along the flow; from there x_0_hat in one step.
+    first = (1 - (1 - LINEAR.alpha_bar[0]) / ends[0]) / LINEAR.alpha_bar[0] ** 0.5
+    true = np.asarray(x_T) * (ends[0] / ends[1]) ** 0.5 * first
+    order = {"ddim": 1, "dpm_solver": 2, "heun": 2}
+    errors = {}
+    for name in order:
+        errors[name] = []
+        for steps in (25, 50, 100, 200):
+            if name == "ddim":
+                got = ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=steps)
+            else:
+                got = getattr(ddpm, f"sample_{name}")(LINEAR, eps_fn, x_T, steps=steps)
+            errors[name].append(float(np.abs(got - true).max()))
+        falls = np.array(errors[name][:-1]) / np.array(errors[name][1:])
+        assert (falls[1:] > 1.6 if order[name] == 1 else falls[1:] > 2.8).all(), (name, errors[name])
+    assert errors["heun"][1] < errors["ddim"][1] and errors["dpm_solver"][2] < errors["ddim"][2]
+    # A step of DDIM, by hand.
+    few = ddpm.respace(LINEAR, 2)
+    eps = np.asarray(eps_fn(x_T, jnp.array([999, 999])))
+    a, b = few.alpha_bar[1], few.alpha_bar[0]
+    x = b**0.5 * (np.asarray(x_T) - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+    expected = (x - (1 - b) ** 0.5 * np.asarray(eps_fn(jnp.asarray(x), jnp.array([0, 0])))) / b**0.5
+    np.testing.assert_allclose(ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=2), expected, rtol=1e-3)
+    for solve in (ddpm.sample_heun, ddpm.sample_dpm_solver):
+        one = solve(LINEAR, eps_fn, x_T, steps=1)
+        np.testing.assert_allclose(one, ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=1), rtol=1e-5)
+
+
+def test_sigma_hat_adds_the_larger_noise():
+    """Data at 0: eps_hat = x / sqrt(1 - a) forgets x_t at eta = 1, so that only the noise added last is left."""
+    schedule = SHORT["linear"]
+
+    def eps_fn(x, t):
+        return x / jnp.sqrt(1 - jnp.asarray(schedule.alpha_bar, jnp.float32)[t])[:, None]
+
+    _, (x, _) = ddpm.sample_ddim(schedule, eps_fn, normal(0, 40_000, 1), key(1), steps=25, sigma_hat=True, path=True)
+    tilde, variance = process.beta_tilde(schedule), 1.0
+    for i, t in enumerate(range(24, 0, -1)):
+        kept = (1 - schedule.alpha_bar[t - 1] - tilde[t]) / (1 - schedule.alpha_bar[t])
+        variance = kept * variance + schedule.beta[t]
+        assert abs(x[i].var() / variance - 1) < 5 * (2 / 40_000) ** 0.5
+    np.testing.assert_allclose(x[-1], 0, atol=1e-5)
+
+
+def test_inversion_comes_back_and_more_so_with_more_steps():
+    eps_fn, x_0 = exact_eps(LINEAR, 0.3), 0.55 * normal(0, 500, 1)
+    errors = []
+    for steps in (10, 50, 250, 1000):
+        x_T = ddpm.ddim_invert(LINEAR, eps_fn, x_0, steps=steps)
+        errors.append(float(((ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=steps) - x_0) ** 2).mean()))
+    assert sorted(errors, reverse=True) == errors and errors[-1] < 1e-3
+    assert abs(float(x_T.std()) - 1) < 0.1
+
+
+MODES = jnp.array([[1.0, 0.0], [-0.5, 0.866], [-0.5, -0.866]])
+
+
+def mixture_eps(schedule, weights, s=0.15):
+    """Of three equal normals around MODES."""
+
+    def eps_fn(x, t):
+        a = jnp.asarray(schedule.alpha_bar, jnp.float32)[t][:, None]
+        v = a * s**2 + 1 - a
+        away = x[:, None] - jnp.sqrt(a)[:, None] * MODES[None]
+        share = jax.nn.softmax(jnp.log(weights)[None] - 0.5 * (away**2).sum(-1) / v, -1)
+        return jnp.sqrt(1 - a) * (share[..., None] * away).sum(1) / v
+
+    return eps_fn
+
+
+def test_a_mixture_is_sampled_with_its_weights():
+    weights = jnp.array([0.5, 0.3, 0.2])
+    x = ddpm.sample_ddpm(ddpm.respace(LINEAR, 100), mixture_eps(LINEAR, weights), normal(0, 20_000, 2), key(1))
+    distance = jnp.linalg.norm(x[:, None] - MODES[None], axis=-1)
+    np.testing.assert_allclose(np.bincount(distance.argmin(1), minlength=3) / 20_000, weights, atol=0.015)
+    assert (distance.min(1) < 3 * 0.15).mean() > 0.97
+
+
+def test_guidance_is_the_score_of_the_tilted_density():
+    """grad log p(x | c)^(1 + w) / p(x)^w, by automatic differentiation of log densities."""
+    t, x, w, s = jnp.full(5, 300), normal(0, 5, 2), 1.7, 0.15
+    a = float(LINEAR.alpha_bar[300])
+
+    def log_p(x, weights):
+        away = ((x[None] - a**0.5 * MODES) ** 2).sum(-1)
+        return jax.nn.logsumexp(-0.5 * away / (a * s**2 + 1 - a) + jnp.log(weights))
+
+    one, every = jnp.array([1.0, 1e-30, 1e-30]), jnp.ones(3) / 3
+    got = ddpm.guide(mixture_eps(LINEAR, one)(x, t), mixture_eps(LINEAR, every)(x, t), w)
+    score = jax.vmap(jax.grad(lambda x: (1 + w) * log_p(x, one) - w * log_p(x, every)))(x)
+    np.testing.assert_allclose(got, -((1 - a) ** 0.5) * score, rtol=1e-3, atol=1e-4)
+    cond, uncond = normal(1, 3, 2), normal(2, 3, 2)
+    np.testing.assert_array_equal(ddpm.guide(cond, uncond, 0.0), cond)
+    np.testing.assert_allclose(ddpm.guide(cond, uncond, -1.0), uncond, atol=1e-6)
+
+
+def test_inpainting_keeps_what_is_known_and_fits_the_rest_to_it():
+    rho = 0.9
+    eps_fn = exact_eps(LINEAR, [[1.0, rho], [rho, 1.0]])
+    known, mask = (
+        jnp.stack([normal(3, 4000), jnp.zeros(4000)], 1),
+        jnp.array([[True, False]]) & jnp.ones((4000, 1), bool),
+    )
+    few = ddpm.respace(LINEAR, 50)
+    slopes = []
+    for repeats in (1, 10):
+        fill = jax.jit(partial(ddpm.inpaint, few, eps_fn, repeats=repeats))
+        x = np.asarray(fill(normal(0, 4000, 2), key(1), known=known, mask=mask), np.float64)
+        np.testing.assert_array_equal(x[:, 0], known[:, 0])
+        slopes.append((x[:, 0] * x[:, 1]).mean() / (x[:, 0] ** 2).mean())
+    # The conditional mean is rho x; replaced noise alone falls short of it, going back and forth mends that.
+    assert slopes[0] < slopes[1] - 0.05 and abs(slopes[1] - rho) < 0.06
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        ddpm.inpaint(few, eps_fn, known, key(1), known=known, mask=mask, repeats=0)
+
+
+def test_interpolation_between_images():
+    a, b, shares = normal(0, 3, 2), normal(1, 3, 2), jnp.array([0.0, 0.25, 1.0])
+    eps_fn = exact_eps(LINEAR, 0.3)
+
+    def between(t):
+        return ddpm.interpolate(LINEAR, eps_fn, a, b, key(2), t=t, shares=shares)
+
+    blend = (1 - shares)[:, None, None] * a[None] + shares[:, None, None] * b[None]
+    np.testing.assert_allclose(between(0), blend, atol=1e-6)
+    np.testing.assert_allclose(between(1), blend, atol=0.1)  # one step of the least noise
+    with pytest.raises(ValueError, match=r"t counts steps taken, 0..1000, got 1001"):
+        between(1001)
+    c = ddpm.slerp(a, b, 0.3)
+    np.testing.assert_allclose(ddpm.slerp(a, b, 0.0), a, atol=1e-6)
+    np.testing.assert_allclose(ddpm.slerp(a, b, 1.0), b, atol=1e-5)
+    u, v = np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]])
+    middle = ddpm.slerp(jnp.asarray(u), jnp.asarray(v), 0.5)
+    np.testing.assert_allclose(middle, (u + v) / 2**0.5, atol=1e-6)
+    assert c.shape == a.shape
+
+
+def test_the_way_is_shown_and_clipping_holds():
+    eps_fn = exact_eps(LINEAR, 0.3)
+    few = ddpm.respace(LINEAR, 6)
+    x_0, (x, hats) = ddpm.sample_ddpm(few, eps_fn, 3 * normal(0, 4, 2), key(1), clip=0.2, path=True)
+    assert x.shape == hats.shape == (6, 4, 2) and np.abs(hats).max() <= 0.2 and np.abs(x_0).max() <= 0.2
+    np.testing.assert_array_equal(x[-1], x_0)
+    for name in ("heun", "dpm_solver"):
+        x = getattr(samplers, f"sample_{name}")(LINEAR, eps_fn, 3 * normal(0, 4, 2), steps=6, clip=0.2)
+        assert np.abs(x).max() <= 0.2
+    with pytest.raises(ValueError, match="sigma2 must be beta, beta_tilde or a function"):
+        ddpm.sample_ddpm(few, eps_fn, x, key(1), sigma2="large")
+
+
+# ------------------------------------------------------------------------------------------------ nets and the family
+
+TINY = ddpm.Config(
+    shape=(8, 8, 1), levels=17, classes=3, T=25, terms=0, ema=0.0, optim=Optim(lr=1e-3),
+    net=ddpm.Net(widths=(8, 16), blocks=1, attention=(4,), groups=4, dropout=0.0),
+)  # fmt: skip
+POINTS = ddpm.Config(shape=(2,), T=25, terms=0, ema=0.0, net=ddpm.Net("mlp", (16, 16), dropout=0.0))
+NETS = {
+    "unet": TINY,
+    "dit": dataclasses.replace(TINY, net=ddpm.Net("dit", (16, 16), heads=2, dropout=0.0)),
+    "mlp": dataclasses.replace(POINTS, classes=3),
+}
+
+
+def shaken(cfg, seed=0):
+    """A state whose parameters are away from their initial values, so that no branch is zero."""
+    state = jax.jit(ddpm.make(cfg).init)(key(0))
+    rng = np.random.default_rng(seed)
+    return state._replace(
+        params=jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), state.params)
+    )
+
+
+def images(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 17, (n, 8, 8, 1)).astype(np.uint8),
+        "label": rng.integers(0, 3, n).astype(np.int32),
+    }
+
+
+def test_the_u_net_of_cifar_has_the_papers_parameters():
+    """35.7 million (DDPM, appendix B)."""
+    shapes = jax.eval_shape(ddpm.make(ddpm.Config()).init, key(0))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params)) == 35_746_307
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_nets_take_time_and_label_and_no_other_row(name):
+    cfg = NETS[name]
+    params = shaken(cfg).params
+    x, t, label = normal(1, 4, *cfg.shape), jnp.array([0, 5, 5, 24]), jnp.array([0, 1, 2, 0])
+    value, _ = ddpm.predict(cfg, params, x, t, label)
+    assert value.shape == x.shape
+    for other in ((x, t + 1, label), (x, t, label + 1)):
+        assert np.abs(ddpm.predict(cfg, params, *other)[0] - value).max(tuple(range(1, x.ndim))).min() > 1e-4
+    slope = jax.grad(lambda x: ddpm.predict(cfg, params, x, t, label)[0][1].sum())(x)
+    assert slope[1].any() and not slope[jnp.array([0, 2, 3])].any()
+    unlabelled, _ = ddpm.predict(cfg, params, x, t)
+    np.testing.assert_array_equal(unlabelled, ddpm.predict(cfg, params, x, t, jnp.full(4, 3))[0])
+    fresh = jax.jit(ddpm.make(cfg).init)(key(0)).params
+    assert not ddpm.predict(cfg, fresh, x, t, label)[0].any()  # the last layer begins at 0
+
+
+def test_guided_eps_is_the_guided_mix_of_two():
+    params, x, t = shaken(TINY).params, normal(1, 4, 8, 8, 1), jnp.array([0, 5, 9, 24])
+    label = jnp.array([0, 1, 2, 0])
+    plain = [ddpm.eps_fn_of(TINY, params, x)(normal(1, 4, 8, 8, 1), t) for x in (label, None)]
+    guided = ddpm.eps_fn_of(TINY, params, label, 1.5)(x, t)
+    np.testing.assert_allclose(guided, 2.5 * plain[0] - 1.5 * plain[1], atol=1e-5)
+    np.testing.assert_array_equal(ddpm.eps_fn_of(TINY, params, label, 0.0)(x, t), plain[0])
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_objectives_agree_where_they_are_one(prediction):
+    """SNR weighting of x_0 is the error of eps; SNR + 1 would be that of v; for eps both are L_simple of eps."""
+    cfg = dataclasses.replace(TINY, prediction=prediction, schedule="cosine", T=12)
+    params, x_0 = shaken(cfg).params, ddpm.preprocess(cfg, images(6))
+    t, eps, label = jnp.array([1, 3, 5, 7, 9, 10]), normal(3, 6, 8, 8, 1), jnp.zeros(6, int)
+    schedule = ddpm.schedule_of(cfg, params)
+    x_t = ddpm.q_sample(schedule, x_0, t, eps)
+    value, _ = ddpm.predict(cfg, params, x_t, t, label)
+    eps_hat = ddpm.convert(schedule, value, x_t, t, given=prediction, wanted="eps")
+    of_eps = ((eps - eps_hat) ** 2).mean((1, 2, 3))
+    ab = np.asarray(schedule.alpha_bar)[np.asarray(t)]
+    snr = ab / (1 - ab)
+
+    def each(objective):
+        return ddpm.losses(dataclasses.replace(cfg, objective=objective), params, x_0, t, eps, label)
+
+    np.testing.assert_allclose(each("snr"), of_eps, rtol=2e-3)
+    np.testing.assert_allclose(each("truncated_snr"), of_eps * np.maximum(snr, 1) / snr, rtol=2e-3)
+    np.testing.assert_allclose(each("min_snr"), of_eps * np.minimum(snr, 5) / snr, rtol=2e-3)
+    own = {"eps": of_eps, "x_0": of_eps / snr, "v": of_eps / ab}
+    own["mu"] = of_eps / snr * (process._posterior(schedule)[0][np.asarray(t)]) ** 2
+    np.testing.assert_allclose(each("simple"), own[prediction], rtol=2e-3)
+    # L_t for t > 0 is a weighted error of eps too (DDPM eq. 12).
+    beta = schedule.beta[np.asarray(t)]
+    weight = beta**2 / (2 * beta * (1 - beta) * (1 - ab))
+    tilde = process.beta_tilde(schedule)[np.asarray(t)]
+    rest = 0.5 * (tilde / beta - 1 - np.log(tilde / beta))
+    np.testing.assert_allclose(each("vlb"), cfg.T * (weight * of_eps + rest) / math.log(2), rtol=2e-3)
+
+
+def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
+    cfg = dataclasses.replace(TINY, variance="learned", objective="hybrid")
+    params, x_0, label = shaken(cfg).params, ddpm.preprocess(cfg, images(6)), jnp.zeros(6, int)
+    t, eps = jnp.array([0, 1, 3, 9, 20, 24]), normal(3, 6, 8, 8, 1)
+    schedule = ddpm.schedule_of(cfg, params)
+    tilde = process.beta_tilde(schedule)
+    tilde[0] = tilde[1]
+    for raw, expected in ((1.0, schedule.beta), (-1.0, tilde), (0.0, np.sqrt(schedule.beta * tilde))):
+        got = ddpm._between(schedule, jnp.full((6, 1, 1, 1), raw), t).reshape(-1)
+        np.testing.assert_allclose(got, expected[np.asarray(t)], rtol=1e-5)
+
+    def gradient(objective):
+        some = dataclasses.replace(cfg, objective=objective)
+        return jax.grad(lambda p: ddpm.losses(some, p, x_0, t, eps, label).mean())(params)["net"]["out"]["kernel"]
+
+    hybrid, bound = gradient("hybrid"), gradient("vlb")
+    # Channel 0 is eps, 1 the variance: the bound's thousandth reaches the second only.
+    simple = jax.grad(
+        lambda p: ((eps - ddpm.predict(cfg, p, ddpm.q_sample(schedule, x_0, t, eps), t, label)[0]) ** 2).mean()
+    )(params)["net"]["out"]["kernel"]
+    np.testing.assert_allclose(hybrid[..., 0], simple[..., 0], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(hybrid[..., 1], 0.001 * bound[..., 1], rtol=1e-3, atol=1e-7)
+    assert np.abs(bound[..., 0]).max() > 0 and not simple[..., 1].any()
+
+
+def test_evaluation_from_a_few_terms_is_unbiased():
+    cfg, batch = dataclasses.replace(TINY, classes=0), images(8)
+    state = shaken(cfg)
+    every = jax.jit(ddpm.make(cfg).evaluate)
+    few = jax.jit(ddpm.make(dataclasses.replace(cfg, terms=5)).evaluate)
+    full = np.stack([every(state, batch, key(i))["nll_nats"] for i in range(30)])
+    several = np.stack([few(state, batch, key(i))["nll_nats"] for i in range(300)])
+    error = np.hypot(several.std(0) / 300**0.5, full.std(0) / 30**0.5)
+    full = full.mean(0)
+    assert (np.abs(several.mean(0) - full) < 4.5 * error).all() and (error < 0.1 * full).all()
+    values = every(state, batch, key(0))
+    np.testing.assert_allclose(values["nll_bits_per_dim"], values["nll_nats"] / 64 / math.log(2), rtol=1e-6)
+
+
+def test_times_are_drawn_as_said():
+    u = np.sort(ddpm.low_discrepancy(key(3), 40))
+    assert (np.floor(u * 40) == np.arange(40)).all()
+    # Where one t loses far more than the others, it is drawn more, and the weights make up for it.
+    cfg = dataclasses.replace(POINTS, times="importance", T=25)
+    family = ddpm.make(cfg)
+    state, step = jax.jit(family.init)(key(0)), jax.jit(family.step)
+    batch = {"points": np.asarray(normal(0, 256, 2))}
+    assert state.extra["square"].shape == (25,) and not state.extra["count"].any()
+    for i in range(8):
+        state, metrics = step(state, batch, key(i))
+    assert int(state.extra["count"].sum()) == 8 * 256 and state.extra["square"].min() >= 0
+    skewed = state.extra["square"].at[7].set(100 * state.extra["square"].max())
+    full = state._replace(extra={"square": skewed, "count": jnp.full(25, 50)})
+    plain = state._replace(extra={"square": skewed, "count": jnp.zeros(25, jnp.int32)})
+    losses = {name: [float(step(s, batch, key(i))[1]["loss"]) for i in range(60)] for name, s in
+              (("full", full), ("plain", plain))}  # fmt: skip
+    means = {name: (np.mean(v), np.std(v) / 60**0.5) for name, v in losses.items()}
+    assert abs(means["full"][0] - means["plain"][0]) < 4 * math.hypot(means["full"][1], means["plain"][1])
+    drawn = step(full, batch, key(1))[0].extra["count"] - 50
+    assert drawn[7] > 3 * np.delete(drawn, 7).max()
+
+
+def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_way():
+    cfg = dataclasses.replace(
+        POINTS, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
+        optim=Optim(name="sgd", lr=1.0),
+    )  # fmt: skip
+    state = shaken(cfg)
+    params = state.params["gamma"]
+    u = jnp.linspace(0, 1, 200)
+    assert (np.diff(ddpm.gamma(params, u)) > 0).all()
+    np.testing.assert_allclose(ddpm.gamma(params, u)[jnp.array([0, -1])], params["ends"], rtol=1e-5)
+    batch = {"points": normal(0, 64, 2)}
+    new, metrics = jax.jit(ddpm.make(cfg).step)(state, batch, key(5))
+    moved = jax.tree.map(lambda a, b: a - b, state.params, new.params)
+
+    def bound(params, i):
+        k_loss = jax.random.split(jax.random.split(key(5), 4)[1])[i]
+        return ddpm._continuous(cfg, params, batch["points"], None, k_loss) / (2 * math.log(2))
+
+    np.testing.assert_allclose(metrics["loss"], bound(state.params, 0).mean(), rtol=1e-5)
+    plain = jax.grad(lambda p: bound(p, 0).mean())(state.params)
+    square = jax.grad(lambda p: (bound(p, 1) ** 2).mean())(state.params)
+    scale = np.abs(np.concatenate([x.reshape(-1) for x in jax.tree.leaves(plain)])).max()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), moved["net"], plain["net"]
+    )
+    np.testing.assert_allclose(moved["gamma"]["ends"], plain["gamma"]["ends"], rtol=1e-3)
+    for name in ("first", "bias", "last", "line"):
+        limit = 1e-4 * np.abs(square["gamma"][name]).max()
+        np.testing.assert_allclose(moved["gamma"][name], square["gamma"][name], rtol=1e-2, atol=limit)
+
+
+def test_a_small_model_learns_points_and_samples_them():
+    """Two points, far apart: every sampler ends near one of them, and the bound falls below a normal's."""
+    cfg = dataclasses.replace(
+        POINTS, classes=2, T=50, net=ddpm.Net("mlp", (64, 64), dropout=0.0), optim=Optim(lr=3e-3), ema=0.99,
+    )  # fmt: skip
+    family = ddpm.make(cfg)
+    state, step = jax.jit(family.init)(key(0)), jax.jit(family.step)
+    rng = np.random.default_rng(0)
+    for i in range(600):
+        label = rng.integers(0, 2, 256).astype(np.int32)
+        points = np.where(label[:, None] == 0, -1.0, 1.0) + 0.05 * rng.normal(size=(256, 2))
+        state, _ = step(state, {"points": points.astype(np.float32), "label": label}, key(i))
+    for options in ({}, {"sampler": "ddim", "steps": 20}, {"sampler": "heun", "steps": 10}, {"steps": 25, "w": 0.2}):
+        x = jax.jit(partial(family.sample, n=200, **options))(state, key(1))
+        side = np.where(np.arange(200) % 2 == 0, -1.0, 1.0)
+        assert (np.abs(x - side[:, None]).max(-1) < 0.4).mean() > 0.95, options
+    values = jax.jit(family.evaluate)(state, {"points": points.astype(np.float32), "label": label}, key(2))
+    assert values["nll_nats"].mean() < 0.5
+    with pytest.raises(ValueError, match="sampler must be ddpm, ddim, dpm_solver or heun"):
+        family.sample(state, key(1), n=2, sampler="euler")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": (8, 8)}, r"model.shape must be \(H, W, C\) or \(d,\)"),
+        ({"shape": (9, 9, 1)}, "halve H and W 1 times, which shape .* does not allow"),
+        ({"shape": (2,)}, "is for images, shape is .2,.: use mlp"),
+        ({"T": 0}, "model.T must be at least 1, got 0"),
+        ({"T": 20}, "linear_schedule needs T >= 21"),
+        ({"schedule": "sigmoid"}, "model.schedule must be one of linear, cosine, learned"),
+        ({"prediction": "score"}, "model.prediction must be one of eps, x_0, v, mu"),
+        ({"variance": "learned"}, "model.variance 'learned' is trained by objective vlb or hybrid, not simple"),
+        ({"objective": "hybrid"}, "model.objective 'hybrid' is simple, and vlb for a learned variance"),
+        ({"schedule": "learned"}, "model.schedule 'learned' .VDM. goes with prediction eps"),
+        ({"unlabelled": 1.0}, r"model.unlabelled must lie in \[0, 1\), got 1.0"),
+        ({"net": ddpm.Net("transformer")}, "model.net.kind must be one of unet, dit, mlp"),
+        ({"net": ddpm.Net(widths=(24,))}, "24 does not divide into 32 groups"),
+        ({"net": ddpm.Net("dit", (8, 16))}, "widths of a dit are one number for each block"),
+        ({"net": ddpm.Net("dit", (8, 8), patch=3)}, "model.net.patch 3 does not divide H and W"),
+        ({"ema": 1.0}, "ema must lie in"),
+    ],
+)
+def test_bad_values_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **change)
