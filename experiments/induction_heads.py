@@ -1,6 +1,6 @@
 """The moment at which a model learns to copy: induction heads, Olsson et al. 2022
 
-    python -m experiments.induction_heads               about 6 minutes on 2 cores; downloads nothing
+    python -m experiments.induction_heads               about 10 minutes on 2 cores; downloads nothing
 
 Attention-only models of one and two layers, on sequences of 64 symbols: half of them a random segment again and again,
 half text from a Markov chain. An induction head looks from a symbol to what followed it last time (its prefix-matching
