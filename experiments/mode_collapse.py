@@ -1,17 +1,24 @@
 """Mode collapse on 25 Gaussians in a grid and 8 on a ring: Lin et al. 2018 (PacGAN), table 1; Metz et al. 2017, fig. 2
 
     python -m experiments.mode_collapse                 about 20 minutes on 2 cores; downloads nothing
+    python -m experiments.mode_collapse --scale paper --unrolled-seeds 5       about 80 minutes: the recorded run
 
 The nets of the unrolled GAN's demonstration on the sets of PacGAN: plain, packed by 2 and 4, unrolled by 5 updates, and
-WGAN-GP. Expect, after 10,000 updates, the plain GAN to lose modes of the grid (12 of 25 found), packing to keep more
-(19, 18) and unrolling nearly all (24). But packed GANs keep them at a share of high-quality samples near the chance
-level of 1.8 % (points spread evenly), and the order does not last: the same runs, continued to 25,000 (`--run.steps
-25000`, ten seeds), end with 24.1 modes and 60 % of high quality for plain, 19.3 and 2.4 % for Pac2, 16.3 and 1.8 % for
-Pac4, 23.8 and 73 % for unrolled. At equal updates and points D sees half and a quarter as many packs: a reason why
-packed GANs train more slowly, which we have not tested. Collapse is a matter of rates: with D's at 5e-4 for 3e-4 a
-plain GAN had all 25 modes after 10,000 updates (three seeds, seen while this was made). A mode counts where one of
-2,500 samples lies within 3 standard deviations of it; a sample there is of high quality (HQ), of which a correct model
-has 98.9 %: more is collapsed variance. Absolute numbers do not compare across papers, whose nets differ.
+WGAN-GP. Expect at scale paper (the demonstration's rates and its 25,000 updates) the plain GAN to lose modes of the
+grid (8.3 of 25 found, ten seeds), packing to keep more (19.4 and 19.7) and unrolling as many (20.8, five seeds). But
+none is good: 2 % of high-quality samples for packed GANs, near the chance level of 1.8 % (points spread evenly), 4 %
+for plain and 9 % for unrolled.
+
+Collapse is a matter of rates and of time. At scale cpu (D's rate 3e-4 for 1e-4, 16 latents for 256, 10,000 updates)
+plain, Pac2, Pac4 and unrolled find 12.2, 19.0, 18.4 and 24.0 modes (commit e0c36fb, the same seeds; two of the four
+criteria fail: Pac4 less Pac2 -.6 +- 1.3, reverse KL 2.6 times lower), and the same runs continued to 25,000 24.1, 19.3,
+16.3 and 23.8 (all four fail), with 60, 2, 2 and 73 % of high quality. With D's rate at 5e-4 a plain GAN had all 25
+modes after 10,000 updates (three seeds). At equal updates and points D sees half and a quarter as many packs: a reason
+why packed GANs train more slowly, which we have not tested.
+
+A mode counts where one of 2,500 samples lies within 3 standard deviations of it; a sample there is of high quality
+(HQ), of which a correct model has 98.9 %: more is collapsed variance. Absolute numbers do not compare across papers,
+whose nets differ.
 """
 
 from __future__ import annotations
