@@ -34,6 +34,17 @@ def rotate(x_BHTK: Array, positions: Int[Array, "B T"]) -> Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+def _mean(x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:
+    """Over the last axis. XLA's CPU code adds it up number by number, where a product with ones takes eight at once: a
+    fifth of the time of a small transformer's update.
+    """
+
+    def product(x):
+        return x @ jnp.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.mean(-1, keepdims=True))
+
+
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), eps 1e-5, over the last axis."""
 
@@ -43,10 +54,15 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        if self.kind == "rms":
-            return nn.RMSNorm(epsilon=1e-5, dtype=self.dtype)(x)
-        # The variance as E[x^2] - E[x]^2 loses digits where a channel is huge, as some of GPT-2's are.
-        return nn.LayerNorm(epsilon=1e-5, use_bias=self.bias, use_fast_variance=False, dtype=self.dtype)(x)
+        shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+        h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.kind == "layer":  # E[x^2] - E[x]^2 would lose digits where a channel is huge, as some of GPT-2's are
+            h = h - _mean(h)
+        h = h * jax.lax.rsqrt(_mean(h * h) + 1e-5)
+        h = h * self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(shape)
+        if self.kind == "layer" and self.bias:
+            h = h + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape)
+        return h.astype(self.dtype)
 
 
 class Block(nn.Module):

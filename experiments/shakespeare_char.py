@@ -30,8 +30,8 @@ NANO = transformer.Config(
 )  # fmt: skip
 OURS = transformer.Config(
     vocab=65, context=256, layers=4, heads=4, width=192, positions="rotary", norm="rms", activation="swiglu",
-    bias=False, dropout=0.1,
-    optim=Optim(lr=2e-3, b2=0.99, weight_decay=0.1, clip=1.0, warmup=100, decay=2400, floor=0.05),
+    bias=False,
+    optim=Optim(lr=2e-3, b2=0.99, weight_decay=0.1, clip=1.0, warmup=100, decay=1400, floor=0.05),
 )  # fmt: skip
 RUN = Run(
     folder="runs/shakespeare_char", steps=2000, batch_size=12, eval_every=250, save_every=1000, log_every=50, keep=1,
@@ -46,7 +46,7 @@ class Setup:
     model: transformer.Config = NANO
     run: Run = RUN
     ours: transformer.Config = OURS
-    ours_run: Run = replace(RUN, steps=2500, batch_size=16, steps_per_call=10)
+    ours_run: Run = replace(RUN, steps=1500, batch_size=16, steps_per_call=10)
     data: Source = Source("tiny_shakespeare")
     length: int = 64  # of nanoGPT's crops
     ours_length: int = 256

@@ -59,8 +59,7 @@ def plain(cfg, params, row):
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, p):
-        [(kind, p)] = p.items()
-        if kind == "RMSNorm_0":
+        if cfg.norm == "rms":
             return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"]
         y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         return y * p["scale"] + p.get("bias", 0.0)
@@ -157,7 +156,7 @@ def test_attention_weights_are_rows_of_probabilities_over_the_past(model):
     if cfg.positions == "learned":
         b = params["blocks_0"]
         x = params["wte"]["embedding"][tokens(3, 6)] + params["wpe"]["embedding"][None, :6]
-        norm = b["norm_attention"]["LayerNorm_0"]
+        norm = b["norm_attention"]
         y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
         y = y * norm["scale"][None, None] + norm.get("bias", jnp.zeros(8))[None, None]
         q, k, _ = jnp.split(y @ b["qkv"]["kernel"] + b["qkv"].get("bias", jnp.zeros(24))[None, None], 3, -1)
@@ -384,7 +383,7 @@ def test_another_temperature_does_not_compile_again():
 def test_repetition_penalty_of_what_occurred():
     """Greedy with a huge penalty repeats nothing of the prompt or of itself where all logits are positive."""
     params = parameters(SMALL)
-    params["norm"]["LayerNorm_0"]["bias"] = jnp.full(8, 3.0)
+    params["norm"]["bias"] = jnp.full(8, 3.0)
     params["wte"]["embedding"] = jnp.abs(params["wte"]["embedding"]) + 0.5
     prompt = jnp.array([[1, 2, 1], [5, 7, 0]])
     generate = jax.jit(partial(transformer.generate, SMALL, max_new_tokens=8))

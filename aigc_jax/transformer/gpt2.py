@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 # Ours, theirs: a dense kernel of theirs (Conv1D) is [in, out] as ours is.
 _BLOCK = {
-    ("norm_attention", "LayerNorm_0", "scale"): "ln_1.weight",
-    ("norm_attention", "LayerNorm_0", "bias"): "ln_1.bias",
+    ("norm_attention", "scale"): "ln_1.weight",
+    ("norm_attention", "bias"): "ln_1.bias",
     ("qkv", "kernel"): "attn.c_attn.weight",
     ("qkv", "bias"): "attn.c_attn.bias",
     ("out", "kernel"): "attn.c_proj.weight",
     ("out", "bias"): "attn.c_proj.bias",
-    ("norm_mlp", "LayerNorm_0", "scale"): "ln_2.weight",
-    ("norm_mlp", "LayerNorm_0", "bias"): "ln_2.bias",
+    ("norm_mlp", "scale"): "ln_2.weight",
+    ("norm_mlp", "bias"): "ln_2.bias",
     ("up", "kernel"): "mlp.c_fc.weight",
     ("up", "bias"): "mlp.c_fc.bias",
     ("down", "kernel"): "mlp.c_proj.weight",
@@ -34,8 +34,8 @@ def _names(layers: int) -> dict[tuple[str, ...], str]:
     names = {
         ("wte", "embedding"): "wte.weight",
         ("wpe", "embedding"): "wpe.weight",
-        ("norm", "LayerNorm_0", "scale"): "ln_f.weight",
-        ("norm", "LayerNorm_0", "bias"): "ln_f.bias",
+        ("norm", "scale"): "ln_f.weight",
+        ("norm", "bias"): "ln_f.bias",
     }
     for i in range(layers):
         names |= {(f"blocks_{i}", *path): f"h.{i}.{name}" for path, name in _BLOCK.items()}

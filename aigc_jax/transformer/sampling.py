@@ -101,13 +101,15 @@ def draw(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -
     """
 
     def most_likely(logits):
-        return jnp.argmax(logits, -1).astype(jnp.int32)
+        # As argmax, which takes four times as long on the CPU.
+        found = logits == logits.max(-1, keepdims=True)
+        return jnp.where(found, jnp.arange(logits.shape[-1], dtype=jnp.int32)[None], logits.shape[-1]).min(-1)
 
     def sampled(logits):
         return categorical(filter_logits(logits, sampling), key)
 
     token = jax.lax.cond(jnp.asarray(sampling.temperature) == 0, most_likely, sampled, logits)
-    return jnp.where(jnp.isnan(logits).any(-1), -1, token)
+    return jnp.where(jnp.isnan(logits.max(-1)), -1, token)
 
 
 def categorical(logits: Float[Array, "B V"], key: Key[Array, ""], block: int = 256) -> Int[Array, "B"]:
