@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ..core import EMA, Family, Optim, State, make_step, spread, start
+from .binomial import DiscreteConfig, make_discrete
 from .bounds import (
     continuous_vlb,
     gaussian_kl,
@@ -60,11 +61,11 @@ from .samplers import (
 )
 
 __all__ = [
-    "Config", "DiT", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert", "cosine_schedule", "ddim_invert",
-    "discretise", "gamma", "gaussian_kl", "guide", "inpaint", "interpolate", "linear_schedule", "log_discretised",
-    "make", "ode_log_likelihood", "predict", "preprocess", "q_posterior", "q_sample", "respace", "sample_ddim",
-    "sample_ddpm",
-    "sample_dpm_solver", "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
+    "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert",
+    "cosine_schedule", "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "inpaint", "interpolate",
+    "linear_schedule", "log_discretised", "make", "make_discrete", "ode_log_likelihood", "predict", "preprocess",
+    "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm", "sample_dpm_solver", "sample_heun",
+    "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
 ]  # fmt: skip
 
 Params = Any
