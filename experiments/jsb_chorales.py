@@ -5,8 +5,9 @@
 Downloads the quarter-note chorales (--data.folder takes their file). A causal transformer reads 88 keys a frame and
 predicts the next frame as 88 independent Bernoullis; the score is the mean over all frames of all pieces of the sum
 over keys, from the second frame on, as in the paper's code. 229 pieces are few: the model of the lowest validation loss
-is scored on test. Published under this protocol: RNN 8.91, LSTM 8.45, GRU 8.43, TCN 8.10; scores per note or joint over
-the notes of a frame (RNN-NADE and others) are other numbers. It writes a sampled chorale as a MIDI file.
+is scored on test, 8.32 +- .01 over five seeds. Published under this protocol: RNN 8.91, LSTM 8.45, GRU 8.43, TCN 8.10;
+scores per note or joint over the notes of a frame (RNN-NADE and others) are other numbers. It writes a sampled chorale
+as a MIDI file. With --model.transpose 5 a thousand updates end at 8.55 and are still falling (one seed).
 """
 
 from __future__ import annotations
@@ -197,11 +198,13 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     write_midi(folder / "chorale.mid", chorale)
     fig, (axes,) = figures.figure(1, 2, size=(12, 4.2))
     figures.curves(axes[0], curves, xlabel="updates", ylabel="nats per frame", title="the first seed")
-    for name, value in PUBLISHED.items():
+    for name, value in (("RNN", 8.91), ("GRU 8.43, LSTM", 8.45), ("TCN", 8.10)):
         axes[0].axhline(value, color="0.5", linewidth=0.8, linestyle=":")
-        axes[0].annotate(f"paper, test: {name} {value}", (0.99, value), xycoords=("axes fraction", "data"), fontsize=7,
-                         ha="right", va="bottom")  # fmt: skip
-    axes[1].imshow(chorale.T[20:70], origin="lower", aspect="auto", cmap="Greys", extent=(0, 64, 20 + 21, 70 + 21))
+        axes[0].annotate(f"paper, test: {name} {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"),
+                         fontsize=7, ha="right", va="bottom")  # fmt: skip
+    low, high = 40, 100  # the pieces lie in 43..96
+    keys = chorale.T[low - music.LOWEST : high - music.LOWEST]
+    axes[1].imshow(keys, origin="lower", aspect="auto", cmap="Greys", extent=(0, 64, low - 0.5, high - 0.5))
     axes[1].axvline(8, color=figures.COLOURS[1], linewidth=1)
     axes[1].set(xlabel="quarter notes", ylabel="MIDI number", title="a sample, not chosen; the first 8 are Bach's")
     figures.save(fig, folder / "jsb_chorales.png",
