@@ -63,6 +63,18 @@ def test_a_schedule_whose_beta_reaches_one_is_refused(T):
     assert len(ddpm.cosine_schedule(T).beta) == T
 
 
+def test_a_traced_schedule_keeps_its_digits_where_the_noise_is_least():
+    """VDM's ends, a thousand levels: 1 - alpha_bar is 2e-6 there, and beta a fiftieth of it."""
+    got = jax.jit(lambda g: ddpm.discretise(lambda u: g + 18.3 * u, 1000))(-13.3)
+    g = -13.3 + 18.3 * np.linspace(0, 1, 1000)
+    noise2 = 1 / (1 + np.exp(-g))
+    beta = np.append(noise2[0], 1 - (1 - noise2[1:]) / (1 - noise2[:-1]))
+    np.testing.assert_allclose(got.noise2, noise2, rtol=1e-5)
+    np.testing.assert_allclose(got.beta, beta, rtol=1e-3)
+    few = ddpm.respace(got, 100)
+    np.testing.assert_allclose(np.cumprod(1 - np.asarray(few.beta, np.float64)), 1 - noise2[few.t], rtol=1e-4)
+
+
 def test_steps_are_spaced_as_said():
     assert process.spaced(1000, 4).tolist() == [0, 333, 666, 999] and process.spaced(1000, 1).tolist() == [999]
     assert process.spaced(1000, 4, "paper").tolist() == [0, 250, 500, 750]
@@ -274,7 +286,7 @@ def test_the_flow_gives_the_density():
 @pytest.mark.parametrize("name", SHORT)
 def test_ancestral_samples_have_the_variance_of_their_chain(name):
     schedule, s2 = SHORT[name], 0.3
-    a, earlier = schedule.alpha_bar, process.before(schedule)
+    a, earlier = schedule.alpha_bar, process.before(schedule)[0]
     for sigma2, added in (("beta", schedule.beta), ("beta_tilde", process.beta_tilde(schedule))):
         variance = 1.0
         for t in range(len(a))[::-1]:
@@ -555,7 +567,7 @@ def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
     tilde = process.beta_tilde(schedule)
     tilde[0] = tilde[1]
     for raw, expected in ((1.0, schedule.beta), (-1.0, tilde), (0.0, np.sqrt(schedule.beta * tilde))):
-        got = ddpm._between(schedule, jnp.full((6, 1, 1, 1), raw), t).reshape(-1)
+        got = ddpm.learned_variance(schedule, jnp.full((6, 1, 1, 1), raw), t).reshape(-1)
         np.testing.assert_allclose(got, expected[np.asarray(t)], rtol=1e-5)
 
     def gradient(objective):

@@ -63,9 +63,9 @@ from .samplers import (
 __all__ = [
     "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert",
     "cosine_schedule", "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "inpaint", "interpolate",
-    "linear_schedule", "log_discretised", "make", "make_discrete", "ode_log_likelihood", "predict", "preprocess",
-    "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm", "sample_dpm_solver", "sample_heun",
-    "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
+    "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "ode_log_likelihood", "predict",
+    "preprocess", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm", "sample_dpm_solver",
+    "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
 ]  # fmt: skip
 
 Params = Any
@@ -226,8 +226,8 @@ def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
     return eps_fn
 
 
-def _between(schedule: Schedule, raw, t) -> Array:
-    """exp(v log beta + (1 - v) log beta_tilde) with v = (raw + 1) / 2 (Nichol & Dhariwal, eq. 15)."""
+def learned_variance(schedule: Schedule, raw, t) -> Array:
+    """exp(v log beta + (1 - v) log beta_tilde), v = (raw + 1) / 2, of p(x_{t-1} | x_t) (Nichol & Dhariwal, eq. 15)."""
     tilde = np.maximum(beta_tilde(schedule), beta_tilde(schedule)[min(1, len(schedule.t) - 1)])
     tilde = np.where(tilde > 0, tilde, schedule.beta)  # one step only
     low, high = (
@@ -244,7 +244,7 @@ def sigma2_of(cfg: Config, params: Params, schedule: Schedule, label: Label = No
 
     def sigma2(x_t, t):
         _, raw = predict(cfg, params, x_t, t, label)  # the same call as eps_fn's: compiled once
-        return _between(schedule, raw, jnp.searchsorted(jnp.asarray(schedule.t), t))
+        return learned_variance(schedule, raw, jnp.searchsorted(jnp.asarray(schedule.t), t))
 
     return sigma2
 
@@ -279,13 +279,13 @@ def losses(
 
     def bound(value):
         eps_hat = convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps")
-        sigma2 = cfg.variance if raw is None else lambda *_: _between(schedule, raw, t)
+        sigma2 = cfg.variance if raw is None else lambda *_: learned_variance(schedule, raw, t)
         levels = cfg.levels if len(cfg.shape) == 3 else None
         term = vlb_term(schedule, lambda *_: eps_hat, x_0, t, eps, levels=levels, sigma2=sigma2)
         return cfg.T * term / (math.prod(cfg.shape) * math.log(2))
 
     if cfg.objective in _WEIGHTS:
-        ab = jnp.asarray(schedule.alpha_bar / (1 - schedule.alpha_bar), jnp.float32)[t]
+        ab = jnp.asarray(schedule.alpha_bar / schedule.noise2, jnp.float32)[t]
         x_0_hat = convert(schedule, value, x_t, t, given=cfg.prediction, wanted="x_0")
         return _WEIGHTS[cfg.objective](ab) * _mean((x_0 - x_0_hat) ** 2)
     if cfg.objective == "vlb":

@@ -26,14 +26,14 @@ LogitsFn = Callable[[Any, Any], Any]
 
 def q_one(schedule: Schedule, x_0: Bits, t: Int[Array, "B"], rate: float) -> Bits:
     """P(x_t = 1 | x_0) = alpha_bar x_0 + (1 - alpha_bar) rate; x_0 may be a probability."""
-    return at(schedule.alpha_bar, t, x_0) * x_0 + at(1 - schedule.alpha_bar, t, x_0) * rate
+    return at(schedule.alpha_bar, t, x_0) * x_0 + at(schedule.noise2, t, x_0) * rate
 
 
 def posterior(schedule: Schedule, x_0: Bits, x_t: Bits, t: Int[Array, "B"], rate: float) -> Bits:
     """P(x_{t-1} = 1 | x_t, x_0), by Bayes' rule; at step 0 it is x_0 itself."""
-    beta, earlier = at(schedule.beta, t, x_0), at(before(schedule), t, x_0)
+    beta, earlier, noise_earlier = (at(a, t, x_0) for a in (schedule.beta, *before(schedule)))
     from_1, from_0 = 1 - beta + beta * rate, beta * rate
-    one = earlier * x_0 + (1 - earlier) * rate
+    one = earlier * x_0 + noise_earlier * rate
     one, zero = (one * jnp.where(x_t > 0.5, from_1, 1 - from_1), (1 - one) * jnp.where(x_t > 0.5, from_0, 1 - from_0))
     return one / (one + zero)
 

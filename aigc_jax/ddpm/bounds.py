@@ -82,8 +82,8 @@ def vlb_term(
 
 def prior_kl(schedule: Schedule, x_0: Sample) -> PerExample:
     """L_T: KL(q(x_T | x_0) || N(0, I))."""
-    last = schedule.alpha_bar[-1]
-    return gaussian_kl(last**0.5 * x_0, jnp.asarray(1 - last, jnp.float32), 0.0, 1.0)
+    noise2 = jnp.asarray(schedule.noise2[-1], jnp.float32)
+    return gaussian_kl(schedule.alpha_bar[-1] ** 0.5 * x_0, noise2, 0.0, 1.0)
 
 
 def vlb_terms(
@@ -173,7 +173,7 @@ def ode_log_likelihood(
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace must be hutchinson or exact, not {trace!r}")
     few = respace(schedule, steps, spacing)
-    sigma, signal = (1 / few.alpha_bar - 1) ** 0.5, few.alpha_bar**0.5
+    sigma, signal = (few.noise2 / few.alpha_bar) ** 0.5, few.alpha_bar**0.5
     probe = jax.random.rademacher(key, x_0.shape, x_0.dtype)
     D = math.prod(x_0.shape[1:])
 

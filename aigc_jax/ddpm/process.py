@@ -1,8 +1,8 @@
 """The noising process q: schedules, what q says of x_t, and what a net's prediction says of x_0.
 
 Steps are numbered 0 .. T-1, so `alpha_bar[t]` is the paper's with index t + 1; before step 0 it is 1. Arrays of a
-schedule are float64 of numpy, because 1 - alpha_bar loses digits in float32 where t is small; they become float32 where
-they are looked up. (A schedule that is itself traced, such as a learned one, is float32 throughout.)
+schedule are float64 of numpy and become float32 where they are looked up. One that is itself traced, such as a learned
+one, is float32 throughout, where 1 - alpha_bar would have lost its digits at small t: it is an array of its own.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ class Schedule(NamedTuple):
 
     beta: Any  # [S], variance that step i adds
     alpha_bar: Any  # [S], squared share of x_0 that is left after it
+    noise2: Any  # [S], 1 - alpha_bar, variance of the noise
     t: Any  # [S], original steps
 
 
-def _schedule(alpha_bar, t=None) -> Schedule:
+def _through(alpha_bar, noise2, t) -> Schedule:
     """The schedule through these levels."""
     numpy = jnp if isinstance(alpha_bar, jax.Array) else np
-    before = numpy.concatenate([numpy.ones(1), alpha_bar[:-1]])
-    return Schedule(1 - alpha_bar / before, alpha_bar, np.arange(len(alpha_bar)) if t is None else t)
+    earlier, noise2_earlier = numpy.append(1.0, alpha_bar[:-1]), numpy.append(0.0, noise2[:-1])
+    return Schedule((noise2 - noise2_earlier) / earlier, alpha_bar, noise2, t)
+
+
+def _from_beta(beta) -> Schedule:
+    alpha_bar = np.cumprod(1 - beta)
+    return Schedule(beta, alpha_bar, 1 - alpha_bar, np.arange(len(beta)))
 
 
 def linear_schedule(T: int) -> Schedule:
@@ -41,8 +47,7 @@ def linear_schedule(T: int) -> Schedule:
     """
     if T <= 20:
         raise ValueError(f"linear_schedule needs T >= 21, where beta stays below 1, got {T}: use cosine_schedule")
-    beta = np.linspace(1e-4, 0.02, T) * 1000 / T
-    return Schedule(beta, np.cumprod(1 - beta), np.arange(T))
+    return _from_beta(np.linspace(1e-4, 0.02, T) * 1000 / T)
 
 
 def cosine_schedule(T: int) -> Schedule:
@@ -53,8 +58,7 @@ def cosine_schedule(T: int) -> Schedule:
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
     f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-    beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
-    return Schedule(beta, np.cumprod(1 - beta), np.arange(T))
+    return _from_beta(np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 
 def discretise(gamma: Callable, T: int) -> Schedule:
@@ -65,7 +69,8 @@ def discretise(gamma: Callable, T: int) -> Schedule:
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
     u = np.linspace(0.0, 1.0, T) if T > 1 else np.ones(1)
-    return _schedule(jax.nn.sigmoid(-gamma(jnp.asarray(u, jnp.float32))))
+    g = gamma(jnp.asarray(u, jnp.float32))
+    return _through(jax.nn.sigmoid(-g), jax.nn.sigmoid(g), np.arange(T))
 
 
 def spaced(T: int, steps: int, spacing: str = "uniform") -> np.ndarray:
@@ -95,7 +100,7 @@ def spaced(T: int, steps: int, spacing: str = "uniform") -> np.ndarray:
 def respace(schedule: Schedule, steps: int, spacing: str = "uniform") -> Schedule:
     """The process that visits only `steps` of the steps, with the same marginals there (Nichol & Dhariwal, eq. 19)."""
     chosen = spaced(len(schedule.t), steps, spacing)
-    return _schedule(schedule.alpha_bar[chosen], np.asarray(schedule.t)[chosen])
+    return _through(schedule.alpha_bar[chosen], schedule.noise2[chosen], np.asarray(schedule.t)[chosen])
 
 
 def at(values, t: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
@@ -104,29 +109,30 @@ def at(values, t: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B 
 
 
 def before(schedule: Schedule):
-    """alpha_bar one step earlier; 1 before step 0."""
+    """alpha_bar and noise2 one step earlier; 1 and 0 before step 0."""
     numpy = jnp if isinstance(schedule.alpha_bar, jax.Array) else np
-    return numpy.concatenate([numpy.ones(1), schedule.alpha_bar[:-1]])
+    return numpy.append(1.0, schedule.alpha_bar[:-1]), numpy.append(0.0, schedule.noise2[:-1])
 
 
 def beta_tilde(schedule: Schedule):
     """Variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7); 0 at step 0."""
-    return schedule.beta * (1 - before(schedule)) / (1 - schedule.alpha_bar)
+    _, noise2_earlier = before(schedule)
+    return schedule.beta * noise2_earlier / schedule.noise2
 
 
 def q_sample(
     schedule: Schedule, x_0: Float[Array, "B ..."], t: Int[Array, "B"], eps: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4)."""
-    return at(schedule.alpha_bar**0.5, t, x_0) * x_0 + at((1 - schedule.alpha_bar) ** 0.5, t, x_0) * eps
+    return at(schedule.alpha_bar**0.5, t, x_0) * x_0 + at(schedule.noise2**0.5, t, x_0) * eps
 
 
 def _posterior(schedule: Schedule):
     """The factors of x_0 and x_t in the posterior's mean (DDPM eq. 7)."""
-    earlier = before(schedule)
+    earlier, noise2_earlier = before(schedule)
     return (
-        earlier**0.5 * schedule.beta / (1 - schedule.alpha_bar),
-        (1 - schedule.beta) ** 0.5 * (1 - earlier) / (1 - schedule.alpha_bar),
+        earlier**0.5 * schedule.beta / schedule.noise2,
+        (1 - schedule.beta) ** 0.5 * noise2_earlier / schedule.noise2,
     )
 
 
@@ -159,7 +165,7 @@ def convert(
             raise ValueError(f"predictions are {', '.join(PREDICTIONS)}, not {name!r}")
     if given == wanted:
         return value
-    signal, noise = (at(a**0.5, t, x_t) for a in (schedule.alpha_bar, 1 - schedule.alpha_bar))
+    signal, noise = (at(a**0.5, t, x_t) for a in (schedule.alpha_bar, schedule.noise2))
     of_x_0, of_x_t = (at(a, t, x_t) for a in _posterior(schedule))
     if given == "eps":
         eps, x_0 = value, (x_t - noise * value) / signal

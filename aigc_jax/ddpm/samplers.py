@@ -107,7 +107,7 @@ def sample_ddim(
         the mean of eta = 1. spacing: see `respace`; clip and path as in `sample_ddpm`.
     """
     few = respace(schedule, steps, spacing)
-    earlier = before(few)
+    earlier, noise2_earlier = before(few)
     sigma = (1.0 if sigma_hat else eta) * beta_tilde(few) ** 0.5
     added = few.beta**0.5 if sigma_hat else sigma
 
@@ -115,7 +115,9 @@ def sample_ddim(
         x_0_hat, eps_hat = _x_0_hat(few, eps_fn, x, i, clip)
         if clip is not None:
             eps_hat = convert(few, x_0_hat, x, i, given="x_0", wanted="eps")
-        mean = at(earlier**0.5, i, x) * x_0_hat + jnp.sqrt(jnp.maximum(at(1 - earlier - sigma**2, i, x), 0)) * eps_hat
+        mean = (
+            at(earlier**0.5, i, x) * x_0_hat + jnp.sqrt(jnp.maximum(at(noise2_earlier - sigma**2, i, x), 0)) * eps_hat
+        )
         return mean + jnp.where(number > 0, at(added, i, x), 0.0) * _noise(key, number, x), x_0_hat
 
     x_0, way = _down(few, x_T, body)
@@ -130,14 +132,14 @@ def ddim_invert(
     Each step takes eps_hat at the level it leaves; the first, from alpha_bar = 1, at the first level it enters.
     """
     few = respace(schedule, steps, spacing)
-    earlier = before(few)
+    earlier, noise2_earlier = before(few)
     t = np.asarray(few.t)
     leaving = jnp.asarray(np.concatenate([t[:1], t[:-1]]))
 
     def one(x, i):
         eps_hat = eps_fn(x, jnp.full(len(x), leaving[i]))
         i = jnp.full(len(x), i)
-        x_0_hat = (x - at((1 - earlier) ** 0.5, i, x) * eps_hat) / at(earlier**0.5, i, x)
+        x_0_hat = (x - at(noise2_earlier**0.5, i, x) * eps_hat) / at(earlier**0.5, i, x)
         if clip is not None:
             x_0_hat = jnp.clip(x_0_hat, -clip, clip)
         return q_sample(few, x_0_hat, i, eps_hat), None
@@ -148,7 +150,7 @@ def ddim_invert(
 def _lambdas(few: Schedule):
     """Half the log signal-to-noise ratio of each level."""
     numpy = jnp if isinstance(few.alpha_bar, jax.Array) else np
-    return 0.5 * (numpy.log(few.alpha_bar) - numpy.log1p(-few.alpha_bar))
+    return 0.5 * (numpy.log(few.alpha_bar) - numpy.log(few.noise2))
 
 
 def sample_dpm_solver(
@@ -178,8 +180,8 @@ def sample_dpm_solver(
         both = x_0_hat + (x_0_hat - last) / (2 * at(ratio, i, x))
         d = jnp.where((number == len(few.t) - 1) | (number == 0), x_0_hat, both)
         to = jnp.maximum(i - 1, 0)
-        signal, noise = at(few.alpha_bar**0.5, to, x), at((1 - few.alpha_bar) ** 0.5, to, x)
-        moved = noise / at((1 - few.alpha_bar) ** 0.5, i, x) * x - signal * jnp.expm1(-at(h, i, x)) * d
+        signal, noise = at(few.alpha_bar**0.5, to, x), at(few.noise2**0.5, to, x)
+        moved = noise / at(few.noise2**0.5, i, x) * x - signal * jnp.expm1(-at(h, i, x)) * d
         return (jnp.where(number == 0, x_0_hat, moved), x_0_hat), None
 
     (x_0, _), _ = jax.lax.scan(one, (x_T, jnp.zeros_like(x_T)), jnp.arange(len(few.t) - 1, -1, -1))
@@ -200,7 +202,7 @@ def sample_heun(
     first order.
     """
     few = respace(schedule, steps, spacing)
-    sigma = (1 / few.alpha_bar - 1) ** 0.5
+    sigma = (few.noise2 / few.alpha_bar) ** 0.5
 
     def slope(x, i):
         x_0_hat, eps_hat = _x_0_hat(few, eps_fn, x, i, clip)
