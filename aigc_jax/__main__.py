@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from . import data, figures, metrics, train, transformer
+from . import data, ddpm, figures, metrics, train, transformer
 from .data.text import Tokenizer
 from .train import folder as folders
 from .train.checkpoints import Checkpoints
@@ -35,6 +35,30 @@ class Continue:
     min_p: float = 0.0  # those this share as likely as the most likely
     repetition: float = 1.0  # penalty of what occurred; 1: none
     stop: str = ""  # a text of one token that ends it
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """How a diffusion model goes from noise to samples."""
+
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] = "ddpm"
+    steps: int = 0  # 0: all of the model's
+    eta: float = 0.0  # of ddim: 0 is deterministic, 1 as noisy as ddpm
+    w: float = 0.0  # guidance towards the label, as in the paper: 0 is none
+
+    def options(self, cfg: ddpm.Config) -> dict:
+        """What the family's `sample` takes; refuses what this model cannot do."""
+        if not 0 <= self.steps <= cfg.T:
+            raise train.Refused(f"--diffusion.steps must lie in 0..{cfg.T}, the model's, got {self.steps}")
+        if self.eta and self.sampler != "ddim":
+            raise train.Refused(f"--diffusion.eta is of the sampler ddim, not of {self.sampler}")
+        if not 0 <= self.eta <= 1:
+            raise train.Refused(f"--diffusion.eta must lie in 0..1, got {self.eta}")
+        if self.w and not (cfg.classes and cfg.unlabelled):
+            raise train.Refused(
+                "--diffusion.w guides a model that was trained with labels and without: this one was not"
+            )
+        return asdict(self)
 
 
 def _continue(result: train.Result, how: Continue, n: int, seed: int) -> None:
@@ -95,6 +119,7 @@ def sample(
     chunk: int = 256,
     label: int | None = None,
     text: Continue = Continue(),
+    diffusion: Denoise = Denoise(),
 ) -> None:
     """Draws n samples from a run: a picture of them, or text, which appears as it is drawn.
 
@@ -106,6 +131,7 @@ def sample(
         chunk: how many pictures at once; the samples depend on it.
         label: the class of all of them, for a conditional model; by default the classes in turn.
         text: of a language model.
+        diffusion: of a diffusion model.
     """
     if not 0 <= seed < 2**32:
         raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
@@ -114,12 +140,14 @@ def sample(
         if out is not None or label is not None:
             raise train.Refused(f"{run_folder} writes text, to the terminal: it takes no --out and no --label")
         return _continue(result, text, 1 if n is None else n, seed)
+    if diffusion != Denoise() and not isinstance(result.config, ddpm.Config):
+        raise train.Refused(f"{run_folder} holds no diffusion model: --diffusion.* is for these")
     if text != Continue():
         raise train.Refused(f"{run_folder} makes {result.info.kind}: --text.* is for language models")
     n = 64 if n is None else n
     if out is None or out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
         raise train.Refused(f"--out must name a .png file in a folder that exists, got {out}")
-    options = {}
+    options = diffusion.options(result.config) if isinstance(result.config, ddpm.Config) else {}
     if label is not None:
         classes = getattr(result.config, "classes", 0)
         if not 0 <= label < classes:

@@ -67,6 +67,20 @@ def save_images(path: str | Path, images: Images, columns: int | None = None, *,
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
 
 
+def save_animation(path: str | Path, frames, columns: int | None = None, *, smallest: int = 256, ms: int = 60) -> None:
+    """A GIF of image grids [F, N, H, W, C] in [0, 1], `ms` milliseconds a frame and two seconds the last."""
+    from PIL import Image
+
+    sheets = []
+    for images in frames:
+        pixels = np.clip(tile(images, columns) * 255 + 0.5, 0, 255).astype(np.uint8)
+        times = max(1, smallest // max(pixels.shape[:2]))
+        pixels = pixels.repeat(times, 0).repeat(times, 1)
+        sheets.append(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+    durations = [ms] * (len(sheets) - 1) + [2000]
+    sheets[0].save(path, "GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+
+
 @_in_our_look
 def figure(rows: int, columns: int, *, size: tuple[float | int, float | int]):
     """A figure without a display, and its axes [rows, columns]; finish it with `save`. Sizes in inches."""

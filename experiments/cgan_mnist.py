@@ -20,7 +20,7 @@ import numpy as np
 from aigc_jax import figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, _gan
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 MODEL = gan.Config(
@@ -44,7 +44,7 @@ class Setup:
     samples: int = 10_000
 
     def __post_init__(self):
-        _gan.check(self, "cgan_mnist", conditional=True)
+        _pictures.check(self, "cgan_mnist", conditional=True)
 
 
 SCALES = {
@@ -62,13 +62,13 @@ DIFFERENCE = {
     "won and G collapsed), the 2014 GAN's widths with the label beside the input (the paper: "
     "separate first layers for label and input), no early stopping",
 }
-COVERAGE = f"{_gan.COVERAGE}; oracle: training images"
+COVERAGE = f"{_pictures.COVERAGE}; oracle: training images"
 PARZEN = "Parzen log-likelihood (nats; +- s.e. over test)"
 CRITERIA = {
-    _gan.ACCURACY: (">= 90", lambda ours: ours >= 90),
+    _pictures.ACCURACY: (">= 90", lambda ours: ours >= 90),
     COVERAGE: (">= .5", lambda ours: ours >= 0.5),
 }
-INVARIANTS = {_gan.ACCURACY: ("> 20, twice chance", lambda ours: ours > 20)}
+INVARIANTS = {_pictures.ACCURACY: ("> 20, twice chance", lambda ours: ours > 20)}
 
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
@@ -76,14 +76,14 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     with _cli.door():
         training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
         test = setup.data.load("test")
-    result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_gan.health(training))
-    seen, real = _gan.pixels(training), _gan.pixels(test)
+    result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
+    seen, real = _pictures.pixels(training), _pictures.pixels(test)
     # As many of each class as the test set has: an even mixture would be another distribution.
     label = test.resident[0]["label"][np.arange(setup.samples) % test.info.examples]
     fake = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=500, label=label)
-    found = _gan.distances(setup.data.name, fake, real, seen, label)
-    near, copies = _gan.neighbours(fake, seen, real)
-    value, error, _ = metrics.parzen_log_likelihood(fake, _gan.pixels(held, 1000), real)
+    found = _pictures.distances(setup.data.name, fake, real, seen, label)
+    near, copies = _pictures.neighbours(fake, seen, real)
+    value, error, _ = metrics.parzen_log_likelihood(fake, _pictures.pixels(held, 1000), real)
     found += [
         Row("median distance of a sample to its nearest training image, over that of test images", near),
         Row("smallest distance of a sample to a training image (pixels in [0, 1])", copies),
@@ -105,7 +105,7 @@ def draw(setup: Setup, folder: Path, result: train.Result, scores: dict) -> None
     )
     figures.images(axes[1], (np.asarray(same) + 1) / 2, 10, title="one code a column, one class a row")
     caption = f"{setup.data.name}, {cfg.loss}, {setup.run.steps} updates of {setup.run.batch_size}"
-    said = f"class accuracy {scores[_gan.ACCURACY]:.1f} %, coverage {scores[COVERAGE]:.2f}"
+    said = f"class accuracy {scores[_pictures.ACCURACY]:.1f} %, coverage {scores[COVERAGE]:.2f}"
     figures.save(fig, folder / "cgan_mnist.png", f"{caption}; {said}")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from aigc_jax import figures, gan, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, _gan
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 MODEL = gan.Config(
@@ -44,7 +44,7 @@ class Setup:
     training: int = 1237  # digits of train; D's accuracy on held-out digits is measured on the rest
 
     def __post_init__(self):
-        _gan.check(self, "gan_digits", conditional=True)
+        _pictures.check(self, "gan_digits", conditional=True)
 
 
 SCALES = {
@@ -52,12 +52,12 @@ SCALES = {
     "cpu": Setup(),
 }
 DIFFERENCE = {"smoke": "1,000 updates", "cpu": "our own set and network: no paper has GANs on digits 8x8"}
-COVERAGE = f"{_gan.COVERAGE}; oracle: training images"
+COVERAGE = f"{_pictures.COVERAGE}; oracle: training images"
 CRITERIA = {
-    _gan.ACCURACY: (">= 90", lambda ours: ours >= 90),
+    _pictures.ACCURACY: (">= 90", lambda ours: ours >= 90),
     COVERAGE: (">= .6", lambda ours: ours >= 0.6),
 }
-INVARIANTS = {_gan.ACCURACY: ("> 20, twice chance", lambda ours: ours > 20)}
+INVARIANTS = {_pictures.ACCURACY: ("> 20, twice chance", lambda ours: ours > 20)}
 
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
@@ -65,10 +65,10 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     with _cli.door():
         training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
         test = setup.data.load("test")
-    result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_gan.health(training))
+    result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
     label = test.resident[0]["label"]
     fake = train.sample(result, jax.random.key(setup.run.seed), n=len(label), label=label)
-    found = _gan.distances(setup.data.name, fake, _gan.pixels(test), _gan.pixels(training), label)
+    found = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), _pictures.pixels(training), label)
     draw(setup, folder, result, {row.quantity: row.ours for row in found})
     return found
 
@@ -86,7 +86,7 @@ def draw(setup: Setup, folder: Path, result: train.Result, scores: dict) -> None
               for who, name in names.items()}  # fmt: skip
     figures.curves(axes[1], curves, xlabel="updates", ylabel=f"D's {kind}", title="the gap is what D knows by heart")
     caption = f"{setup.model.loss}, {setup.run.steps} updates of {setup.run.batch_size} digits"
-    said = f"class accuracy {scores[_gan.ACCURACY]:.1f} %, coverage {scores[COVERAGE]:.2f}"
+    said = f"class accuracy {scores[_pictures.ACCURACY]:.1f} %, coverage {scores[COVERAGE]:.2f}"
     figures.save(fig, folder / "gan_digits.png", f"{caption}; {said}")
 
 

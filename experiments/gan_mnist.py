@@ -23,7 +23,7 @@ import numpy as np
 from aigc_jax import figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, _gan
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 MODEL = gan.Config(optim=Optim(lr=2e-4, b1=0.5), disc_optim=Optim(lr=2e-4, b1=0.5), ema=0.999)
@@ -44,7 +44,7 @@ class Setup:
     samples: int = 10_000
 
     def __post_init__(self):
-        _gan.check(self, "gan_mnist", conditional=False)
+        _pictures.check(self, "gan_mnist", conditional=False)
 
 
 SCALES = {
@@ -76,14 +76,14 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     with _cli.door():
         training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
         test = setup.data.load("test")
-    result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_gan.health(training))
-    seen, real = _gan.pixels(training), _gan.pixels(test)
+    result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
+    seen, real = _pictures.pixels(training), _pictures.pixels(test)
     fake = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=500)
-    near, copies = _gan.neighbours(fake, seen, real)
+    near, copies = _pictures.neighbours(fake, seen, real)
     classes = metrics.load_classifier(setup.data.name).apply(fake)[0].argmax(-1)
     last = [line["valid"] for line in train.metrics(result.folder) if "valid" in line][-1]
     found = [
-        *_gan.distances(setup.data.name, fake, real, seen),
+        *_pictures.distances(setup.data.name, fake, real, seen),
         Row(NEAR, near),
         Row(COPIES, copies),
         Row(CLASSES, int(len(np.unique(classes)))),

@@ -29,7 +29,7 @@ import numpy as np
 from aigc_jax import figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, _gan
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 MODEL = gan.Config(optim=Optim(lr=2e-4, b1=0.5), disc_optim=Optim(lr=2e-4, b1=0.5))
@@ -119,7 +119,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         training = setup.data.load(f"train[:{setup.training}]")
         valid = setup.data.load(f"train[{setup.training}:{setup.training + setup.validation}]")
         test = setup.data.load("test")
-    seen, held, x = _gan.pixels(training), _gan.pixels(valid), _gan.pixels(test)
+    seen, held, x = _pictures.pixels(training), _pictures.pixels(valid), _pictures.pixels(test)
 
     def parzen(centres):
         return metrics.parzen_log_likelihood(centres, held, x)
@@ -145,7 +145,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             values |= dict(zip(("parzen_nats", "parzen_error", "parzen_sigma"), parzen(drawn), strict=True))
         return values
 
-    healthy = _gan.health(training)
+    healthy = _pictures.health(training)
     arms = {"Adam": _cli.seeded(replace(setup.run, folder=str(folder / "adam")), setup.seeds)}
     arms["SGD"] = [replace(setup.run, folder=str(folder / "sgd"), steps=setup.sgd_steps)]
     scores, results = {}, {}

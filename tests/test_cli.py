@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from aigc_jax import __main__ as commands
-from aigc_jax import data, metrics, train, vae
+from aigc_jax import data, ddpm, metrics, train, vae
+from aigc_jax.core import Optim
 from aigc_jax.data import prepare
 from experiments import __main__ as experiments
 from experiments import _cli
@@ -133,6 +134,27 @@ def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
     assert call("aigc_jax", "sample", folder, "--n", 4, "--label", 3, "--out", tmp_path / "x.png")[0] == 0
     code, _, err = call("aigc_jax", "sample", folder, "--label", 10, "--out", tmp_path / "y.png")
     assert code == 2 and "labels lie in 0..9, got 10" in err
+
+
+def test_a_diffusion_model_is_sampled_as_asked(call, digits_run, tmp_path):
+    net = ddpm.Net("mlp", (8,), dropout=0.0)
+    cfg = ddpm.Config(shape=(8, 8, 1), levels=17, classes=10, T=30, net=net, ema=0.0, optim=Optim(lr=0.05))
+    run = train.Run(folder=str(tmp_path / "run"), steps=30, batch_size=64)
+    result = train.fit(ddpm.make, cfg, run, data.load("digits"))
+    out, seen = tmp_path / "x.png", []
+    for flags in ([], ["--diffusion.sampler", "ddim", "--diffusion.steps", 5], ["--diffusion.w", 2.0]):
+        assert call("aigc_jax", "sample", run.folder, "--n", 4, "--out", out, *flags)[0] == 0
+        seen.append(out.read_bytes())
+    assert len(set(seen)) == 3
+    for flags, words in (
+        (["--diffusion.steps", 31], "must lie in 0..30"),
+        (["--diffusion.eta", 0.5], "is of the sampler ddim, not of ddpm"),
+        (["--diffusion.eta", 2.0, "--diffusion.sampler", "ddim"], "must lie in 0..1"),
+    ):
+        code, _, err = call("aigc_jax", "sample", result.folder, "--out", out, *flags)
+        assert code == 2 and words in err
+    code, _, err = call("aigc_jax", "sample", digits_run, "--out", out, "--diffusion.w", 1.0)
+    assert code == 2 and "holds no diffusion model" in err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ..core import EMA, Family, Optim, State, make_step, spread, start
@@ -39,6 +38,7 @@ from .bounds import (
 from .nets import MLP, DiT, Net, UNet, module
 from .process import (
     Schedule,
+    at,
     beta_tilde,
     convert,
     cosine_schedule,
@@ -62,10 +62,10 @@ from .samplers import (
 
 __all__ = [
     "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert",
-    "cosine_schedule", "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "inpaint", "interpolate",
-    "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "ode_log_likelihood", "predict",
-    "preprocess", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm", "sample_dpm_solver",
-    "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
+    "cosine_schedule", "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint",
+    "interpolate", "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete",
+    "ode_log_likelihood", "predict", "preprocess", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm",
+    "sample_dpm_solver", "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
 ]  # fmt: skip
 
 Params = Any
@@ -145,14 +145,19 @@ class Config:
 _SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
-def _init_gamma(key: Key[Array, ""]) -> Params:
-    """gamma from -13.3 to 5 (VDM, section 6), nearly straight between them."""
-    k_first, k_last = jax.random.split(key)
+def init_gamma(key: Key[Array, ""]) -> Params:
+    """gamma from -13.3 to 5 (VDM, section 6), nearly straight between them.
+
+    The sigmoids rise at places of their own, spread over [0, 1]; with all of them at one place, as biases of 0 have
+    it, gamma stays nearly straight however long it learns.
+    """
+    k_first, k_places, k_last = jax.random.split(key, 3)
+    first = 20.0 + 5.0 * jax.random.normal(k_first, (1024,))
     return {
         "ends": jnp.array([-13.3, 5.0]),
         "line": jnp.zeros(()),
-        "first": jax.random.normal(k_first, (1024,)),
-        "bias": jnp.zeros(1024),
+        "first": first,
+        "bias": -jax.nn.softplus(first) * math.log(2) * jax.random.uniform(k_places, (1024,)),
         "last": jax.random.normal(k_last, (1024,)) - 6.0,
     }
 
@@ -228,11 +233,11 @@ def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
 
 def learned_variance(schedule: Schedule, raw, t) -> Array:
     """exp(v log beta + (1 - v) log beta_tilde), v = (raw + 1) / 2, of p(x_{t-1} | x_t) (Nichol & Dhariwal, eq. 15)."""
-    tilde = np.maximum(beta_tilde(schedule), beta_tilde(schedule)[min(1, len(schedule.t) - 1)])
-    tilde = np.where(tilde > 0, tilde, schedule.beta)  # one step only
-    low, high = (
-        jnp.asarray(np.log(x), jnp.float32)[t].reshape(-1, *[1] * (raw.ndim - 1)) for x in (tilde, schedule.beta)
-    )
+    tilde = jnp.asarray(beta_tilde(schedule), jnp.float32)
+    tilde = jnp.maximum(tilde, tilde[min(1, len(tilde) - 1)])  # 0 at step 0: that of step 1
+    beta = jnp.asarray(schedule.beta, jnp.float32)
+    tilde = jnp.where(tilde > 0, tilde, beta)  # one step only
+    low, high = (at(jnp.log(x), t, raw) for x in (tilde, beta))
     v = (raw + 1) / 2
     return jnp.exp(v * high + (1 - v) * low)
 
@@ -325,7 +330,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         label = jnp.zeros(1, int) if cfg.classes else None
         params = {"net": _net(cfg).init(k_net, jnp.zeros((1, *cfg.shape)), jnp.zeros(1), label)["params"]}
         if cfg.schedule == "learned":
-            params["gamma"] = _init_gamma(k_gamma)
+            params["gamma"] = init_gamma(k_gamma)
         extra = {"square": jnp.ones(cfg.T), "count": jnp.zeros(cfg.T, jnp.int32)} if cfg.times == "importance" else None
         return start(params, cfg.optim, extra=extra, ema=ema)
 

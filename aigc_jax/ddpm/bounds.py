@@ -57,7 +57,10 @@ def decoder(schedule: Schedule, x_0: Sample, mean, sigma2, *, levels: int | None
 
 
 def first_variance(schedule: Schedule, sigma2, x_t: Sample, t) -> Array:
-    """As `variance`, but of "beta_tilde" at step 0, where it is 0, that of step 1 (Nichol & Dhariwal, section 3.1)."""
+    """As `variance`, but of "beta_tilde" at step 0, where it is 0, that of step 1 (Nichol & Dhariwal, section 3.1).
+
+    Where the first two levels lie close together, as in a fine `discretise`, that is far too small: give a callable.
+    """
     if sigma2 != "beta_tilde":
         return variance(schedule, sigma2, x_t, t)
     values = beta_tilde(schedule)

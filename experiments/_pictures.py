@@ -1,4 +1,4 @@
-"""What the GAN scripts share: how D fares on what it has seen, and the distances of samples beside their floors."""
+"""What the scripts that draw pictures share: distances of samples beside their floors, and D on what it has seen."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def check(setup, script: str, *, conditional: bool) -> None:
     if setup.data.name not in known:
         raise ValueError(f"{script} measures by our classifier of the set: data.name must be one of {', '.join(known)}")
     if bool(setup.model.classes) != conditional:
-        raise ValueError(f"{script} trains {'a conditional' if conditional else 'an unconditional'} GAN: model.classes "
-                         f"cannot be {setup.model.classes}")  # fmt: skip
+        kind = "a conditional" if conditional else "an unconditional"
+        raise ValueError(f"{script} trains {kind} model: model.classes cannot be {setup.model.classes}")
 
 
 def pixels(source: data.Data, n: int | None = None) -> np.ndarray:

@@ -1,0 +1,66 @@
+"""What the diffusion scripts share: the exact denoiser of a mixture, and compiled sampling with the whole way shown."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aigc_jax import ddpm, train
+from aigc_jax.core import EMA
+from aigc_jax.ddpm.process import at
+from aigc_jax.train.engine import compiler_options
+
+
+def denoise(x_t, signal, noise, centres: np.ndarray, std: float, weights=None):
+    """E[eps | x_t] [B, d] where x_t = signal x_0 + noise eps [B, d] and x_0 is a mixture of normals of one width.
+
+    Each component k has the posterior of a normal, eps = noise (x_t - signal c_k) / v with v = signal^2 std^2 +
+    noise^2, and a share of softmax(log w_k - |x_t - signal c_k|^2 / 2v). signal and noise: [B, 1].
+    """
+    v = signal**2 * std**2 + noise**2
+    apart = x_t[:, None] - signal[:, None] * jnp.asarray(centres, jnp.float32)[None]
+    logits = -0.5 * (apart**2).sum(-1) / v
+    share = jax.nn.softmax(logits if weights is None else logits + jnp.log(jnp.asarray(weights, jnp.float32))[None], -1)
+    return noise / v * (share[..., None] * apart).sum(1)
+
+
+def exact_eps(schedule: ddpm.Schedule, centres: np.ndarray, std: float, weights=None):
+    """An eps_fn(x_t, t) that no training could better; t are steps of this schedule."""
+
+    def eps_fn(x_t, t):
+        signal, noise = at(schedule.alpha_bar**0.5, t, x_t), at(schedule.noise2**0.5, t, x_t)
+        return denoise(x_t, signal, noise, centres, std, weights)
+
+    return eps_fn
+
+
+def mixture_nll(x: np.ndarray, centres: np.ndarray, std: float) -> np.ndarray:
+    """-log p(x) [N], nats, float64, of equal normals of width std around the centres [K, d]."""
+    squared = ((x[:, None].astype(np.float64) - centres[None]) ** 2).sum(-1) / (2 * std**2)
+    least = squared.min(-1, keepdims=True)
+    d = x.shape[-1]
+    inside = np.log(np.exp(least - squared).sum(-1)) - least[:, 0]
+    return np.log(len(centres)) + d / 2 * np.log(2 * np.pi * std**2) - inside
+
+
+def compiled(f, **options):
+    """jax.jit as train compiles: on some CPUs convolutions need an option."""
+    return jax.jit(f, compiler_options=compiler_options(jax.devices()[0]), **options)
+
+
+def way(result: train.Result, key, *, n: int, label=None) -> tuple[np.ndarray, np.ndarray]:
+    """Ancestral sampling of n pictures: every x_t and every x_0_hat, [T + 1, n, H, W, C] in [0, 1], noise first."""
+    cfg = result.config
+
+    def draw(state, key):
+        params = EMA(cfg.ema).read(state)
+        k_start, k_way = jax.random.split(key)
+        schedule, given = ddpm.schedule_of(cfg, params), None if label is None else jnp.asarray(label)
+        x_T = jax.random.normal(k_start, (n, *cfg.shape))
+        eps_fn, sigma2 = ddpm.eps_fn_of(cfg, params, given), ddpm.sigma2_of(cfg, params, schedule, given)
+        x_0, (x_t, x_0_hat) = ddpm.sample_ddpm(schedule, eps_fn, x_T, k_way, sigma2=sigma2, clip=1.0, path=True)
+        return jnp.concatenate([x_T[None], x_t]), x_0_hat
+
+    x_t, x_0_hat = compiled(draw)(result.state, key)
+    return tuple(np.clip((np.asarray(x) + 1) / 2, 0, 1) for x in (x_t, x_0_hat))
