@@ -29,7 +29,7 @@ def exact_eps(schedule: ddpm.Schedule, centres: np.ndarray, std: float, weights=
     """An eps_fn(x_t, t) that no training could better; t are steps of this schedule."""
 
     def eps_fn(x_t, t):
-        signal, noise = at(schedule.alpha_bar**0.5, t, x_t), at(schedule.noise2**0.5, t, x_t)
+        signal, noise = at(schedule.alpha_bar**0.5, t, x_t), at(ddpm.noise2(schedule) ** 0.5, t, x_t)
         return denoise(x_t, signal, noise, centres, std, weights)
 
     return eps_fn

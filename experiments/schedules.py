@@ -196,7 +196,7 @@ def draw(setup: Setup, folder: Path, x_0: np.ndarray, shown: dict) -> None:
     flat[1].set_xscale("log")
     at = [0, 99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
     eps = np.random.default_rng(0).standard_normal(x_0[:1].shape)
-    strip = [s.alpha_bar[t] ** 0.5 * x_0[0] + s.noise2[t] ** 0.5 * eps[0] for s in made.values() for t in at]
+    strip = [s.alpha_bar[t] ** 0.5 * x_0[0] + ddpm.noise2(s)[t] ** 0.5 * eps[0] for s in made.values() for t in at]
     figures.images(flat[2], np.clip((np.stack(strip) + 1) / 2, 0, 1), len(at),
                    title="figure 3: t = 1, 100, ... 1000; linear above, cosine below")  # fmt: skip
     steps = np.arange(1, setup.model.T + 1)

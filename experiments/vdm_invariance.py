@@ -195,7 +195,7 @@ def in_steps(setup: Setup, T: int, key) -> float:
     """The T-step bound of the grid under linear gamma, posterior variances, nats."""
     gamma = SCHEDULES["linear"]
     schedule = ddpm.discretise(gamma, T)
-    variance = jnp.append(schedule.noise2[0], beta_tilde(schedule)[1:])  # of the decoder: VDM's
+    variance = jnp.append(ddpm.noise2(schedule)[0], beta_tilde(schedule)[1:])  # of the decoder: VDM's
     n = max(2000, min(100_000, setup.samples // T))
 
     @jax.jit

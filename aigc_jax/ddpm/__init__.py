@@ -44,6 +44,7 @@ from .process import (
     cosine_schedule,
     discretise,
     linear_schedule,
+    noise2,
     q_posterior,
     q_sample,
     respace,
@@ -63,7 +64,7 @@ from .samplers import (
 __all__ = [
     "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert",
     "cosine_schedule", "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint",
-    "interpolate", "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete",
+    "interpolate", "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "noise2",
     "ode_log_likelihood", "predict", "preprocess", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm",
     "sample_dpm_solver", "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
 ]  # fmt: skip
@@ -290,7 +291,7 @@ def losses(
         return cfg.T * term / (math.prod(cfg.shape) * math.log(2))
 
     if cfg.objective in _WEIGHTS:
-        ab = jnp.asarray(schedule.alpha_bar / schedule.noise2, jnp.float32)[t]
+        ab = jnp.asarray(schedule.alpha_bar / noise2(schedule), jnp.float32)[t]
         x_0_hat = convert(schedule, value, x_t, t, given=cfg.prediction, wanted="x_0")
         return _WEIGHTS[cfg.objective](ab) * _mean((x_0 - x_0_hat) ** 2)
     if cfg.objective == "vlb":

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ..core import EMA, Family, Optim, State, make_step, spread, start
 from .nets import Net, module
-from .process import Schedule, at, before, cosine_schedule
+from .process import Schedule, at, before, cosine_schedule, noise2
 
 Bits = Float[Array, "B D"]
 LogitsFn = Callable[[Any, Any], Any]
@@ -26,7 +26,7 @@ LogitsFn = Callable[[Any, Any], Any]
 
 def q_one(schedule: Schedule, x_0: Bits, t: Int[Array, "B"], rate: float) -> Bits:
     """P(x_t = 1 | x_0) = alpha_bar x_0 + (1 - alpha_bar) rate; x_0 may be a probability."""
-    return at(schedule.alpha_bar, t, x_0) * x_0 + at(schedule.noise2, t, x_0) * rate
+    return at(schedule.alpha_bar, t, x_0) * x_0 + at(noise2(schedule), t, x_0) * rate
 
 
 def posterior(schedule: Schedule, x_0: Bits, x_t: Bits, t: Int[Array, "B"], rate: float) -> Bits:

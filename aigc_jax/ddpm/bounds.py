@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .process import Schedule, at, beta_tilde, convert, q_posterior, q_sample, respace
+from .process import Schedule, at, beta_tilde, convert, noise2, q_posterior, q_sample, respace
 from .samplers import EpsFn, Sample, variance
 
 PerExample = Float[Array, "B"]
@@ -85,8 +85,8 @@ def vlb_term(
 
 def prior_kl(schedule: Schedule, x_0: Sample) -> PerExample:
     """L_T: KL(q(x_T | x_0) || N(0, I))."""
-    noise2 = jnp.asarray(schedule.noise2[-1], jnp.float32)
-    return gaussian_kl(schedule.alpha_bar[-1] ** 0.5 * x_0, noise2, 0.0, 1.0)
+    last = jnp.asarray(noise2(schedule)[-1], jnp.float32)
+    return gaussian_kl(schedule.alpha_bar[-1] ** 0.5 * x_0, last, 0.0, 1.0)
 
 
 def vlb_terms(
@@ -176,7 +176,7 @@ def ode_log_likelihood(
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace must be hutchinson or exact, not {trace!r}")
     few = respace(schedule, steps, spacing)
-    sigma, signal = (few.noise2 / few.alpha_bar) ** 0.5, few.alpha_bar**0.5
+    sigma, signal = (noise2(few) / few.alpha_bar) ** 0.5, few.alpha_bar**0.5
     probe = jax.random.rademacher(key, x_0.shape, x_0.dtype)
     D = math.prod(x_0.shape[1:])
 

@@ -2,7 +2,7 @@
 
 Steps are numbered 0 .. T-1, so `alpha_bar[t]` is the paper's with index t + 1; before step 0 it is 1. Arrays of a
 schedule are float64 of numpy and become float32 where they are looked up. One that is itself traced, such as a learned
-one, is float32 throughout, where 1 - alpha_bar would have lost its digits at small t: it is an array of its own.
+one, is float32 throughout, where 1 - alpha_bar would lose its digits at small t: `noise2` sums it up from betas.
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ class Schedule(NamedTuple):
 
     beta: Any  # [S], variance that step i adds
     alpha_bar: Any  # [S], squared share of x_0 that is left after it
-    noise2: Any  # [S], 1 - alpha_bar, variance of the noise
     t: Any  # [S], original steps
 
 
-def _through(alpha_bar, noise2, t) -> Schedule:
-    """The schedule through these levels."""
+def _through(alpha_bar, variance, t) -> Schedule:
+    """The schedule through these levels; variance: 1 - alpha_bar, to all its digits."""
     numpy = jnp if isinstance(alpha_bar, jax.Array) else np
-    earlier, noise2_earlier = numpy.append(1.0, alpha_bar[:-1]), numpy.append(0.0, noise2[:-1])
-    return Schedule((noise2 - noise2_earlier) / earlier, alpha_bar, noise2, t)
+    earlier, variance_earlier = numpy.append(1.0, alpha_bar[:-1]), numpy.append(0.0, variance[:-1])
+    return Schedule((variance - variance_earlier) / earlier, alpha_bar, t)
 
 
 def _from_beta(beta) -> Schedule:
-    alpha_bar = np.cumprod(1 - beta)
-    return Schedule(beta, alpha_bar, 1 - alpha_bar, np.arange(len(beta)))
+    return Schedule(beta, np.cumprod(1 - beta), np.arange(len(beta)))
 
 
 def linear_schedule(T: int) -> Schedule:
@@ -100,7 +98,7 @@ def spaced(T: int, steps: int, spacing: str = "uniform") -> np.ndarray:
 def respace(schedule: Schedule, steps: int, spacing: str = "uniform") -> Schedule:
     """The process that visits only `steps` of the steps, with the same marginals there (Nichol & Dhariwal, eq. 19)."""
     chosen = spaced(len(schedule.t), steps, spacing)
-    return _through(schedule.alpha_bar[chosen], schedule.noise2[chosen], np.asarray(schedule.t)[chosen])
+    return _through(schedule.alpha_bar[chosen], noise2(schedule)[chosen], np.asarray(schedule.t)[chosen])
 
 
 def at(values, t: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
@@ -108,31 +106,37 @@ def at(values, t: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B 
     return jnp.asarray(values, jnp.float32)[t].reshape(-1, *[1] * (x.ndim - 1))
 
 
+def noise2(schedule: Schedule):
+    """1 - alpha_bar [S], the variance of the noise, to the digits that beta has."""
+    numpy = jnp if isinstance(schedule.alpha_bar, jax.Array) else np
+    return numpy.cumsum(schedule.beta * numpy.append(1.0, schedule.alpha_bar[:-1]))
+
+
 def before(schedule: Schedule):
     """alpha_bar and noise2 one step earlier; 1 and 0 before step 0."""
     numpy = jnp if isinstance(schedule.alpha_bar, jax.Array) else np
-    return numpy.append(1.0, schedule.alpha_bar[:-1]), numpy.append(0.0, schedule.noise2[:-1])
+    return numpy.append(1.0, schedule.alpha_bar[:-1]), numpy.append(0.0, noise2(schedule)[:-1])
 
 
 def beta_tilde(schedule: Schedule):
     """Variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7); 0 at step 0."""
     _, noise2_earlier = before(schedule)
-    return schedule.beta * noise2_earlier / schedule.noise2
+    return schedule.beta * noise2_earlier / noise2(schedule)
 
 
 def q_sample(
     schedule: Schedule, x_0: Float[Array, "B ..."], t: Int[Array, "B"], eps: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:
     """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4)."""
-    return at(schedule.alpha_bar**0.5, t, x_0) * x_0 + at(schedule.noise2**0.5, t, x_0) * eps
+    return at(schedule.alpha_bar**0.5, t, x_0) * x_0 + at(noise2(schedule) ** 0.5, t, x_0) * eps
 
 
 def _posterior(schedule: Schedule):
     """The factors of x_0 and x_t in the posterior's mean (DDPM eq. 7)."""
     earlier, noise2_earlier = before(schedule)
     return (
-        earlier**0.5 * schedule.beta / schedule.noise2,
-        (1 - schedule.beta) ** 0.5 * noise2_earlier / schedule.noise2,
+        earlier**0.5 * schedule.beta / noise2(schedule),
+        (1 - schedule.beta) ** 0.5 * noise2_earlier / noise2(schedule),
     )
 
 
@@ -165,7 +169,7 @@ def convert(
             raise ValueError(f"predictions are {', '.join(PREDICTIONS)}, not {name!r}")
     if given == wanted:
         return value
-    signal, noise = (at(a**0.5, t, x_t) for a in (schedule.alpha_bar, schedule.noise2))
+    signal, noise = (at(a**0.5, t, x_t) for a in (schedule.alpha_bar, noise2(schedule)))
     of_x_0, of_x_t = (at(a, t, x_t) for a in _posterior(schedule))
     if given == "eps":
         eps, x_0 = value, (x_t - noise * value) / signal

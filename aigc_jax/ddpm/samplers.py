@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .process import Schedule, at, before, beta_tilde, convert, q_posterior, q_sample, respace
+from .process import Schedule, at, before, beta_tilde, convert, noise2, q_posterior, q_sample, respace
 
 Sample = Float[Array, "B ..."]
 EpsFn = Callable[[Any, Any], Any]
@@ -150,7 +150,7 @@ def ddim_invert(
 def _lambdas(few: Schedule):
     """Half the log signal-to-noise ratio of each level."""
     numpy = jnp if isinstance(few.alpha_bar, jax.Array) else np
-    return 0.5 * (numpy.log(few.alpha_bar) - numpy.log(few.noise2))
+    return 0.5 * (numpy.log(few.alpha_bar) - numpy.log(noise2(few)))
 
 
 def sample_dpm_solver(
@@ -180,8 +180,8 @@ def sample_dpm_solver(
         both = x_0_hat + (x_0_hat - last) / (2 * at(ratio, i, x))
         d = jnp.where((number == len(few.t) - 1) | (number == 0), x_0_hat, both)
         to = jnp.maximum(i - 1, 0)
-        signal, noise = at(few.alpha_bar**0.5, to, x), at(few.noise2**0.5, to, x)
-        moved = noise / at(few.noise2**0.5, i, x) * x - signal * jnp.expm1(-at(h, i, x)) * d
+        signal, noise = at(few.alpha_bar**0.5, to, x), at(noise2(few) ** 0.5, to, x)
+        moved = noise / at(noise2(few) ** 0.5, i, x) * x - signal * jnp.expm1(-at(h, i, x)) * d
         return (jnp.where(number == 0, x_0_hat, moved), x_0_hat), None
 
     (x_0, _), _ = jax.lax.scan(one, (x_T, jnp.zeros_like(x_T)), jnp.arange(len(few.t) - 1, -1, -1))
@@ -202,7 +202,7 @@ def sample_heun(
     first order.
     """
     few = respace(schedule, steps, spacing)
-    sigma = (few.noise2 / few.alpha_bar) ** 0.5
+    sigma = (noise2(few) / few.alpha_bar) ** 0.5
 
     def slope(x, i):
         x_0_hat, eps_hat = _x_0_hat(few, eps_fn, x, i, clip)

@@ -1,0 +1,112 @@
+"""A U-Net or a transformer over patches, by the minute: DDPM's net beside DiT's (Peebles & Xie 2023) on 8x8 digits
+
+    python -m experiments.unet_or_dit           about 10 minutes on 2 cores; downloads nothing
+
+The model of `ddpm_digits` with its U-Net of .7 million parameters and with a DiT of as many, alone on the machine one
+after the other: held-out bound against updates and against minutes, and what the samples are worth in the end. Its
+minutes are this machine's; a GPU would give others. No paper has numbers for this set, so there is no criterion but
+that both learn.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aigc_jax import ddpm, figures, train
+from aigc_jax.train import Run
+from experiments import _cli, _pictures, ddpm_digits
+from experiments._cli import Row, Source
+
+DIT = ddpm.Net("dit", widths=(96,) * 4, heads=4, patch=2, dropout=0.1)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Flags of unet_or_dit."""
+
+    model: ddpm.Config = ddpm_digits.MODEL
+    dit: ddpm.Net = DIT
+    run: Run = replace(ddpm_digits.RUN, folder="runs/unet_or_dit", steps=2000)
+    data: Source = Source("digits")
+    training: int = 1237
+
+    def __post_init__(self):
+        _pictures.check(self, "unet_or_dit", conditional=True)
+        if self.dit.kind != "dit" or self.model.net.kind != "unet":
+            raise ValueError("dit.kind must be dit and model.net.kind unet")
+        if not 1 <= self.run.eval_every <= self.run.steps:
+            raise ValueError("run.eval_every must lie in 1..run.steps: the bound is measured there")
+
+
+SCALES = {
+    "smoke": Setup(
+        ddpm_digits.SMOKE, ddpm.Net("dit", widths=(32,) * 2, heads=2, patch=2, dropout=0.0),
+        replace(ddpm_digits.SCALES["smoke"].run, folder="runs/unet_or_dit-smoke", steps=200, eval_every=100),
+    ),
+    "cpu": Setup(),
+}  # fmt: skip
+DIFFERENCE = {
+    "smoke": "tiny nets, 200 updates",
+    "cpu": "8x8 digits, .7 million parameters (ImageNet, 33 to 675 million)",
+}
+NETS = ("U-Net", "DiT")
+
+
+def bits(net: str) -> str:
+    return f"{net}: bound on test, given the label (bits per dim)"
+
+
+CRITERIA = {bits(net): ("< 2.6", lambda ours: ours < 2.6) for net in NETS}
+INVARIANTS = {bits(net): ("< 4.1, log2 of 17 levels", lambda ours: ours < 4.1) for net in NETS}
+
+
+def clock():
+    """An `on_eval` that says how many minutes ago it was made."""
+    begin = time.monotonic()
+    return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}
+
+
+def rows(setup: Setup, folder: Path) -> list[Row]:
+    """Trains both, bounds the test digits, measures samples, draws."""
+    with _cli.door():
+        training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
+        test = setup.data.load("test")
+    pixels, label = test.resident[0]["image"], test.resident[0]["label"]
+    x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": pixels}))
+    found, by_step, by_minute, shown = [], {}, {}, []
+    for net, form in zip(NETS, (setup.model.net, setup.dit), strict=True):
+        cfg = replace(setup.model, net=form)
+        run = replace(setup.run, folder=str(folder / form.kind))
+        result = train.fit(ddpm.make, cfg, run, training, valid=held, on_eval=clock())
+        lines = [(line["step"], line["valid"]) for line in train.metrics(result.folder) if "valid" in line]
+        step, minutes, bound = np.array([(s, v["minutes"], v["nll_bits_per_dim"]) for s, v in lines]).T
+        by_step[net], by_minute[net] = (step, bound), (minutes, bound)
+        k_bound, k_draw = jax.random.split(jax.random.key(setup.run.seed))
+        fake = train.sample(result, k_draw, n=len(label), label=label)
+        shown.append(np.concatenate([fake[label == c][:10] for c in range(10)]))
+        count = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
+        seen = training.resident[0]["image"] / (setup.model.levels - 1)
+        measured = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
+        found += [
+            Row(f"{net}: parameters", count),
+            Row(f"{net}: minutes of training, compiling and evaluating included", float(minutes[-1])),
+            Row(bits(net), float(ddpm_digits.bound(result, x_0, label, k_bound).sum())),
+            *(row._replace(quantity=f"{net}: {row.quantity}") for row in measured),
+        ]
+    fig, (axes,) = figures.figure(1, 4, size=(16, 4.2))
+    for ax, curves, xlabel in ((axes[0], by_step, "updates"), (axes[1], by_minute, "minutes of two cores")):
+        figures.curves(ax, curves, xlabel=xlabel, ylabel="bound, held-out digits (bits per dim)")
+    for ax, net, pictures in zip(axes[2:], NETS, shown, strict=True):
+        figures.images(ax, pictures, 10, title=f"{net}: samples, not chosen")
+    caption = f"T = {setup.model.T}, {setup.run.steps} updates of {setup.run.batch_size} digits, equal rates"
+    figures.save(fig, folder / "unet_or_dit.png", caption)
+    return found
+
+
+if __name__ == "__main__":
+    _cli.main("unet_or_dit")
