@@ -39,4 +39,5 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$(VERSION).txt --editable '.[bench]'
 	$(BIN)/python benchmarks/vae.py
 	$(BIN)/python benchmarks/gan.py
+	$(BIN)/python benchmarks/ddpm.py
 	$(BIN)/python benchmarks/transformer.py
