@@ -220,8 +220,8 @@ def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
 
 
 def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
-    """The named set: digits, mnist, fashion_mnist; ring, grid, swiss_roll, ppca; python_source, tiny_shakespeare,
-    jsb_chorales; images:FOLDER and text:FILE for your own pictures and text.
+    """The named set: digits, mnist, fashion_mnist, cifar10; ring, grid, swiss_roll, ppca; python_source,
+    tiny_shakespeare, jsb_chorales; images:FOLDER and text:FILE for your own pictures and text.
 
     split: train or test, sliced as in TFDS where wished ("train[:50000]", "train[90%:]", "train+test"); synthetic sets
         take any name, and another name draws other points; images:FOLDER see `images.pictures`; text is cut into
@@ -238,6 +238,7 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         "digits": images.digits,
         "mnist": images.mnist,
         "fashion_mnist": images.fashion_mnist,
+        "cifar10": images.cifar10,
         "ring": points.ring,
         "grid": points.grid,
         "swiss_roll": points.swiss_roll,

@@ -41,6 +41,11 @@ def fashion_mnist(split: str, *, folder: str | None = None) -> Data:
     return _tfds("fashion_mnist", split, folder)
 
 
+def cifar10(split: str, *, folder: str | None = None) -> Data:
+    """CIFAR-10, 32x32 in colour, 50,000 train and 10,000 test images, in the official order."""
+    return _tfds("cifar10", split, folder)
+
+
 def pictures(name: str, split: str, *, folder: str | None = None, stream: bool | None = None) -> Data:
     """images:FOLDER, your own pictures of one size; sub-folders are classes, in alphabetical order of their names.
 
