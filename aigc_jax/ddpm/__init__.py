@@ -62,10 +62,10 @@ from .samplers import (
 )
 
 __all__ = [
-    "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert",
-    "cosine_schedule", "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint",
-    "interpolate", "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "noise2",
-    "ode_log_likelihood", "predict", "preprocess", "prior_kl", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm",
+    "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert", "cosine_schedule",
+    "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint", "interpolate",
+    "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "noise2", "ode_log_likelihood",
+    "predict", "preprocess", "prior_kl", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm",
     "sample_dpm_solver", "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
 ]  # fmt: skip
 
