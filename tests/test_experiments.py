@@ -179,7 +179,7 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
         (
             gan_mnist,
             {"model": replace(gan_mnist.MODEL, classes=10)},
-            "an unconditional GAN: model.classes cannot be 10",
+            "an unconditional model: model.classes cannot be 10",
         ),
         (cgan_mnist, {"data": _cli.Source("grid")}, "data.name must be one of digits, fashion_mnist, mnist"),
         (gan_digits, {"model": replace(gan_digits.MODEL, classes=0, condition="concat")}, "trains a conditional GAN"),

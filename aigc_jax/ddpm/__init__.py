@@ -153,12 +153,11 @@ def init_gamma(key: Key[Array, ""]) -> Params:
     it, gamma stays nearly straight however long it learns.
     """
     k_first, k_places, k_last = jax.random.split(key, 3)
-    first = 20.0 + 5.0 * jax.random.normal(k_first, (1024,))
     return {
         "ends": jnp.array([-13.3, 5.0]),
         "line": jnp.zeros(()),
-        "first": first,
-        "bias": -jax.nn.softplus(first) * math.log(2) * jax.random.uniform(k_places, (1024,)),
+        "first": 0.5 + 0.25 * jax.random.normal(k_first, (1024,)),
+        "place": math.log(2) * jax.random.uniform(k_places, (1024,)),  # log 2: the line's end, softplus(0)
         "last": jax.random.normal(k_last, (1024,)) - 6.0,
     }
 
@@ -171,7 +170,8 @@ def gamma(params: Params, u: Float[Array, "B"]) -> Float[Array, "B"]:
 
     def rise(u):
         line = jax.nn.softplus(params["line"]) * u
-        h = jax.nn.sigmoid(jax.nn.softplus(params["first"])[None] * line[:, None] + params["bias"][None])
+        slope = 20 * jax.nn.softplus(params["first"])
+        h = jax.nn.sigmoid(slope[None] * (line[:, None] - params["place"][None]))
         return line + h @ jax.nn.softplus(params["last"])
 
     low, high = rise(jnp.array([0.0, 1.0]))
