@@ -67,7 +67,7 @@ def save_images(path: str | Path, images: Images, columns: int | None = None, *,
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
 
 
-def save_animation(path: str | Path, frames, columns: int | None = None, *, smallest: int = 256, ms: int = 60) -> None:
+def save_animation(path: str | Path, frames, columns: int | None = None, *, smallest: int = 512, ms: int = 80) -> None:
     """A GIF of image grids [F, N, H, W, C] in [0, 1], `ms` milliseconds a frame and two seconds the last."""
     from PIL import Image
 
@@ -76,7 +76,8 @@ def save_animation(path: str | Path, frames, columns: int | None = None, *, smal
         pixels = np.clip(tile(images, columns) * 255 + 0.5, 0, 255).astype(np.uint8)
         times = max(1, smallest // max(pixels.shape[:2]))
         pixels = pixels.repeat(times, 0).repeat(times, 1)
-        sheets.append(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
+        # 32 colours for each frame: whole pixels compress well, their noise does not.
+        sheets.append(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).quantize(32))
     durations = [ms] * (len(sheets) - 1) + [2000]
     sheets[0].save(path, "GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
 

@@ -153,7 +153,7 @@ def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, lab
                    title=f"{setup.model.terms} of {T} terms drawn")  # fmt: skip
     caption = f"U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates of {setup.run.batch_size} digits"
     figures.save(fig, folder / "ddpm_digits.png", f"{caption}; test bound {bits:.2f} bits per dim")
-    shown = np.unique(np.linspace(0, T, 40).round().astype(int))
+    shown = np.unique(np.linspace(0, T, 30).round().astype(int))
     figures.save_animation(folder / "ddpm_digits.gif", x_t[shown], 10)
 
 
