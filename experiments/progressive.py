@@ -1,12 +1,12 @@
 """Where the bits go: progressive coding, generation and interpolation, Ho et al. 2020 (DDPM), figures 5 to 9, table 4
 
-    python -m experiments.progressive           about 12 minutes on 2 cores; downloads nothing
+    python -m experiments.progressive           about 8 minutes on 2 cores; downloads nothing
 
 The digits model of `ddpm_digits` (given its --run.folder it is not trained again). Read as a lossy code, the bound says
 how many bits have been sent once step t is reached (its terms from T down to t), and the x_0 seen in x_t how far the
 picture is off: most bits buy what no eye sees. Interpolating at step t mixes what is left of two digits: at 0 their
-pixels, at T nothing of either. Expect more than half of the bits in the last tenth of the steps, where the paper has 93
-%.
+pixels, at T nothing of either. Expect 69 % of the bits in the last tenth of the steps, where the paper has 93 %: digits
+of 64 pixels and 17 levels have less detail than CIFAR-10.
 """
 
 from __future__ import annotations
