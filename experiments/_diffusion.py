@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aigc_jax import ddpm, train
+from aigc_jax import ddpm, figures, train
 from aigc_jax.core import EMA
 from aigc_jax.ddpm.process import at
 from aigc_jax.train.engine import compiler_options
@@ -64,3 +66,24 @@ def way(result: train.Result, key, *, n: int, label=None) -> tuple[np.ndarray, n
 
     x_t, x_0_hat = compiled(draw)(result.state, key)
     return tuple(np.clip((np.asarray(x) + 1) / 2, 0, 1) for x in (x_t, x_0_hat))
+
+
+def strip(ax, way: tuple[np.ndarray, np.ndarray], which: Iterable[int]) -> None:
+    """What the net sees on the way: for each picture a row of x_t and below it one of x_0_hat."""
+    x_t, x_0_hat = way
+    T = len(x_0_hat)
+    left = [round(share * T) for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)]
+    pictures = [
+        x for i in which for x in (*(x_t[T - t, i] for t in (*left, 0)),
+                                   *(x_0_hat[T - t, i] for t in left), x_0_hat[-1, i])
+    ]  # fmt: skip
+    figures.images(ax, np.stack(pictures), len(left) + 1,
+                   title=f"x_t, below it the x_0 seen in it; steps left: {', '.join(map(str, left))}, 0")  # fmt: skip
+
+
+def curve(ax, result: train.Result, watched: str) -> None:
+    """The bound while training."""
+    lines = [line for line in train.metrics(result.folder) if "valid" in line]
+    values = np.array([(line["step"], line["valid"]["nll_bits_per_dim"]) for line in lines]).T
+    figures.curves(ax, {watched: tuple(values)}, xlabel="updates", ylabel="bound (bits per dim)",
+                   title=f"{watched}; {result.config.terms} of {result.config.T} terms drawn")  # fmt: skip

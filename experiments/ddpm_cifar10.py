@@ -21,7 +21,7 @@ import jax
 from aigc_jax import ddpm, figures, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, ddpm_fashion
+from experiments import _cli, _diffusion, ddpm_fashion
 from experiments._cli import Row, Source
 
 MODEL = ddpm.Config()
@@ -132,8 +132,8 @@ def draw(setup: Setup, folder: Path, result: train.Result, bits: float, k_draw, 
     fig, (axes,) = figures.figure(1, 3, size=(15, 4.4))
     drawn = train.sample(result, k_draw, n=setup.samples)
     figures.images(axes[0], drawn, 8, title="samples, not chosen")
-    ddpm_fashion.strip(axes[1], result, k_way, None, 4)
-    ddpm_fashion.curve(axes[2], result, f"{setup.watched} training images")
+    _diffusion.strip(axes[1], _diffusion.way(result, k_way, n=4), range(4))
+    _diffusion.curve(axes[2], result, f"{setup.watched} training images")
     caption = f"{setup.data.name}, U-Net {setup.model.net.widths}, T = {setup.model.T}, {setup.run.steps} updates of "
     figures.save(fig, folder / "ddpm_cifar10.png",
                  f"{caption}{setup.run.batch_size}; test bound {bits:.2f} bits per dim")  # fmt: skip

@@ -139,22 +139,13 @@ def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, lab
     of_class = np.concatenate([fake[label == c][:12] for c in range(10)])
     figures.images(axes[0], of_class, 12, title="samples, not chosen; one class a row")
     T = setup.model.T
-    x_t, x_0_hat = _diffusion.way(result, jax.random.key(2), n=40, label=np.arange(40) % 10)
-    left = [round(share * T) for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)]
-    strip = [
-        x for i in range(0, 10, 2) for x in (*(x_t[T - t, i] for t in (*left, 0)),
-                                             *(x_0_hat[T - t, i] for t in left), x_0_hat[-1, i])
-    ]  # fmt: skip
-    figures.images(axes[1], np.stack(strip), len(left) + 1,
-                   title=f"x_t, below it the x_0 seen in it; steps left: {', '.join(map(str, left))}, 0")  # fmt: skip
-    lines = [line for line in train.metrics(result.folder) if "valid" in line]
-    curve = {"held-out digits": tuple(np.array([(v["step"], v["valid"]["nll_bits_per_dim"]) for v in lines]).T)}
-    figures.curves(axes[2], curve, xlabel="updates", ylabel="bound (bits per dim)",
-                   title=f"{setup.model.terms} of {T} terms drawn")  # fmt: skip
+    way = _diffusion.way(result, jax.random.key(2), n=40, label=np.arange(40) % 10)
+    _diffusion.strip(axes[1], way, range(0, 10, 2))
+    _diffusion.curve(axes[2], result, "held-out digits")
     caption = f"U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates of {setup.run.batch_size} digits"
     figures.save(fig, folder / "ddpm_digits.png", f"{caption}; test bound {bits:.2f} bits per dim")
     shown = np.unique(np.linspace(0, T, 30).round().astype(int))
-    figures.save_animation(folder / "ddpm_digits.gif", x_t[shown], 10)
+    figures.save_animation(folder / "ddpm_digits.gif", way[0][shown], 10)
 
 
 if __name__ == "__main__":

@@ -156,27 +156,6 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return found
 
 
-def strip(ax, result: train.Result, key, label: np.ndarray | None, n: int) -> None:
-    """What the net sees on the way, by ancestral sampling: a row of x_t and below it one of x_0_hat, for n pictures."""
-    T = result.config.T
-    x_t, x_0_hat = _diffusion.way(result, key, n=n, label=label)
-    left = [round(share * T) for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)]
-    pictures = [
-        x for i in range(n) for x in (*(x_t[T - t, i] for t in (*left, 0)),
-                                      *(x_0_hat[T - t, i] for t in left), x_0_hat[-1, i])
-    ]  # fmt: skip
-    figures.images(ax, np.stack(pictures), len(left) + 1,
-                   title=f"x_t, below it the x_0 seen in it; steps left: {', '.join(map(str, left))}, 0")  # fmt: skip
-
-
-def curve(ax, result: train.Result, watched: str) -> None:
-    """The bound while training."""
-    lines = [line for line in train.metrics(result.folder) if "valid" in line]
-    values = np.array([(line["step"], line["valid"]["nll_bits_per_dim"]) for line in lines]).T
-    figures.curves(ax, {watched: tuple(values)}, xlabel="updates", ylabel="bound (bits per dim)",
-                   title=f"{watched}; {result.config.terms} of {result.config.T} terms drawn")  # fmt: skip
-
-
 def draw(setup: Setup, folder: Path, result: train.Result, drawn: dict, label, scores: dict, key) -> None:
     """Samples by class for the least and the most guidance, a denoising strip, the bound while training."""
     ends = sorted({min(setup.w), max(setup.w)})
@@ -185,8 +164,9 @@ def draw(setup: Setup, folder: Path, result: train.Result, drawn: dict, label, s
     for ax, w in zip(axes, ends, strict=False):
         of_class = np.concatenate([drawn[w][label == c][:columns] for c in range(10)])
         figures.images(ax, of_class, columns, title=guided(w, "samples, not chosen; one class a row"))
-    strip(axes[-2], result, key, np.arange(0, 10, 2), 5)
-    curve(axes[-1], result, "held-out images")
+    way = _diffusion.way(result, key, n=5, label=np.arange(0, 10, 2))
+    _diffusion.strip(axes[-2], way, range(5))
+    _diffusion.curve(axes[-1], result, "held-out images")
     caption = f"{setup.data.name}, U-Net {setup.model.net.widths}, T = {setup.model.T}, {setup.run.steps} updates of "
     figures.save(fig, folder / "ddpm_fashion.png",
                  f"{caption}{setup.run.batch_size}; DDIM of {setup.ddim_steps} steps, eta 1; test bound "
