@@ -7,7 +7,9 @@ gives neither). Left is what guidance is motivated by, the density p(x|c) p(c|x)
 what guided sampling with the exact scores gives, which is another distribution: the tilted score of every noise level
 is not the score of the tilted density under noise. Then the digits model of `ddpm_digits` (given its --run.folder it is
 not trained again). w is the paper's: 0 is conditional sampling, and other libraries' "guidance scale" is 1 + w. Expect
-a classifier score that rises with w and a Frechet distance least at small w, as in the paper on ImageNet.
+a classifier score that rises with w, from 9.90 of 10 at w = 0 (the digits are easy: little is left to gain), and a
+Frechet distance least at w = 0 and 13 times that at w = 4; the paper's, on ImageNet, is least at .1 and 15 times that
+of w = 0 at 4.
 """
 
 from __future__ import annotations

@@ -75,6 +75,56 @@ def test_a_traced_schedule_keeps_its_digits_where_the_noise_is_least():
     np.testing.assert_allclose(np.cumprod(1 - np.asarray(few.beta, np.float64)), 1 - noise2[few.t], rtol=1e-4)
 
 
+@pytest.mark.parametrize("gamma", [lambda u: -10 + 130 * u, lambda u: 5 - 10 * u], ids=["too far", "falling"])
+def test_a_schedule_without_a_way_back_is_refused(gamma):
+    with pytest.raises(ValueError, match="betas of a schedule must lie between 0 and 1: at step"):
+        ddpm.discretise(gamma, 10)
+    beta = np.linspace(0.01, 1, 10)
+    schedule = ddpm.Schedule(beta, np.cumprod(1 - beta), np.arange(10))
+    for call in (ddpm.sample_ddpm, ddpm.vlb):
+        with pytest.raises(ValueError, match="at step 9 it is 1"):
+            call(schedule, lambda x, t: x, normal(0, 3, 2), key(1))
+    with pytest.raises(ValueError, match="at step 9 it is 1"):
+        ddpm.sample_heun(schedule, lambda x, t: x, normal(0, 3, 2), steps=10)
+
+
+def test_only_step_0_has_the_variance_of_step_1():
+    """Of levels that flatten beta-tilde falls with t: no other step may be lifted."""
+    schedule = ddpm.discretise(lambda u: -1 + 3 * u**0.25, 20)
+    tilde, t = np.asarray(process.beta_tilde(schedule)), jnp.arange(20)
+    expected = np.append(tilde[1], tilde[1:])
+    x = jnp.zeros((20, 1))
+    np.testing.assert_allclose(bounds.first_variance(schedule, "beta_tilde", x, t)[:, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(ddpm.learned_variance(schedule, x - 1, t)[:, 0], expected, rtol=1e-4)
+    np.testing.assert_allclose(ddpm.learned_variance(schedule, x + 1, t)[:, 0], schedule.beta, rtol=1e-4)
+
+
+def test_parallel_noises_are_mixed_in_a_line():
+    a = normal(0, 4, 3)
+    np.testing.assert_allclose(ddpm.slerp(a, 1.0001 * a, 0.5), a, rtol=2e-4)
+    mixed = ddpm.slerp(a, normal(1, 4, 3), 0.3)
+    assert np.isfinite(mixed).all() and np.isfinite(jax.grad(lambda a: ddpm.slerp(a, a, 0.5).sum())(a)).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x: ddpm.sample_ddpm(COSINE, lambda x, t: x, x, key(0), start=1001), "start counts levels, 0..1000"),
+        (lambda x: ddpm.sample_ddpm(COSINE, lambda x, t: x, x, key(0), start=-3), "start counts levels, 0..1000"),
+        (lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=3.0), "eta must lie in 0..1"),
+        (lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=-1.0), "eta must lie in 0..1"),
+        (
+            lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=0.5, sigma_hat=True),
+            "be 0 with sigma_hat",
+        ),
+        (lambda x: ddpm.ode_log_likelihood(COSINE, lambda x, t: x, x, key(0), steps=1), "steps counts levels, 2..1000"),
+    ],
+)
+def test_samplers_refuse_what_they_would_do_wrong(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(normal(0, 3, 2))
+
+
 def test_steps_are_spaced_as_said():
     assert process.spaced(1000, 4).tolist() == [0, 333, 666, 999] and process.spaced(1000, 1).tolist() == [999]
     assert process.spaced(1000, 4, "paper").tolist() == [0, 250, 500, 750]
@@ -528,6 +578,38 @@ def test_guided_eps_is_the_guided_mix_of_two():
     np.testing.assert_array_equal(ddpm.eps_fn_of(TINY, params, label, 0.0)(x, t), plain[0])
 
 
+def test_a_learned_schedule_of_one_step_is_asked_at_its_last_level():
+    """T levels between u = 0 and 1, of one level the last, as `discretise` has it: a net that says back its time."""
+    net = ddpm.Net("mlp", (4,), dropout=0.0)
+    for T, times in ((1, [1.0]), (3, [0.0, 0.5, 1.0])):
+        cfg = ddpm.Config(
+            shape=(2,), T=T, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
+            net=net, ema=0.0,
+        )  # fmt: skip
+        params = shaken(cfg).params
+        x, t = normal(0, T, 2), jnp.arange(T)
+        expected = ddpm.predict(cfg, params, x, jnp.array(times))[0]
+        np.testing.assert_allclose(ddpm.eps_fn_of(cfg, params)(x, t), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"classes": 0}, {"w": 3.0}, "w guides a model that was trained with labels"),
+        ({"unlabelled": 0.0}, {"w": 2.0}, "w guides a model that was trained with labels"),
+        ({"classes": 0}, {"label": np.zeros(2, int)}, "takes no labels"),
+        ({}, {"label": np.zeros(1, int)}, "one entry for each of 2 samples"),
+        ({}, {"eta": 1.0}, "eta is of the sampler ddim"),
+    ],
+)
+def test_sampling_refuses_what_would_have_no_effect(change, options, words):
+    cfg = dataclasses.replace(TINY, **change)
+    family = ddpm.make(cfg)
+    state = jax.eval_shape(family.init, key(0))
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda state, key: family.sample(state, key, n=2, **options), state, key(0))
+
+
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_objectives_agree_where_they_are_one(prediction):
     """SNR weighting of x_0 is the error of eps; SNR + 1 would be that of v; for eps both are L_simple of eps."""
@@ -546,7 +628,8 @@ def test_objectives_agree_where_they_are_one(prediction):
         return ddpm.losses(dataclasses.replace(cfg, objective=objective), params, x_0, t, eps, label)
 
     np.testing.assert_allclose(each("snr"), of_eps, rtol=2e-3)
-    np.testing.assert_allclose(each("truncated_snr"), of_eps * np.maximum(snr, 1) / snr, rtol=2e-3)
+    if prediction != "eps":
+        np.testing.assert_allclose(each("truncated_snr"), of_eps * np.maximum(snr, 1) / snr, rtol=2e-3)
     np.testing.assert_allclose(each("min_snr"), of_eps * np.minimum(snr, 5) / snr, rtol=2e-3)
     own = {"eps": of_eps, "x_0": of_eps / snr, "v": of_eps / ab}
     own["mu"] = of_eps / snr * (process._posterior(schedule)[0][np.asarray(t)]) ** 2
@@ -687,6 +770,7 @@ def test_a_small_model_learns_points_and_samples_them():
         ({"variance": "learned"}, "model.variance 'learned' is trained by objective vlb or hybrid, not simple"),
         ({"objective": "hybrid"}, "model.objective 'hybrid' is simple, and vlb for a learned variance"),
         ({"schedule": "learned"}, "model.schedule 'learned' .VDM. goes with prediction eps"),
+        ({"objective": "truncated_snr"}, "is for nets that do not predict eps"),
         ({"unlabelled": 1.0}, r"model.unlabelled must lie in \[0, 1\), got 1.0"),
         ({"net": ddpm.Net("transformer")}, "model.net.kind must be one of unet, dit, mlp"),
         ({"net": ddpm.Net(widths=(24,))}, "24 does not divide into 32 groups"),
@@ -698,3 +782,44 @@ def test_a_small_model_learns_points_and_samples_them():
 def test_bad_values_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(TINY, **change)
+
+
+def test_a_respaced_learned_variance_is_that_of_the_levels_visited():
+    net = ddpm.Net("mlp", (8,), dropout=0.0)
+    cfg = dataclasses.replace(TINY, variance="learned", objective="hybrid", schedule="cosine", T=20, net=net)
+    params, few = shaken(cfg).params, ddpm.respace(ddpm.cosine_schedule(20), 5)
+    x, label = normal(0, 5, 8, 8, 1), jnp.zeros(5, int)
+    _, raw = ddpm.predict(cfg, params, x, jnp.asarray(few.t), label)
+    expected = ddpm.learned_variance(few, raw, jnp.arange(5))
+    got = ddpm.sigma2_of(cfg, params, few, label)(x, jnp.asarray(few.t))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_samples_are_in_range_and_eta_is_passed_on():
+    cfg = dataclasses.replace(TINY, T=21, ema=0.0, net=ddpm.Net("mlp", (8,), dropout=0.0))
+    family, state = ddpm.make(cfg), shaken(cfg)
+    draw = jax.jit(lambda eta: family.sample(state, key(0), n=4, sampler="ddim", eta=eta), static_argnums=0)
+    still, noisy = draw(0.0), draw(1.0)
+    assert (np.asarray(still) != np.asarray(noisy)).any()
+    for x in (still, noisy):
+        assert x.min() >= 0 and x.max() <= 1
+
+
+def test_interpolants_of_one_image_share_their_noise():
+    """a = b at step T/2: all shares start from one x_t, and without a net to speak of end within its noise."""
+    a = 0.3 * jnp.ones((2, 3))
+    eps_fn = exact_eps(LINEAR, 1e-6 * np.eye(3), 0.3)
+    between = ddpm.interpolate(LINEAR, eps_fn, a, a, key(0), t=500, shares=jnp.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(between, 0.3, atol=0.05)
+    t = jnp.full(2, 499)
+    seen = []
+
+    def watch(x, t):
+        jax.debug.callback(lambda x, t: seen.append((int(t[0]), np.asarray(x))), x, t)
+        return eps_fn(x, t)
+
+    ddpm.interpolate(LINEAR, watch, a, a, key(0), t=500, shares=jnp.array([0.0, 0.5, 1.0]))
+    jax.effects_barrier()
+    first = next(x for step, x in seen if step == int(t[0])).reshape(3, 2, 3)
+    np.testing.assert_allclose(first[1:], first[:1].repeat(2, 0), atol=1e-6)
+    assert max(step for step, _ in seen) == 499

@@ -63,7 +63,7 @@ from .samplers import (
 
 __all__ = [
     "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert", "cosine_schedule",
-    "ddim_invert", "discretise", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint", "interpolate",
+    "ddim_invert", "discretise", "eps_fn_of", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint", "interpolate",
     "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "noise2", "ode_log_likelihood",
     "predict", "preprocess", "prior_kl", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm",
     "sample_dpm_solver", "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
@@ -118,6 +118,9 @@ class Config:
             raise ValueError(f"model.variance 'learned' is trained by objective vlb or hybrid, not {self.objective}")
         if self.objective == "hybrid" and self.variance != "learned":
             raise ValueError("model.objective 'hybrid' is simple, and vlb for a learned variance: set model.variance")
+        if self.objective == "truncated_snr" and self.prediction == "eps":
+            raise ValueError("model.objective 'truncated_snr' is for nets that do not predict eps: Salimans & Ho's "
+                             "weight of eps grows without bound")  # fmt: skip
         if self.schedule == "learned":
             asked = (self.prediction, self.variance, self.objective, self.times)
             if asked != ("eps", "beta_tilde", "vlb", "low_discrepancy"):
@@ -218,7 +221,9 @@ def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
     continuous = cfg.schedule == "learned"
 
     def one(x_t, t, label):
-        value, _ = predict(cfg, params, x_t, t / max(1, cfg.T - 1) if continuous else t, label)
+        # The levels of `discretise`: both ends, of one step the last.
+        time = t if not continuous else t / (cfg.T - 1) if cfg.T > 1 else jnp.ones(len(x_t))
+        value, _ = predict(cfg, params, x_t, time, label)
         return convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps")
 
     def eps_fn(x_t, t):
@@ -235,9 +240,8 @@ def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
 def learned_variance(schedule: Schedule, raw, t) -> Array:
     """exp(v log beta + (1 - v) log beta_tilde), v = (raw + 1) / 2, of p(x_{t-1} | x_t) (Nichol & Dhariwal, eq. 15)."""
     tilde = jnp.asarray(beta_tilde(schedule), jnp.float32)
-    tilde = jnp.maximum(tilde, tilde[min(1, len(tilde) - 1)])  # 0 at step 0: that of step 1
     beta = jnp.asarray(schedule.beta, jnp.float32)
-    tilde = jnp.where(tilde > 0, tilde, beta)  # one step only
+    tilde = tilde.at[0].set(tilde[1] if len(tilde) > 1 else beta[0])  # where it is 0: that of step 1
     low, high = (at(jnp.log(x), t, raw) for x in (tilde, beta))
     v = (raw + 1) / 2
     return jnp.exp(v * high + (1 - v) * low)
@@ -249,7 +253,7 @@ def sigma2_of(cfg: Config, params: Params, schedule: Schedule, label: Label = No
         return cfg.variance
 
     def sigma2(x_t, t):
-        _, raw = predict(cfg, params, x_t, t, label)  # the same call as eps_fn's: compiled once
+        _, raw = predict(cfg, params, x_t, t, label)
         return learned_variance(schedule, raw, jnp.searchsorted(jnp.asarray(schedule.t), t))
 
     return sigma2
@@ -411,6 +415,15 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         return {"nll_nats": nll, **({"nll_bits_per_dim": nll / (D * math.log(2))} if images else {})}
 
     def sample(state: State, key, *, n: int, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0):
+        guided = not isinstance(w, (int, float)) or w != 0
+        if label is not None and not cfg.classes:
+            raise ValueError("this model takes no labels: model.classes is 0")
+        if guided and not (cfg.classes and cfg.unlabelled):
+            raise ValueError("w guides a model that was trained with labels and, a share of the time, without")
+        if eta and sampler != "ddim":
+            raise ValueError(f"eta is of the sampler ddim, not of {sampler!r}")
+        if label is not None and jnp.shape(label) != (n,):
+            raise ValueError(f"label must have one entry for each of {n} samples, got shape {jnp.shape(label)}")
         if cfg.classes and label is None:
             label = jnp.arange(n) % cfg.classes
         params = ema.read(state)

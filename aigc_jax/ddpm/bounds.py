@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .process import Schedule, at, beta_tilde, convert, noise2, q_posterior, q_sample, respace
+from .process import Schedule, at, beta_tilde, check, convert, noise2, q_posterior, q_sample, respace
 from .samplers import EpsFn, Sample, variance
 
 PerExample = Float[Array, "B"]
@@ -64,8 +64,8 @@ def first_variance(schedule: Schedule, sigma2, x_t: Sample, t) -> Array:
     if sigma2 != "beta_tilde":
         return variance(schedule, sigma2, x_t, t)
     values = beta_tilde(schedule)
-    floor = values[min(1, len(values) - 1)] if len(values) > 1 else schedule.beta[0]
-    return at(jnp.maximum(jnp.asarray(values, jnp.float32), jnp.float32(floor)), t, x_t)
+    first = values[1] if len(values) > 1 else schedule.beta[0]
+    return at(jnp.asarray(values, jnp.float32).at[0].set(first), t, x_t)
 
 
 def vlb_term(
@@ -94,6 +94,8 @@ def vlb_terms(
 ) -> Float[Array, "S1 B"]:
     """Every term of the bound: L_0 (the decoder), L_1, ..., and last L_T; one draw of x_t for each."""
 
+    check(schedule)
+
     def one(_, i):
         eps = jax.random.normal(jax.random.fold_in(key, i), x_0.shape, x_0.dtype)
         t = jnp.full(len(x_0), i)
@@ -110,6 +112,7 @@ def vlb(
 
     levels: x_0 holds so many grey levels, evenly over [-1, 1], and p is a probability; None: p is a density.
     sigma2: of p(x_{t-1} | x_t): "beta", "beta_tilde", or a callable (x_t, t) -> variance, such as a learned one.
+    At step 0, where beta_tilde is 0, it is that of step 1: of a fine `discretise` far too small, give a callable there.
     Nothing is clipped here: with a clipped x_0_hat it would be the bound of another model.
     """
     return vlb_terms(schedule, eps_fn, x_0, key, levels=levels, sigma2=sigma2).sum(0)
@@ -170,11 +173,13 @@ def ode_log_likelihood(
 
     x_0 is taken to be at the schedule's first level, whose noise it should hold or be far above. In y = x_t /
     sqrt(alpha_bar) and sigma = sqrt(1 / alpha_bar - 1) the flow is dy / d sigma = eps_hat; Heun's method from level to
-    level, `steps` of them. trace: of eps_hat's Jacobian: "hutchinson", from one vector of +-1 an example, unbiased;
-    "exact", one pass a dimension.
+    level, `steps` levels, one step fewer. trace: of eps_hat's Jacobian: "hutchinson", from one vector of +-1 an
+    example, unbiased; "exact", one pass a dimension.
     """
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace must be hutchinson or exact, not {trace!r}")
+    if not 2 <= steps <= len(schedule.t):
+        raise ValueError(f"steps counts levels, 2..{len(schedule.t)}, got {steps}")
     few = respace(schedule, steps, spacing)
     sigma, signal = (noise2(few) / few.alpha_bar) ** 0.5, few.alpha_bar**0.5
     probe = jax.random.rademacher(key, x_0.shape, x_0.dtype)

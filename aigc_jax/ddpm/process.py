@@ -27,11 +27,22 @@ class Schedule(NamedTuple):
     t: Any  # [S], original steps
 
 
+def check(schedule: Schedule) -> Schedule:
+    """Refuses betas outside (0, 1), which leave no way back; of a traced schedule nothing can be said."""
+    if not isinstance(schedule.beta, jax.core.Tracer):
+        beta = np.asarray(schedule.beta, np.float64)
+        if bad := np.flatnonzero(~((beta > 0) & (beta < 1))).tolist():
+            raise ValueError(
+                f"the betas of a schedule must lie between 0 and 1: at step {bad[0]} it is {beta[bad[0]]:.4g}"
+            )
+    return schedule
+
+
 def _through(alpha_bar, variance, t) -> Schedule:
     """The schedule through these levels; variance: 1 - alpha_bar, to all its digits."""
     numpy = jnp if isinstance(alpha_bar, jax.Array) else np
     earlier, variance_earlier = numpy.append(1.0, alpha_bar[:-1]), numpy.append(0.0, variance[:-1])
-    return Schedule((variance - variance_earlier) / earlier, alpha_bar, t)
+    return check(Schedule((variance - variance_earlier) / earlier, alpha_bar, t))
 
 
 def _from_beta(beta) -> Schedule:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .process import Schedule, at, before, beta_tilde, convert, noise2, q_posterior, q_sample, respace
+from .process import Schedule, at, before, beta_tilde, check, convert, noise2, q_posterior, q_sample, respace
 
 Sample = Float[Array, "B ..."]
 EpsFn = Callable[[Any, Any], Any]
@@ -35,7 +35,10 @@ def _noise(key, i, x):
 
 def _down(schedule: Schedule, x_T, body, start: int | None = None):
     """body(i [B], x, number) -> (x, x_0_hat) from the last level to the first: (x_0, (all x, all x_0_hat))."""
+    check(schedule)
     steps = len(schedule.t) if start is None else start
+    if not 0 <= steps <= len(schedule.t):
+        raise ValueError(f"start counts levels, 0..{len(schedule.t)}, got {start}")
 
     def one(x, i):
         x, x_0_hat = body(jnp.full(len(x), i), x, i)
@@ -106,6 +109,8 @@ def sample_ddim(
     sigma_hat: the paper's last row (section 5.1): noise of the larger sqrt(1 - alpha_bar_t / alpha_bar_s) is added to
         the mean of eta = 1. spacing: see `respace`; clip and path as in `sample_ddpm`.
     """
+    if isinstance(eta, (int, float)) and (not 0 <= eta <= 1 or (sigma_hat and eta)):
+        raise ValueError(f"eta must lie in 0..1, and be 0 with sigma_hat, got {eta}")
     few = respace(schedule, steps, spacing)
     earlier, noise2_earlier = before(few)
     sigma = (1.0 if sigma_hat else eta) * beta_tilde(few) ** 0.5
@@ -263,8 +268,11 @@ def slerp(a: Sample, b: Sample, share) -> Sample:
     """Between two noises on the sphere they lie on (DDIM eq. 67); `share` 0 is a, 1 is b."""
     axes = tuple(range(1, a.ndim))
     cos = (a * b).sum(axes, keepdims=True) / jnp.sqrt((a**2).sum(axes, keepdims=True) * (b**2).sum(axes, keepdims=True))
-    angle = jnp.arccos(jnp.clip(cos, -1, 1))
-    return (jnp.sin((1 - share) * angle) * a + jnp.sin(share * angle) * b) / jnp.sin(angle)
+    near = jnp.abs(cos) > 1 - 1e-6  # of one direction: in a line
+    angle = jnp.arccos(jnp.where(near, 0.0, cos))
+    sin = jnp.sin(angle)
+    first = jnp.where(near, 1 - share, jnp.sin((1 - share) * angle) / sin)
+    return first * a + jnp.where(near, share, jnp.sin(share * angle) / sin) * b
 
 
 def interpolate(
