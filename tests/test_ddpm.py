@@ -730,7 +730,7 @@ def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), moved["net"], plain["net"]
     )
     np.testing.assert_allclose(moved["gamma"]["ends"], plain["gamma"]["ends"], rtol=1e-3)
-    for name in ("first", "bias", "last", "line"):
+    for name in ("first", "place", "last", "line"):
         limit = 1e-4 * np.abs(square["gamma"][name]).max()
         np.testing.assert_allclose(moved["gamma"][name], square["gamma"][name], rtol=1e-2, atol=limit)
 
