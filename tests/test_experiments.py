@@ -182,7 +182,7 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
             "an unconditional model: model.classes cannot be 10",
         ),
         (cgan_mnist, {"data": _cli.Source("grid")}, "data.name must be one of digits, fashion_mnist, mnist"),
-        (gan_digits, {"model": replace(gan_digits.MODEL, classes=0, condition="concat")}, "trains a conditional GAN"),
+        (gan_digits, {"model": replace(gan_digits.MODEL, classes=0, condition="concat")}, "trains a conditional model"),
         (parzen_table, {"marks": (200_000,)}, "no mark of .* lies within run.steps"),
         (parzen_table, {"run": replace(parzen_table.RUN, eval_every=0)}, "run.eval_every must be at least 1"),
     ):
