@@ -60,8 +60,8 @@ def way(result: train.Result, key, *, n: int, label=None) -> tuple[np.ndarray, n
         k_start, k_way = jax.random.split(key)
         schedule, given = ddpm.schedule_of(cfg, params), None if label is None else jnp.asarray(label)
         x_T = jax.random.normal(k_start, (n, *cfg.shape))
-        eps_fn, sigma2 = ddpm.eps_fn_of(cfg, params, given), ddpm.sigma2_of(cfg, params, schedule, given)
-        x_0, (x_t, x_0_hat) = ddpm.sample_ddpm(schedule, eps_fn, x_T, k_way, sigma2=sigma2, clip=1.0, path=True)
+        eps_fn = ddpm.eps_fn_of(cfg, params, given)
+        x_0, (x_t, x_0_hat) = ddpm.sample_ddpm(schedule, eps_fn, x_T, k_way, sigma2=cfg.variance, clip=1.0, path=True)
         return jnp.concatenate([x_T[None], x_t]), x_0_hat
 
     x_t, x_0_hat = compiled(draw)(result.state, key)

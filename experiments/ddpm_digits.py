@@ -92,8 +92,8 @@ def bound(result: train.Result, x_0: np.ndarray, label, key, *, batch: int = 180
 
     def terms(params, x_0, label, key):
         schedule = ddpm.schedule_of(cfg, params)
-        eps_fn, sigma2 = ddpm.eps_fn_of(cfg, params, label), ddpm.sigma2_of(cfg, params, schedule, label)
-        return ddpm.vlb_terms(schedule, eps_fn, x_0, key, levels=cfg.levels, sigma2=sigma2)
+        eps_fn = ddpm.eps_fn_of(cfg, params, label)
+        return ddpm.vlb_terms(schedule, eps_fn, x_0, key, levels=cfg.levels, sigma2=cfg.variance)
 
     run, found = _diffusion.compiled(terms), []
     for i in range(0, len(x_0), batch):

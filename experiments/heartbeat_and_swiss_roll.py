@@ -191,13 +191,14 @@ def predicted(cfg: RollConfig, params, x_t, t):
 
 
 def model(cfg: RollConfig, params):
-    """eps_fn and sigma2, as the samplers and bounds take them."""
+    """The net as samplers and bounds take it with sigma2 = "learned"."""
     schedule = levels(cfg)
 
     def eps_fn(x_t, t):
-        return ddpm.convert(schedule, predicted(cfg, params, x_t, t)[0], x_t, t, given="v", wanted="eps")
+        v, raw = predicted(cfg, params, x_t, t)
+        return ddpm.convert(schedule, v, x_t, t, given="v", wanted="eps"), raw
 
-    return eps_fn, lambda x_t, t: ddpm.learned_variance(schedule, predicted(cfg, params, x_t, t)[1], t)
+    return eps_fn
 
 
 def make_roll(cfg: RollConfig, *, axis_name: str | None = None) -> Family:
@@ -212,18 +213,18 @@ def make_roll(cfg: RollConfig, *, axis_name: str | None = None) -> Family:
         k_t, k_eps = jax.random.split(key)
         x_0 = batch["points"]
         t = (low_discrepancy(k_t, len(x_0)) * cfg.T).astype(int)
-        eps_fn, sigma2 = model(cfg, params)
+        eps_fn = model(cfg, params)
         eps = jax.random.normal(k_eps, x_0.shape)
-        return cfg.T * vlb_term(schedule, eps_fn, x_0, t, eps, sigma2=sigma2).mean(), (state.extra, {})
+        return cfg.T * vlb_term(schedule, eps_fn, x_0, t, eps, sigma2="learned").mean(), (state.extra, {})
 
     def evaluate(state, batch, key):
-        eps_fn, sigma2 = model(cfg, ema.read(state))
-        return {"nll_nats": ddpm.vlb(schedule, eps_fn, batch["points"], key, sigma2=sigma2)}
+        eps_fn = model(cfg, ema.read(state))
+        return {"nll_nats": ddpm.vlb(schedule, eps_fn, batch["points"], key, sigma2="learned")}
 
     def sample(state, key, *, n):
         k_start, k_way = jax.random.split(key)
-        eps_fn, sigma2 = model(cfg, ema.read(state))
-        return ddpm.sample_ddpm(schedule, eps_fn, jax.random.normal(k_start, (n, cfg.dim)), k_way, sigma2=sigma2)
+        x_T = jax.random.normal(k_start, (n, cfg.dim))
+        return ddpm.sample_ddpm(schedule, model(cfg, ema.read(state)), x_T, k_way, sigma2="learned")
 
     return Family(init, make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name), evaluate, sample)
 

@@ -91,12 +91,12 @@ def coding(result: train.Result, x_0: np.ndarray, label: np.ndarray, key) -> tup
 
     def seen(params, x_0, label, key):
         schedule = ddpm.schedule_of(cfg, params)
-        eps_fn = ddpm.eps_fn_of(cfg, params, label)
 
         def one(_, i):
             t = jnp.full(len(x_0), i)
             x_t = ddpm.q_sample(schedule, x_0, t, jax.random.normal(jax.random.fold_in(key, i), x_0.shape))
-            x_0_hat = ddpm.convert(schedule, eps_fn(x_t, t), x_t, t, given="eps", wanted="x_0")
+            value, _ = ddpm.predict(cfg, params, x_t, t, label)
+            x_0_hat = ddpm.convert(schedule, value, x_t, t, given=cfg.prediction, wanted="x_0")
             return None, ((jnp.clip(x_0_hat, -1, 1) - x_0) ** 2).mean() / 4
 
         return jax.lax.scan(one, None, jnp.arange(T - 1, -1, -1))[1]
@@ -115,9 +115,9 @@ def interpolants(result: train.Result, a, b, key, *, t: int, shares: np.ndarray)
 
     def draw(params, a, b, key):
         schedule = ddpm.schedule_of(cfg, params)
-        eps_fn, sigma2 = ddpm.eps_fn_of(cfg, params), ddpm.sigma2_of(cfg, params, schedule)
+        given = jnp.asarray(shares, jnp.float32)
         return ddpm.interpolate(
-            schedule, eps_fn, a, b, key, t=t, shares=jnp.asarray(shares, jnp.float32), sigma2=sigma2, clip=1.0
+            schedule, ddpm.eps_fn_of(cfg, params), a, b, key, t=t, shares=given, sigma2=cfg.variance, clip=1.0
         )
 
     params = EMA(cfg.ema).read(result.state)
@@ -133,10 +133,10 @@ def decodings(result: train.Result, x_0, label, key, *, t: int, times: int = 10)
     def draw(params, x_0, many, key):
         k_eps, k_back = jax.random.split(key)
         schedule = ddpm.schedule_of(cfg, params)
-        eps_fn, sigma2 = ddpm.eps_fn_of(cfg, params, many), ddpm.sigma2_of(cfg, params, schedule, many)
+        eps_fn = ddpm.eps_fn_of(cfg, params, many)
         x_t = ddpm.q_sample(schedule, x_0, jnp.full(len(x_0), t - 1), jax.random.normal(k_eps, x_0.shape))
         x_t = jnp.tile(x_t, (times, 1, 1, 1))
-        return ddpm.sample_ddpm(schedule, eps_fn, x_t, k_back, sigma2=sigma2, clip=1.0, start=t)
+        return ddpm.sample_ddpm(schedule, eps_fn, x_t, k_back, sigma2=cfg.variance, clip=1.0, start=t)
 
     out = _diffusion.compiled(draw)(params, jnp.asarray(x_0), many, key)
     return np.asarray(out).reshape(times, *x_0.shape)

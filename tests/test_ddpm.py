@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from scipy import stats
 
 from aigc_jax import ddpm
 from aigc_jax.core import Optim
-from aigc_jax.ddpm import bounds, process, samplers
+from aigc_jax.ddpm import bounds, nets, process, samplers
 
 LINEAR, COSINE = ddpm.linear_schedule(1000), ddpm.cosine_schedule(1000)
 SHORT = {"linear": ddpm.linear_schedule(25), "cosine": ddpm.cosine_schedule(12)}
@@ -511,7 +512,7 @@ def test_the_way_is_shown_and_clipping_holds():
     for name in ("heun", "dpm_solver"):
         x = getattr(samplers, f"sample_{name}")(LINEAR, eps_fn, 3 * normal(0, 4, 2), steps=6, clip=0.2)
         assert np.abs(x).max() <= 0.2
-    with pytest.raises(ValueError, match="sigma2 must be beta, beta_tilde or a function"):
+    with pytest.raises(ValueError, match="sigma2 must be beta, beta_tilde, learned or a function"):
         ddpm.sample_ddpm(few, eps_fn, x, key(1), sigma2="large")
 
 
@@ -567,6 +568,29 @@ def test_nets_take_time_and_label_and_no_other_row(name):
     np.testing.assert_array_equal(unlabelled, ddpm.predict(cfg, params, x, t, jnp.full(4, 3))[0])
     fresh = jax.jit(ddpm.make(cfg).init)(key(0)).params
     assert not ddpm.predict(cfg, fresh, x, t, label)[0].any()  # the last layer begins at 0
+
+
+def test_norm_and_attention_are_those_of_flax():
+    x = 3 * normal(0, 4, 6, 6, 16) + 1
+    ours, theirs = nets.GroupNorm(4), nn.GroupNorm(4)
+    params = jax.tree.map(lambda a: a + 0.3 * normal(1, *a.shape), ours.init(key(0), x))
+    np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), rtol=1e-4, atol=1e-5)
+    slopes = [jax.grad(lambda x, f=f: (f.apply(params, x) ** 3).sum())(x) for f in (ours, theirs)]
+    np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-2)
+
+    ours = nets.Attention(2, 4)
+    params = jax.tree.map(lambda a: a + 0.3 * normal(2, *a.shape), ours.init(key(0), x))
+
+    def flax(params, x):
+        p = params["params"]
+        h = nn.GroupNorm(4).apply({"params": p["GroupNorm_0"]}, x).reshape(4, 36, 16)
+        q, k, v = ((h @ p[n]["kernel"] + p[n]["bias"][None, None]).reshape(4, 36, 2, 8) for n in "qkv")
+        h = nn.dot_product_attention(q, k, v).reshape(x.shape)
+        return x + h @ p["out"]["kernel"] + p["out"]["bias"][None, None, None]
+
+    np.testing.assert_allclose(ours.apply(params, x), flax(params, x), rtol=1e-4, atol=1e-4)
+    slopes = [jax.grad(lambda x, f=f: (f(params, x) ** 2).sum())(x) for f in (ours.apply, flax)]
+    np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-4 * float(np.abs(slopes[0]).max()))
 
 
 def test_guided_eps_is_the_guided_mix_of_two():
@@ -784,15 +808,71 @@ def test_bad_values_are_refused(change, words):
         dataclasses.replace(TINY, **change)
 
 
-def test_a_respaced_learned_variance_is_that_of_the_levels_visited():
+@pytest.mark.parametrize("w", [0.0, 1.5])
+def test_a_respaced_learned_variance_is_that_of_the_levels_visited(w):
+    """Through the sampler and the bound, against a function of x_t and t that asks the net by itself."""
     net = ddpm.Net("mlp", (8,), dropout=0.0)
     cfg = dataclasses.replace(TINY, variance="learned", objective="hybrid", schedule="cosine", T=20, net=net)
-    params, few = shaken(cfg).params, ddpm.respace(ddpm.cosine_schedule(20), 5)
-    x, label = normal(0, 5, 8, 8, 1), jnp.zeros(5, int)
-    _, raw = ddpm.predict(cfg, params, x, jnp.asarray(few.t), label)
-    expected = ddpm.learned_variance(few, raw, jnp.arange(5))
-    got = ddpm.sigma2_of(cfg, params, few, label)(x, jnp.asarray(few.t))
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    params = jax.tree.map(lambda a: 0.3 * a, shaken(cfg).params)
+    few = ddpm.respace(ddpm.cosine_schedule(20), 5)
+    x, label = normal(0, 5, 8, 8, 1), jnp.array([0, 1, 2, 0, 1])
+    eps_fn = ddpm.eps_fn_of(cfg, params, label, w)
+
+    def sigma2(x_t, t):
+        _, raw = ddpm.predict(cfg, params, x_t, t, label)
+        return ddpm.learned_variance(few, raw, jnp.searchsorted(jnp.asarray(few.t), t))
+
+    for f in (ddpm.sample_ddpm, ddpm.vlb):
+        one, other = (f(few, eps_fn, x, key(1), sigma2=how) for how in ("learned", sigma2))
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        fixed = f(few, eps_fn, x, key(1), sigma2="beta")
+        assert np.abs(one - fixed).max() > 0.01
+
+
+def test_a_learned_variance_asks_the_net_once_a_step():
+    cfg = dataclasses.replace(
+        TINY, variance="learned", objective="hybrid", T=21, net=ddpm.Net("mlp", (8,), dropout=0.0)
+    )
+    params, schedule, calls = shaken(cfg).params, ddpm.linear_schedule(21), []
+
+    def eps_fn(x_t, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return ddpm.eps_fn_of(cfg, params)(x_t, t)
+
+    for f in (ddpm.sample_ddpm, ddpm.vlb):
+        calls.clear()
+        jax.block_until_ready(f(schedule, eps_fn, normal(0, 2, 8, 8, 1), key(1), sigma2="learned"))
+        jax.effects_barrier()
+        assert len(calls) == 21
+    with pytest.raises(ValueError, match="an eps_fn that gives"):
+        ddpm.sample_ddpm(schedule, lambda x, t: x, normal(0, 2, 4), key(1), sigma2="learned")
+
+
+@pytest.mark.parametrize("how", ["beta", "beta_tilde", "ddim", "eta"])
+def test_a_schedule_is_learned_through_samplers(how):
+    """The slope in gamma's ends of a sample, against a difference: no root of 0 in the last step makes it no number."""
+    x_T = normal(0, 3, 2)
+
+    def end(low):
+        few = ddpm.discretise(lambda u: low + (4.0 - low) * u, 6)
+        eps_fn = exact_eps_traced(few, 0.25)
+        if how in ("beta", "beta_tilde"):
+            return ddpm.sample_ddpm(few, eps_fn, x_T, key(1), sigma2=how).sum()
+        return ddpm.sample_ddim(few, eps_fn, x_T, key(1), steps=5, eta=float(how == "eta")).sum()
+
+    h = 0.01
+    expected = (end(-5.0 + h) - end(-5.0 - h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(end)(-5.0), expected, rtol=0.02, atol=1e-3)
+
+
+def exact_eps_traced(schedule, s2):
+    """E[eps | x_t] of N(0, s2), by the levels of a schedule under differentiation."""
+
+    def eps_fn(x_t, t):
+        ab, rest = (process.at(a, t, x_t) for a in (schedule.alpha_bar, ddpm.noise2(schedule)))
+        return jnp.sqrt(rest) * x_t / (ab * s2 + rest)
+
+    return eps_fn
 
 
 def test_samples_are_in_range_and_eta_is_passed_on():

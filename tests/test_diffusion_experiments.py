@@ -70,12 +70,14 @@ def test_the_roll_learns_mean_and_variance():
     cfg = replace(known.ROLL, T=10, width=0.2, net=ddpm.Net("mlp", (8,), dropout=0.0))
     family = known.make_roll(cfg)
     params = jax.jit(family.init)(jax.random.key(0)).params
-    _, sigma2 = known.model(cfg, params)
     schedule = known.levels(cfg)
     t = jnp.array([1, 5, 9])
     noise2 = np.asarray(ddpm.noise2(schedule))
     tilde = schedule.beta * np.append(0, noise2[:-1]) / noise2
-    got = np.asarray(sigma2(jnp.ones((3, 2)), t))
+    x_t = jnp.ones((3, 2))
+    eps_hat, raw = known.model(cfg, params)(x_t, t)
+    np.testing.assert_allclose(eps_hat, noise2[t][:, None] ** 0.5 * x_t, rtol=1e-4)  # of v = 0
+    got = np.asarray(ddpm.learned_variance(schedule, raw, t))
     np.testing.assert_allclose(got, np.sqrt(schedule.beta * tilde)[t][:, None] * np.ones((1, 2)), rtol=1e-4)
 
 

@@ -38,11 +38,10 @@ from .bounds import (
 from .nets import MLP, DiT, Net, UNet, module
 from .process import (
     Schedule,
-    at,
-    beta_tilde,
     convert,
     cosine_schedule,
     discretise,
+    learned_variance,
     linear_schedule,
     noise2,
     q_posterior,
@@ -66,7 +65,7 @@ __all__ = [
     "ddim_invert", "discretise", "eps_fn_of", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint", "interpolate",
     "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "noise2", "ode_log_likelihood",
     "predict", "preprocess", "prior_kl", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm",
-    "sample_dpm_solver", "sample_heun", "schedule_of", "sigma2_of", "slerp", "vlb", "vlb_terms",
+    "sample_dpm_solver", "sample_heun", "schedule_of", "slerp", "vlb", "vlb_terms",
 ]  # fmt: skip
 
 Params = Any
@@ -216,47 +215,30 @@ def predict(
 
 
 def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
-    """eps_fn(x_t, t) of the net for these labels, guided by w where that is not 0; t are steps, for VDM's too."""
+    """eps_fn(x_t, t) of the net for these labels, guided by w where that is not 0; t are steps, for VDM's too.
+
+    Of a net with learned variances it gives (eps_hat, raw), for samplers and bounds with sigma2 = "learned"; guided,
+    raw is the labelled one.
+    """
     schedule = schedule_of(cfg, params)
     continuous = cfg.schedule == "learned"
 
     def one(x_t, t, label):
         # The levels of `discretise`: both ends, of one step the last.
         time = t if not continuous else t / (cfg.T - 1) if cfg.T > 1 else jnp.ones(len(x_t))
-        value, _ = predict(cfg, params, x_t, time, label)
-        return convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps")
+        value, raw = predict(cfg, params, x_t, time, label)
+        return convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps"), raw
 
     def eps_fn(x_t, t):
         if label is None or (isinstance(w, (int, float)) and w == 0):
-            return one(x_t, t, label)
-        both = one(
-            *(jnp.concatenate([x, x]) for x in (x_t, t)), jnp.concatenate([label, jnp.full_like(label, cfg.classes)])
-        )
-        return guide(*jnp.split(both, 2), w)
+            eps_hat, raw = one(x_t, t, label)
+        else:
+            nobody = jnp.full_like(label, cfg.classes)
+            eps_hat, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, nobody))))
+            eps_hat, raw = guide(*jnp.split(eps_hat, 2), w), None if raw is None else raw[: len(x_t)]
+        return eps_hat if raw is None else (eps_hat, raw)
 
     return eps_fn
-
-
-def learned_variance(schedule: Schedule, raw, t) -> Array:
-    """exp(v log beta + (1 - v) log beta_tilde), v = (raw + 1) / 2, of p(x_{t-1} | x_t) (Nichol & Dhariwal, eq. 15)."""
-    tilde = jnp.asarray(beta_tilde(schedule), jnp.float32)
-    beta = jnp.asarray(schedule.beta, jnp.float32)
-    tilde = tilde.at[0].set(tilde[1] if len(tilde) > 1 else beta[0])  # where it is 0: that of step 1
-    low, high = (at(jnp.log(x), t, raw) for x in (tilde, beta))
-    v = (raw + 1) / 2
-    return jnp.exp(v * high + (1 - v) * low)
-
-
-def sigma2_of(cfg: Config, params: Params, schedule: Schedule, label: Label = None):
-    """`sigma2` for samplers and bounds over this (perhaps respaced) schedule."""
-    if cfg.variance != "learned":
-        return cfg.variance
-
-    def sigma2(x_t, t):
-        _, raw = predict(cfg, params, x_t, t, label)
-        return learned_variance(schedule, raw, jnp.searchsorted(jnp.asarray(schedule.t), t))
-
-    return sigma2
 
 
 # ------------------------------------------------------------------------------------------------------ objectives
@@ -289,9 +271,9 @@ def losses(
 
     def bound(value):
         eps_hat = convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps")
-        sigma2 = cfg.variance if raw is None else lambda *_: learned_variance(schedule, raw, t)
+        said = eps_hat if raw is None else (eps_hat, raw)
         levels = cfg.levels if len(cfg.shape) == 3 else None
-        term = vlb_term(schedule, lambda *_: eps_hat, x_0, t, eps, levels=levels, sigma2=sigma2)
+        term = vlb_term(schedule, lambda *_: said, x_0, t, eps, levels=levels, sigma2=cfg.variance)
         return cfg.T * term / (math.prod(cfg.shape) * math.log(2))
 
     if cfg.objective in _WEIGHTS:
@@ -400,16 +382,16 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
             nll = draws.mean(0)
         else:
             schedule = schedule_of(cfg, params)
-            eps_fn, sigma2 = eps_fn_of(cfg, params, label), sigma2_of(cfg, params, schedule, label)
+            eps_fn = eps_fn_of(cfg, params, label)
             if cfg.terms in (0, cfg.T):
-                nll = vlb(schedule, eps_fn, x_0, k_eps, levels=levels, sigma2=sigma2)
+                nll = vlb(schedule, eps_fn, x_0, k_eps, levels=levels, sigma2=cfg.variance)
             else:
                 u = jax.random.uniform(k_t, (len(x_0),))
 
                 def term(i):
                     t = jnp.minimum(((u + i / cfg.terms) % 1 * cfg.T).astype(int), cfg.T - 1)
                     eps = jax.random.normal(jax.random.fold_in(k_eps, i), x_0.shape)
-                    return vlb_term(schedule, eps_fn, x_0, t, eps, levels=levels, sigma2=sigma2)
+                    return vlb_term(schedule, eps_fn, x_0, t, eps, levels=levels, sigma2=cfg.variance)
 
                 nll = cfg.T * jax.lax.map(term, jnp.arange(cfg.terms)).mean(0) + prior_kl(schedule, x_0)
         return {"nll_nats": nll, **({"nll_bits_per_dim": nll / (D * math.log(2))} if images else {})}
@@ -433,7 +415,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         x_T = spread(jax.random.normal(k_start, (n, *cfg.shape)))
         if sampler == "ddpm":
             few = schedule if steps == cfg.T else respace(schedule, steps)
-            x_0 = sample_ddpm(few, eps_fn, x_T, k_way, sigma2=sigma2_of(cfg, params, few, label), clip=clip)
+            x_0 = sample_ddpm(few, eps_fn, x_T, k_way, sigma2=cfg.variance, clip=clip)
         elif sampler == "ddim":
             x_0 = sample_ddim(schedule, eps_fn, x_T, k_way, steps=steps, eta=eta, clip=clip)
         elif sampler in ("dpm_solver", "heun"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from .process import Schedule, at, beta_tilde, check, convert, noise2, q_posterior, q_sample, respace
-from .samplers import EpsFn, Sample, variance
+from .samplers import EpsFn, Sample, said, variance
 
 PerExample = Float[Array, "B"]
 
@@ -56,13 +56,13 @@ def decoder(schedule: Schedule, x_0: Sample, mean, sigma2, *, levels: int | None
     return -(log_normal(x_0, mean, sigma2) if levels is None else log_discretised(x_0, mean, sigma2, levels=levels))
 
 
-def first_variance(schedule: Schedule, sigma2, x_t: Sample, t) -> Array:
+def first_variance(schedule: Schedule, sigma2, x_t: Sample, t, raw: Sample | None = None) -> Array:
     """As `variance`, but of "beta_tilde" at step 0, where it is 0, that of step 1 (Nichol & Dhariwal, section 3.1).
 
     Where the first two levels lie close together, as in a fine `discretise`, that is far too small: give a callable.
     """
     if sigma2 != "beta_tilde":
-        return variance(schedule, sigma2, x_t, t)
+        return variance(schedule, sigma2, x_t, t, raw)
     values = beta_tilde(schedule)
     first = values[1] if len(values) > 1 else schedule.beta[0]
     return at(jnp.asarray(values, jnp.float32).at[0].set(first), t, x_t)
@@ -73,10 +73,11 @@ def vlb_term(
 ) -> PerExample:
     """L_t of DDPM eq. 5 for one drawn x_t: KL(q(x_{t-1} | x_t, x_0) || p), or -log p(x_0 | x_t) at step 0."""
     x_t = q_sample(schedule, x_0, t, eps)
-    x_0_hat = convert(schedule, eps_fn(x_t, jnp.asarray(schedule.t)[t]), x_t, t, given="eps", wanted="x_0")
+    eps_hat, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[t])
+    x_0_hat = convert(schedule, eps_hat, x_t, t, given="eps", wanted="x_0")
     mean, var = q_posterior(schedule, x_0, x_t, t)
     mean_hat, _ = q_posterior(schedule, x_0_hat, x_t, t)
-    var_hat = first_variance(schedule, sigma2, x_t, t)
+    var_hat = first_variance(schedule, sigma2, x_t, t, raw)
     at_0 = t == 0
     # At step 0 the posterior is a point: any variance there, so that no log of 0 meets the gradient.
     kl = gaussian_kl(mean, jnp.where(at_0.reshape(-1, *[1] * (x_0.ndim - 1)), var_hat, var), mean_hat, var_hat)
@@ -111,7 +112,8 @@ def vlb(
     """An upper bound on -log p(x_0), nats (DDPM eq. 5), unbiased over the noise: all terms, one draw of x_t each.
 
     levels: x_0 holds so many grey levels, evenly over [-1, 1], and p is a probability; None: p is a density.
-    sigma2: of p(x_{t-1} | x_t): "beta", "beta_tilde", or a callable (x_t, t) -> variance, such as a learned one.
+    sigma2: of p(x_{t-1} | x_t): "beta", "beta_tilde", "learned" of an eps_fn that gives (eps_hat, raw), or a callable
+        (x_t, t) -> variance.
     At step 0, where beta_tilde is 0, it is that of step 1: of a fine `discretise` far too small, give a callable there.
     Nothing is clipped here: with a clipped x_0_hat it would be the bound of another model.
     """
@@ -190,7 +192,7 @@ def ode_log_likelihood(
         i = jnp.full(len(y), number)
 
         def eps_hat(y):
-            return eps_fn(at(signal, i, y) * y, jnp.asarray(few.t)[i])
+            return said(eps_fn, at(signal, i, y) * y, jnp.asarray(few.t)[i])[0]
 
         if trace == "hutchinson":
             value, along = jax.jvp(eps_hat, (y,), (probe,))

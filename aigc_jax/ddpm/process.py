@@ -135,6 +135,18 @@ def beta_tilde(schedule: Schedule):
     return schedule.beta * noise2_earlier / noise2(schedule)
 
 
+def learned_variance(schedule: Schedule, raw: Float[Array, "B ..."], t: Int[Array, "B"]) -> Float[Array, "B ..."]:
+    """exp(v log beta + (1 - v) log beta_tilde), v = (raw + 1) / 2, of p(x_{t-1} | x_t) (Nichol & Dhariwal, eq. 15).
+
+    At step 0, where beta_tilde is 0, it is that of step 1.
+    """
+    tilde, beta = jnp.asarray(beta_tilde(schedule), jnp.float32), jnp.asarray(schedule.beta, jnp.float32)
+    tilde = tilde.at[0].set(tilde[1] if len(tilde) > 1 else beta[0])
+    low, high = (at(jnp.log(x), t, raw) for x in (tilde, beta))
+    v = (raw + 1) / 2
+    return jnp.exp(v * high + (1 - v) * low)
+
+
 def q_sample(
     schedule: Schedule, x_0: Float[Array, "B ..."], t: Int[Array, "B"], eps: Float[Array, "B ..."]
 ) -> Float[Array, "B ..."]:

@@ -1,5 +1,6 @@
-"""From noise to samples, over any `eps_fn(x_t, t) -> eps_hat` with t the original steps [B]. No sampler adds noise in
-its last step, and all of them loop in one compiled scan.
+"""From noise to samples, over any `eps_fn(x_t, t) -> eps_hat` with t the original steps [B]. One that learned variances
+too gives (eps_hat, raw), see `learned_variance`. No sampler adds noise in its last step, and all of them loop in one
+compiled scan.
 
 Ancestral (Ho et al. 2020, "DDPM"), DDIM (Song, Meng & Ermon 2021), DPM-Solver++ (Lu et al. 2022), Heun (Karras et al.
 2022); guidance (Ho & Salimans 2022), inpainting (Lugmayr et al. 2022), interpolation and progressive generation (DDPM).
@@ -15,7 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .process import Schedule, at, before, beta_tilde, check, convert, noise2, q_posterior, q_sample, respace
+from .process import (
+    Schedule,
+    at,
+    before,
+    beta_tilde,
+    check,
+    convert,
+    learned_variance,
+    noise2,
+    q_posterior,
+    q_sample,
+    respace,
+)
 
 Sample = Float[Array, "B ..."]
 EpsFn = Callable[[Any, Any], Any]
@@ -27,6 +40,12 @@ def guide(eps_cond: Sample, eps_uncond: Sample, w) -> Sample:
     The "guidance scale" of other libraries is 1 + w.
     """
     return (1 + w) * eps_cond - w * eps_uncond
+
+
+def said(eps_fn: EpsFn, x_t: Sample, t) -> tuple[Sample, Sample | None]:
+    """eps_hat, and of learned variances raw, else None."""
+    out = eps_fn(x_t, t)
+    return out if isinstance(out, tuple) else (out, None)
 
 
 def _noise(key, i, x):
@@ -48,19 +67,30 @@ def _down(schedule: Schedule, x_T, body, start: int | None = None):
 
 
 def _x_0_hat(schedule, eps_fn, x_t, i, clip):
-    """x_0 as eps_hat sees it, clipped where wished, and eps_hat."""
-    eps_hat = eps_fn(x_t, jnp.asarray(schedule.t)[i])
+    """x_0 as eps_hat sees it, clipped where wished, eps_hat, and raw."""
+    eps_hat, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[i])
     x_0_hat = convert(schedule, eps_hat, x_t, i, given="eps", wanted="x_0")
-    return (x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip)), eps_hat
+    return (x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip)), eps_hat, raw
 
 
-def variance(schedule: Schedule, sigma2, x_t: Sample, i) -> Array:
-    """Variance of p(x_{t-1} | x_t): "beta", "beta_tilde" (DDPM, section 3.2), or a callable (x_t, t) -> variance."""
+def variance(schedule: Schedule, sigma2, x_t: Sample, i, raw: Sample | None = None) -> Array:
+    """Variance of p(x_{t-1} | x_t): "beta", "beta_tilde" (DDPM, section 3.2), "learned", between them, which takes the
+    raw that eps_fn gives beside eps_hat, or a callable (x_t, t) -> variance.
+    """
     if callable(sigma2):
         return sigma2(x_t, jnp.asarray(schedule.t)[i])
+    if sigma2 == "learned":
+        if raw is None:
+            raise ValueError("sigma2 'learned' takes an eps_fn that gives (eps_hat, raw): this one gives eps_hat only")
+        return learned_variance(schedule, raw, i)
     if sigma2 not in ("beta", "beta_tilde"):
-        raise ValueError(f"sigma2 must be beta, beta_tilde or a function of x_t and t, not {sigma2!r}")
+        raise ValueError(f"sigma2 must be beta, beta_tilde, learned or a function of x_t and t, not {sigma2!r}")
     return at(schedule.beta if sigma2 == "beta" else beta_tilde(schedule), i, x_t)
+
+
+def _root(x: Array) -> Array:
+    """Square root; 0, with slope 0, where x is 0 or rounded below it."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def sample_ddpm(
@@ -82,10 +112,10 @@ def sample_ddpm(
     """
 
     def body(i, x, number):
-        x_0_hat, _ = _x_0_hat(schedule, eps_fn, x, i, clip)
+        x_0_hat, _, raw = _x_0_hat(schedule, eps_fn, x, i, clip)
         mean, _ = q_posterior(schedule, x_0_hat, x, i)
-        sigma = jnp.sqrt(variance(schedule, sigma2, x, i))
-        return mean + jnp.where(number > 0, sigma, 0.0) * _noise(key, number, x), x_0_hat
+        sigma = _root(jnp.where(number > 0, variance(schedule, sigma2, x, i, raw), 0.0))
+        return mean + sigma * _noise(key, number, x), x_0_hat
 
     x_0, way = _down(schedule, x_T, body, start)
     return (x_0, way) if path else x_0
@@ -113,17 +143,16 @@ def sample_ddim(
         raise ValueError(f"eta must lie in 0..1, and be 0 with sigma_hat, got {eta}")
     few = respace(schedule, steps, spacing)
     earlier, noise2_earlier = before(few)
-    sigma = (1.0 if sigma_hat else eta) * beta_tilde(few) ** 0.5
-    added = few.beta**0.5 if sigma_hat else sigma
+    sigma2 = (1.0 if sigma_hat else eta) ** 2 * beta_tilde(few)
+    rest, added = noise2_earlier - sigma2, few.beta if sigma_hat else sigma2
 
     def body(i, x, number):
-        x_0_hat, eps_hat = _x_0_hat(few, eps_fn, x, i, clip)
+        x_0_hat, eps_hat, _ = _x_0_hat(few, eps_fn, x, i, clip)
         if clip is not None:
             eps_hat = convert(few, x_0_hat, x, i, given="x_0", wanted="eps")
-        mean = (
-            at(earlier**0.5, i, x) * x_0_hat + jnp.sqrt(jnp.maximum(at(noise2_earlier - sigma**2, i, x), 0)) * eps_hat
-        )
-        return mean + jnp.where(number > 0, at(added, i, x), 0.0) * _noise(key, number, x), x_0_hat
+        mean = at(earlier**0.5, i, x) * x_0_hat + _root(at(rest, i, x)) * eps_hat
+        sigma = _root(jnp.where(number > 0, at(added, i, x), 0.0))
+        return mean + sigma * _noise(key, number, x), x_0_hat
 
     x_0, way = _down(few, x_T, body)
     return (x_0, way) if path else x_0
@@ -142,7 +171,7 @@ def ddim_invert(
     leaving = jnp.asarray(np.concatenate([t[:1], t[:-1]]))
 
     def one(x, i):
-        eps_hat = eps_fn(x, jnp.full(len(x), leaving[i]))
+        eps_hat, _ = said(eps_fn, x, jnp.full(len(x), leaving[i]))
         i = jnp.full(len(x), i)
         x_0_hat = (x - at(noise2_earlier**0.5, i, x) * eps_hat) / at(earlier**0.5, i, x)
         if clip is not None:
@@ -181,7 +210,7 @@ def sample_dpm_solver(
     def one(carry, number):
         x, last = carry
         i = jnp.full(len(x), number)
-        x_0_hat, _ = _x_0_hat(few, eps_fn, x, i, clip)
+        x_0_hat, _, _ = _x_0_hat(few, eps_fn, x, i, clip)
         both = x_0_hat + (x_0_hat - last) / (2 * at(ratio, i, x))
         d = jnp.where((number == len(few.t) - 1) | (number == 0), x_0_hat, both)
         to = jnp.maximum(i - 1, 0)
@@ -210,7 +239,7 @@ def sample_heun(
     sigma = (noise2(few) / few.alpha_bar) ** 0.5
 
     def slope(x, i):
-        x_0_hat, eps_hat = _x_0_hat(few, eps_fn, x, i, clip)
+        x_0_hat, eps_hat, _ = _x_0_hat(few, eps_fn, x, i, clip)
         return x_0_hat, eps_hat if clip is None else convert(few, x_0_hat, x, i, given="x_0", wanted="eps")
 
     def one(x, number):
@@ -248,9 +277,9 @@ def inpaint(
     def body(i, x, number):
         def again(j, x):
             k_back, k_known, k_forth = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, number), j), 3)
-            x_0_hat, _ = _x_0_hat(schedule, eps_fn, x, i, clip)
+            x_0_hat, _, raw = _x_0_hat(schedule, eps_fn, x, i, clip)
             mean, _ = q_posterior(schedule, x_0_hat, x, i)
-            sigma = jnp.where(number > 0, jnp.sqrt(variance(schedule, sigma2, x, i)), 0.0)
+            sigma = _root(jnp.where(number > 0, variance(schedule, sigma2, x, i, raw), 0.0))
             below = mean + sigma * jax.random.normal(k_back, x.shape)
             noisy = q_sample(schedule, known, jnp.maximum(i - 1, 0), jax.random.normal(k_known, x.shape))
             below = jnp.where(mask, jnp.where(number > 0, noisy, known), below)
