@@ -389,6 +389,18 @@ def test_deterministic_samplers_follow_the_flow():
     x = b**0.5 * (np.asarray(x_T) - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
     expected = (x - (1 - b) ** 0.5 * np.asarray(eps_fn(jnp.asarray(x), jnp.array([0, 0])))) / b**0.5
     np.testing.assert_allclose(ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=2), expected, rtol=1e-3)
+    # With x_0_hat clipped, eps_hat is what that x_0_hat says.
+    clipped = np.clip((np.asarray(x_T) - (1 - a) ** 0.5 * eps) / a**0.5, -0.1, 0.1)
+    x = b**0.5 * clipped + (1 - b) ** 0.5 * (np.asarray(x_T) - a**0.5 * clipped) / (1 - a) ** 0.5
+    last = (x - (1 - b) ** 0.5 * np.asarray(eps_fn(jnp.asarray(x), jnp.array([0, 0])))) / b**0.5
+    got = ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=2, clip=0.1)
+    np.testing.assert_allclose(got, np.clip(last, -0.1, 0.1), rtol=1e-3)
+    # Of second order with uneven steps too, where DPM-Solver weighs the last two by their lengths.
+    falls = [
+        float(np.abs(ddpm.sample_dpm_solver(LINEAR, eps_fn, x_T, steps=steps, spacing="quadratic") - true).max())
+        for steps in (50, 100, 200)
+    ]
+    assert falls[0] > 2.8 * falls[1] > 2.8**2 * falls[2], falls
     for solve in (ddpm.sample_heun, ddpm.sample_dpm_solver):
         one = solve(LINEAR, eps_fn, x_T, steps=1)
         np.testing.assert_allclose(one, ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=1), rtol=1e-5)
@@ -418,6 +430,21 @@ def test_inversion_comes_back_and_more_so_with_more_steps():
         errors.append(float(((ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=steps) - x_0) ** 2).mean()))
     assert sorted(errors, reverse=True) == errors and errors[-1] < 1e-3
     assert abs(float(x_T.std()) - 1) < 0.1
+    # Three steps by hand: eps_hat where each begins, the first where it ends.
+    few, x = ddpm.respace(LINEAR, 3), np.asarray(x_0)
+    for step, (asked, before) in enumerate(((0, 1.0), (0, few.alpha_bar[0]), (1, few.alpha_bar[1]))):
+        eps = np.asarray(eps_fn(jnp.asarray(x), jnp.full(500, few.t[asked])))
+        to = few.alpha_bar[step]
+        x = to**0.5 * (x - (1 - before) ** 0.5 * eps) / before**0.5 + (1 - to) ** 0.5 * eps
+    np.testing.assert_allclose(ddpm.ddim_invert(LINEAR, eps_fn, x_0, steps=3), x, rtol=1e-3, atol=1e-4)
+
+
+def test_a_schedule_may_be_an_argument_of_a_compiled_function():
+    eps_fn, x_T = exact_eps(LINEAR, 0.3), normal(0, 4, 2)
+    given = ddpm.Schedule(*(jnp.asarray(a) for a in LINEAR))
+    for f in (ddpm.sample_ddim, lambda s, e, x, k, steps: ddpm.ddim_invert(s, e, x, steps=steps)):
+        got = jax.jit(lambda s, f=f: f(s, eps_fn, x_T, key(1), steps=20))(given)
+        np.testing.assert_allclose(got, f(LINEAR, eps_fn, x_T, key(1), steps=20), rtol=1e-2, atol=1e-3)
 
 
 MODES = jnp.array([[1.0, 0.0], [-0.5, 0.866], [-0.5, -0.866]])
@@ -476,6 +503,8 @@ def test_inpainting_keeps_what_is_known_and_fits_the_rest_to_it():
         x = np.asarray(fill(normal(0, 4000, 2), key(1), known=known, mask=mask), np.float64)
         np.testing.assert_array_equal(x[:, 0], known[:, 0])
         slopes.append((x[:, 0] * x[:, 1]).mean() / (x[:, 0] ** 2).mean())
+        rest = (x[:, 1] - slopes[-1] * x[:, 0]).var()
+    assert abs(rest / (1 - rho**2) - 1) < 0.2  # and the conditional variance, of 10 repeats
     # The conditional mean is rho x; replaced noise alone falls short of it, going back and forth mends that.
     assert slopes[0] < slopes[1] - 0.05 and abs(slopes[1] - rho) < 0.06
     with pytest.raises(ValueError, match="repeats must be at least 1"):
@@ -599,6 +628,12 @@ def test_guided_eps_is_the_guided_mix_of_two():
     plain = [ddpm.eps_fn_of(TINY, params, x)(normal(1, 4, 8, 8, 1), t) for x in (label, None)]
     guided = ddpm.eps_fn_of(TINY, params, label, 1.5)(x, t)
     np.testing.assert_allclose(guided, 2.5 * plain[0] - 1.5 * plain[1], atol=1e-5)
+    each = jnp.array([0.0, 1.5, -1.0, 0.5])
+    several = ddpm.eps_fn_of(TINY, params, label, each)(x, t)
+    wide = each[:, None, None, None]
+    np.testing.assert_allclose(several, (1 + wide) * plain[0] - wide * plain[1], atol=1e-5)
+    with pytest.raises(ValueError, match="w guides towards labels"):
+        ddpm.eps_fn_of(TINY, params, None, 1.5)
     np.testing.assert_array_equal(ddpm.eps_fn_of(TINY, params, label, 0.0)(x, t), plain[0])
 
 
@@ -703,6 +738,69 @@ def test_evaluation_from_a_few_terms_is_unbiased():
     assert (np.abs(several.mean(0) - full) < 4.5 * error).all() and (error < 0.1 * full).all()
     values = every(state, batch, key(0))
     np.testing.assert_allclose(values["nll_bits_per_dim"], values["nll_nats"] / 64 / math.log(2), rtol=1e-6)
+
+
+def test_evaluation_from_a_few_terms_counts_what_is_left_of_x_0(monkeypatch):
+    """Levels that leave much of x_0 at the end, so that L_T is not small."""
+    monkeypatch.setitem(ddpm._SCHEDULES, "linear", lambda T: process._from_beta(np.full(T, 0.05)))
+    cfg = dataclasses.replace(POINTS, T=6, net=ddpm.Net("mlp", (4,), dropout=0.0))
+    batch = {"points": np.asarray(normal(0, 8, 2))}
+    state = jax.jit(ddpm.make(cfg).init)(key(0))
+
+    def draws(terms):
+        evaluate = jax.jit(jax.vmap(ddpm.make(dataclasses.replace(cfg, terms=terms)).evaluate, (None, None, 0)))
+        return np.asarray(evaluate(state, batch, jax.random.split(key(1 + terms), 3000))["nll_nats"])
+
+    every, few = draws(0), draws(2)
+    error = np.hypot(every.std(0), few.std(0)) / 3000**0.5
+    last = np.asarray(ddpm.prior_kl(ddpm.schedule_of(cfg, None), jnp.asarray(batch["points"])))
+    assert (np.abs(few.mean(0) - every.mean(0)) < 4.5 * error).all() and (error < 0.2 * last).all()
+
+
+def test_uniform_times_reach_both_ends():
+    """Far data and a net that says 0 to v: the loss at t is the mean square of v, known at each of two t."""
+    cfg = dataclasses.replace(POINTS, T=2, schedule="cosine", prediction="v")
+    family, n = ddpm.make(cfg), 20_000
+    _, metrics = jax.jit(family.step)(jax.jit(family.init)(key(0)), {"points": np.full((n, 2), 10.0)}, key(1))
+    noise2 = np.asarray(ddpm.noise2(ddpm.cosine_schedule(2)))
+    each = 100 * noise2 + 1 - noise2
+    np.testing.assert_allclose(metrics["loss"], each.mean(), rtol=0.02)
+    assert np.ptp(each) > 0.4 * each.mean()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_share_of_labels_is_withheld(share):
+    """A net that says x_0 by the label's embedding alone: its squared error counts the labels withheld."""
+    cfg = dataclasses.replace(
+        POINTS, classes=2, unlabelled=share, prediction="x_0", optim=Optim(name="sgd", lr=1.0),
+        net=ddpm.Net("mlp", (16,), dropout=0.0),
+    )  # fmt: skip
+    family, n = ddpm.make(cfg), 8000
+    batch = {"points": np.full((n, 2), 1.0), "label": np.arange(n) % 2}
+    state = jax.jit(family.init)(key(0))
+    label = state.params["net"]["condition"]["label"]["embedding"]
+
+    def loss(null):  # what the withheld see, far from what the others do
+        params = jax.tree.map(lambda a: a, state.params)
+        params["net"]["condition"]["label"]["embedding"] = label.at[2].set(null)
+        params["net"]["out"]["kernel"] = jnp.full_like(params["net"]["out"]["kernel"], 0.2)
+        return float(jax.jit(family.step)(state._replace(params=params), batch, key(1))[1]["loss"])
+
+    values = np.array([loss(null) for null in (0.0, 20.0, 40.0)])
+    assert (np.ptp(values) > 0) == (share > 0)
+    if share:  # every mark moves the same share of the examples: the rest is common to all three
+        params = state.params
+        params["net"]["out"]["kernel"] = jnp.full_like(params["net"]["out"]["kernel"], 0.2)
+        x_0, t = jnp.ones((n, 2)), jax.random.randint(key(2), (n,), 0, cfg.T)
+        eps = jax.random.normal(key(3), (n, 2))
+
+        def all_withheld(null):
+            params["net"]["condition"]["label"]["embedding"] = label.at[2].set(null)
+            return float(ddpm.losses(cfg, params, x_0, t, eps, jnp.full(n, 2)).mean())
+
+        alone = np.array([all_withheld(null) for null in (0.0, 20.0, 40.0)])
+        found = np.diff(values) / np.diff(alone)
+        np.testing.assert_allclose(found, share, rtol=0.1)
 
 
 def test_times_are_drawn_as_said():

@@ -222,6 +222,9 @@ def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
     """
     schedule = schedule_of(cfg, params)
     continuous = cfg.schedule == "learned"
+    guided = not isinstance(w, (int, float)) or w != 0
+    if guided and label is None:
+        raise ValueError("w guides towards labels: give eps_fn_of a label for each example")
 
     def one(x_t, t, label):
         # The levels of `discretise`: both ends, of one step the last.
@@ -230,12 +233,12 @@ def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
         return convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps"), raw
 
     def eps_fn(x_t, t):
-        if label is None or (isinstance(w, (int, float)) and w == 0):
-            eps_hat, raw = one(x_t, t, label)
-        else:
+        if guided:
             nobody = jnp.full_like(label, cfg.classes)
             eps_hat, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, nobody))))
             eps_hat, raw = guide(*jnp.split(eps_hat, 2), w), None if raw is None else raw[: len(x_t)]
+        else:
+            eps_hat, raw = one(x_t, t, label)
         return eps_hat if raw is None else (eps_hat, raw)
 
     return eps_fn

@@ -41,6 +41,8 @@ class Net:
         if len(shape) != 3:
             raise ValueError(f"model.net.kind {self.kind!r} is for images, shape is {shape}: use mlp")
         if self.kind == "unet":
+            if self.widths[0] < 2:
+                raise ValueError("model.net.widths of a unet begin with at least 2: the time is its cosines and sines")
             halvings = len(self.widths) - 1
             if any(side % 2**halvings for side in shape[:2]):
                 raise ValueError(f"model.net.widths {self.widths} halve H and W {halvings} times, which shape {shape} "

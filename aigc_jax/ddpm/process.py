@@ -109,7 +109,7 @@ def spaced(T: int, steps: int, spacing: str = "uniform") -> np.ndarray:
 def respace(schedule: Schedule, steps: int, spacing: str = "uniform") -> Schedule:
     """The process that visits only `steps` of the steps, with the same marginals there (Nichol & Dhariwal, eq. 19)."""
     chosen = spaced(len(schedule.t), steps, spacing)
-    return _through(schedule.alpha_bar[chosen], noise2(schedule)[chosen], np.asarray(schedule.t)[chosen])
+    return _through(schedule.alpha_bar[chosen], noise2(schedule)[chosen], schedule.t[chosen])
 
 
 def at(values, t: Int[Array, "B"], x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:

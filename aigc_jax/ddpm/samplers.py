@@ -37,8 +37,9 @@ EpsFn = Callable[[Any, Any], Any]
 def guide(eps_cond: Sample, eps_uncond: Sample, w) -> Sample:
     """(1 + w) eps_cond - w eps_uncond (Ho & Salimans 2022, eq. 6): w = 0 is conditional, -1 unconditional sampling.
 
-    The "guidance scale" of other libraries is 1 + w.
+    w: a number, or one for each example [B]. The "guidance scale" of other libraries is 1 + w.
     """
+    w = jnp.asarray(w).reshape(-1, *[1] * (eps_cond.ndim - 1))
     return (1 + w) * eps_cond - w * eps_uncond
 
 
@@ -167,8 +168,8 @@ def ddim_invert(
     """
     few = respace(schedule, steps, spacing)
     earlier, noise2_earlier = before(few)
-    t = np.asarray(few.t)
-    leaving = jnp.asarray(np.concatenate([t[:1], t[:-1]]))
+    t = jnp.asarray(few.t)
+    leaving = jnp.concatenate([t[:1], t[:-1]])
 
     def one(x, i):
         eps_hat, _ = said(eps_fn, x, jnp.full(len(x), leaving[i]))
