@@ -1,6 +1,6 @@
 """Two data sets whose truth is known: Sohl-Dickstein et al. 2015, table 1 (the swiss roll and the heartbeat), figure 1
 
-    python -m experiments.heartbeat_and_swiss_roll      about 8 minutes on 2 cores; downloads nothing
+    python -m experiments.heartbeat_and_swiss_roll      about 3 minutes on 2 cores; downloads nothing
 
 A heartbeat is a one in every fifth of 20 bins at a phase drawn at random: five sequences, so log2 p = -2.322 bits is
 the best that any model can have, and a bound K above it would prove an error. Bits are kept or drawn anew by the
@@ -268,7 +268,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     at = np.stack(np.meshgrid(*[np.linspace(-2, 2, 20)] * 2), -1).reshape(-1, 2).astype(np.float32)
     arrows = np.asarray(seen(result.state, jnp.asarray(at)))
     axes[3].quiver(*at.T, *arrows.T, color=figures.COLOURS[0])
-    axes[3].set(title=f"x_0 seen from x_t, less x_t, step {step} of {cfg.T}", xlabel="x_1", ylabel="x_2")
+    axes[3].set(title=f"x_0 seen less x_t, step {step} of {cfg.T}", xlabel="x_1", ylabel="x_2")
     K = {row.quantity: row.ours for row in (*found, *more)}
     figures.save(fig, folder / "heartbeat_and_swiss_roll.png",
                  f"heartbeat: T = {setup.beat.T}, K = {K[K_BEAT]:.2f} bits (truth {TRUE:.2f}); roll: T = {cfg.T}, "

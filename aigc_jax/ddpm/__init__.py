@@ -148,15 +148,16 @@ class Config:
 _SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 
-def init_gamma(key: Key[Array, ""]) -> Params:
-    """gamma from -13.3 to 5 (VDM, section 6), nearly straight between them.
+def init_gamma(key: Key[Array, ""], *, levels: int = 256) -> Params:
+    """gamma from 2 log(2 / 6(levels - 1)), where the noise is a sixth of the distance of grey levels, to 5, nearly
+    straight between them. Of 256 levels the first is VDM's -13.3 (section 6).
 
     The sigmoids rise at places of their own, spread over [0, 1]; with all of them at one place, as biases of 0 have
     it, gamma stays nearly straight however long it learns.
     """
     k_first, k_places, k_last = jax.random.split(key, 3)
     return {
-        "ends": jnp.array([-13.3, 5.0]),
+        "ends": jnp.array([2 * math.log(2 / 6 / (levels - 1)), 5.0]),
         "line": jnp.zeros(()),
         "first": 0.5 + 0.25 * jax.random.normal(k_first, (1024,)),
         "place": math.log(2) * jax.random.uniform(k_places, (1024,)),  # log 2: the line's end, softplus(0)
@@ -320,7 +321,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         label = jnp.zeros(1, int) if cfg.classes else None
         params = {"net": _net(cfg).init(k_net, jnp.zeros((1, *cfg.shape)), jnp.zeros(1), label)["params"]}
         if cfg.schedule == "learned":
-            params["gamma"] = init_gamma(k_gamma)
+            params["gamma"] = init_gamma(k_gamma, levels=levels or 256)
         extra = {"square": jnp.ones(cfg.T), "count": jnp.zeros(cfg.T, jnp.int32)} if cfg.times == "importance" else None
         return start(params, cfg.optim, extra=extra, ema=ema)
 
