@@ -803,6 +803,25 @@ def test_a_share_of_labels_is_withheld(share):
         np.testing.assert_allclose(found, share, rtol=0.1)
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_half_of_the_images_are_mirrored(mirror):
+    """A net that says 0 to x_0: one step of SGD leaves in its last bias the mean of what it was trained on."""
+    cfg = ddpm.Config(
+        shape=(2, 2, 1), levels=2, T=25, prediction="x_0", ema=0.0, mirror=mirror,
+        optim=Optim(name="sgd", lr=2.0), net=ddpm.Net("mlp", (16,), dropout=0.0),
+    )  # fmt: skip
+    family, n = ddpm.make(cfg), 4000
+    batch = {"image": np.tile(np.array([[1, 0], [0, 0]], np.uint8)[None, :, :, None], (n, 1, 1, 1))}
+    state, _ = jax.jit(family.step)(jax.jit(family.init)(key(0)), batch, key(1))
+    mean = np.asarray(state.params["net"]["out"]["bias"]).reshape(2, 2)
+    np.testing.assert_allclose(mean[1], -1, rtol=1e-5)  # never upside down
+    np.testing.assert_allclose(mean[0].sum(), 0, atol=1e-5)
+    if mirror:
+        assert abs(mean[0, 0]) < 5 / n**0.5
+    else:
+        np.testing.assert_allclose(mean[0, 0], 1, rtol=1e-5)
+
+
 def test_times_are_drawn_as_said():
     u = np.sort(ddpm.low_discrepancy(key(3), 40))
     assert (np.floor(u * 40) == np.arange(40)).all()
@@ -895,6 +914,7 @@ def test_a_small_model_learns_points_and_samples_them():
         ({"schedule": "learned"}, "model.schedule 'learned' .VDM. goes with prediction eps"),
         ({"objective": "truncated_snr"}, "is for nets that do not predict eps"),
         ({"unlabelled": 1.0}, r"model.unlabelled must lie in \[0, 1\), got 1.0"),
+        ({"shape": (2,), "net": POINTS.net, "mirror": True}, r"model.mirror is for images, model.shape"),
         ({"net": ddpm.Net("transformer")}, "model.net.kind must be one of unet, dit, mlp"),
         ({"net": ddpm.Net(widths=(24,))}, "24 does not divide into 32 groups"),
         ({"net": ddpm.Net("dit", (8, 16))}, "widths of a dit are one number for each block"),

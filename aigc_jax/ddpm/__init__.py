@@ -88,6 +88,7 @@ class Config:
     objective: str = "simple"  # simple | vlb | hybrid | snr | truncated_snr | min_snr
     times: str = "uniform"  # how t is drawn: uniform | low_discrepancy | importance
     terms: int = 8  # t that `evaluate` draws for its estimate of the bound; 0: all T
+    mirror: bool = False  # half of the training images are mirrored, left to right; DDPM's of CIFAR-10 are
     net: Net = Net()
     ema: float = 0.9999
     micro: int = 1
@@ -113,6 +114,8 @@ class Config:
                 raise ValueError(f"model.{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}")
         if not 0 <= self.unlabelled < 1:
             raise ValueError(f"model.unlabelled must lie in [0, 1), got {self.unlabelled}")
+        if self.mirror and len(self.shape) == 1:
+            raise ValueError(f"model.mirror is for images, model.shape {tuple(self.shape)} is of points")
         if (self.variance == "learned") != (self.objective in ("vlb", "hybrid")) and self.variance == "learned":
             raise ValueError(f"model.variance 'learned' is trained by objective vlb or hybrid, not {self.objective}")
         if self.objective == "hybrid" and self.variance != "learned":
@@ -356,9 +359,12 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         return jnp.where(drop, cfg.classes, batch["label"])
 
     def loss(params, state, batch, key):
-        k_t, k_eps, k_label, k_drop = jax.random.split(key, 4)
+        k_t, k_eps, k_label, k_drop, k_mirror = jax.random.split(key, 5)
         x_0, label = preprocess(cfg, batch), withheld(batch, k_label)
         k_drop = k_drop if cfg.net.dropout else None
+        if cfg.mirror:
+            side = jax.random.bernoulli(k_mirror, 0.5, (len(x_0), 1, 1, 1))
+            x_0 = jnp.where(side, x_0[:, :, ::-1], x_0)
         if cfg.schedule == "learned":
             fixed = jax.lax.stop_gradient(params)
             inside = {**params["gamma"], "ends": fixed["gamma"]["ends"]}
