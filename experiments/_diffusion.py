@@ -14,25 +14,24 @@ from aigc_jax.ddpm.process import at
 from aigc_jax.train.engine import compiler_options
 
 
-def denoise(x_t, signal, noise, centres: np.ndarray, std: float, weights=None):
-    """E[eps | x_t] [B, d] where x_t = signal x_0 + noise eps [B, d] and x_0 is a mixture of normals of one width.
+def denoise(x_t, signal, noise, centres: np.ndarray, std: float):
+    """E[eps | x_t] [B, d] where x_t = signal x_0 + noise eps [B, d] and x_0 is a mixture of equal normals.
 
     Each component k has the posterior of a normal, eps = noise (x_t - signal c_k) / v with v = signal^2 std^2 +
-    noise^2, and a share of softmax(log w_k - |x_t - signal c_k|^2 / 2v). signal and noise: [B, 1].
+    noise^2, and a share of softmax(-|x_t - signal c_k|^2 / 2v). signal and noise: [B, 1].
     """
     v = signal**2 * std**2 + noise**2
     apart = x_t[:, None] - signal[:, None] * jnp.asarray(centres, jnp.float32)[None]
-    logits = -0.5 * (apart**2).sum(-1) / v
-    share = jax.nn.softmax(logits if weights is None else logits + jnp.log(jnp.asarray(weights, jnp.float32))[None], -1)
+    share = jax.nn.softmax(-0.5 * (apart**2).sum(-1) / v, -1)
     return noise / v * (share[..., None] * apart).sum(1)
 
 
-def exact_eps(schedule: ddpm.Schedule, centres: np.ndarray, std: float, weights=None):
+def exact_eps(schedule: ddpm.Schedule, centres: np.ndarray, std: float):
     """An eps_fn(x_t, t) that no training could better; t are steps of this schedule."""
 
     def eps_fn(x_t, t):
         signal, noise = at(schedule.alpha_bar**0.5, t, x_t), at(ddpm.noise2(schedule) ** 0.5, t, x_t)
-        return denoise(x_t, signal, noise, centres, std, weights)
+        return denoise(x_t, signal, noise, centres, std)
 
     return eps_fn
 

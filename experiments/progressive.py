@@ -1,6 +1,6 @@
 """Where the bits go: progressive coding, generation and interpolation, Ho et al. 2020 (DDPM), figures 5 to 9, table 4
 
-    python -m experiments.progressive           about 8 minutes on 2 cores; downloads nothing
+    python -m experiments.progressive           about 4 minutes on 2 cores, 5 more for its model; downloads nothing
 
 The digits model of `ddpm_digits` (given its --run.folder it is not trained again). Read as a lossy code, the bound says
 how many bits have been sent once step t is reached (its terms from T down to t), and the x_0 seen in x_t how far the
@@ -44,8 +44,8 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "progressive", conditional=True)
-        if self.pairs < 10:
-            raise ValueError(f"pairs must be at least 10, got {self.pairs}")
+        if not 10 <= self.pairs <= 180:
+            raise ValueError(f"pairs must lie in 10..180, half of the test digits, got {self.pairs}")
         if self.model.T < 20:
             raise ValueError(f"model.T must be at least 20, got {self.model.T}")
 

@@ -2,10 +2,10 @@
 
     python -m experiments.unet_or_dit           about 10 minutes on 2 cores; downloads nothing
 
-The model of `ddpm_digits` with its U-Net of .7 million parameters and with a DiT of as many, alone on the machine one
-after the other: held-out bound against updates and against minutes, and what the samples are worth in the end. Its
-minutes are this machine's; a GPU would give others. No paper has numbers for this set, so there is no criterion but
-that both learn.
+The model of `ddpm_digits` with its U-Net of .7 million parameters and with a DiT of as many, both at the U-Net's
+rate, alone on the machine one after the other: held-out bound against updates and against minutes, and what the
+samples are worth in the end. Its minutes are this machine's; a GPU would give others. No paper has numbers for this
+set, so there is no criterion but that both learn.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ SCALES = {
 }  # fmt: skip
 DIFFERENCE = {
     "smoke": "tiny nets, 200 updates",
-    "cpu": "8x8 digits, .7 million parameters (ImageNet, 33 to 675 million)",
+    "cpu": "8x8 digits, .7 million parameters (ImageNet, 33 to 675 million); one rate for both, the U-Net's, its decay"
+    " cut off after 2,000 of 2,500 updates",
 }
 NETS = ("U-Net", "DiT")
 
@@ -61,13 +62,14 @@ def bits(net: str) -> str:
     return f"{net}: bound on test, given the label (bits per dim)"
 
 
-CRITERIA = {bits(net): ("< 2.6", lambda ours: ours < 2.6) for net in NETS}
+CRITERIA = {bits(net): ("< 2.39, below the histogram (2.6 when it was run)", lambda ours: ours < 2.39) for net in NETS}
 INVARIANTS = {bits(net): ("< 4.1, log2 of 17 levels", lambda ours: ours < 4.1) for net in NETS}
 
 
-def clock():
-    """An `on_eval` that says how many minutes ago it was made."""
-    begin = time.monotonic()
+def clock(folder: str):
+    """An `on_eval` that says how many minutes the run has taken, those before it was stopped and resumed included."""
+    before = [line["valid"]["minutes"] for line in train.metrics(folder) if "valid" in line]
+    begin = time.monotonic() - 60 * max(before, default=0.0)
     return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}
 
 
@@ -82,7 +84,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     for net, form in zip(NETS, (setup.model.net, setup.dit), strict=True):
         cfg = replace(setup.model, net=form)
         run = replace(setup.run, folder=str(folder / form.kind))
-        result = train.fit(ddpm.make, cfg, run, training, valid=held, on_eval=clock())
+        result = train.fit(ddpm.make, cfg, run, training, valid=held, on_eval=clock(run.folder))
         lines = [(line["step"], line["valid"]) for line in train.metrics(result.folder) if "valid" in line]
         step, minutes, bound = np.array([(s, v["minutes"], v["nll_bits_per_dim"]) for s, v in lines]).T
         by_step[net], by_minute[net] = (step, bound), (minutes, bound)

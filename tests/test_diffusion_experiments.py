@@ -1,5 +1,6 @@
 """What the diffusion scripts compute besides training, against independent mathematics."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,16 @@ from scipy import stats
 from aigc_jax import data, ddpm
 from aigc_jax.core import Family
 from aigc_jax.train import Result
-from experiments import _diffusion, ddpm_digits, guidance, progressive, schedules, vdm_invariance
+from experiments import (
+    _diffusion,
+    ddim_steps,
+    ddpm_digits,
+    guidance,
+    progressive,
+    schedules,
+    unet_or_dit,
+    vdm_invariance,
+)
 from experiments import heartbeat_and_swiss_roll as known
 
 CENTRES = np.array([[0.5, -1.0], [1.0, 1.0], [-1.2, 0.3]])
@@ -19,7 +29,7 @@ CENTRES = np.array([[0.5, -1.0], [1.0, 1.0], [-1.2, 0.3]])
 
 def test_the_exact_denoiser_is_the_slope_of_the_log_density():
     """eps_hat = -noise times the slope of log q(x_t), by autodiff of the mixture's own density."""
-    schedule, weights = ddpm.cosine_schedule(50), np.array([0.2, 0.5, 0.3])
+    schedule = ddpm.cosine_schedule(50)
     x = jax.random.normal(jax.random.key(0), (7, 2))
     t = jnp.array([0, 3, 10, 20, 30, 40, 49])
 
@@ -27,11 +37,11 @@ def test_the_exact_denoiser_is_the_slope_of_the_log_density():
         a = jnp.asarray(schedule.alpha_bar, jnp.float32)[t]
         v = a * 0.3**2 + 1 - a
         apart = x[None] - jnp.sqrt(a) * jnp.asarray(CENTRES, jnp.float32)
-        return jax.nn.logsumexp(jnp.log(jnp.asarray(weights, jnp.float32)) - 0.5 * (apart**2).sum(-1) / v)
+        return jax.nn.logsumexp(-0.5 * (apart**2).sum(-1) / v)
 
     slope = jax.vmap(jax.grad(log_q))(x, t)
     noise = jnp.sqrt(jnp.asarray(ddpm.noise2(schedule), jnp.float32))[t][:, None]
-    got = _diffusion.exact_eps(schedule, CENTRES, 0.3, weights)(x, t)
+    got = _diffusion.exact_eps(schedule, CENTRES, 0.3)(x, t)
     np.testing.assert_allclose(got, -noise * slope, rtol=2e-4, atol=2e-5)
 
 
@@ -169,3 +179,32 @@ def test_decodings_share_their_start_and_not_their_noise():
     few = progressive.decodings(result, x_0, np.array([0, 1]), jax.random.key(0), t=2, times=3)
     many = progressive.decodings(result, x_0, np.array([0, 1]), jax.random.key(0), t=21, times=3)
     assert few.shape == (3, 2, 4, 4, 1) and 0 < few.var(0).mean() < many.var(0).mean()
+
+
+@pytest.mark.parametrize(
+    ("script", "change", "words"),
+    [
+        (ddim_steps, {"steps": (200, 1000)}, "steps must hold one up to 100"),
+        (ddim_steps, {"digit_steps": (50, 100)}, "digit_steps up to 20"),
+        (ddim_steps, {"digits": 1}, "samples, many and digits must be at least 100"),
+        (progressive, {"pairs": 200}, "pairs must lie in 10..180, half of the test digits, got 200"),
+        (ddpm_digits, {"run": replace(ddpm_digits.RUN, eval_every=0)}, "run.eval_every must lie in 1..run.steps"),
+        (guidance, {"w": (4.0, 0.0)}, "w must grow from 0"),
+        (guidance, {"samples": 1}, "samples must be at least 100, got 1"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_training(script, change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(script.SCALES["cpu"], **change)
+
+
+def test_the_roll_is_of_the_plane():
+    with pytest.raises(ValueError, match="roll.dim must be 2, got 3"):
+        known.RollConfig(dim=3)
+
+
+def test_minutes_go_on_where_a_stopped_run_left_them(tmp_path):
+    lines = [{"step": step, "valid": {"minutes": minutes}} for step, minutes in ((10, 1.5), (20, 3.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert unet_or_dit.clock(str(tmp_path))(None, None, 30)["minutes"] >= 3.0
+    assert unet_or_dit.clock(str(tmp_path / "new"))(None, None, 10)["minutes"] < 1.5

@@ -87,7 +87,7 @@ class Config:
     variance: str = "beta"  # of p(x_{t-1} | x_t): beta | beta_tilde | learned, between them
     objective: str = "simple"  # simple | vlb | hybrid | snr | truncated_snr | min_snr
     times: str = "uniform"  # how t is drawn: uniform | low_discrepancy | importance
-    terms: int = 8  # t that `evaluate` draws for its estimate of the bound; 0: all T
+    terms: int = 8  # t that `evaluate` draws for its estimate of the bound; 0: all T (of a learned schedule, one)
     mirror: bool = False  # half of the training images are mirrored, left to right; DDPM's of CIFAR-10 are
     net: Net = Net()
     ema: float = 0.9999
@@ -116,7 +116,7 @@ class Config:
             raise ValueError(f"model.unlabelled must lie in [0, 1), got {self.unlabelled}")
         if self.mirror and len(self.shape) == 1:
             raise ValueError(f"model.mirror is for images, model.shape {tuple(self.shape)} is of points")
-        if (self.variance == "learned") != (self.objective in ("vlb", "hybrid")) and self.variance == "learned":
+        if self.variance == "learned" and self.objective not in ("vlb", "hybrid"):
             raise ValueError(f"model.variance 'learned' is trained by objective vlb or hybrid, not {self.objective}")
         if self.objective == "hybrid" and self.variance != "learned":
             raise ValueError("model.objective 'hybrid' is simple, and vlb for a learned variance: set model.variance")

@@ -232,9 +232,8 @@ def sample_heun(
     spacing: str = "uniform",
     clip: float | None = None,
 ) -> Sample:
-    """Heun's method on the probability-flow ODE in sigma = sqrt(1/alpha_bar - 1) (Karras et al. 2022, algorithm 1
-    without churn): d(x / sqrt(alpha_bar)) / d sigma = eps_hat. 2 steps - 1 evaluations; the last step, to 0, is of
-    first order.
+    """Heun's method on the probability-flow ODE in sigma = sqrt(1/alpha_bar - 1) (Karras et al. 2022, algorithm 1):
+    d(x / sqrt(alpha_bar)) / d sigma = eps_hat. 2 steps - 1 evaluations; the last step, to 0, is of first order.
     """
     few = respace(schedule, steps, spacing)
     sigma = (noise2(few) / few.alpha_bar) ** 0.5
@@ -317,7 +316,7 @@ def interpolate(
     sigma2="beta",
     clip: float | None = None,
 ) -> Float[Array, "K B ..."]:
-    """Both images to step t with the same noise, between them in a line, and back (DDPM, section 4.3, figure 8).
+    """Both images to step t with the same noise, between them in a line, and back (DDPM, section 4.4, figure 8).
 
     The paper prints x_0 where it means x_t. t counts steps taken: 0 is a blend of pixels.
     """
