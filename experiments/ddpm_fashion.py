@@ -10,7 +10,7 @@ Ho et al. 2020 (DDPM), eq. 5, of the first test images, estimated from 20 evenly
 paper has numbers for this net and set: the criteria are ours. Expect clothes that a person recognises; 79 % of the
 samples are of their class to our classifier (asked: 80) and 90 % with guidance, which costs recall; none is a copy of
 a training image. The bound is 4.1 +- .5 bits a dimension (asked: below 4; from 20 terms of 1000 it is a loose
-estimate): both rows fail and stay.
+estimate: with --terms 0 and the first 100 test images the same model has 3.6 +- .1): both rows fail and stay.
 """
 
 from __future__ import annotations
