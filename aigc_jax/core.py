@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -50,18 +51,45 @@ class Family(NamedTuple):
     rules: tuple = ()
 
 
+def _clip(norm: float):
+    """optax.clip_by_global_norm, with a derivative where the whole gradient is 0."""
+
+    def clipped(grads, params):
+        square = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
+        long = square >= norm**2
+        length = jnp.sqrt(jnp.where(long, square, 1.0))
+        return jax.tree.map(lambda g: jnp.where(long, g / length.astype(g.dtype) * norm, g), grads)
+
+    return optax.stateless(clipped)
+
+
 def _momentum(o):
     if o.momentum_end is None:
         return optax.trace(o.momentum) if o.momentum else optax.identity()
     rise = optax.linear_schedule(o.momentum, o.momentum_end, o.momentum_steps)
-    return optax.inject_hyperparams(optax.trace, static_args=("nesterov",))(decay=rise)
+
+    def update(grads, state, params=None, *, step, **_):
+        trace = jax.tree.map(lambda g, t: g + rise(step).astype(t.dtype) * t, grads, state.trace)
+        return trace, optax.TraceState(trace)
+
+    return optax.GradientTransformationExtraArgs(optax.trace(0.0).init, update)
+
+
+def _scaled(o, first, accumulate):
+    """Gradients over sqrt(v + eps_root) + eps, where v is what `accumulate(v, grad^2)` keeps: torch's rule."""
+
+    def update(grads, state, params=None):
+        v = jax.tree.map(lambda v, g: accumulate(v, jnp.square(g)), state[0], grads)
+        return jax.tree.map(lambda g, v: g / (jnp.sqrt(v + o.eps_root) + o.eps), grads, v), type(state)(v)
+
+    return optax.GradientTransformation(first.init, update)
 
 
 _DIRECTIONS = {
     "sgd": _momentum,
     "adam": lambda o: optax.scale_by_adam(o.b1, o.b2, o.eps, o.eps_root),
-    "rmsprop": lambda o: optax.scale_by_rms(o.b2, o.eps),
-    "adagrad": lambda o: optax.scale_by_rss(initial_accumulator_value=0.0, eps=o.eps),
+    "rmsprop": lambda o: _scaled(o, optax.scale_by_rms(), lambda v, square: o.b2 * v + (1 - o.b2) * square),
+    "adagrad": lambda o: _scaled(o, optax.scale_by_rss(0.0), lambda v, square: v + square),
 }
 _CURVES = {
     "cosine": lambda lr, n, floor: optax.cosine_decay_schedule(lr, n, floor),
@@ -78,11 +106,11 @@ class Optim:
     lr: float = 1e-3  # peak learning rate
     b1: float = 0.9  # adam: decay of the first moment
     b2: float = 0.999  # adam, rmsprop: decay of the second moment
-    eps: float = 1e-8
+    eps: float = 1e-8  # adam, rmsprop, adagrad: added to the square root of the second moment, as in torch
     momentum: float = 0.0  # sgd
-    momentum_end: float | None = None  # sgd: what momentum moves to, linearly over momentum_steps updates
+    momentum_end: float | None = None  # sgd: what momentum moves to, linearly over momentum_steps of State.step
     momentum_steps: int = 0
-    eps_root: float = 0.0  # adam: inside the square root, for whoever differentiates through the update
+    eps_root: float = 0.0  # added inside the square root: a derivative through the update needs it
     weight_decay: float = 0.0  # decoupled (AdamW), on leaves named kernel or embedding only
     clip: float = 0.0  # largest global norm of the gradient; 0: none
     warmup: int = 0  # steps of linear rise from 0 to lr
@@ -103,11 +131,13 @@ class Optim:
                 raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
         if (self.momentum_end is None) != (self.momentum_steps == 0):
             raise ValueError("optim.momentum_end and optim.momentum_steps go together")
+        if self.name != "sgd" and not self.eps + self.eps_root:
+            raise ValueError("optim.eps and optim.eps_root are both 0: without a gradient the update would be 0 / 0")
         if not 0 <= self.floor <= 1 or (self.curve == "exponential" and self.decay and not self.floor):
             raise ValueError(f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}")
 
     def chain(self) -> optax.GradientTransformation:
-        """Clip, direction, weight decay. The learning rate is not in it: `descend` multiplies by `rate`."""
+        """Clip, direction, weight decay. `descend` multiplies by `rate`, and gives `update` the State's step."""
 
         def decays(params):
             return jax.tree_util.tree_map_with_path(
@@ -115,7 +145,7 @@ class Optim:
             )
 
         return optax.chain(
-            optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
+            _clip(self.clip) if self.clip else optax.identity(),
             _DIRECTIONS[self.name](self),
             optax.add_decayed_weights(self.weight_decay, decays) if self.weight_decay else optax.identity(),
         )
@@ -132,10 +162,13 @@ class Optim:
 class EMA:
     """An exponential moving average of what `of` picks from a State: parameters, and the statistics that go with them.
 
+    Update t, counted from 0 by State.step, has decay min(decay, (1 + t) / (10 + t)), as TensorFlow and diffusers warm
+    up: a short run's average holds no first parameters. DDPM's code drops them at once, then has a constant 0.9999.
+
     Never a history of losses or an image pool: their average means nothing.
     """
 
-    decay: float = 0.0  # 0: no average is kept
+    decay: float = 0.0  # the largest; 0: no average is kept
     of: Callable[[State], PyTree] = lambda state: state.params
 
     def __post_init__(self):
@@ -158,6 +191,44 @@ def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> S
         return state
     # A copy: the same buffer under two names cannot be donated.
     return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
+
+
+def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = False) -> jax.Array | None:
+    """Classes 0..classes-1 as int32 [*leading]; None for a model without classes.
+
+    label: one class for all, or an array with the last axes of `leading`; in_turn: None is 0, 1, 2 ... over and over.
+    Raises ValueError for a missing or unwanted one, another shape or type, and, where it is not traced, another class.
+    """
+    if in_turn and label is None and classes:
+        label = np.arange(leading[-1]) % classes
+    if (label is None) != (classes == 0):
+        needs = f"a conditional model needs label=, a class in 0..{classes - 1} for each example"
+        raise ValueError(needs if label is None else "model.classes is 0: it takes no labels")
+    if label is None:
+        return None
+    label = _whole("label", label, classes, "")
+    if label.shape != leading[max(0, len(leading) - label.ndim) :]:
+        said = " x ".join(map(str, leading))
+        raise ValueError(f"label must be one class or have one entry for each of {said} samples, got {label.shape}")
+    return jnp.broadcast_to(jnp.asarray(label).astype(jnp.int32), leading)
+
+
+def pixels(image, levels: int) -> jax.Array:
+    """A batch's whole-number pixels 0..levels-1 as float32. Raises ValueError for another type, and, where it is not
+    traced, another level."""
+    hint = ": batches hold levels (uint8), floats go to the functions that take images, such as encode or elbo"
+    return jnp.asarray(_whole("image", image, levels, hint)).astype(jnp.float32)
+
+
+def _whole(name: str, x, count: int, hint: str):
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be whole numbers in 0..{count - 1}, got {x.dtype}{hint}")
+    if x.size and not isinstance(x, jax.core.Tracer):
+        known = np.asarray(x)  # not jnp's minimum, which a surrounding jit would trace
+        if known.min() < 0 or known.max() >= count:
+            raise ValueError(f"{name} must lie in 0..{count - 1}, got {known.min()}..{known.max()}")
+    return x
 
 
 def step_key(key: jax.Array, step: ArrayLike, axis_name: str | None = None) -> jax.Array:
@@ -260,7 +331,8 @@ def descend(
         means = jax.lax.pmean(jax.tree.map(lambda x: x * part, means), axis_name)
     grads, value, metrics = means
     lr = optim.rate(state.step)
-    direction, opt_state = optim.chain().update(grads, pick(state.opt_state), params)
+    chain = optax.with_extra_args_support(optim.chain())
+    direction, opt_state = chain.update(grads, pick(state.opt_state), params, step=state.step)
     params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)
 
     new = state._replace(params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra)
@@ -271,7 +343,8 @@ def descend(
 def finish(state: State, ema: EMA) -> State:
     """The end of a step, once, however many updates it made: the average moves, the count goes up."""
     if ema.decay:
-        moved = jax.tree.map(lambda a, x: a + (1 - ema.decay) * (x - a), state.ema, ema.of(state))
+        decay = jnp.minimum(ema.decay, (1 + state.step) / (10 + state.step))
+        moved = jax.tree.map(lambda a, x: a + (1 - decay).astype(a.dtype) * (x - a), state.ema, ema.of(state))
         state = state._replace(ema=moved)
     return state._replace(step=state.step + 1)
 

@@ -1,8 +1,9 @@
 """Numbers for generative models: features or samples in, floats out. Nothing here draws a sample or trains.
 
 Every metric has a floor: what real data score against other real data at the same n. Report both beside the value.
-Samples are float arrays [N, ...] and count as vectors. Distances are Euclidean, in float32 from |a|^2 + |b|^2 - 2ab of
-centred data, block by block: 10,000 x 10,000 samples of 784 numbers need 1 GB.
+Samples are arrays of numbers [N, ...] and count as vectors. Everything is computed in float64. Distances are Euclidean:
+whatever depends on one is decided by the sum of squared differences, so a copy has distance 0 and ties are ties.
+10,000 x 10,000 samples of 784 numbers need 1 GB.
 """
 
 from __future__ import annotations
@@ -17,28 +18,32 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, Int, Key, Num
+from scipy.spatial.distance import cdist
 
 CHUNK = 500  # rows of one block of distances
+FEW = 16  # up to so many dimensions differences are as fast as a matrix product
+EPS = np.finfo(np.float64).eps
 WEIGHTS = Path(__file__).parent / "weights"
 
-A = Float[Array | np.ndarray, "N ..."]
-B = Float[Array | np.ndarray, "M ..."]
-C = Float[Array | np.ndarray, "K ..."]
+A = Num[Array | np.ndarray, "N ..."]
+B = Num[Array | np.ndarray, "M ..."]
+C = Num[Array | np.ndarray, "K ..."]
 
 
 def _vectors(at_least: int = 1, **samples) -> list[np.ndarray]:
-    """Samples as finite vectors [N, D] of one width, with `at_least` rows each."""
+    """Samples as finite float64 vectors [N, D] of one width, with `at_least` rows each."""
     found = []
     for name, x in samples.items():
         x = np.asarray(x)
         if x.ndim < 1 or len(x) < at_least:
             raise ValueError(f"{name} must hold at least {at_least} samples, got an array of shape {list(x.shape)}")
-        x = x.reshape(len(x), -1).astype(x.dtype if x.dtype in (np.float32, np.float64) else np.float32, copy=False)
-        if not np.isfinite(x).all():
-            raise ValueError(f"{name} holds values that are not finite")
+        x = x.reshape(len(x), -1).astype(np.float64)
+        if not (np.abs(x) < 1e150).all():  # whose squares are finite too
+            raise ValueError(f"{name} holds values that are not finite, or too large to be squared")
         found.append(x)
     if len({x.shape[1] for x in found}) > 1:
         widths = ", ".join(f"{name} {x.shape[1]}" for name, x in zip(samples, found, strict=True))
@@ -46,33 +51,65 @@ def _vectors(at_least: int = 1, **samples) -> list[np.ndarray]:
     return found
 
 
-def _centred(at_least: int = 1, **samples) -> list[np.ndarray]:
-    """The same in float32, moved by the mean of the first: near 0 the terms of a distance cancel least."""
-    found = _vectors(at_least, **samples)
-    mean = found[0].mean(0, dtype=np.float64)
-    return [(x - mean.astype(x.dtype)).astype(np.float32) for x in found]
-
-
 def _blocks(x: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
     return (x[i : i + chunk] for i in range(0, len(x), chunk))
 
 
-@jax.jit
-def _squared(a, b):
-    """Squared distances [N, M]; "highest": a GPU's default product would keep 3 digits."""
-    product = jnp.matmul(a, b.T, precision="highest")
-    return jnp.maximum(jnp.square(a).sum(1)[:, None] + jnp.square(b).sum(1)[None] - 2 * product, 0)
+class _Distances:
+    """Squared distances of each x to all y, block by block, and exactly where a decision needs it."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray):
+        self.x, self.y = x, y
+        # Rows that are equal have equal numbers: sets with many copies would else need all differences.
+        seen: dict[bytes, int] = {}
+        self.x_copy, self.y_copy = (
+            np.array([seen.setdefault(row.tobytes(), len(seen)) for row in a + 0.0]) for a in (x, y)
+        )
+
+    def blocks(self, chunk: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Which rows of x, their squared distances [B, M], and how far each of those may be off.
+
+        In many dimensions they are |a|^2 + |b|^2 - 2ab of centred data. The bound is that of a product of floats.
+        """
+        y, D = self.y, self.y.shape[1]
+        mean = y.mean(0)
+        centred = y - mean
+        size = np.square(centred).sum(1)
+        for i in range(0, len(self.x), chunk):
+            rows = slice(i, i + chunk)
+            if D <= FEW:
+                squared = cdist(self.x[rows], y, "sqeuclidean")
+                yield rows, squared, (D + 8) * EPS * squared
+                continue
+            block = self.x[rows] - mean
+            sizes = np.square(block).sum(1)[:, None] + size[None]
+            yield rows, sizes - 2 * (block @ centred.T), (D + 8) * EPS * sizes
+
+    def exact(self, rows: slice, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Sums of squared differences of the pairs (rows.start + i, j)."""
+        i = rows.start + i
+        found, apart = np.zeros(len(i)), np.flatnonzero(self.x_copy[i] != self.y_copy[j])
+        for part in _blocks(apart, 1 + 2**20 // self.y.shape[1]):
+            found[part] = np.square(self.x[i[part]] - self.y[j[part]]).sum(1)
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------- likelihoods
 
 
-@jax.jit
-def _parzen(x, centres, sigmas):
-    """log p(x) in nats [S, B], for every width from one block of distances."""
-    squared = _squared(x, centres)
-    kernels = jax.lax.map(lambda s: jax.nn.logsumexp(squared / (-2 * s * s), axis=1), sigmas)
-    return kernels - (jnp.log(len(centres)) + x.shape[1] * jnp.log(sigmas * jnp.sqrt(2 * jnp.pi)))[:, None]
+def _parzen(x, centres, sigmas, chunk: int) -> np.ndarray:
+    """log p(x) in nats [S, N], for every width from one pass over the distances."""
+    distances, found = _Distances(x, centres), []
+    for rows, squared, error in distances.blocks(chunk):
+        # Differences where the bound could be felt, but for centres too far off to count.
+        reach = (squared + error).min(1, keepdims=True) + 100 * sigmas.max() ** 2
+        i, j = np.nonzero((error > np.maximum(1e-6 * sigmas.min() ** 2, 1e-12 * squared)) & (squared - error < reach))
+        squared[i, j] = distances.exact(rows, i, j)
+        least = squared.min(1)
+        beyond = least[:, None] - squared
+        found.append([np.log(np.exp(beyond / (2 * s * s)).sum(1)) - least / (2 * s * s) for s in sigmas])
+    scale = np.log(len(centres)) + x.shape[1] * np.log(sigmas * np.sqrt(2 * np.pi))
+    return np.concatenate(found, 1) - scale[:, None]
 
 
 def parzen_log_likelihood(
@@ -89,17 +126,13 @@ def parzen_log_likelihood(
     A model above that ceiling is smooth or has copied, not better. Never choose sigma on test; a sigma at an end of the
     grid asks for another grid.
     """
-    centres, validation, test = _centred(centres=centres, validation=validation, test=test)
+    centres, validation, test = _vectors(centres=centres, validation=validation, test=test)
     sigmas = np.logspace(-1, 0, 10) if sigmas is None else np.asarray(sigmas, np.float64).reshape(-1)
-    if not len(sigmas) or not (sigmas > 0).all():
+    if not len(sigmas) or not ((sigmas > 0) & np.isfinite(sigmas)).all():
         raise ValueError(f"sigmas must be positive numbers, got {sigmas.tolist()}")
 
-    def score(x, widths):
-        widths, placed = jnp.asarray(widths, jnp.float32), jnp.asarray(centres)
-        return np.concatenate([_parzen(b, placed, widths) for b in _blocks(x, chunk)], 1).astype(np.float64)
-
-    sigma = sigmas[score(validation, sigmas).mean(1).argmax()]
-    [values] = score(test, [sigma])
+    sigma = sigmas[_parzen(validation, centres, sigmas, chunk).mean(1).argmax()]
+    [values] = _parzen(test, centres, np.array([sigma]), chunk)
     return float(values.mean()), float(values.std() / len(values) ** 0.5), float(sigma)
 
 
@@ -113,6 +146,8 @@ def bits_per_dim(nll_nats, shape: Sequence[int], *, levels: int | None = None):
         raise ValueError(f"levels must be at least 2, got {levels}")
     if not shape or min(shape) < 1:
         raise ValueError(f"shape must hold positive sizes, got {tuple(shape)}")
+    if hasattr(nll_nats, "dtype"):  # a float16 would lose what the division leaves
+        nll_nats = nll_nats.astype(jnp.promote_types(nll_nats.dtype, jnp.float32))
     return nll_nats / (prod(shape) * log(2)) + (log2((levels - 1) / 2) if levels else 0.0)
 
 
@@ -123,15 +158,23 @@ def frechet_distance(a: A, b: B) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the Frechet distance of two Gaussians, in squared units.
 
     Heusel et al. 2017, eq. 6. With features of `load_classifier` it is fid_digits, fid_mnist, fid_fashion; none
-    compares with a published FID, which takes Inception's 2,048 features. Float64; the root's trace is the sum of
-    the singular values of R_a R_b^T, where S = R^T R comes from a QR decomposition, so n may be below d. For equal
+    compares with a published FID, which takes Inception's 2,048 features. The second term is |R_a - U R_b|^2, where
+    S = R^T R comes from a QR decomposition, so n may be below d, and U is the rotation that makes it least: a sum of
+    squares, so that equal sets are at 0 and none below. For equal
     distributions of unit variance it is not 0 but .5 to .6 d^2 / n (d = 64: 2.2 at n = 1,000, .23 at 10,000): give
     both sides the same n, above 10 d, and report it.
     """
-    a, b = (x.astype(np.float64) for x in _vectors(2, a=a, b=b))
-    r_a, r_b = (np.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r") for x in (a, b))
-    traces = np.square(r_a).sum() + np.square(r_b).sum() - 2 * np.linalg.norm(r_a @ r_b.T, "nuc")
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + traces)
+    a, b = _vectors(2, a=a, b=b)
+    a, b = a - a.mean(0), b - a.mean(0)
+    scale = max(np.abs(a).max(), np.abs(b).max()) or 1.0
+    a, b = a / scale, b / scale
+    means = a.mean(0), b.mean(0)
+    roots = [np.linalg.qr((x - m) / (len(x) - 1) ** 0.5, mode="r") for x, m in zip((a, b), means, strict=True)]
+    rows = max(len(r) for r in roots)
+    r_a, r_b = (np.pad(r, ((0, rows - len(r)), (0, 0))) for r in roots)
+    left, _, right = np.linalg.svd(r_a @ r_b.T)
+    squares = np.square(means[0] - means[1]).sum() + np.square(r_a - left @ right @ r_b).sum()
+    return float(squares) * float(scale) ** 2
 
 
 def kernel_distance(a: A, b: B, key: Key[Array, ""], *, blocks: int = 10, size: int = 1000) -> tuple[float, float]:
@@ -155,7 +198,7 @@ def kernel_distance(a: A, b: B, key: Key[Array, ""], *, blocks: int = 10, size: 
         within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y))) / (size * (size - 1))
         return within - 2 * kernel(x, y).mean()
 
-    pairs = zip(*(np.split(x.astype(np.float64), blocks) for x in (a, b)), strict=True)
+    pairs = zip(*(np.split(x, blocks) for x in (a, b)), strict=True)
     values = [squared_mmd(x, y) for x, y in pairs]
     return float(np.mean(values)), float(np.std(values, ddof=1) / blocks**0.5)
 
@@ -167,12 +210,13 @@ def sliced_wasserstein(a: A, b: B, key: Key[Array, ""], *, directions: int = 128
     jax.random.normal(key, (directions, d)), normalised. Above 0 for equal distributions (.06 to .09 for 2,500 points of
     the 25-grid at unit variance); blind to small blur.
     """
-    a, b = (x.astype(np.float64) for x in _vectors(a=a, b=b))
+    a, b = _vectors(a=a, b=b)
+    a, b = a - a.mean(0), b - a.mean(0)
     if len(a) != len(b):
         raise ValueError(f"both sides need as many samples, got {len(a)} and {len(b)}")
     if directions < 1:
         raise ValueError(f"directions must be at least 1, got {directions}")
-    w = np.asarray(jax.random.normal(key, (directions, a.shape[1])), np.float64)
+    w = np.asarray(jax.random.normal(key, (directions, a.shape[1]), jnp.float32), np.float64)
     w /= np.linalg.norm(w, axis=1, keepdims=True)
     return float(np.sqrt(np.square(np.sort(a @ w.T, 0) - np.sort(b @ w.T, 0)).mean()))
 
@@ -180,62 +224,70 @@ def sliced_wasserstein(a: A, b: B, key: Key[Array, ""], *, directions: int = 128
 # ----------------------------------------------------------------------------------------- nearest neighbours and balls
 
 
-@jax.jit
-def _in_balls(x, centres, radii):
-    """In how many balls each x lies [B]; which balls hold an x [N]. Radii squared."""
-    inside = _squared(x, centres) <= radii[None]
-    return inside.sum(1), inside.any(0)
+def _neighbours(x, y, k: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distance of each x to its k-th nearest y, counted from 0, and that one's row, of equals the first."""
+    distances, found = _Distances(x, y), []
+    for rows, squared, error in distances.blocks(chunk):
+        reach = np.partition(squared + error, k, axis=1)[:, k]
+        i, j = np.nonzero(squared - error <= reach[:, None])  # all that may be among the k nearest
+        exact = distances.exact(rows, i, j)
+        kth = np.lexsort((j, exact, i))[np.searchsorted(i, np.arange(len(squared))) + k]
+        found.append((exact[kth], j[kth]))
+    return tuple(np.concatenate(part) for part in zip(*found, strict=True))
 
 
-def _balls(centres, x, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for balls that reach to each centre's k-th neighbour among the others (rank 0 is the centre itself)."""
-    placed = jnp.asarray(centres)
-    # numpy's partition: XLA's top_k sorts whole rows on the CPU, 20 times slower.
-    radii = [np.partition(np.asarray(_squared(block, placed)), k, axis=1)[:, k] for block in _blocks(centres, CHUNK)]
-    radii = jnp.asarray(np.concatenate(radii))
-    counts, held = zip(*(_in_balls(block, placed, radii) for block in _blocks(x, CHUNK)), strict=True)
-    return np.concatenate(counts), np.any(held, 0)
+def _balls(centres, x, k: int, inside: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """In how many balls each x lies [B]; which balls hold an x [N].
+
+    They reach to each centre's k-th neighbour among the others (rank 0 is the centre itself). inside(distance, radius)
+    says whether the border belongs to a ball.
+    """
+    radii, _ = _neighbours(centres, centres, k, CHUNK)
+    distances, counts, held = _Distances(x, centres), [], np.zeros(len(centres), bool)
+    for rows, squared, error in distances.blocks(CHUNK):
+        within = squared + error < radii[None]
+        i, j = np.nonzero((squared - error <= radii[None]) & ~within)
+        within[i, j] = inside(distances.exact(rows, i, j), radii[j])
+        counts.append(within.sum(1))
+        held |= within.any(0)
+    return np.concatenate(counts), held
 
 
 def precision_recall(real: A, fake: B, k: int = 3) -> tuple[float, float]:
     """The share of fakes that lie in the k-nearest-neighbour ball of any real, and the same with the roles swapped.
 
-    Kynkaanniemi et al. 2019, eqs. 1 and 2; ties count as inside. For equal distributions they are not 1: .62 to .64 at
-    k = 3, d = 64, n = 1,000, .98 in two dimensions. One outlier's ball can hold a large share of the fakes.
+    Kynkaanniemi et al. 2019, eqs. 1 and 2: a ball includes its border, which the code of Naeem et al. leaves out here
+    too. For equal distributions they are not 1: .62 to .64 at k = 3, d = 64, n = 1,000, .98 in two dimensions. One
+    outlier's ball can hold a large share of the fakes.
     """
     real, fake = _neighbourhoods(real, fake, k)
-    return float((_balls(real, fake, k)[0] > 0).mean()), float((_balls(fake, real, k)[0] > 0).mean())
+    counts = _balls(real, fake, k, np.less_equal)[0], _balls(fake, real, k, np.less_equal)[0]
+    return float((counts[0] > 0).mean()), float((counts[1] > 0).mean())
 
 
 def density_coverage(real: A, fake: B, k: int = 5) -> tuple[float, float]:
     """Density, how many reals' balls a fake lies in, over k; coverage, the share of reals whose ball holds a fake.
 
-    Naeem et al. 2020, section 3. For equal distributions, N reals and M fakes: density 1 on average, coverage
-    1 - prod_{i=1..k} (N - i) / (N + M - i), which is .969 for k = 5 and N = M large, .875 for k = 3.
+    Naeem et al. 2020, section 3; a ball excludes its border, as in the authors' code. For equal distributions, N reals
+    and M fakes: density 1 on average, coverage 1 - prod_{i=1..k} (N - i) / (N + M - i), which is .969 for k = 5 and
+    N = M large, .875 for k = 3.
     """
     real, fake = _neighbourhoods(real, fake, k)
-    counts, held = _balls(real, fake, k)
+    counts, held = _balls(real, fake, k, np.less)
     return float(counts.mean() / k), float(held.mean())
 
 
 def _neighbourhoods(real, fake, k: int) -> list[np.ndarray]:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    return _centred(k + 1, real=real, fake=fake)
-
-
-@jax.jit
-def _argmin(x, reference):
-    return _squared(x, reference).argmin(1)
+    return _vectors(k + 1, real=real, fake=fake)
 
 
 def nearest(x: A, reference: B, *, chunk: int = CHUNK) -> tuple[Float[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-    """Distance of each x to the nearest in `reference`, and its row there: 0 is a copy."""
-    reference, x = _centred(reference=reference, x=x)
-    placed = jnp.asarray(reference)
-    index = np.concatenate([_argmin(block, placed) for block in _blocks(x, chunk)])
-    rows = zip(_blocks(x, chunk), _blocks(index, chunk), strict=True)
-    return np.concatenate([np.linalg.norm(block - reference[i], axis=1) for block, i in rows]), index
+    """Distance of each x to the nearest in `reference`, and its row there, of equals the first: 0 is a copy."""
+    reference, x = _vectors(reference=reference, x=x)
+    squared, index = _neighbours(x, reference, 0, chunk)
+    return np.sqrt(squared), index
 
 
 def nearest_neighbour_error(
@@ -296,8 +348,8 @@ def reverse_kl(histogram: Num[Array | np.ndarray, " M"]) -> float:
         raise ValueError(f"a histogram holds counts from 0 on, got {counts.tolist()}")
     if not counts.any():
         return float("nan")
-    p = counts[counts > 0] / counts.sum()
-    return float((p * np.log(p * counts.size)).sum())
+    counts, total = counts[counts > 0] / counts.max(), counts.sum() / counts.max()
+    return max(0.0, float((counts / total * np.log(counts * (np.size(histogram) / total))).sum()))
 
 
 def classifier_score(probabilities: Float[Array | np.ndarray, "N C"]) -> float:
@@ -307,12 +359,11 @@ def classifier_score(probabilities: Float[Array | np.ndarray, "N C"]) -> float:
     collapse within a class nor whether an image resembles the data.
     """
     [p] = _vectors(probabilities=probabilities)
-    p = p.astype(np.float64)
     if p.min() < 0 or not np.allclose(p.sum(1), 1, atol=1e-3):
         raise ValueError("probabilities must be rows that sum to 1: take the softmax of logits")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(p > 0, p * (np.log(p) - np.log(p.mean(0))[None]), 0)
-    return float(np.exp(terms.sum(1).mean()))
+    p = p / p.sum(1, keepdims=True)  # those of float16 do so to 3 digits
+    terms = scipy.special.rel_entr(p, p.sum(0)[None]).sum(1) + log(len(p))
+    return float(np.clip(np.exp(terms.mean()), 1, p.shape[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------- classifiers

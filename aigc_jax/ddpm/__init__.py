@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, make_step, spread, start
+from ..core import EMA, Family, Optim, State, labels, make_step, pixels, spread, start
 from .binomial import DiscreteConfig, make_discrete
 from .bounds import (
     continuous_vlb,
@@ -192,9 +192,12 @@ def schedule_of(cfg: Config, params: Params) -> Schedule:
 
 
 def preprocess(cfg: Config, batch: dict) -> Sample:
-    """Pixels 0..levels-1 as floats in [-1, 1]; points as they are."""
+    """Pixels 0..levels-1 as floats in [-1, 1]; points as they are.
+
+    Raises ValueError for pixels that are floats, or beyond levels - 1.
+    """
     if "image" in batch:
-        return jnp.asarray(batch["image"], jnp.float32) * (2 / (cfg.levels - 1)) - 1
+        return pixels(batch["image"], cfg.levels) * (2 / (cfg.levels - 1)) - 1
     return jnp.asarray(batch["points"], jnp.float32)
 
 
@@ -314,7 +317,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     evaluate: `nll_nats`, an upper bound on -log p per example, unbiased from cfg.terms of its T terms; of images also
         `nll_bits_per_dim`.
     sample(state, key, *, n, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0): images [n, H, W, C] in [0, 1], or
-        points. sampler: ddpm | ddim | dpm_solver | heun; steps: 0 is all T; w: guidance; by default labels in turn.
+        points. sampler: ddpm | ddim | dpm_solver | heun; steps: 0 is all T; w: guidance.
+        label: one class in 0..classes-1, or [n]; by default the classes in turn.
     """
     ema, D, images = EMA(cfg.ema), math.prod(cfg.shape), len(cfg.shape) == 3
     levels = cfg.levels if images else None
@@ -352,15 +356,18 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         mean = 0.9 * extra["square"] + 0.1 * square / jnp.maximum(count, 1)
         return {"square": jnp.where(count > 0, mean, extra["square"]), "count": extra["count"] + count}
 
-    def withheld(batch, key):
-        if not cfg.classes:
+    def given(batch, n):
+        return labels(batch.get("label") if cfg.classes else None, cfg.classes, (n,))
+
+    def withheld(label, key):
+        if label is None:
             return None
-        drop = jax.random.uniform(key, batch["label"].shape) < cfg.unlabelled
-        return jnp.where(drop, cfg.classes, batch["label"])
+        return jnp.where(jax.random.uniform(key, label.shape) < cfg.unlabelled, cfg.classes, label)
 
     def loss(params, state, batch, key):
         k_t, k_eps, k_label, k_drop, k_mirror = jax.random.split(key, 5)
-        x_0, label = preprocess(cfg, batch), withheld(batch, k_label)
+        x_0 = preprocess(cfg, batch)
+        label = withheld(given(batch, len(x_0)), k_label)
         k_drop = k_drop if cfg.net.dropout else None
         if cfg.mirror:
             side = jax.random.bernoulli(k_mirror, 0.5, (len(x_0), 1, 1, 1))
@@ -384,7 +391,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def evaluate(state, batch, key):
         params, x_0 = ema.read(state), preprocess(cfg, batch)
-        label = batch["label"] if cfg.classes else None
+        label = given(batch, len(x_0))
         k_t, k_eps = jax.random.split(key)
         if cfg.schedule == "learned":
             count = max(1, cfg.terms)
@@ -408,16 +415,12 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def sample(state: State, key, *, n: int, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0):
         guided = not isinstance(w, (int, float)) or w != 0
-        if label is not None and not cfg.classes:
-            raise ValueError("this model takes no labels: model.classes is 0")
         if guided and not (cfg.classes and cfg.unlabelled):
             raise ValueError("w guides a model that was trained with labels and, a share of the time, without")
         if eta and sampler != "ddim":
             raise ValueError(f"eta is of the sampler ddim, not of {sampler!r}")
-        if label is not None and jnp.shape(label) != (n,):
-            raise ValueError(f"label must have one entry for each of {n} samples, got shape {jnp.shape(label)}")
-        if cfg.classes and label is None:
-            label = jnp.arange(n) % cfg.classes
+        # The label for none, cfg.classes, is not for callers: `eps_fn_of` takes it.
+        label = labels(label, cfg.classes, (n,), in_turn=True)
         params = ema.read(state)
         schedule, steps, clip = schedule_of(cfg, params), steps or cfg.T, 1.0 if images else None
         eps_fn = eps_fn_of(cfg, params, label, w)

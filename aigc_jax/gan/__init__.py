@@ -23,10 +23,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, descend, finish, parts, spread, start
+from ..core import EMA, Family, Optim, State, descend, finish, labels, parts, pixels, spread, start
 from .nets import Discriminator, Generator, Net
 
 __all__ = [
@@ -49,7 +50,7 @@ __all__ = [
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...} of one net
 Sample = Float[Array, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
 Logits = Float[Array, "B"]
-Label = Int[Array, "B"] | None
+Label = Int[Array | np.ndarray, "B"] | int | None  # classes 0..classes-1, one for all or [B]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Config:
     penalty_weight: float | None = None  # None: lambda = 10 of gp, gamma = 10 of r1, the bound .01 of clip
     n_critic: int = 1  # updates of D a step, each on its own part of the batch
     packing: int = 1  # samples that D judges together (PacGAN)
-    unrolled: int = 0  # further updates of D that the loss of G looks through (Metz et al. 2017)
+    unrolled: int = 0  # updates of D ahead; G then minimises minus D's whole loss after them (Metz et al. 2017)
     ema: float = 0.0  # decay of the generator's average, BatchNorm statistics included; 0: none
     micro: int = 1  # micro-batches an update
     optim: Optim = Optim(lr=2e-4, b1=0.5)  # of G
@@ -119,8 +120,9 @@ class Config:
                              "disc.norm spectral")  # fmt: skip
         if self.condition == "projection" and not self.classes:
             raise ValueError("model.condition 'projection' needs classes")
-        if self.unrolled and self.disc_optim.name == "adam" and not self.disc_optim.eps_root:
-            raise ValueError("model.unrolled looks through D's Adam, whose square root has no slope at 0: "
+        of_d = self.disc_optim
+        if self.unrolled and isinstance(of_d, Optim) and of_d.name != "sgd" and not of_d.eps_root:
+            raise ValueError(f"model.unrolled looks through D's {of_d.name}, whose square root has no slope at 0: "
                              "set disc_optim.eps_root, say to 1e-12")  # fmt: skip
         EMA(self.ema)
 
@@ -218,10 +220,7 @@ def _nets(cfg: Config, axis_name: str | None = None) -> dict[str, nn.Module]:
 
 
 def _one_hot(cfg: Config, label: Label, rows: int):
-    if (label is None) != (cfg.classes == 0):
-        raise ValueError(
-            "a conditional model needs label=" if label is None else "model.classes is 0: it takes no label"
-        )
+    label = labels(label, cfg.classes, (rows,))
     return jnp.zeros((rows, 0)) if label is None else jax.nn.one_hot(label, cfg.classes)
 
 
@@ -268,10 +267,13 @@ def noise(cfg: Config, key: Key[Array, ""], n: int) -> Float[Array, "n Z"]:
 
 
 def preprocess(cfg: Config, batch: dict) -> Sample:
-    """Pixels 0..levels-1 to floats in [-1, 1]; points as they are."""
+    """Pixels 0..levels-1 to floats in [-1, 1]; points as they are.
+
+    Raises ValueError for pixels that are floats, or beyond levels - 1.
+    """
     if len(cfg.shape) == 1:
         return batch["points"]
-    return jnp.asarray(batch["image"], jnp.float32) * (2 / (cfg.levels - 1)) - 1
+    return pixels(batch["image"], cfg.levels) * (2 / (cfg.levels - 1)) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------- the family
@@ -284,8 +286,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     evaluate: `real_logit` and `fake_logit` of the example and of a fake one, and for losses that decide between the
         two, `real_accuracy` and `fake_accuracy` (compare them on training and held-out examples: their gap is what D
         knows by heart). G from its average, running statistics, no dropout.
-    sample(state, key, *, n, label=None): label [n] in 0..classes-1; where a conditional model is given none, the
-        classes in turn.
+    sample(state, key, *, n, label=None): label is one class in 0..classes-1, or [n]; where a conditional model is given
+        none, the classes in turn.
     """
     nets = _nets(cfg, axis_name)
     ema = _average(cfg)
@@ -310,7 +312,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def given(batch):
         x = preprocess(cfg, batch)
-        return x, _one_hot(cfg, batch["label"] if cfg.classes else None, x.shape[0])
+        return x, _one_hot(cfg, batch.get("label") if cfg.classes else None, x.shape[0])
 
     def fakes(params, stats, y, key):
         k_z, k_dropout = jax.random.split(key)
@@ -365,16 +367,17 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         fake, stats = fakes(params, state.extra["gen"], y, k_fake)
         extra, (x, fake, y) = {**state.extra, "gen": stats}, packed(x, fake, y)
 
+        def surrogate(disc, state, _, key):
+            return compare(disc, state, x, fake, y, key)
+
         # Surrogate updates of D on this batch and these fakes: D's parameters become a function of G's.
         for i in range(cfg.unrolled):
-            state, _ = update_disc(
-                lambda disc, state, _, key: compare(disc, state, x, fake, y, key),
-                state, batch, jax.random.fold_in(k_unrolled, i), 1,
-            )  # fmt: skip
-        real_logits, fake_logits, _ = judged(state.params["disc"], state.extra["disc"], x, fake, y, k_disc)
-        if cfg.unrolled and cfg.loss == "minimax":
-            # What D says of real examples depends on G too, through the updates (Metz et al. 2017, eq. 3).
-            return -discriminator_loss(cfg.loss, real_logits, fake_logits).mean(), (extra, {})
+            state, _ = update_disc(surrogate, state, batch, jax.random.fold_in(k_unrolled, i), 1)
+        if cfg.unrolled:
+            # G maximises all that D minimises (Metz et al. 2017, eq. 3): where D is at its best, only then has what G
+            # does to D no part in G's gradient.
+            return -surrogate(state.params["disc"], state, batch, k_disc)[0], (extra, {})
+        _, fake_logits, _ = judged(state.params["disc"], state.extra["disc"], x, fake, y, k_disc)
         return generator_loss(cfg.loss, fake_logits).mean(), (extra, {})
 
     def step(state, batch, key):
@@ -386,7 +389,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         return finish(state, ema), {**seen, **metrics}
 
     def evaluate(state, batch, key):
-        x, label = preprocess(cfg, batch), batch["label"] if cfg.classes else None
+        x, label = preprocess(cfg, batch), batch.get("label") if cfg.classes else None
         fake = generate(cfg, generator_of(cfg, state), noise(cfg, key, x.shape[0]), label)
         judge = partial(discriminate, cfg, {"params": state.params["disc"], "batch_stats": state.extra["disc"]})
         values = {"real_logit": judge(x, label), "fake_logit": judge(fake, label)}
@@ -397,8 +400,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         return values
 
     def sample(state: State, key, *, n: int, label=None):
-        if cfg.classes and label is None:
-            label = jnp.arange(n) % cfg.classes
+        label = labels(label, cfg.classes, (n,), in_turn=True)
         x = generate(cfg, generator_of(cfg, state), noise(cfg, key, n), label)
         return (x + 1) / 2 if len(cfg.shape) == 3 else x
 

@@ -7,6 +7,7 @@ again continues it, and ends with the same bits as a run that nothing interrupte
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import signal
 import threading
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..core import Family, State
+from ..core import Family, State, labels
 from ..data import Data, Info, order
 from . import folder as folders
 from .checkpoints import Checkpoints, SaveFailed, difference, say
@@ -403,14 +404,27 @@ def load(folder: str | Path, *, at_most: int | None = None) -> Result:
 def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **options) -> np.ndarray:
     """n samples, made in chunks of equal size (chunk i with fold_in(key, i)); they depend on the chunk.
 
-    Options are those of the family's `sample`; arrays, such as label [n], lead with one entry a sample.
+    Options are those of the family's `sample`; arrays, such as label [n], lead with one entry a sample. The classes in
+    turn, which a conditional model draws by default, are counted over all n. Raises Refused for anything else.
     """
-    if n < 1 or chunk < 1:
-        raise Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
+    if not all(isinstance(count, (int, np.integer)) and count >= 1 for count in (n, chunk)):
+        raise Refused(f"n and chunk must be whole numbers and at least 1, got n={n}, chunk={chunk}")
     each = {name: np.asarray(value) for name, value in options.items() if np.ndim(value)}
     for name, value in each.items():
         if len(value) != n:
             raise Refused(f"{name} must have one entry for each of {n} samples, got {len(value)}")
+    takes = inspect.signature(result.family.sample).parameters
+    unknown = set(options) - set(takes)
+    if unknown and not any(option.kind is option.VAR_KEYWORD for option in takes.values()):
+        known = ", ".join(name for name in takes if name not in ("state", "key", "n")) or "no options"
+        raise Refused(f"this model's sample takes {known}, not {', '.join(sorted(unknown))}")
+    if "label" in takes:
+        try:
+            label = labels(options.get("label"), getattr(result.config, "classes", 0), (n,), in_turn=True)
+        except ValueError as e:
+            raise Refused(str(e)) from e
+        if label is not None:
+            options["label"] = each["label"] = np.asarray(label)
     rest = {name: value for name, value in options.items() if name not in each}
     size, told = min(chunk, n), compiler_options(jax.devices()[0])
     draw = jax.jit(partial(result.family.sample, n=size, **rest), compiler_options=told)
@@ -429,9 +443,13 @@ def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
     try:
         if hasattr(result.config, "check"):
             result.config.check(data.info)
+        if (classes := getattr(result.config, "classes", 0)) and data.resident and "label" in data.resident[0]:
+            labels(data.resident[0]["label"], classes, (data.info.examples,))
     except ValueError as e:
         raise Refused(str(e)) from e
     _check_tokenizer(result.info, data.info, result.folder)
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise Refused(f"batch_size must be a whole number and at least 1, got {batch_size}")
     run = Run(batch_size=min(batch_size, data.info.examples), seed=seed, devices=1)
     engine = Engine(lambda _: result.family, result.config, run, data)
     state = jax.device_put(result.state, engine.mesh.devices.flat[0])

@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, make_step, start
+from ..core import EMA, Family, Optim, State, labels, make_step, pixels, start
 from ..nn import pixel_shuffle
 from .likelihoods import bits_per_dim, gaussian_kl, log_likelihood, log_logistic, log_normal, mean_image
 
@@ -60,7 +61,7 @@ Params = dict[str, Any]  # {"encoder": ..., "decoder": ...}, of two layers also 
 Image = Float[Array, "B H W C"]
 Latent = Float[Array, "B Z"]
 Draws = tuple[Float[Array, "k B _"], ...]  # (z_1,) or (z_1, z_2): k draws for each of B images
-Label = Int[Array, "B"] | None
+Label = Int[Array | np.ndarray, "B"] | int | None  # classes 0..classes-1, one for all or [B]
 Nats = Float[Array, "B"]
 
 _ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "softplus": nn.softplus}
@@ -208,16 +209,14 @@ class Decoder(nn.Module):
 
 
 def _one_hot(cfg: Config, label, leading: tuple[int, ...]):
-    if (label is None) != (cfg.classes == 0):
-        raise ValueError(
-            "a conditional model needs label=" if label is None else "model.classes is 0: it takes no label"
-        )
-    y = jnp.zeros((0,)) if label is None else jax.nn.one_hot(label, cfg.classes)
-    return jnp.broadcast_to(y.reshape((1,) * (len(leading) + 1 - y.ndim) + y.shape), (*leading, cfg.classes))
+    label = labels(label, cfg.classes, leading)
+    return jnp.zeros((*leading, 0)) if label is None else jax.nn.one_hot(label, cfg.classes)
 
 
 def encode(cfg: Config, params: Params, x: Image, label: Label = None) -> tuple[Latent, Latent]:
-    """mu and logvar of q(z_1|x), for images in [0, 1]."""
+    """mu and logvar of q(z_1|x), for images in [0, 1]. Raises ValueError for whole-number pixels."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"images are floats in [0, 1] here, got {x.dtype}: `preprocess` takes whole-number pixels")
     return Encoder(cfg).apply(params["encoder"], x, _one_hot(cfg, label, x.shape[:-3]))
 
 
@@ -258,8 +257,10 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     static: image i of the set (`batch["index"]`, counted within the split that was loaded) keeps one Bernoulli draw in
         every epoch and every run.
     dynamic: a new draw every call (IWAE, section 5.1).
+
+    Raises ValueError for pixels that are floats, or beyond levels - 1.
     """
-    x = jnp.asarray(batch["image"], jnp.float32) / (cfg.levels - 1)
+    x = pixels(batch["image"], cfg.levels) / (cfg.levels - 1)
     if cfg.binarisation == "none":
         return x
     if cfg.binarisation == "dynamic":
@@ -434,6 +435,7 @@ def interpolate(
     z_a, z_b = encode(cfg, params, x_a, label)[0], encode(cfg, params, x_b, label)[0]
     at = jnp.linspace(0.0, 1.0, steps)[None, :, None]
     z = z_a[:, None] * (1 - at) + z_b[:, None] * at
+    label = labels(label, cfg.classes, x_a.shape[:1])
     return mean_image(cfg, decode(cfg, params, z, None if label is None else label[:, None].repeat(steps, 1)))
 
 
@@ -461,7 +463,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     evaluate: `nll_nats` is the negative of the bound that is trained, -ELBO with its two terms, or -L_k with the
         config's k and `elbo_nats` beside it; `nll_bits_per_dim` where the likelihood is one of the images as they are.
     sample(state, key, *, n, label=None): the mean images of p(x|z) for n draws of z ~ p(z), as AEVB fig. 5 shows them.
-        label [n] in 0..classes-1; where a conditional model is given none, the classes in turn.
+        label: one class in 0..classes-1, or [n]; where a conditional model is given none, the classes in turn.
     """
     ema = EMA(cfg.ema)
 
@@ -479,7 +481,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         return start(params, cfg.optim, ema=ema)
 
     def given(batch):
-        return batch["label"] if cfg.classes else None
+        return batch.get("label") if cfg.classes else None
 
     def loss(params, state, batch, key):
         k_x, k_z = jax.random.split(key)
@@ -517,8 +519,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim))
         if cfg.upper_dim:
             z = _normal(*decode_upper(cfg, params, z), k_2, (n, cfg.latent_dim))
-        if cfg.classes and label is None:
-            label = jnp.arange(n) % cfg.classes
+        label = labels(label, cfg.classes, (n,), in_turn=True)
         return mean_image(cfg, decode(cfg, params, z, label))
 
     step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
