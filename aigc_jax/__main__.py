@@ -184,21 +184,23 @@ def info(run_folder: Folder, /) -> None:
         run_folder: what a training run wrote.
     """
     record = folders.read(run_folder)
-    saves = Checkpoints(run_folder, 1)
     lines = train.metrics(run_folder)
     last = {kind: next((r for r in reversed(lines) if kind in r), None) for kind in ("train", "valid")}
-    source = record["data"]["source"] or "arrays"
+    source, run = record["data"]["source"] or "arrays", record["run"]
+    if words := folders.edited(run_folder, record):
+        print(f"EDITED   {words}")
     print(f"model    {'.'.join(record['make'])}")
     print(f"config   {json.dumps(record['config'])}")
-    print(f"data     {json.dumps(source)}, {record['data']['examples'] or 'endless'} examples")
-    print(f"run      seed {record['run']['seed']}, batch {record['run']['batch_size']}, {record['run']['steps']} steps")
+    print(f"data     {json.dumps(source)}, {record['data'].get('examples') or 'endless'} examples")
+    print(f"run      seed {run['seed']}, batch {run['batch_size']}, {run['steps']} steps")
     print(f"made on  {', '.join(f'{k} {v}' for k, v in record['environment'].items() if v)}")
     for kind, line in last.items():
         if line:
             values = "  ".join(f"{name} {value:.5g}" for name, value in line[kind].items() if value is not None)
             print(f"{kind:8} step {line['step']}: {values}")
-    for step in saves.steps():
-        print(f"saved    step {step}{'' if saves.intact(step) else '  DAMAGED: it will be passed over'}")
+    saves = Checkpoints(run_folder, 1)
+    for step, intact in saves.checked().items():
+        print(f"saved    step {step}{'' if intact else '  DAMAGED: it will be passed over'}")
     saves.close()
 
 
@@ -288,7 +290,7 @@ def export(run_folder: Folder, out: Folder, /) -> None:
 
 
 def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None) -> None:
-    """Repeats one update of a run, bit for bit, and prints its metrics and norms.
+    """Repeats one update of a run, bit for bit; prints its metrics, its norms and how it agrees with metrics.jsonl.
 
     Args:
         run_folder: what a training run wrote.
@@ -299,10 +301,27 @@ def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None) 
     print(f"update {step} of {run_folder}")
     for name, value in values.items():
         print(f"  {name:24} {value!r}{'' if np.isfinite(value) else '   <- not finite'}")
+    print(f"  {_agreement(values, facts['logged'])}")
     for module, before in facts["norm_before"].items():
         print(f"  |{module}|".ljust(26), f"{before!r} -> {facts['norm_after'][module]!r}")
     if "rows" in facts:
         print(f"  rows of the set: {' '.join(map(str, facts['rows']))}")
+
+
+def _agreement(values: dict, logged: dict | None) -> str:
+    """How an update that was repeated agrees with what its run logged, in words."""
+    if logged is None:
+        return "metrics.jsonl holds no line of this step: nothing to compare with"
+    ours = folders.finite(values)
+    other = [name for name in {**logged, **ours} if ours.get(name) != logged.get(name)]
+    if not other:
+        return "equal to metrics.jsonl in every bit"
+    words = []
+    for name in other:
+        pair = (logged.get(name), ours.get(name))
+        size = f" ({abs(pair[1] - pair[0]):.3g} apart)" if all(isinstance(x, float) for x in pair) else ""
+        words.append(f"{name} was {pair[0]!r} and is {pair[1]!r}{size}")
+    return f"NOT as in metrics.jsonl: {'; '.join(words)}"
 
 
 FEWEST = 50  # pictures a side; with fewer no value of `compare` says anything
@@ -405,6 +424,9 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             {command.__name__: command for command in commands}, prog="python -m aigc_jax", description=__doc__
         )
+    except KeyboardInterrupt as e:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from e
     except (train.Refused, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from e

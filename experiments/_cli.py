@@ -171,6 +171,8 @@ def main(name: str) -> None:
         rows = script.rows(setup, folder)
     except train.Refused as e:
         raise SystemExit(_error(e, 2)) from e
+    except KeyboardInterrupt as e:
+        raise SystemExit(_error(KeyboardInterrupt("interrupted"), 130)) from e
     except (train.NonFinite, OSError) as e:  # SaveFailed, or a figure that could not be written
         raise SystemExit(_error(e, 1)) from e
     criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA

@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "aigc_jax"
 FAMILIES = {"vae", "gan", "ddpm", "transformer"}
 MAY = {  # the table of docs/design.md, section 1
-    **dict.fromkeys(("core", "nn", "metrics", "figures", "data"), set()),
+    **dict.fromkeys(("core", "nn", "metrics", "figures", "data", "interrupt"), set()),
     **dict.fromkeys(FAMILIES, {"core", "nn"}),
     "train": {"core", "data"},
-    "__init__": FAMILIES,
+    "__init__": FAMILIES | {"interrupt"},
 }
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from ..core import Family, State, labels
 from ..data import Data, Info, order
 from . import folder as folders
-from .checkpoints import Checkpoints, SaveFailed, difference, say
+from .checkpoints import Checkpoints, SaveFailed, difference, newest, not_finite, say
 from .engine import Engine, Feed, ReadFailed, compiler_options, ratios
 from .folder import Refused, metrics
 from .progress import Progress
@@ -124,8 +124,7 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval, params) 
         raise Refused("run.init and run.folder are the same folder")
     if not run.folder:
         return {}
-    record = folders.describe(make, cfg, run, data.info, valid.info if valid else None, params)
-    return folders.identify(Path(run.folder), record)
+    return folders.describe(make, cfg, run, data.info, valid.info if valid else None, params)
 
 
 def _reported(family: Family, valid: Data, run: Run) -> list[str]:
@@ -141,8 +140,10 @@ def _check_best(best: str, names) -> None:
         raise Refused(f"run.best is {best!r}; reported are {', '.join(names)}")
 
 
-def _warm_start(family: Family, run: Run, params) -> State:
-    """The state that a run starts from; Refused where its parameters are not those of this model."""
+def _warm_start(family: Family, run: Run, params) -> State | None:
+    """The state that a run starts from, if not from its seed; Refused where its parameters do not fit this model."""
+    if not run.init and params is None:
+        return None
     ours = jax.eval_shape(family.init, jax.random.key(0))
     if params is not None:
         if run.init:
@@ -155,6 +156,8 @@ def _warm_start(family: Family, run: Run, params) -> State:
         own, ema = (
             jax.tree.map(lambda t, x: jax.numpy.array(x, t.dtype, copy=True), ours.params, params) for _ in range(2)
         )
+        if leaf := not_finite(State(None, own, None)):
+            raise Refused(f"{leaf} holds numbers that are not finite: nothing can be trained from these")
         return State(None, own, None, ema=ema)
     warm = load(run.init).state
     if ours.ema is not None and warm.ema is None:
@@ -165,23 +168,29 @@ def _warm_start(family: Family, run: Run, params) -> State:
     return warm
 
 
-def _check_finite(metrics: dict, start: int, count: int, folder, last) -> None:
+def _stopped(step: int, what: str, saves: Checkpoints | None) -> NonFinite:
+    stands = saves.stands() if saves else "nothing was saved"
+    again = f"; repeat it with: python -m aigc_jax replay {saves.folder.parent} --step {step}" if saves else ""
+    return NonFinite(f"step {step}: {what}; {stands}{again}")
+
+
+def _check_finite(metrics: dict, start: int, count: int, saves: Checkpoints | None) -> None:
     for i in range(count):
         watched = {name: v[i] for name, v in metrics.items() if name.endswith(("loss", "grad_norm"))}
         bad = [name for name, value in watched.items() if not np.isfinite(value)]
         if bad:
-            step = start + i + 1
             # A loss says more than a norm; of two nets the one that is still finite may be what blew up the other.
             listed = sorted(watched, key=lambda name: (name not in bad, name.endswith("grad_norm")))
             values = ", ".join(f"{name} = {watched[name]:.4g}" for name in listed)
-            again = f"; repeat it with: python -m aigc_jax replay {folder} --step {step}" if folder else ""
-            stands = "no checkpoint was written" if last is None else f"the checkpoint of step {last} stands"
-            raise NonFinite(f"step {step}: {values}; {stands}{again}")
+            raise _stopped(start + i + 1, values, saves)
 
 
 @contextlib.contextmanager
 def _signals():
-    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C interrupts at once."""
+    """SIGTERM, SIGHUP and Ctrl-C ask the loop to save and leave; a second Ctrl-C does what it did before the loop.
+
+    What was ignored before stays ignored, such as SIGHUP under nohup.
+    """
     caught: list[str] = []
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield caught  # several processes: JAX's own handler tells them all, see _asked_to_stop
@@ -189,11 +198,16 @@ def _signals():
 
     def ask(number, frame):
         if number == signal.SIGINT and caught:
-            raise KeyboardInterrupt
+            signal.signal(number, old[number])
+            signal.raise_signal(number)
         caught.append(signal.Signals(number).name)
 
-    old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    asking = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    old = {number: signal.getsignal(number) for number in asking}
+    old = {number: handler for number, handler in old.items() if handler not in (None, signal.SIG_IGN)}
     try:
+        for number in old:
+            signal.signal(number, ask)
         yield caught
     finally:
         for number, handler in old.items():
@@ -228,59 +242,68 @@ def fit(
 
     Raises Refused for what cannot work, before anything compiles; NonFinite where a loss or gradient is not finite;
     SaveFailed where a checkpoint cannot be written, ReadFailed, after saving, where data cannot be read; SystemExit,
-    after saving, on SIGTERM and Ctrl-C.
+    after saving, on SIGTERM, SIGHUP and Ctrl-C.
     """
     record = _door(make, cfg, run, data, valid, on_eval, params)
-    folder = Path(run.folder) if run.folder else None
-    saves = Checkpoints(folder, run.keep) if folder else None
+    if not run.folder:
+        engine = Engine(make, cfg, run, data)
+        state = _loop(engine, engine.init(_warm_start(engine.family, run, params)), None, None, None, valid, on_eval)
+        return Result(engine.family, state, cfg, data.info, None)
+    folder, lead = Path(run.folder), jax.process_index() == 0  # the one process that writes, beside Orbax
+    saves = Checkpoints(folder, run.keep)
     with contextlib.ExitStack() as stack:
-        lead = jax.process_index() == 0  # the one process that writes, beside Orbax
-        held = None
-        if saves:
-            stack.callback(saves.close)
-        if (
-            folder and lead and folder.is_dir()
-        ):  # before the checkpoints are read: another process may be adding to them
-            held = folders.lock(folder)
-            stack.callback(held.close)
-        last = saves.newest() if saves else None
+        stack.callback(saves.close)
+        folders.vacant(folder)
+        fresh = not saves.steps()
+        warm = _warm_start(make(cfg), run, params) if fresh else None  # refused before anything is written
+        if lead:  # before anything is read: another process may be adding to it
+            stack.callback(folders.lock(folder).release)
+        record = folders.identify(folder, record)
+        engine = Engine(make, cfg, run, data)
+        last, state = _first(saves, newest, engine.template) or (None, None)
         if last is not None and last > run.steps:
             raise Refused(f"{folder} is at step {last} already, run.steps is {run.steps}")
-        warm = _warm_start(make(cfg), run, params) if (run.init or params is not None) and last is None else None
-        if folder and lead:
+        if last is None and not fresh:
+            warm = _warm_start(engine.family, run, params)
+        if lead:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if held is None:
-                    stack.callback(folders.lock(folder).close)
-                saves.open(last)
                 folders.write(folder, record, data.info)
+                saves.open(last)
             except OSError as e:
                 raise Refused(f"run.folder {folder} cannot be written: {e}") from e
-        engine = Engine(make, cfg, run, data)
-        state = engine.init(warm) if last is None else saves.restore(last, engine.template)
-        if not folder:
-            state = _loop(engine, state, None, None, None, valid, on_eval)
-        else:
-            if warm is not None:
-                saves.save(0, state)  # a replay, or a start after a crash, then needs the other folder no more
-                last = 0
-            try:
-                log = folders.Log(folder, last or 0, lead)
-            except OSError as e:
-                raise SaveFailed(f"{folder} cannot be written: {e}") from e
-            stack.callback(log.close)
-            if last:
-                say(f"{folder}: {'complete' if last == run.steps else 'continuing'} at step {last} of {run.steps}")
-            if last != run.steps:
-                state = _loop(engine, state, last, saves, log, valid, on_eval)
+        if last is None:
+            state = engine.init(warm)
+        if warm is not None:
+            saves.save(0, state)  # a replay, or a start after a crash, then needs the other folder no more
+            last = 0
+        try:
+            log = folders.Log(folder, last or 0, lead)
+        except OSError as e:
+            raise SaveFailed(f"{folder} cannot be written: {e}; {saves.stands()}") from e
+        stack.callback(log.close)
+        if last:
+            say(f"{folder}: {'complete' if last == run.steps else 'continuing'} at step {last} of {run.steps}")
+        if last != run.steps:
+            state = _loop(engine, state, last, saves, log, valid, on_eval)
     return Result(engine.family, state, cfg, data.info, folder)
+
+
+def _first(saves: Checkpoints, order: Callable, template: State) -> tuple | None:
+    """(step, state) as `Checkpoints.first` finds it; Refused where it does not fit."""
+    try:
+        return saves.first(order, template)
+    except ValueError as e:
+        raise Refused(str(e)) from e
 
 
 def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on_eval) -> State:
     """The updates that are left; `saved` is the checkpoint that `state` came from."""
     run, folder, step = engine.run, saves.folder.parent if saves else None, saved or 0
     score = engine.scorer(Feed(valid, engine.mesh)) if valid is not None else None
-    best = folders.best_step(log.lines, run.best, saves.steps()) if log and run.best else None
+    scores, best = saves.scores() if saves else [], None  # lines of metrics.jsonl, but kept with the checkpoints
+    if saves and run.best:
+        ranked = folders.ranked([*log.lines, *scores], run.best, saves.steps())
+        best = next((step for step in ranked if saves.intact(step)), None)
     state, pending = engine.enter(state), None
 
     def fetch():
@@ -291,7 +314,7 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
         start, count, metrics = pending
         pending = None
         metrics = {name: np.reshape(v, -1)[:count] for name, v in jax.device_get(metrics).items()}
-        _check_finite(metrics, start, count, folder, saved)
+        _check_finite(metrics, start, count, saves)
         for i in range(count):
             if (start + i + 1) % run.log_every == 0 or start + i + 1 == run.steps:
                 values = {name: float(v[i]) for name, v in metrics.items()}
@@ -301,9 +324,14 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
 
     def save():
         nonlocal saved
-        fetch()  # a state is kept only when all that led to it was finite
-        if saves and saved != step:
-            saves.save(step, engine.view(state), best)
+        fetch()  # a state is kept only when it, and all that led to it, is finite
+        if saved == step:
+            return
+        seen = engine.view(state)
+        if leaf := not_finite(seen):
+            raise _stopped(step, f"{leaf} is not finite", saves)
+        if saves:
+            saves.save(step, seen, best, next((line["valid"] for line in scores if line["step"] == step), None))
             saved = step
 
     def look():
@@ -315,14 +343,14 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
             values |= {name: float(v) for name, v in (on_eval(engine.family, seen, step) or {}).items()}
         if not values:
             return
+        scores.append({"step": step, "valid": folders.finite(values)})
         if run.best and run.best not in values:
             save()  # what was trained is not lost for a name
             _check_best(run.best, values)
         progress.note(step, values)
         if log:
             log.write(step, "valid", values)
-            # `best` may still be on its way to the disk.
-            if run.best and folders.best_step(log.lines, run.best, {*saves.steps(), best, step}) == step:
+            if run.best and folders.ranked([*log.lines, *scores], run.best, {best, step})[:1] == [step]:
                 best = step
                 save()
 
@@ -348,8 +376,6 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
             fetch()
             if saves:
                 saves.wait()
-            if caught:
-                raise SystemExit(f"stopped by {caught[0]} at step {step}, the last: {folder or 'nothing was saved'}")
         except SaveFailed:
             raise
         except ReadFailed as e:  # raised before the state is donated: it still stands
@@ -357,10 +383,14 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
                 save()
                 if saves:
                     saves.wait()
-            stands = f"the checkpoint of step {saved} stands" if saved is not None else "nothing was saved"
+            stands = saves.stands() if saves else "nothing was saved"
             raise ReadFailed(f"after step {step} the data cannot be read: {e}; {stands}") from e
         except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written
-            raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; the newest checkpoint stands") from e
+            if not saves:
+                raise
+            raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; {saves.stands()}") from e
+    if caught:  # asked here, where its own handlers are back: no signal falls between
+        raise SystemExit(f"stopped by {caught[0]} at step {step}, the last: {folder or 'nothing was saved'}")
     return engine.view(state)
 
 
@@ -370,35 +400,36 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
 def load(folder: str | Path, *, at_most: int | None = None) -> Result:
     """A run as its folder records it: nothing else is needed, no flag is typed again.
 
-    The best checkpoint where run.best was set, else the newest (`at_most`: the newest up to that step). Damaged ones
-    are passed over. Raises Refused in one line for anything that is no run, or has no intact checkpoint.
+    The best checkpoint where run.best was set, else the newest (`at_most`: the newest up to that step). Damaged ones,
+    and those that hold NaN or infinity, are passed over. Another process may train in the folder meanwhile. Raises
+    Refused in one line for anything that is no run, was edited by hand, or has no intact checkpoint.
     """
     folder = Path(folder)
-    make, cfg, run, info, _ = folders.rebuild(folder)
+    make, cfg, run, info, record = folders.rebuild(folder)
+    folders.unedited(folder, record)
     family = make(cfg)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
+        jax.eval_shape(family.init, jax.random.key(0)),
+    )
     saves = Checkpoints(folder, run.keep)
+
+    def best_first(steps):
+        ranked = folders.ranked([*metrics(folder), *saves.scores()], run.best, steps)
+        named = [(step, "the checkpoint" if i else "the best checkpoint") for i, step in enumerate(ranked)]
+        return named + newest([step for step in steps if step not in ranked])
+
+    order = best_first if run.best and at_most is None else partial(newest, at_most=at_most)
     try:
-        best = folders.best_step(metrics(folder), run.best, saves.steps()) if run.best and at_most is None else None
-        if best is not None and not saves.intact(best):
-            say(f"warning: the best checkpoint in {folder}, of step {best}, is damaged; taking the newest")
-            best = None
-        step = best if best is not None else saves.newest(at_most=at_most)
-        if step is None:
-            raise Refused(
-                f"{folder} holds no intact checkpoint" + (f" up to step {at_most}" if at_most is not None else "")
-            )
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        template = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
-            jax.eval_shape(family.init, jax.random.key(0)),
-        )
-        try:
-            state = saves.restore(step, template)
-        except ValueError as e:
-            raise Refused(f"the checkpoint of step {step} in {folder} does not fit this version's model: {e}") from e
+        found = _first(saves, order, template)
     finally:
         saves.close()
-    return Result(family, state, cfg, info, folder)
+    if found is None:
+        raise Refused(
+            f"{folder} holds no intact checkpoint" + (f" up to step {at_most}" if at_most is not None else "")
+        )
+    return Result(family, found[1], cfg, info, folder)
 
 
 def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **options) -> np.ndarray:
@@ -459,11 +490,13 @@ def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
 def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, float], dict]:
     """Repeats update number `step` of a run, bit for bit, from the newest checkpoint before it.
 
-    Returns its metrics and facts about it: the norm of the parameters before and after, per top-level module, and the
-    rows of the batch where the set is finite. `data` is the training set of the run; another one is refused.
+    Returns its metrics and facts about it: the norm of the parameters before and after, per top-level module; what
+    metrics.jsonl holds of this step (`logged`, or None); the rows of the batch where the set is finite. `data` is the
+    training set of the run; another one is refused, another environment is warned of.
     """
     folder = Path(folder)
     make, cfg, run, info, record = folders.rebuild(folder)
+    folders.unedited(folder, record)
     if data.info.fingerprint != info.fingerprint:
         raise Refused(
             f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}"
@@ -472,15 +505,16 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
         raise Refused(f"the updates of {folder} are numbered 1..{run.steps}, got step {step}")
     if run.pmap and run.devices > len(jax.devices()):
         raise Refused(f"{folder} drew its noise on {run.devices} devices (pmap), this machine has {len(jax.devices())}")
+    folders.warn_of_environment(record, folders.environment())
     run = replace(run, devices=min(run.devices, len(jax.devices())))
     saves = Checkpoints(folder, run.keep)
     try:
         engine = Engine(make, cfg, run, data)
-        at = saves.newest(at_most=step - 1)
-        if at is None and (run.init or record.get("params")):
+        found = _first(saves, partial(newest, at_most=step - 1), engine.template)
+        if found is None and (run.init or record.get("params")):
             began = f"the parameters of {run.init}" if run.init else "parameters that were given"
             raise Refused(f"{folder} began with {began} and has no intact checkpoint before step {step}")
-        state, at = (engine.init(), 0) if at is None else (saves.restore(at, engine.template), at)
+        at, state = found or (0, engine.init())
     finally:
         saves.close()
     say(f"repeating {folder} from step {at} on")
@@ -497,7 +531,8 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
     before = norms(engine.view(state).params)
     state, values = engine.advance(state, at, 1)
     values = {name: float(np.reshape(v, -1)[0]) for name, v in jax.device_get(values).items()}
-    facts = {"norm_before": before, "norm_after": norms(engine.view(state).params)}
+    logged = next((line["train"] for line in metrics(folder) if line["step"] == step and "train" in line), None)
+    facts = {"norm_before": before, "norm_after": norms(engine.view(state).params), "logged": logged}
     if data.info.examples is not None:
         facts["rows"] = order(data.info.examples, run.seed, step - 1, run.batch_size).tolist()
     return values, facts

@@ -3,24 +3,32 @@
 A finished checkpoint is the folder checkpoints/<step>, renamed into place once its sums are written; whatever else lies
 there is what a crash left, and is cleared away. Orbax itself restores a flipped bit as wrong weights without a word,
 so the sums are checked before it is asked.
+
+Other processes read while one trains. A checkpoint leaves its number by a rename before its files are deleted, so a
+reader whose folder is still the same one at the end has read it whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 SUMS = "SHA256SUMS"  # the format of coreutils: `sha256sum -c SHA256SUMS` inside the folder agrees
+SCORES = "valid.json"  # what the validation at this step reported
+LISTINGS = 1000  # how often a reader lists again where every checkpoint it began to read was pruned meanwhile
 
 
 class SaveFailed(OSError):
@@ -28,9 +36,10 @@ class SaveFailed(OSError):
 
 
 def say(line: str) -> None:
-    """One line for the person who watches."""
+    """One line for the person who watches; where nobody does (a closed terminal), nothing."""
     if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -66,6 +75,25 @@ def difference(here, there) -> str | None:
     return None
 
 
+@jax.jit
+def _bad(strict: list, loose: list) -> list:
+    return [~jnp.isfinite(x).all() for x in strict] + [jnp.isnan(x).any() for x in loose]
+
+
+def not_finite(state) -> str | None:
+    """The path of the first array of a State that holds NaN or infinity; None where there is none.
+
+    Infinity counts in params and ema only: in opt_state and extra it may be a first value, as of a running minimum.
+    """
+    strict, loose = {}, {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state._asdict()):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            (strict if name.split(".")[0] in ("params", "ema") else loose)[name] = leaf
+    bad = jax.device_get(_bad([*strict.values()], [*loose.values()]))
+    return next((name for name, found in zip([*strict, *loose], bad, strict=True) if found), None)
+
+
 def _sums(folder: Path) -> str:
     lines = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS):
@@ -93,21 +121,31 @@ class Checkpoints:
         self.folder, self.keep = folder / "checkpoints", keep
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = _hush
-        self._orbax = ocp.StandardCheckpointer()
+        # Made in the background, a folder that cannot be made leaves threads that wait 300 s for it.
+        self._orbax = ocp.StandardCheckpointer(
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        )
         self._thread = ThreadPoolExecutor(1)
         self._saving: Future | None = None
         self._failed = False
 
     def steps(self) -> list[int]:
         """Finished checkpoints, oldest first; not yet checked."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and p.is_dir())
 
-    def save(self, step: int, state, best: int | None = None) -> None:
+        def listing():
+            return sorted((p.name, p.is_dir()) for p in os.scandir(self.folder)) if self.folder.is_dir() else []
+
+        # A listing may miss both of two folders that are renamed meanwhile: it holds when it comes out twice.
+        listed = listing()
+        while (again := listing()) != listed:
+            listed = again
+        return sorted(int(name) for name, is_dir in listed if is_dir and name.isdecimal())
+
+    def save(self, step: int, state, best: int | None = None, scores: dict | None = None) -> None:
         """Copies the state to the host and writes it in the background; `best` names a step that is kept besides.
 
-        Raises SaveFailed, here or in `wait`, where this or the save before it could not be written.
+        `scores` are what a validation at this step reported: they stay with the checkpoint. Raises SaveFailed, here or
+        in `wait`, where this or the save before it could not be written.
         """
         self.wait()
         raw = self.folder / f"saving-{step}"
@@ -118,37 +156,58 @@ class Checkpoints:
                 self._orbax.save(raw.absolute(), state, force=True)
             except Exception as e:  # Orbax and tensorstore raise whatever the file system gave them
                 self._fail(step, e)
-        self._saving = self._thread.submit(self._finish, step, raw, best)
+        self._saving = self._thread.submit(self._finish, step, raw, best, scores)
 
-    def _finish(self, step: int, raw: Path, best: int | None) -> None:
+    def _finish(self, step: int, raw: Path, best: int | None, scores: dict | None) -> None:
         with quiet():
             try:
                 self._orbax.wait_until_finished()
                 if jax.process_index() == 0:
+                    if scores:
+                        (raw / SCORES).write_text(json.dumps(scores))
                     with open(raw / SUMS, "w") as file:
                         file.write(_sums(raw))
                         file.flush()
                         os.fsync(file.fileno())
                     raw.rename(self.folder / str(step))
                     _durable(self.folder)
-                    for old in self.steps()[: -self.keep]:
-                        if old not in (0, best):  # 0: a warm start, without which no update could be replayed
-                            gone = self.folder / f"saving-{old}-old"  # first out of the numbers, then away
-                            (self.folder / str(old)).rename(gone)
-                            shutil.rmtree(gone)
             except Exception as e:
                 self._fail(step, e)
+            if jax.process_index() == 0:
+                self._prune(best)
+
+    def _prune(self, best: int | None) -> None:
+        try:
+            for old in self.steps()[: -self.keep]:
+                if old not in (0, best):  # 0: a warm start, without which no update could be replayed
+                    gone = self.folder / f"saving-{old}-old"  # first out of the numbers, then away
+                    (self.folder / str(old)).rename(gone)
+                    shutil.rmtree(gone)
+        except OSError as e:  # the new one stands: training goes on
+            say(f"warning: old checkpoints in {self.folder} cannot be removed: {e}")
 
     def _fail(self, step: int, cause: Exception):
         for name in ("absl", "asyncio"):  # threads and tasks of the failed save, which speak when it is over
             logging.getLogger(name).addFilter(lambda record: False)
         self._failed = True
-        with contextlib.suppress(OSError):
-            self.clear()
-        last = next((s for s in reversed(self.steps()) if s != step and self.intact(s)), None)
-        stands = f"the checkpoint of step {last} stands" if last is not None else "there is no earlier one"
+        self.clear()
         reason = next((part for part in reversed(str(cause).splitlines()) if part.strip()), type(cause).__name__)
-        raise SaveFailed(f"step {step} could not be saved in {self.folder}: {reason[:200]}; {stands}") from cause
+        raise SaveFailed(
+            f"step {step} could not be saved in {self.folder}: {reason[:200]}; {self._stands()}"
+        ) from cause
+
+    def _stands(self) -> str:
+        try:
+            last = next((step for step in reversed(self.steps()) if self.intact(step)), None)
+        except OSError as e:
+            return f"what stands there cannot be read ({e})"
+        return f"the checkpoint of step {last} stands" if last is not None else "there is no checkpoint"
+
+    def stands(self) -> str:
+        """What there is to go on from when training ends early, in words; waits for the save under way."""
+        with contextlib.suppress(SaveFailed):
+            self.wait()
+        return self._stands()
 
     def wait(self) -> None:
         """Returns when the save under way is finished; raises SaveFailed if it was not."""
@@ -162,21 +221,19 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            with quiet():
+            with quiet(), contextlib.suppress(Exception):  # what failed has been said, what is renamed stands
                 self._orbax.close()
-            for _ in range(
-                50 if self._failed else 0
-            ):  # tensorstore's threads outlive a failed save, and may still write
-                with contextlib.suppress(OSError):
-                    self.clear()
+            for _ in range(20 if self._failed else 0):  # tensorstore's threads outlive it, and may still write
+                self.clear()
                 if not list(self.folder.glob("saving-*")):
                     break
                 time.sleep(0.1)
 
     def clear(self) -> None:
-        """Removes what unfinished saves left."""
-        for path in self.folder.glob("saving-*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Removes what unfinished saves left, where it can be removed."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob("saving-*"):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
     def open(self, last: int | None) -> None:
         """Readies the folder to train on from checkpoint `last`: what lies beyond was passed over, and is set aside.
@@ -200,19 +257,74 @@ class Checkpoints:
         except (OSError, UnicodeDecodeError):
             return False
 
-    def newest(self, *, at_most: int | None = None) -> int | None:
-        """The newest intact checkpoint; damaged ones are passed over with a line each."""
-        for step in reversed(self.steps()):
-            if at_most is None or step <= at_most:
-                if self.intact(step):
-                    return step
-                say(f"warning: the checkpoint of step {step} in {self.folder} is damaged; trying the one before")
-        return None
+    def checked(self) -> dict[int, bool]:
+        """{step: whether it is intact}, of those that are not pruned meanwhile."""
+        found, listed = {}, self.steps()
+        while new := [step for step in listed if step not in found]:
+            found |= {step: self.intact(step) for step in new}
+            listed = self.steps()
+        return {step: found[step] for step in listed}
+
+    def scores(self) -> list[dict]:
+        """What validations reported at the steps of the checkpoints, as lines of metrics.jsonl."""
+        lines = []
+        for step in self.steps():
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                values = json.loads((self.folder / str(step) / SCORES).read_text())
+                lines += [{"step": step, "valid": values}] if isinstance(values, dict) else []
+        return lines
+
+    def first(self, order: Callable[[list[int]], list[tuple[int, str]]], template) -> tuple | None:
+        """(step, state) of the first checkpoint that is intact and finite, as `order(steps)` ranks them; or None.
+
+        order: gives steps, each with its name in a warning: one that is passed over is said in a line. Where a process
+        that trains prunes the one being read, the folder is listed again. Raises ValueError for a checkpoint that does
+        not fit the template.
+        """
+        passed: set[int] = set()
+        for _ in range(LISTINGS):
+            for step, name in order([step for step in self.steps() if step not in passed]):
+                before = self._identity(step)
+                state, wrong = self._read(step, template)
+                if before is None or self._identity(step) != before:
+                    break  # pruned meanwhile: whatever was read of it means nothing
+                if isinstance(wrong, Exception):
+                    raise ValueError(f"the checkpoint of step {step} in {self.folder} {wrong}") from wrong
+                if wrong is None:
+                    return step, state
+                say(f"warning: {name} of step {step} in {self.folder} {wrong}; trying the next")
+                passed.add(step)
+            else:
+                return None
+        raise ValueError(f"the checkpoints in {self.folder} are replaced faster than they can be read: try again")
+
+    def _identity(self, step: int) -> tuple[int, int] | None:
+        try:
+            found = (self.folder / str(step)).stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _read(self, step: int, template) -> tuple:
+        """(state, None), or (None, what is wrong): words for damage, an exception for what fits no template."""
+        if not self.intact(step):
+            return None, "is damaged"
+        try:
+            state = self.restore(step, template)
+        except Exception as e:  # of files that vanish meanwhile Orbax raises anything
+            return None, e
+        leaf = not_finite(state)
+        return state, leaf and f"holds numbers in {leaf} that are not finite"
 
     def restore(self, step: int, template):
         """The state of an intact checkpoint, placed as the template says; ValueError where it does not fit."""
         path = (self.folder / str(step)).absolute()
         with quiet():
             if words := difference(template, self._orbax.metadata(path).item_metadata.tree):
-                raise ValueError(words)
+                raise ValueError(f"does not fit this version's model: {words}")
             return self._orbax.restore(path, template)
+
+
+def newest(steps: list[int], at_most: int | None = None) -> list[tuple[int, str]]:
+    """The order of `Checkpoints.first` from the newest on, or from the newest up to a step."""
+    return [(step, "the checkpoint") for step in reversed(steps) if at_most is None or step <= at_most]

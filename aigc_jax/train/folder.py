@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib
 import importlib.metadata
@@ -18,6 +17,7 @@ import time
 import typing
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 
@@ -59,15 +59,19 @@ def _plain(value):
     return json.loads(json.dumps(value))
 
 
-def write_json(path: Path, value) -> None:
+def _write(path: Path, content: str) -> None:
     """Whole or not at all."""
     new = path.with_name(path.name + ".new")
-    with open(new, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+    with open(new, "wb") as file:
+        file.write(content.encode())
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    _write(path, json.dumps(value, indent=1) + "\n")
 
 
 def _described(info: Info) -> dict:
@@ -75,12 +79,52 @@ def _described(info: Info) -> dict:
 
 
 def write(folder: Path, record: dict, info: Info) -> None:
-    """run.json, and tokenizer.json where the data are text."""
+    """Writes run.json with the sums of what nobody may edit, and tokenizer.json where the data are text."""
     if info.tokenizer:
-        new = folder / "tokenizer.json.new"
-        new.write_bytes(info.tokenizer.encode())
-        new.replace(folder / "tokenizer.json")
-    write_json(folder / "run.json", record)
+        _write(folder / "tokenizer.json", info.tokenizer)
+    write_json(folder / "run.json", {**record, "sha256": _digests(record, info.tokenizer or None)})
+
+
+def _digests(record: dict, tokenizer: str | None) -> dict:
+    """sha256 of those parts of a record that its checkpoints depend on.
+
+    How long a run is, how often it looks up, what it keeps and where its data lie may be changed by hand.
+    """
+    parts = {
+        "make": record["make"],
+        "config": record["config"],
+        "run": {name: record["run"].get(name) for name in ("seed", "batch_size", "init")} | _noise(record["run"]),
+        "data": {name: value for name, value in record["data"].items() if name != "source"},
+        **({} if tokenizer is None else {"tokenizer": tokenizer}),
+    }
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()
+    }
+
+
+def edited(folder: str | Path, record: dict) -> str | None:
+    """What of a run folder is not what the run wrote, in words; None where nothing is.
+
+    Runs of versions before these sums are taken as they are.
+    """
+    folder, sums = Path(folder), record.get("sha256")
+    if not isinstance(sums, dict):
+        return None
+    tokenizer = folder / "tokenizer.json"
+    if "tokenizer" in sums and not tokenizer.is_file():
+        return f"{tokenizer} is missing: put it back"
+    now = _digests(record, tokenizer.read_bytes().decode(errors="replace") if "tokenizer" in sums else None)
+    for name in now:
+        if sums.get(name) != now[name]:
+            what = tokenizer if name == "tokenizer" else f"{name} in {folder / 'run.json'}"
+            return f"{what} does not fit the sha256 that the run wrote: undo the edit, or train in a new folder"
+    return None
+
+
+def unedited(folder: str | Path, record: dict) -> None:
+    """Raises Refused where a run folder was edited by hand."""
+    if words := edited(folder, record):
+        raise Refused(words)
 
 
 def _sha256(params) -> str:
@@ -123,7 +167,23 @@ def _differences(old, new, at: str = ""):
 
 def _noise(run: dict) -> dict:
     """Under pmap every device draws its own noise, so their number belongs to what a run is."""
-    return {"pmap": run.get("pmap", False), "devices": run["devices"] if run.get("pmap") else None}
+    return {"pmap": run.get("pmap", False), "devices": run.get("devices") if run.get("pmap") else None}
+
+
+def vacant(folder: Path) -> None:
+    """Refuses a folder without run.json that holds more than what a start leaves which was killed at once."""
+    if folder.exists() and not folder.is_dir():
+        raise Refused(f"run.folder {folder} is a file")
+    if not folder.exists() or (folder / "run.json").exists():
+        return
+    ours = (".lock", "run.json.new", "tokenizer.json", "tokenizer.json.new", "checkpoints")
+    if any(p.name not in ours for p in folder.iterdir()):
+        raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
+    saved = folder / "checkpoints"
+    if saved.exists() and (not saved.is_dir() or any(not p.name.startswith("saving-") for p in saved.iterdir())):
+        raise Refused(
+            f"{folder} holds checkpoints and no run.json, which says whose: put it back, or choose a new folder"
+        )
 
 
 def identify(folder: Path, record: dict) -> dict:
@@ -131,16 +191,11 @@ def identify(folder: Path, record: dict) -> dict:
 
     Returns the record to keep: of the environments, the one in which the run began.
     """
-    path = folder / "run.json"
-    if folder.exists() and not folder.is_dir():
-        raise Refused(f"run.folder {folder} is a file")
-    if not path.exists():
-        # What a start leaves that was killed at once.
-        ours = (".lock", "run.json.new", "tokenizer.json", "tokenizer.json.new", "checkpoints")
-        if folder.exists() and any(p.name not in ours for p in folder.iterdir()):
-            raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
+    vacant(folder)
+    if not (folder / "run.json").exists():
         return record
     old = read(folder)
+    unedited(folder, old)
 
     def identity(r):
         return {
@@ -158,9 +213,14 @@ def identify(folder: Path, record: dict) -> dict:
             sets = [(r[name.split(".")[0]] or {}).get("source") or "other arrays" for r in (old, record)]
             was, now = (f"{source} ({str(f)[:8]})" for source, f in zip(sets, (was, now), strict=True))
         raise Refused(f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder")
-    for name, was, now in _differences(old["environment"], record["environment"]):
-        say(f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run")
+    warn_of_environment(old, record["environment"])
     return {**record, "environment": old["environment"]}
+
+
+def warn_of_environment(record: dict, here: dict) -> None:
+    """Says in a line each what differs from the environment in which a run began."""
+    for name, was, now in _differences(record["environment"], here):
+        say(f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run")
 
 
 def read(folder: str | Path) -> dict:
@@ -176,8 +236,10 @@ def read(folder: str | Path) -> dict:
                 record[part][key]
         if not all(isinstance(record[part], dict) for part in ("config", "run", "data", "environment")):
             raise TypeError("config, run, data and environment must hold named values")
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise TypeError("make must hold two names")
         record["valid"] and record["valid"]["fingerprint"]
-    except (ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise Refused(f"{path} is damaged ({type(e).__name__}: {e})") from e
     return record
 
@@ -236,18 +298,26 @@ def rebuild(folder: str | Path) -> tuple:
         raise Refused(f"{folder}/run.json does not describe a run of this version: {e}") from e
 
 
-def lock(folder: Path):
-    """Keeps a second process out of the folder for as long as the returned file is open."""
+def lock(folder: Path) -> filelock.BaseFileLock:
+    """Keeps a second process out of the folder, which is made where it is missing, until the lock is released.
+
+    It goes with the process, however that ends.
+    """
+    vacant(folder)  # a folder that is refused gets no file from us
     try:
-        file = open(folder / ".lock", "w")
-    except OSError as e:
-        raise Refused(f"run.folder {folder} cannot be written: {e}") from e
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        file.close()
+        folder.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(folder / ".lock")
+        held.acquire(blocking=False)
+    except filelock.Timeout as e:
         raise Refused(f"another process is training in {folder}") from e
-    return file
+    except (OSError, NotImplementedError) as e:
+        raise Refused(f"run.folder {folder} cannot be written or locked: {e}") from e
+    return held
+
+
+def finite(values: dict) -> dict:
+    """The same numbers, None in place of those that are not finite: JSON has no word for them."""
+    return {name: v if math.isfinite(v) else None for name, v in values.items()}
 
 
 class Log:
@@ -279,8 +349,7 @@ class Log:
 
     def write(self, step: int, kind: str, values: dict) -> None:
         """One line {"step", kind: values}; kind is train or valid. Values that are not finite are written as null."""
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self.lines.append({"step": step, kind: finite})
+        self.lines.append({"step": step, kind: finite(values)})
         if not self._lead:
             return
         self._file.write(json.dumps(self.lines[-1]) + "\n")
@@ -304,15 +373,16 @@ def metrics(folder: str | Path) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             value = json.loads(line)
-        except ValueError:  # the line that a crash tore
+        except (ValueError, RecursionError):  # the line that a crash tore
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             lines.append(value)
     return lines
 
 
-def best_step(lines: list[dict], name: str, among) -> int | None:
-    """The step, of those `among`, at which a reported validation value was lowest."""
-    at = {line["step"]: line["valid"].get(name) for line in lines if "valid" in line and line["step"] in among}
-    at = {step: value for step, value in at.items() if value is not None}
-    return min(at, key=at.get) if at else None
+def ranked(lines: list[dict], name: str, among) -> list[int]:
+    """The steps, of those `among`, for which a validation value was reported, the lowest value first."""
+    seen = [line for line in lines if isinstance(line.get("valid"), dict) and line["step"] in among]
+    at = {line["step"]: line["valid"].get(name) for line in seen}
+    at = {step: value for step, value in at.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return sorted(at, key=lambda step: (at[step], step))

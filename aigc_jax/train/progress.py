@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -15,6 +16,16 @@ SECONDS = 10.0  # between plain lines
 
 def _words(values: dict) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _pace(steps: int, seconds: float) -> str:
+    """How fast `steps` updates in so many seconds are, in words; empty before anything can be said."""
+    if steps < 1 or seconds <= 0:
+        return ""
+    rate = steps / seconds
+    if rate < 1:
+        return f"{1 / rate:.1f} s/step  "
+    return f"{rate:.{0 if rate >= 10 else 1}f} steps/s  "
 
 
 class Progress:
@@ -38,7 +49,8 @@ class Progress:
 
     def __exit__(self, *_):
         if self.bar:
-            self.bar.stop()
+            with contextlib.suppress(OSError):  # the terminal was closed
+                self.bar.stop()
 
     def show(self, step: int, values: dict) -> None:
         """The newest training metrics."""
@@ -53,19 +65,21 @@ class Progress:
         now = time.monotonic()
         if self.begin is None:  # the first call compiled; the rate counts from here
             self.begin, self.start = now, step
-        rate = (step - self.start) / max(now - self.begin, 1e-9)
-        loss = {name: v for name, v in self.values.items() if name.endswith("loss")}
+        done, seconds = step - self.start, now - self.begin
+        pace = _pace(done, seconds)
+        loss = _words({name: v for name, v in self.values.items() if name.endswith("loss")})
         if self.bar:
-            self.bar.update(self.task, completed=step, description=f"{rate:.0f} steps/s  {_words(loss)}")
+            self.bar.update(self.task, completed=step, description=pace + loss)
         elif now - self.said > SECONDS:
             self.said = now
-            left = (self.total - step) / rate if rate else float("inf")
-            self._line(f"step {step}/{self.total}  {rate:.0f} steps/s  {left:.0f} s left  {_words(loss)}")
+            left = f"{seconds / done * (self.total - step):.0f} s left  " if pace else ""
+            self._line(f"step {step}/{self.total}  {pace}{left}{loss}".rstrip())
 
     def _line(self, text: str) -> None:
         if self.silent:
             return
-        if self.bar:
-            self.bar.console.print(text, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody watches any more: the training goes on
+            if self.bar:
+                self.bar.console.print(text, highlight=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
