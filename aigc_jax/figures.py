@@ -44,8 +44,15 @@ Labels = Shaped[Array | np.ndarray, " N"]
 
 
 def tile(images: Images, columns: int | None = None, *, pad: int = 1) -> np.ndarray:
-    """Images [N, H, W, C] in [0, 1] as one picture [H', W', C], row by row, white between them."""
+    """Images [N, H, W, C] in [0, 1] as one picture [H', W', C], row by row, white between them.
+
+    Raises ValueError where the last axis is not 1, 3 or 4 channels.
+    """
     images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or not len(images):
+        advice = "; channels come last: images.transpose(0, 2, 3, 1)" if images.shape[1:2] in ((1,), (3,), (4,)) else ""
+        advice = "; a single channel is an axis too: images[..., None]" if images.ndim == 3 else advice
+        raise ValueError(f"images must be [N, H, W, C] with 1, 3 or 4 channels, got {list(images.shape)}{advice}")
     n, h, w, c = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)

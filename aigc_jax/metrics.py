@@ -423,7 +423,11 @@ def load_classifier(name: str | Path) -> Pretrained:
     def apply(images, chunk: int = CHUNK):
         images = np.asarray(images)
         if images.shape[1:] != shape or not len(images):
-            raise ValueError(f"the classifier takes images [N, {', '.join(map(str, shape))}], got {images.shape}")
+            first = images.shape[1:] == (shape[-1], *shape[:-1])
+            advice = "; channels come last: images.transpose(0, 2, 3, 1)" if first else ""
+            raise ValueError(
+                f"the classifier takes images [N, {', '.join(map(str, shape))}], got {images.shape}{advice}"
+            )
         if not np.issubdtype(images.dtype, np.floating) or not (images.min() >= -0.01 and images.max() <= 1.01):
             said = f"{images.dtype} in {images.min()}..{images.max()}"
             raise ValueError(f"the classifier takes floats in [0, 1], got {said}")

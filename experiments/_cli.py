@@ -57,9 +57,16 @@ class Source:
 
     name: str = "digits"
     folder: str | None = None  # where its original files lie; else AIGC_DATA, a prepared copy, the network
+    size: int | None = None  # of images:FOLDER, its pictures are resized and cut to size x size
+
+    @property
+    def pictures(self) -> bool:
+        """Whether these are the user's own pictures."""
+        return self.name.startswith("images:")
 
     def load(self, split: str, **options) -> data.Data:
-        return data.load(self.name, split, folder=self.folder, **options)
+        own = {} if self.size is None else {"size": self.size}
+        return data.load(self.name, split, folder=self.folder, **own, **options)
 
 
 @contextlib.contextmanager
@@ -147,12 +154,17 @@ def main(name: str) -> None:
     first = argparse.ArgumentParser(add_help=False, prog=f"python -m experiments.{name}")
     first.add_argument("--scale", choices=tuple(script.SCALES), default="cpu")
     first.add_argument("--record", action="store_true")
+    for flag, choices in getattr(script, "FIRST", {}).items():
+        first.add_argument(f"--{flag}", choices=choices, default=choices[0])
     choice, flags = first.parse_known_args()
+    chosen = {flag: getattr(choice, flag) for flag in getattr(script, "FIRST", {})}
+    setups = script.scales(**chosen) if chosen else script.SCALES
     scales = ",".join(script.SCALES)
     about = f"{script.__doc__}\n--scale {{{scales}}} (default cpu); --record keeps the rows in results/."
     with door():
-        setup = tyro.cli(type(script.SCALES[choice.scale]), default=script.SCALES[choice.scale], args=flags,
+        setup = tyro.cli(type(setups[choice.scale]), default=setups[choice.scale], args=flags,
                          description=about, prog=f"python -m experiments.{name}")  # fmt: skip
+    flags = [word for flag, value in chosen.items() for word in (f"--{flag}", value)] + flags
     if choice.record:
         commit = recordable(choice.scale, flags)
     if jax.config.jax_compilation_cache_dir is None:  # a second start compiles nothing
@@ -176,6 +188,8 @@ def main(name: str) -> None:
     except (train.NonFinite, OSError) as e:  # SaveFailed, or a figure that could not be written
         raise SystemExit(_error(e, 1)) from e
     criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA
+    if getattr(getattr(setup, "data", None), "pictures", False):
+        criteria = {}  # they are about the script's own set
     rows += [Row(quantity, None) for quantity in criteria if quantity not in {row.quantity for row in rows}]
     verdicts = [verdict(row, criteria) for row in rows]
     seconds = round(time.monotonic() - begin, 1)

@@ -2,16 +2,115 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
 
 from aigc_jax import data, metrics
-from experiments._cli import Row
+from aigc_jax.data.images import picture_splits
+from experiments._cli import Row, Source
 
 ACCURACY = "class accuracy of the samples (%, our classifier)"
 COVERAGE = "coverage (k=5)"
+LEAST = 10  # own pictures in each part of a set: with fewer no measure says anything
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Prints a line on stderr, once."""
+    print(line, file=sys.stderr)
+
+
+def parts(source: Source, *named: str, training: int | None = None) -> list[data.Data]:
+    """A set to train on, one to watch while training where `named` has three slices, and one to measure on.
+
+    named: these slices of a named set. Own pictures: see `shares`. Raises ValueError for what cannot be measured later.
+    """
+    if not source.pictures:
+        return [source.load(split) for split in named]
+    sizes = picture_splits(source.name, folder=source.folder)
+    splits = shares(source.name, sizes, watched=len(named) == 3, training=training)
+    found = [source.load(split) for split in splits]
+    for split, part in zip(splits, found, strict=True):
+        if part.info.examples < LEAST:
+            raise ValueError(
+                f"{source.name} has {sum(sizes.values())} pictures, {part.info.examples} of them in {split}: at least "
+                f"{LEAST} are needed in each of {', '.join(splits)}"
+            )
+        if part.resident is None:
+            raise ValueError(f"{source.name} takes more than 2 GiB: make it smaller with --data.size 64")
+    if splits[-1].startswith("train"):
+        counts = ", ".join(f"{split} ({part.info.examples})" for split, part in zip(splits, found, strict=True))
+        say(f"{source.name}: no test folder, so train is cut by shares: {counts}")
+    return found
+
+
+def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | None = None) -> list[str]:
+    """Slices of own pictures: to train on, where `watched` to watch, to measure.
+
+    Measured is test/, else validation/, else the last tenth of train; watched is validation/ where there is test/ too,
+    else the last tenth of what is left of train. training: how many to train on.
+    """
+    if "train" not in sizes:
+        raise ValueError(f"{name} has the splits {', '.join(sizes)} and no train")
+    there = [part for part in ("validation", "test") if part in sizes][-1 - watched :]
+    missing = 1 + watched - len(there)
+    if training is None:
+        marks = [f"{100 - 10 * i}%" for i in range(missing, 0, -1)]
+    else:
+        rest = sizes["train"] - training
+        marks = [str(training + rest * i // missing) for i in range(missing)] or [str(training)]
+    cut = [f"train[{a}:{b}]" for a, b in zip(["", *marks], [*marks, ""], strict=True)]
+    cut = ["train"] if not marks else cut[:1] if not missing else cut
+    return [*cut, *there]
+
+
+def three(source: Source, training: int | None, otherwise: int) -> list[data.Data]:
+    """`parts`: the first `training` examples, by default 1,237 digits or `otherwise`; those after them; test."""
+    n = training or (1237 if source.name == "digits" else otherwise)
+    return parts(source, f"train[:{n}]", f"train[{n}:]", "test", training=training)
+
+
+def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
+    """The Setup whose model takes this set: its shape and levels and, if asked, its classes.
+
+    A field that the user set, so that it is none of the script's own, stays. Raises ValueError where the model cannot
+    take such pictures.
+    """
+    if info.kind != "image":
+        setup.model.check(info)
+    model, found = setup.model, {"shape": tuple(info.shape), "levels": info.levels}
+    if classes:
+        if info.classes is None:
+            raise ValueError(
+                f"{setup.data.name} has no classes, which this model needs: give each class a sub-folder, or use "
+                "python -m experiments.own_pictures"
+            )
+        found["classes"] = info.classes
+    defaults = [scale.model for scale in scales.values()]
+    change = {field: v for field, v in found.items() if getattr(model, field) in [getattr(d, field) for d in defaults]}
+    try:
+        model = replace(model, **change)
+    except ValueError as e:
+        raise ValueError(f"{e}{fitting(model, change)}") from e
+    model.check(info)
+    return replace(setup, model=model)
+
+
+def fitting(model, change: dict) -> str:
+    """Which --data.size the model could take instead; empty: none."""
+    height, width, channels = change["shape"]
+    for size in sorted(range(4, 257), key=lambda size: abs(size - min(height, width))):
+        try:
+            replace(model, **{**change, "shape": (size, size, channels)})
+        except ValueError:
+            continue
+        return f"; --data.size {size} makes them {size} x {size}"
+    return ""
 
 
 def health(training: data.Data, n: int = 500) -> Callable:
@@ -32,9 +131,15 @@ def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, f
     """Rows for samples against held-out images `real`, in the features of our classifier of the set `name`.
 
     The oracle of each is its floor: as many training images, drawn from `seen`, in place of the samples. Images in
-    [0, 1].
+    [0, 1]. Of own pictures, which none of our classifiers knows, the features are pixels.
     """
     n = min(len(fake), len(real), len(seen))
+    if name.startswith("images:"):
+        say(
+            f"{name}: no classifier of ours knows these pictures: Frechet and kernel distance, classifier score and "
+            "class accuracy are left out, precision to coverage are of pixels"
+        )
+        return in_pixels(fake, real, seen)
     # At random: the first digits of a set are those of a few writers, and so no floor.
     seen = seen[np.random.default_rng(0).permutation(len(seen))]
     net = metrics.load_classifier(name)
@@ -72,11 +177,46 @@ def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, f
     return rows
 
 
-def check(setup, script: str, *, conditional: bool) -> None:
-    """Refuses flags that the measurements after the training could not take."""
+def in_pixels(fake: np.ndarray, real: np.ndarray, seen: np.ndarray) -> list[Row]:
+    """The distances that need no classifier, of samples and, as oracle, of training images drawn at random."""
+    n = min(len(fake), len(real), len(seen))
+    seen = seen[np.random.default_rng(0).permutation(len(seen))]
+    fake, real, seen = (x[:n].reshape(n, -1) for x in (fake, real, seen))
+    values = {}
+    for who, x in (("fake", fake), ("seen", seen)):
+        values[who] = (*metrics.precision_recall(real, x), *metrics.density_coverage(real, x))
+    words = ("precision (k=3)", "recall (k=3)", "density (k=5)", COVERAGE)
+    return [
+        Row(f"{what} of pixels, n = {len(real)}; oracle: training images", float(value), oracle=float(best))
+        for what, value, best in zip(words, values["fake"], values["seen"], strict=True)
+    ]
+
+
+def caption(found: list[Row]) -> str:
+    """Class accuracy, where it was measured, and coverage."""
+    accuracy = [f"class accuracy {row.ours:.1f} %" for row in found if row.quantity == ACCURACY]
+    coverage = [row for row in found if row.quantity.startswith(COVERAGE)]
+    of = " of pixels" if "of pixels" in coverage[0].quantity else ""
+    return ", ".join([*accuracy, f"coverage{of} {coverage[0].ours:.2f}"])
+
+
+def by_class(images: np.ndarray, label: np.ndarray, columns: int, *, most: int = 20) -> np.ndarray:
+    """The first pictures of each class, one class a row, white where it has fewer; of many classes the first `most`."""
+    rows = np.ones((min(label.max() + 1, most), columns, *images.shape[1:]), images.dtype)
+    for c, row in enumerate(rows):
+        of_class = images[label == c][:columns]
+        row[: len(of_class)] = of_class
+    return rows.reshape(-1, *images.shape[1:])
+
+
+def check(setup, script: str, *, conditional: bool, own: bool = False) -> None:
+    """Refuses flags that the measurements after the training could not take; own: own pictures can be measured."""
     known = [file.stem for file in sorted(metrics.WEIGHTS.glob("*.safetensors"))]
-    if setup.data.name not in known:
-        raise ValueError(f"{script} measures by our classifier of the set: data.name must be one of {', '.join(known)}")
+    if setup.data.name not in known and not (own and setup.data.pictures):
+        instead = "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
+        raise ValueError(
+            f"{script} measures by our classifier of the set: data.name must be one of {', '.join(known)}{instead}"
+        )
     if bool(setup.model.classes) != conditional:
         kind = "a conditional" if conditional else "an unconditional"
         raise ValueError(f"{script} trains {kind} model: model.classes cannot be {setup.model.classes}")

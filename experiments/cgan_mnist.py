@@ -40,11 +40,12 @@ class Setup:
     model: gan.Config = MODEL
     run: Run = RUN
     data: Source = Source("mnist")
-    training: int = 50_000  # images of train; the kernel width of the Parzen row is chosen on the next 1,000
+    training: int | None = None  # images of train, by default 50,000 or 80 % of own pictures; the Parzen row's width is
+    # chosen on the next 1,000
     samples: int = 10_000
 
     def __post_init__(self):
-        _pictures.check(self, "cgan_mnist", conditional=True)
+        _pictures.check(self, "cgan_mnist", conditional=True, own=True)
 
 
 SCALES = {
@@ -52,7 +53,7 @@ SCALES = {
         replace(MODEL, shape=(8, 8, 1), levels=17, latent_dim=10, gen=replace(MODEL.gen, widths=(64, 64)),
                 disc=replace(MODEL.disc, widths=(32, 32)), ema=0.99),
         replace(RUN, folder="runs/cgan_mnist-smoke", steps=2000, eval_every=1000, steps_per_call=100),
-        Source("digits"), 1237, 360,
+        Source("digits"), samples=360,
     ),
     "cpu": Setup(),
 }  # fmt: skip
@@ -74,8 +75,8 @@ INVARIANTS = {_pictures.ACCURACY: ("> 20, twice chance", lambda ours: ours > 20)
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, draws a row a class, measures class accuracy and coverage."""
     with _cli.door():
-        training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
-        test = setup.data.load("test")
+        training, held, test = _pictures.three(setup.data, setup.training, 50_000)
+        setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
     result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
     seen, real = _pictures.pixels(training), _pictures.pixels(test)
     # As many of each class as the test set has: an even mixture would be another distribution.
@@ -89,24 +90,22 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row("smallest distance of a sample to a training image (pixels in [0, 1])", copies),
         Row(PARZEN, value, paper=132.0 if setup.data.name == "mnist" else None, error=error),
     ]
-    draw(setup, folder, result, {row.quantity: row.ours for row in found})
+    draw(setup, folder, result, found)
     return found
 
 
-def draw(setup: Setup, folder: Path, result: train.Result, scores: dict) -> None:
+def draw(setup: Setup, folder: Path, result: train.Result, found: list[Row]) -> None:
     """A row a class, and the same code in every class."""
     cfg = result.config
     fig, (axes,) = figures.figure(1, 2, size=(11, 5.6))
-    drawn = train.sample(result, jax.random.key(1), n=10 * cfg.classes, label=np.repeat(np.arange(cfg.classes), 10))
+    classes = min(20, cfg.classes)
+    drawn = train.sample(result, jax.random.key(1), n=10 * classes, label=np.repeat(np.arange(classes), 10))
     figures.images(axes[0], drawn, 10, title="samples, not chosen; one class a row")
-    z = np.tile(np.asarray(gan.noise(cfg, jax.random.key(2), 10)), (cfg.classes, 1))
-    same = gan.generate(
-        cfg, gan.generator_of(cfg, result.state), z, np.repeat(np.arange(cfg.classes), 10).astype(np.int32)
-    )
+    z = np.tile(np.asarray(gan.noise(cfg, jax.random.key(2), 10)), (classes, 1))
+    same = gan.generate(cfg, gan.generator_of(cfg, result.state), z, np.repeat(np.arange(classes), 10).astype(np.int32))
     figures.images(axes[1], (np.asarray(same) + 1) / 2, 10, title="one code a column, one class a row")
     caption = f"{setup.data.name}, {cfg.loss}, {setup.run.steps} updates of {setup.run.batch_size}"
-    said = f"class accuracy {scores[_pictures.ACCURACY]:.1f} %, coverage {scores[COVERAGE]:.2f}"
-    figures.save(fig, folder / "cgan_mnist.png", f"{caption}; {said}")
+    figures.save(fig, folder / "cgan_mnist.png", f"{caption}; {_pictures.caption(found)}")
 
 
 if __name__ == "__main__":

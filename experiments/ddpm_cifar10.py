@@ -22,7 +22,7 @@ import jax
 from aigc_jax import ddpm, figures, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, _diffusion, ddpm_fashion
+from experiments import _cli, _diffusion, _pictures, ddpm_fashion
 from experiments._cli import Row, Source
 
 MODEL = ddpm.Config(mirror=True)
@@ -103,9 +103,9 @@ INVARIANTS = {
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, bounds test and training images, draws."""
     with _cli.door():
-        training, watched = setup.data.load("train"), setup.data.load(f"train[:{setup.watched}]")
-        test = setup.data.load("test")
-        setup.model.check(test.info)
+        training, test = _pictures.parts(setup.data, "train", "test")
+        watched = setup.data.load(f"train[:{min(setup.watched, training.info.examples)}]")
+        setup = _pictures.adopt(setup, SCALES, training.info)
     result = train.fit(ddpm.make, setup.model, setup.run, training, valid=watched)
     k_test, k_train, k_draw, k_way = jax.random.split(jax.random.key(setup.run.seed), 4)
     compared = PAPER if setup.data.name == "cifar10" else {}

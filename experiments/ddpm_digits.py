@@ -44,10 +44,10 @@ class Setup:
     model: ddpm.Config = MODEL
     run: Run = RUN
     data: Source = Source("digits")
-    training: int = 1237  # digits of train; the rest is watched while training
+    training: int | None = None  # images of train, by default 1,237 digits or 80 % of own pictures; the rest is watched
 
     def __post_init__(self):
-        _pictures.check(self, "ddpm_digits", conditional=True)
+        _pictures.check(self, "ddpm_digits", conditional=True, own=True)
         if not 1 <= self.run.eval_every <= self.run.steps:
             raise ValueError("run.eval_every must lie in 1..run.steps: the bound is measured there")
 
@@ -83,7 +83,7 @@ INVARIANTS = {
 def fitted(setup) -> train.Result:
     """The model in setup.run.folder, trained there unless it is."""
     with _cli.door():
-        training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
+        training, held, _ = _pictures.three(setup.data, setup.training, 1237)
     return train.fit(ddpm.make, setup.model, setup.run, training, valid=held)
 
 
@@ -115,8 +115,10 @@ def histogram_bits(training: np.ndarray, test: np.ndarray, levels: int) -> float
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, bounds the test digits, measures the samples, draws."""
     with _cli.door():
-        training, test = setup.data.load(f"train[:{setup.training}]").resident[0], setup.data.load("test")
-    result = fitted(setup)
+        training, held, test = _pictures.three(setup.data, setup.training, 1237)
+        setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
+    result = train.fit(ddpm.make, setup.model, setup.run, training, valid=held)
+    training = training.resident[0]
     pixels, label = test.resident[0]["image"], test.resident[0]["label"]
     x_0, key = np.asarray(ddpm.preprocess(setup.model, {"image": pixels})), jax.random.key(setup.run.seed)
     k_given, k_not, k_draw = jax.random.split(key, 3)
@@ -138,13 +140,12 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
 def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, label: np.ndarray, bits: float) -> None:
     """Samples by class, what the net sees on the way, the bound while training; and the way as a GIF."""
     fig, (axes,) = figures.figure(1, 3, size=(15, 4.4))
-    of_class = np.concatenate([fake[label == c][:12] for c in range(10)])
-    figures.images(axes[0], of_class, 12, title="samples, not chosen; one class a row")
+    figures.images(axes[0], _pictures.by_class(fake, label, 12), 12, title="samples, not chosen; one class a row")
     T = setup.model.T
-    way = _diffusion.way(result, jax.random.key(2), n=40, label=np.arange(40) % 10)
+    way = _diffusion.way(result, jax.random.key(2), n=40, label=np.arange(40) % setup.model.classes)
     _diffusion.strip(axes[1], way, range(0, 10, 2))
-    _diffusion.curve(axes[2], result, "held-out digits")
-    caption = f"U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates of {setup.run.batch_size} digits"
+    _diffusion.curve(axes[2], result, "held-out images")
+    caption = f"U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates of {setup.run.batch_size} images"
     figures.save(fig, folder / "ddpm_digits.png", f"{caption}; test bound {bits:.2f} bits per dim")
     shown = np.unique(np.linspace(0, T, 30).round().astype(int))
     figures.save_animation(folder / "ddpm_digits.gif", way[0][shown], 10)

@@ -46,7 +46,7 @@ class Setup:
     model: ddpm.Config = MODEL
     run: Run = RUN
     data: Source = Source("fashion_mnist")
-    training: int = 59_500  # images of train; the rest is watched while training
+    training: int | None = None  # images of train, by default 59,500 or 80 % of own pictures; the rest is watched
     images: int = 500  # test images whose bound is taken
     terms: int = 20  # of the bound's T, for each of them; 0: all
     w: tuple[float, ...] = (0.0, 1.0)  # guidance
@@ -54,7 +54,7 @@ class Setup:
     ddim_steps: int = 50  # of DDIM with eta 1
 
     def __post_init__(self):
-        _pictures.check(self, "ddpm_fashion", conditional=True)
+        _pictures.check(self, "ddpm_fashion", conditional=True, own=True)
         if 0.0 not in self.w:
             raise ValueError(f"w must hold 0, got {self.w}")
         if max(self.w) > 0 and not self.model.unlabelled:
@@ -71,7 +71,7 @@ SCALES = {
     "smoke": Setup(
         ddpm_digits.SMOKE,
         replace(RUN, folder="runs/ddpm_fashion-smoke", steps=300, eval_every=150, save_every=300),
-        Source("digits"), training=1237, images=100, terms=10, samples=200, ddim_steps=25,
+        Source("digits"), images=100, terms=10, samples=200, ddim_steps=25,
     ),
     "cpu": Setup(),
 }  # fmt: skip
@@ -126,8 +126,8 @@ def prior(cfg: ddpm.Config, image: np.ndarray) -> float:
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, bounds test images, measures samples without guidance and with it, draws."""
     with _cli.door():
-        training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
-        test = setup.data.load("test")
+        training, held, test = _pictures.three(setup.data, setup.training, 59_500)
+        setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
     result = train.fit(ddpm.make, setup.model, setup.run, training, valid=held)
     k_bound, k_way, *k_draw = jax.random.split(jax.random.key(setup.run.seed), 2 + len(setup.w))
     few = {name: a[: setup.images] for name, a in test.resident[0].items()}
@@ -161,11 +161,15 @@ def draw(setup: Setup, folder: Path, result: train.Result, drawn: dict, label, s
     """Samples by class for the least and the most guidance, a denoising strip, the bound while training."""
     ends = sorted({min(setup.w), max(setup.w)})
     fig, (axes,) = figures.figure(1, len(ends) + 2, size=(4.6 * (len(ends) + 2), 4.4))
-    columns = min(10, np.bincount(label, minlength=10).min())
+    columns = max(1, min(10, np.bincount(label, minlength=setup.model.classes).min()))
     for ax, w in zip(axes, ends, strict=False):
-        of_class = np.concatenate([drawn[w][label == c][:columns] for c in range(10)])
-        figures.images(ax, of_class, columns, title=guided(w, "samples, not chosen; one class a row"))
-    way = _diffusion.way(result, key, n=5, label=np.arange(0, 10, 2))
+        figures.images(
+            ax,
+            _pictures.by_class(drawn[w], label, columns),
+            columns,
+            title=guided(w, "samples, not chosen; one class a row"),
+        )
+    way = _diffusion.way(result, key, n=5, label=np.arange(0, 10, 2) % setup.model.classes)
     _diffusion.strip(axes[-2], way, range(5))
     _diffusion.curve(axes[-1], result, "held-out images")
     caption = f"{setup.data.name}, U-Net {setup.model.net.widths}, T = {setup.model.T}, {setup.run.steps} updates of "

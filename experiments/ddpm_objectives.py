@@ -55,7 +55,8 @@ class Setup:
         if self.seeds < 1 or not 2 <= self.samples <= 1437 or not 1 <= self.images <= 360:
             raise ValueError("seeds must be at least 1, samples lie in 2..1437 and images in 1..360")
         if self.data.name != "digits":
-            raise ValueError(f"ddpm_objectives measures by our classifier of digits, not of {self.data.name}")
+            instead = "; for own pictures: python -m experiments.own_pictures" if self.data.pictures else ""
+            raise ValueError(f"ddpm_objectives measures by our classifier of digits, not of {self.data.name}{instead}")
 
 
 SCALES = {

@@ -41,10 +41,12 @@ class Setup:
     model: gan.Config = MODEL
     run: Run = RUN
     data: Source = Source("digits")
-    training: int = 1237  # digits of train; D's accuracy on held-out digits is measured on the rest
+    training: int | None = (
+        None  # images of train, by default 1,237 digits or 80 % of own pictures; D is watched on the rest
+    )
 
     def __post_init__(self):
-        _pictures.check(self, "gan_digits", conditional=True)
+        _pictures.check(self, "gan_digits", conditional=True, own=True)
 
 
 SCALES = {
@@ -63,31 +65,30 @@ INVARIANTS = {_pictures.ACCURACY: ("> 20, twice chance", lambda ours: ours > 20)
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, measures the samples against the 360 test digits, draws."""
     with _cli.door():
-        training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
-        test = setup.data.load("test")
+        training, held, test = _pictures.three(setup.data, setup.training, 1237)
+        setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
     result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
     label = test.resident[0]["label"]
     fake = train.sample(result, jax.random.key(setup.run.seed), n=len(label), label=label)
     found = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), _pictures.pixels(training), label)
-    draw(setup, folder, result, {row.quantity: row.ours for row in found})
+    draw(setup, folder, result, found)
     return found
 
 
-def draw(setup: Setup, folder: Path, result: train.Result, scores: dict) -> None:
+def draw(setup: Setup, folder: Path, result: train.Result, found: list[Row]) -> None:
     """Samples by class, D's accuracy."""
     fig, (axes,) = figures.figure(1, 2, size=(9.5, 4.4))
-    label = np.repeat(np.arange(10), 12)
+    label = np.repeat(np.arange(min(20, setup.model.classes)), 12)
     drawn = train.sample(result, jax.random.key(1), n=len(label), label=label)
     figures.images(axes[0], drawn, 12, title="samples, not chosen; one class a row")
     lines = [(line["step"], line["valid"]) for line in train.metrics(result.folder) if "valid" in line]
-    names = {"training digits": "seen_real", "held-out digits": "real", "samples": "fake"}
+    names = {"training images": "seen_real", "held-out images": "real", "samples": "fake"}
     kind = "accuracy" if "real_accuracy" in lines[-1][1] else "logit"
     curves = {who: (np.array([s for s, _ in lines]), np.array([v[f"{name}_{kind}"] for _, v in lines]))
               for who, name in names.items()}  # fmt: skip
     figures.curves(axes[1], curves, xlabel="updates", ylabel=f"D's {kind}", title="the gap is what D knows by heart")
-    caption = f"{setup.model.loss}, {setup.run.steps} updates of {setup.run.batch_size} digits"
-    said = f"class accuracy {scores[_pictures.ACCURACY]:.1f} %, coverage {scores[COVERAGE]:.2f}"
-    figures.save(fig, folder / "gan_digits.png", f"{caption}; {said}")
+    caption = f"{setup.model.loss}, {setup.run.steps} updates of {setup.run.batch_size} images"
+    figures.save(fig, folder / "gan_digits.png", f"{caption}; {_pictures.caption(found)}")
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ class Setup:
     model: gan.Config = MODEL
     run: Run = RUN
     data: Source = Source("mnist")
-    training: int = 50_000  # images of train; D's accuracy on held-out images is measured on the rest
+    training: int | None = None  # images of train, by default 50,000 or 80 % of own pictures; D is watched on the rest
     samples: int = 10_000
 
     def __post_init__(self):
-        _pictures.check(self, "gan_mnist", conditional=False)
+        _pictures.check(self, "gan_mnist", conditional=False, own=True)
 
 
 SCALES = {
@@ -52,7 +52,7 @@ SCALES = {
         replace(MODEL, shape=(8, 8, 1), levels=17, latent_dim=10, gen=replace(MODEL.gen, widths=(64, 64)),
                 disc=replace(MODEL.disc, widths=(32, 32)), ema=0.99),
         replace(RUN, folder="runs/gan_mnist-smoke", steps=800, eval_every=400, steps_per_call=50),
-        Source("digits"), 1237, 360,
+        Source("digits"), samples=360,
     ),
     "cpu": Setup(),
 }  # fmt: skip
@@ -74,25 +74,32 @@ INVARIANTS = {COPIES: CRITERIA[COPIES]}
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, draws the paper's two figures, measures samples against test images."""
     with _cli.door():
-        training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
-        test = setup.data.load("test")
+        training, held, test = _pictures.three(setup.data, setup.training, 50_000)
+        setup = _pictures.adopt(setup, SCALES, training.info)
     result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
     seen, real = _pictures.pixels(training), _pictures.pixels(test)
     fake = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=500)
     near, copies = _pictures.neighbours(fake, seen, real)
-    classes = metrics.load_classifier(setup.data.name).apply(fake)[0].argmax(-1)
     last = [line["valid"] for line in train.metrics(result.folder) if "valid" in line][-1]
     found = [
         *_pictures.distances(setup.data.name, fake, real, seen),
         Row(NEAR, near),
         Row(COPIES, copies),
-        Row(CLASSES, int(len(np.unique(classes)))),
+        *classes(setup.data, fake),
         *(Row(f"D's accuracy on {who} (%)", 100 * last[name])
           for who, name in (("training images", "seen_real_accuracy"), ("held-out images", "real_accuracy"),
                             ("samples", "fake_accuracy")) if name in last),
     ]  # fmt: skip
     draw(setup, folder, result, fake, seen, found[0])
     return found
+
+
+def classes(source: Source, fake: np.ndarray) -> list[Row]:
+    """How many of the set's classes our classifier sees among the samples; of own pictures nothing."""
+    if source.pictures:
+        return []
+    seen = metrics.load_classifier(source.name).apply(fake)[0].argmax(-1)
+    return [Row(CLASSES, int(len(np.unique(seen))))]
 
 
 def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, score: Row) -> None:
@@ -119,7 +126,7 @@ def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, see
     )
     name = score.quantity.split(",")[0]
     figures.save(
-        fig, folder / "gan_mnist.png", f"{caption}; {name} {score.ours:.1f}, of training images {score.oracle:.1f}"
+        fig, folder / "gan_mnist.png", f"{caption}; {name} {score.ours:.3g}, of training images {score.oracle:.3g}"
     )
 
 

@@ -25,7 +25,7 @@ from aigc_jax import data, figures, train, vae
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
 from aigc_jax.train.folder import write_json
-from experiments import _cli
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 ONE = vae.Config(latent_dim=50, hidden=(200, 200), activation="tanh", binarisation="dynamic")
@@ -242,10 +242,11 @@ INVARIANTS = {MONOTONE: CRITERIA[MONOTONE]}
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains every arm, measures L_k and active units, draws the figure."""
     with _cli.door():
-        training, test = setup.data.load("train"), setup.data.load(f"test[:{setup.test}]")
-    x = np.asarray(
-        vae.preprocess(replace(ONE, levels=test.info.levels), test.batch(0, 0, setup.test), jax.random.key(9))
-    )
+        training, test = _pictures.parts(setup.data, "train", f"test[:{setup.test}]")
+        if training.info.kind != "image":
+            raise ValueError(f"iwae_table takes images, {setup.data.name} holds {training.info.kind}")
+    batch = test.batch(0, 0, min(setup.test, test.info.examples))
+    x = np.asarray(vae.preprocess(replace(ONE, levels=test.info.levels), batch, jax.random.key(9)))
     nlls, units, minutes, found = {}, {}, {}, []
     for arm, seeds in arms(setup).items():
         runs = []
@@ -325,7 +326,7 @@ def draw(setup: Setup, folder: Path, nlls: dict, minutes: dict) -> None:
     figures.images(
         c, train.sample(result, jax.random.key(0), n=100), 10, title=f"means of p(x|z), z ~ p(z): {arm.name}"
     )
-    setting = f"{setup.data.name}, dynamic binarisation, batch {setup.batch_size}, {setup.test} test images"
+    setting = f"{setup.data.name}, dynamic binarisation, batch {setup.batch_size}, at most {setup.test} test images"
     figures.save(fig, folder / "iwae_table.png", f"{setting}; every point is a training of its own with its own decay")
 
 

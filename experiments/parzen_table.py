@@ -59,6 +59,9 @@ class Setup:
     clusters: int = 2000  # of k-means
 
     def __post_init__(self):
+        if self.data.pictures:
+            raise ValueError("parzen_table compares with the paper's numbers of MNIST; for own pictures: "
+                             "python -m experiments.own_pictures")  # fmt: skip
         if self.seeds < 1 or self.samples < 1 or self.clusters < 1:
             raise ValueError("seeds, samples and clusters must be at least 1")
         if self.run.eval_every < 1:

@@ -33,10 +33,10 @@ class Setup:
     dit: ddpm.Net = DIT
     run: Run = replace(ddpm_digits.RUN, folder="runs/unet_or_dit", steps=2000)
     data: Source = Source("digits")
-    training: int = 1237
+    training: int | None = None  # images of train, by default 1,237 digits or 80 % of own pictures
 
     def __post_init__(self):
-        _pictures.check(self, "unet_or_dit", conditional=True)
+        _pictures.check(self, "unet_or_dit", conditional=True, own=True)
         if self.dit.kind != "dit" or self.model.net.kind != "unet":
             raise ValueError("dit.kind must be dit and model.net.kind unet")
         if not 1 <= self.run.eval_every <= self.run.steps:
@@ -76,8 +76,9 @@ def clock(folder: str):
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains both, bounds the test digits, measures samples, draws."""
     with _cli.door():
-        training, held = setup.data.load(f"train[:{setup.training}]"), setup.data.load(f"train[{setup.training}:]")
-        test = setup.data.load("test")
+        training, held, test = _pictures.three(setup.data, setup.training, 1237)
+        setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
+        setup.dit.check(setup.model.shape)
     pixels, label = test.resident[0]["image"], test.resident[0]["label"]
     x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": pixels}))
     found, by_step, by_minute, shown = [], {}, {}, []
@@ -90,7 +91,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         by_step[net], by_minute[net] = (step, bound), (minutes, bound)
         k_bound, k_draw = jax.random.split(jax.random.key(setup.run.seed))
         fake = train.sample(result, k_draw, n=len(label), label=label)
-        shown.append(np.concatenate([fake[label == c][:10] for c in range(10)]))
+        shown.append(_pictures.by_class(fake, label, 10))
         count = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
         seen = training.resident[0]["image"] / (setup.model.levels - 1)
         measured = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
@@ -102,10 +103,10 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         ]
     fig, (axes,) = figures.figure(1, 4, size=(16, 4.2))
     for ax, curves, xlabel in ((axes[0], by_step, "updates"), (axes[1], by_minute, "minutes of two cores")):
-        figures.curves(ax, curves, xlabel=xlabel, ylabel="bound, held-out digits (bits per dim)")
+        figures.curves(ax, curves, xlabel=xlabel, ylabel="bound, held-out images (bits per dim)")
     for ax, net, pictures in zip(axes[2:], NETS, shown, strict=True):
         figures.images(ax, pictures, 10, title=f"{net}: samples, not chosen")
-    caption = f"T = {setup.model.T}, {setup.run.steps} updates of {setup.run.batch_size} digits, equal rates"
+    caption = f"T = {setup.model.T}, {setup.run.steps} updates of {setup.run.batch_size} images, equal rates"
     figures.save(fig, folder / "unet_or_dit.png", caption)
     return found
 

@@ -18,7 +18,7 @@ import numpy as np
 from aigc_jax import data, figures, train, vae
 from aigc_jax.core import EMA, Optim
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 MODEL = vae.Config(
@@ -68,13 +68,13 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     with _cli.door():
         if setup.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {setup.seeds}")
-        training, valid = setup.data.load("train[:1237]"), setup.data.load("train[1237:]")
+        training, valid, test = _pictures.parts(setup.data, "train[:1237]", "train[1237:]", "test")
+        setup = _pictures.adopt(setup, SCALES, training.info)
     results = []
     for run in _cli.seeded(setup.run, setup.seeds):
         train.fit(vae.make, setup.model, run, training, valid=valid)
         results.append(train.load(run.folder))  # the best checkpoint on the validation digits
 
-    test = setup.data.load("test")
     bounds = [train.evaluate(result, test)["nll_nats"] for result in results]
     bound, error = _cli.mean_and_error(bounds)
     levels, shape = setup.model.levels - 1, setup.model.shape
@@ -92,15 +92,18 @@ def draw(setup: Setup, folder: Path, result: train.Result, test: data.Data, boun
     x = vae.preprocess(cfg, batch, jax.random.key(0))
     mu = np.asarray(vae.encode(cfg, params, x)[0])
     pairs = np.concatenate(
-        [np.stack([x[i : i + 10], vae.reconstruct(cfg, params, x[i : i + 10])]) for i in (0, 10, 20)]
+        [
+            np.stack([x[i : i + 10], vae.reconstruct(cfg, params, x[i : i + 10])])
+            for i in range(0, min(30, len(x) - 9), 10)
+        ]
     )
     _, _, axes = np.linalg.svd(mu - mu.mean(0), full_matrices=False)
 
     fig, ((a, b), (c, d)) = figures.figure(2, 2, size=(9, 8.5))
     samples = train.sample(result, jax.random.split(jax.random.key(setup.run.seed), 4)[3], n=100)
     figures.images(a, samples, 10, title="samples: mean of p(x|z), z ~ N(0, I)")
-    figures.images(b, pairs.reshape(-1, *cfg.shape), 10, title="test digits (rows 1, 3, 5) and their reconstructions")
-    figures.points(c, mu @ axes[:2].T, batch["label"], title=f"posterior means of the {len(x)} test digits",
+    figures.images(b, pairs.reshape(-1, *cfg.shape), 10, title="test images (rows 1, 3, 5) and their reconstructions")
+    figures.points(c, mu @ axes[:2].T, batch.get("label"), title=f"posterior means of the {len(x)} test images",
                    axes=("first principal axis of mu", "second principal axis of mu"))  # fmt: skip
     lines = train.metrics(result.folder)
     seen = {
@@ -112,7 +115,7 @@ def draw(setup: Setup, folder: Path, result: train.Result, test: data.Data, boun
     d.axhline(marginal, color="0.4", linewidth=1)
     d.annotate("per-pixel marginal", (0.98, marginal), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     d.set_ylim(None, marginal + 1)
-    setting = f"VAE {cfg.hidden} x {cfg.latent_dim} latents, batches of {setup.run.batch_size} digits"
+    setting = f"VAE {cfg.hidden} x {cfg.latent_dim} latents, batches of {setup.run.batch_size} images"
     chosen = f"update {int(result.state.step)}, the best of {setup.run.steps} on validation"
     figures.save(fig, folder / "vae_digits.png", f"{setting}; {chosen}; test: {bound:.2f} nats (-ELBO, grey levels)")
 

@@ -20,7 +20,7 @@ import numpy as np
 from aigc_jax import figures, train, vae
 from aigc_jax.core import EMA, Family, Optim, make_step
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 MODEL = vae.Config(hidden=(500,), activation="tanh", binarisation="dynamic", optim=Optim(lr=1e-3))
@@ -108,8 +108,9 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         plain = {"likelihood": "bernoulli", "upper_dim": 0, "classes": 0, "objective": "elbo"}
         if wrong := [name for name, value in plain.items() if getattr(setup.model, name) != value]:
             raise ValueError(f"wake-sleep is for model.{wrong[0]} {plain[wrong[0]]} only")
-        training, test = setup.data.load("train"), setup.data.load("test")
-        seen = setup.data.load(f"train[:{test.info.examples}]")
+        training, test = _pictures.parts(setup.data, "train", "test")
+        seen = setup.data.load(f"train[:{min(test.info.examples, training.info.examples)}]")
+        setup = _pictures.adopt(setup, SCALES, training.info)
     bounds, gaps, curves, found = {}, {}, {}, []
     for latents in setup.latents:
         for algorithm, make in zip(ALGORITHMS, (vae.make, make_wake_sleep), strict=True):

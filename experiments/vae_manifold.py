@@ -20,7 +20,7 @@ import numpy as np
 from aigc_jax import figures, train, vae
 from aigc_jax.core import EMA, Optim
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 from experiments.vae_digits import marginal_nats
 
@@ -62,22 +62,24 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     with _cli.door():
         if setup.model.latent_dim != 2:
             raise ValueError(f"the manifold of this figure has model.latent-dim 2, not {setup.model.latent_dim}")
-        training, valid = setup.data.load("train[:55000]"), setup.data.load("train[55000:]")
+        training, valid, test = _pictures.parts(setup.data, "train[:55000]", "train[55000:]", "test")
+        setup = _pictures.adopt(setup, SCALES, training.info)
     result = train.fit(vae.make, setup.model, setup.run, training, valid=valid)
-    test = setup.data.load("test")
     scores = train.evaluate(result, test)
     levels = setup.model.levels - 1
     marginal = marginal_nats(training.resident[0]["image"] / levels, test.resident[0]["image"] / levels)
 
     cfg, params = result.config, EMA(result.config.ema).read(result.state)
-    batch = test.batch(0, 0, 2000)
+    batch = test.batch(0, 0, min(2000, test.info.examples))
     mu = np.asarray(vae.encode(cfg, params, vae.preprocess(cfg, batch, jax.random.key(0)))[0])
     grid = vae.manifold(cfg, params, side=20)
     fig, ((a, b),) = figures.figure(1, 2, size=(12, 6))
     figures.images(
         a, grid.reshape(-1, *cfg.shape), 20, title="mean of p(x|z), z through the inverse Gaussian CDF of a grid"
     )
-    figures.points(b, mu, batch["label"], title="posterior means of 2,000 test images, by class", axes=("z_1", "z_2"))
+    by_class = ", by class" if "label" in batch else ""
+    title = f"posterior means of {len(mu):,} test images{by_class}"
+    figures.points(b, mu, batch.get("label"), title=title, axes=("z_1", "z_2"))
     caption = f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of {setup.run.batch_size}"
     figures.save(
         fig, folder / "vae_manifold.png", f"{caption}; test: {scores['nll_nats']:.1f} nats (-ELBO, grey-level targets)"

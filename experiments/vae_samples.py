@@ -19,7 +19,7 @@ import numpy as np
 from aigc_jax import figures, train, vae
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
 MODEL = vae.Config(hidden=(500,), activation="tanh", optim=Optim(lr=2e-3, decay=24_000, floor=0.05))
@@ -64,7 +64,8 @@ INVARIANTS = CRITERIA
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains a net a size, measures its bound, draws 100 samples of each."""
     with _cli.door():
-        training, test = setup.data.load("train"), setup.data.load("test")
+        training, test = _pictures.parts(setup.data, "train", "test")
+        setup = _pictures.adopt(setup, SCALES, training.info)
     results, scores = {}, {}
     for latents in setup.latents:
         run = replace(setup.run, folder=str(folder / f"{latents}"))

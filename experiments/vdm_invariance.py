@@ -25,7 +25,7 @@ from aigc_jax import ddpm, figures, train
 from aigc_jax.data import points
 from aigc_jax.ddpm.process import at, beta_tilde
 from aigc_jax.train import Run
-from experiments import _cli, _diffusion, ddpm_objectives
+from experiments import _cli, _diffusion, _pictures, ddpm_objectives
 from experiments._cli import Row, Source
 
 CENTRES, STD = points.grid_modes() / 8**0.5, 0.05 / 8**0.5
@@ -214,6 +214,9 @@ def in_steps(setup: Setup, T: int, key) -> float:
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """The grid under every schedule and number of steps; then the digits."""
+    with _cli.door():
+        training, test = _pictures.parts(setup.data, "train", "test")
+        setup = _pictures.adopt(setup, SCALES, training.info)
     entropy, ends = entropy_and_ends()
     truth = entropy + ends
     gammas = {**SCHEDULES, "learned": learn_gamma(setup)}
@@ -227,8 +230,6 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     values = [mean for mean, _ in found.values()]
     falls = list(finite.values())
 
-    with _cli.door():
-        training, test = setup.data.load("train"), setup.data.load("test")
     result = train.fit(ddpm.make, setup.model, replace(setup.run, folder=str(folder / "digits")), training)
     bits = [train.evaluate(result, test, seed=seed)["nll_bits_per_dim"] for seed in range(8)]
     straight, least = least_variance()
@@ -243,7 +244,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row(FALLS, min(a - b for a, b in zip(falls, falls[1:], strict=False))),
         *(Row(f"grid, {name} gamma: variance of the estimate (squared nats)", v) for name, v in variance.items()),
         Row(QUIETER, variance["linear"] / variance["learned"], oracle=straight / least),
-        Row(DIGITS, float(np.mean(bits)), 2.65),
+        Row(DIGITS.replace("digits", setup.data.name), float(np.mean(bits)), 2.65),
     ]  # fmt: skip
 
 

@@ -302,3 +302,37 @@ def test_mnist_itself(tmp_path, monkeypatch):
     assert count.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert np.bincount(test.resident[0]["label"]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert train.resident[0]["label"][:8].tolist() == [5, 0, 4, 1, 9, 2, 1, 3]  # the order of the original files
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (np.zeros((3, 3, 32, 32), np.uint8), r"got uint8 .*, 3, 32, 32\]; channels come last: x.transpose"),
+        (np.zeros((3, 1, 28, 28), np.uint8), "channels come last"),
+        (np.zeros((3, 4, 8, 5), np.uint8), "channels come last"),
+        (np.zeros((3, 3, 32, 32), np.float32), r"channels come last.*\(x \* 255\).round\(\)"),
+        (np.zeros((3, 28, 28), np.uint8), r"x\[..., None\]"),
+        (np.zeros((3, 28, 28, 1), np.float16), r"got float16 .*, 28, 28, 1\]; of floats"),
+    ],
+)
+def test_images_of_another_layout_are_told_what_to_do(image, words):
+    with pytest.raises(ValueError, match=words):
+        data.from_arrays({"image": image})
+    with pytest.raises(ValueError, match=words):
+        data.from_source([{"image": x} for x in image])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32, 3), (3, 3, 4, 3), (3, 1, 1, 1), (3, 4, 4, 4), (3, 1, 5, 3)])
+def test_no_picture_with_its_channels_last_is_taken_for_another(shape):
+    assert data.from_arrays({"image": np.zeros(shape, np.uint8)}).info.shape == shape[1:]
+
+
+def test_home_is_expanded_where_files_lie(tiny, monkeypatch):
+    folder, _ = tiny
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", no_network)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    folder.rename(folder.parent / "mnist")
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {folder.parent}/nowhere"):
+        data.load("mnist", folder="~/nowhere")
+    monkeypatch.setenv("AIGC_DATA", "~")
+    assert data.load("mnist", "test").info.examples == 3

@@ -99,8 +99,8 @@ def from_arrays(
     if len(x) == 0:
         raise ValueError("a data set needs at least one example")
     if kind == "image":
-        if x.dtype != np.uint8 or x.ndim != 4:
-            raise ValueError(f"image must be uint8 [N, H, W, C], got {x.dtype} {list(x.shape)}")
+        if x.dtype != np.uint8 or x.ndim != 4 or _channels_first(x.shape):
+            raise ValueError(f"image must be uint8 [N, H, W, C], got {x.dtype} {list(x.shape)}{_advice(x)}")
         if not 2 <= levels <= 256:
             raise ValueError(f"levels must lie in 2..256, got {levels}")
         if x.max() >= levels:
@@ -147,6 +147,23 @@ def from_arrays(
     )
     rows = functools.partial(order, len(x))
     return Data(info, lambda seed, i, size: _take(arrays, rows(seed, i, size)), (arrays, rows, _take))
+
+
+def _channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether the images are [N, C, H, W], as PyTorch has them: no picture has as many channels as pixels."""
+    return len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] > 4
+
+
+def _advice(x: np.ndarray) -> str:
+    """What makes uint8 [N, H, W, C] of other images."""
+    to_do = []
+    if _channels_first(x.shape):
+        to_do.append("channels come last: x.transpose(0, 2, 3, 1)")
+    if x.ndim == 3:
+        to_do.append("a single channel is an axis too: x[..., None]")
+    if np.issubdtype(x.dtype, np.floating):
+        to_do.append("of floats in [0, 1] take (x * 255).round().astype(np.uint8)")
+    return f"; {'; '.join(to_do)}" if to_do else ""
 
 
 def _digest(arrays: dict) -> str:
@@ -228,7 +245,8 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         train and validation.
     folder: where the original files of a downloaded set lie (else AIGC_DATA/<name>, else a prepared copy, else the
         network). Files are known by their checksums, whatever their names. For images: and text:, where they are now.
-    options: the set's own (synthetic: std, examples ...; text: length, stride, tokenizer); unknown ones are refused.
+    options: the set's own (synthetic: std, examples ...; text: length, stride, tokenizer; images: size, stream);
+        unknown ones are refused.
 
     Raises ValueError for a name, split, option or file that does not fit, FileNotFoundError where files are missing.
     """

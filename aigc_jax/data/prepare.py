@@ -65,9 +65,9 @@ def _find_or_prepare(name: str, folder: str | None):
     wanted = {info.filename: (url, info.checksum, info.size) for url, info in builder_class.url_infos.items()}
     builder = builder_class(file_format="array_record")
 
-    given = Path(folder) if folder is not None else None
+    given = Path(os.path.expanduser(folder)) if folder is not None else None
     if given is None and "AIGC_DATA" in os.environ:
-        given = Path(os.environ["AIGC_DATA"]) / name
+        given = Path(os.path.expanduser(os.environ["AIGC_DATA"])) / name
         if not given.is_dir():
             given = None
     files = _find(name, given, wanted) if given is not None else None

@@ -1,0 +1,217 @@
+"""Own pictures: a VAE, a GAN or a diffusion model of a folder of them
+
+    python -m experiments.own_pictures --family ddpm --data.name images:FOLDER --data.size 32
+    python -m experiments.own_pictures --family vae         8x8 digits, which are always there: downloads nothing
+
+--family is vae (the default), gan or ddpm. The nets are chosen by the size of the pictures, for two cores and minutes:
+at 32x32 in colour a VAE takes about 3 minutes, a GAN 6 and a diffusion model 15. Longer runs are better:
+--run.steps. Expect a VAE's samples to be soft, and a GAN's of a few hundred pictures to be of few kinds. A folder of
+pictures of all sizes is resized and cut by --data.size; sub-folders are classes, which --model.classes N gives to the
+model; train/, validation/ and test/ are splits, without which a tenth of the pictures is watched while training and
+another is measured. The samples stand beside what training images score (oracle) and beside their nearest training
+images. These measures are of pixels: they need no classifier, and compare only with numbers of the same pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from aigc_jax import data, ddpm, figures, gan, metrics, train, vae
+from aigc_jax.core import Optim
+from aigc_jax.train import Run
+from experiments import _cli, _pictures
+from experiments._cli import Row, Source
+
+FIRST = {"family": ("vae", "gan", "ddpm")}
+
+
+def halvings(shape: tuple[int, ...]) -> int:
+    """How often both sides can be halved before one is below 3."""
+    count, (height, width, _) = 0, shape
+    while height % 2 == width % 2 == 0 and min(height, width) >= 6:
+        count, height, width = count + 1, height // 2, width // 2
+    return count
+
+
+def channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the VAE's convolutions, each of which halves the sides."""
+    return (32, 64, 128, *[128] * 5)[: halvings(shape)]
+
+
+def generator(shape: tuple[int, ...]) -> gan.Net:
+    """DCGAN's; dense layers where the sides cannot be halved."""
+    if not halvings(shape):
+        return gan.Net(widths=(256, 256), norm="batch")
+    return gan.Net("dcgan", (32, 64, 128, *[128] * 5)[: halvings(shape)], norm="batch")
+
+
+def discriminator(shape: tuple[int, ...]) -> gan.Net:
+    """DCGAN's with spectral normalisation; dense layers where the sides cannot be halved."""
+    widths = (32, 64, 128, *[128] * 5)[: halvings(shape)]
+    return gan.Net("dcgan" if widths else "mlp", widths or (256, 256), activation="leaky_relu", norm="spectral")
+
+
+def unet(shape: tuple[int, ...]) -> ddpm.Net:
+    """A U-Net that attends where a picture has few places left."""
+    widths = (32, 64, 96, *[128] * 5)[: 1 + halvings(shape)]
+    return ddpm.Net(widths=widths, blocks=1, attention=(4, 5, 6, 7, 8), groups=8, dropout=0.1)
+
+
+DIGIT = (8, 8, 1)
+VAE = vae.Config(
+    shape=DIGIT, levels=17, latent_dim=32, channels=channels(DIGIT), hidden=(256,), activation="relu", ema=0.99,
+    optim=Optim(lr=1e-3, clip=100.0, warmup=100, decay=2900, floor=0.05),
+)  # fmt: skip
+GAN = gan.Config(
+    shape=DIGIT, levels=17, latent_dim=64, gen=generator(DIGIT), disc=discriminator(DIGIT), loss="hinge", ema=0.99,
+    optim=Optim(lr=2e-4, b1=0.0, b2=0.9), disc_optim=Optim(lr=4e-4, b1=0.0, b2=0.9),
+)  # fmt: skip
+DDPM = ddpm.Config(
+    shape=DIGIT, levels=17, T=100, schedule="cosine", prediction="v", variance="learned", objective="hybrid", terms=8,
+    net=unet(DIGIT), ema=0.99, optim=Optim(lr=2e-3, clip=1.0, warmup=100, decay=1900, floor=0.05),
+)  # fmt: skip
+RUN = Run(steps=3000, batch_size=64, eval_every=250, save_every=500, log_every=50, keep=1)
+
+
+@dataclass(frozen=True)
+class VAESetup:
+    """Flags of own_pictures --family vae."""
+
+    model: vae.Config = VAE
+    run: Run = replace(RUN, folder="runs/own_pictures-vae")
+    data: Source = Source("digits")
+    samples: int = 400  # at most, as many are measured as pictures are held out
+
+
+@dataclass(frozen=True)
+class GANSetup:
+    """Flags of own_pictures --family gan."""
+
+    model: gan.Config = GAN
+    run: Run = replace(RUN, folder="runs/own_pictures-gan")
+    data: Source = Source("digits")
+    samples: int = 400  # at most, as many are measured as pictures are held out
+
+
+@dataclass(frozen=True)
+class DDPMSetup:
+    """Flags of own_pictures --family ddpm."""
+
+    model: ddpm.Config = DDPM
+    run: Run = replace(RUN, folder="runs/own_pictures-ddpm", steps=2000)
+    data: Source = Source("digits")
+    samples: int = 400  # at most, as many are measured as pictures are held out
+
+
+MAKES = {"vae": vae.make, "gan": gan.make, "ddpm": ddpm.make}
+SETUPS = {"vae": VAESetup(), "gan": GANSetup(), "ddpm": DDPMSetup()}
+
+
+def scales(family: str) -> dict:
+    """{scale: Setup} of a family."""
+    cpu = SETUPS[family]
+    run = replace(cpu.run, folder=f"{cpu.run.folder}-smoke", steps=200, eval_every=100)
+    small = {"T": 25} if family == "ddpm" else {}
+    return {"smoke": replace(cpu, model=replace(cpu.model, ema=0.9, **small), run=run, samples=100), "cpu": cpu}
+
+
+SCALES = scales("vae")
+DIFFERENCE = {"smoke": "200 updates", "cpu": "no paper: nets and lengths of our own"}
+NEAR = "median distance of a sample to its nearest training image, over that of held-out images"
+COPIES = "smallest distance of a sample to a training image (pixels in [0, 1])"
+SPREAD = "variance of the samples' pixels over that of held-out images"
+CRITERIA = {
+    NEAR: ("within .5 .. 2", lambda ours: 0.5 <= ours <= 2),
+    COPIES: ("> 0", lambda ours: ours > 0),
+    SPREAD: ("within .3 .. 3", lambda ours: 0.3 <= ours <= 3),
+}
+INVARIANTS = {COPIES: CRITERIA[COPIES], SPREAD: ("within .02 .. 20", lambda ours: 0.02 <= ours <= 20)}
+SCORES = {
+    "vae": ("nll_nats", "negative bound, held-out images (nats, -ELBO, grey-level targets)"),
+    "ddpm": ("nll_bits_per_dim", "bound, held-out images (bits per dim)"),
+}
+
+
+def family_of(setup) -> str:
+    """vae, gan or ddpm."""
+    return next(family for family, usual in SETUPS.items() if type(setup) is type(usual))
+
+
+def sized(setup, info: data.Info):
+    """The Setup with nets for pictures of this size, where the user named no others."""
+    family, model, shape = family_of(setup), setup.model, info.shape
+    if info.kind != "image":
+        model.check(info)
+    nets = {
+        "vae": {"channels": channels},
+        "gan": {"gen": generator, "disc": discriminator},
+        "ddpm": {"net": unet},
+    }[family]
+    usual = {name: make(shape) for name, make in nets.items() if getattr(model, name) == make(DIGIT)}
+    return replace(setup, model=replace(model, shape=shape, **usual)) if tuple(model.shape) == DIGIT else setup
+
+
+def rows(setup, folder: Path) -> list[Row]:
+    """Trains, draws samples beside training images, measures them in pixels."""
+    family = family_of(setup)
+    with _cli.door():
+        if setup.samples < _pictures.LEAST:
+            raise ValueError(f"samples must be at least {_pictures.LEAST}, got {setup.samples}")
+        if not 1 <= setup.run.eval_every <= setup.run.steps:
+            raise ValueError("run.eval_every must lie in 1..run.steps: the held-out pictures are watched there")
+        training, held, test = _pictures.parts(setup.data, "train[:90%]", "train[90%:]", "test")
+        setup = _pictures.adopt(sized(setup, training.info), scales(family), training.info)
+    seen, real = _pictures.pixels(training), _pictures.pixels(test)
+    watch = _pictures.health(training) if family == "gan" else None
+    result = train.fit(MAKES[family], setup.model, setup.run, training, valid=held, on_eval=watch)
+
+    n = max(64, min(setup.samples, len(real)))
+    label = {"label": np.arange(n) % setup.model.classes} if setup.model.classes else {}
+    fake = train.sample(result, jax.random.key(setup.run.seed), n=n, **label)
+    near, copies = _pictures.neighbours(fake, seen, real)
+    found = [
+        Row("parameters", sum(leaf.size for leaf in jax.tree.leaves(result.state.params))),
+        Row(NEAR, near),
+        Row(COPIES, copies),
+        Row(SPREAD, float(fake.var(0).mean() / real.var(0).mean())),
+        *_pictures.in_pixels(fake, real, seen),
+    ]
+    if family in SCORES:
+        name, words = SCORES[family]
+        found.append(Row(words, train.evaluate(result, test)[name]))
+    draw(setup, folder, result, fake, seen, found)
+    return found
+
+
+def draw(setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, found: list[Row]) -> None:
+    """Samples beside training images; samples above their nearest training images; the run."""
+    fig, ((a, b), (c, d)) = figures.figure(2, 2, size=(10, 10.4))
+    figures.images(a, fake[:64], 8, title="samples, not chosen")
+    figures.images(b, seen[np.random.default_rng(0).permutation(len(seen))[:64]], 8, title="training images")
+    few = fake[:32].reshape(4, 8, *fake.shape[1:])
+    nearest = seen[metrics.nearest(fake[:32], seen)[1]].reshape(few.shape)
+    pairs = np.stack([few, nearest], 1).reshape(-1, *fake.shape[1:])
+    figures.images(c, pairs, 8, title="samples (rows 1, 3, 5, 7), below each its nearest training image")
+    family, lines = family_of(setup), [line for line in train.metrics(result.folder) if "valid" in line]
+    names = {
+        "vae": ("nll_nats",),
+        "gan": ("seen_real_logit", "real_logit", "fake_logit"),
+        "ddpm": ("nll_bits_per_dim",),
+    }
+    words = {"nll_nats": "held-out images", "nll_bits_per_dim": "held-out images", "seen_real_logit": "training images",
+             "real_logit": "held-out images", "fake_logit": "samples"}  # fmt: skip
+    curves = {words[name]: np.array([(line["step"], line["valid"][name]) for line in lines]).T
+              for name in names[family]}  # fmt: skip
+    ylabel = {"vae": "negative bound (nats)", "gan": "D's logit", "ddpm": "bound (bits per dim)"}[family]
+    figures.curves(d, curves, xlabel="updates", ylabel=ylabel, title="while training")
+    size = " x ".join(map(str, setup.model.shape))
+    caption = f"{family}, {size}, {setup.run.steps} updates of {setup.run.batch_size}, {len(seen)} training images"
+    figures.save(fig, folder / "own_pictures.png", f"{caption}; {_pictures.caption(found)}")
+
+
+if __name__ == "__main__":
+    _cli.main("own_pictures")
