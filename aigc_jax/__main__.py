@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import re
+import shutil
 import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +24,52 @@ from rich.console import Console
 from rich.table import Table
 
 from . import data, ddpm, figures, metrics, train, transformer
+from .data import music
 from .data.text import Tokenizer
 from .train import folder as folders
 from .train.checkpoints import Checkpoints
+from .train.engine import compilation_cache
 
-Folder = tyro.conf.Positional[Path]
+# A path on the command line: ~ is the user's home, also where the shell has not seen it (--out=~/x).
+Place = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(words[0]).expanduser(),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+Folder = tyro.conf.Positional[Place]
+
+
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Ends without a word where nobody reads what is printed any more (`... | head`), as other programs do."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                os.dup2(nowhere, stream.fileno())
+        raise SystemExit(128 + 13) from None  # what a shell reports of a program that SIGPIPE ended
+
+
+def write_traceback(errors: Sequence[BaseException], file: Path | None = None) -> Path:
+    """Writes the tracebacks of errors that are our fault into a file, by default a new temporary one; returns it."""
+    text = "\n".join("".join(traceback.format_exception(e)) for e in errors)
+    if file is None:
+        handle, name = tempfile.mkstemp("-error.txt", "aigc_jax-")
+        os.close(handle)
+        file = Path(name)
+    file.write_text(text, errors="backslashreplace")
+    return file
 
 
 @dataclass(frozen=True)
@@ -113,7 +162,7 @@ def sample(
     run_folder: Folder,
     /,
     *,
-    out: Path | None = None,
+    out: Place | None = None,
     n: int | None = None,
     seed: int = 0,
     chunk: int = 256,
@@ -121,60 +170,157 @@ def sample(
     text: Continue = Continue(),
     diffusion: Denoise = Denoise(),
 ) -> None:
-    """Draws n samples from a run: a picture of them, or text, which appears as it is drawn.
+    """Draws n samples from a run: pictures, points, music, or text, which appears as it is drawn.
 
     Args:
         run_folder: what a training run wrote.
-        out: the picture, a .png file; of text it is none.
-        n: how many; by default 64, of text 1.
+        out: a .png file (all pictures on one sheet, or a map of points), .npy (the numbers), .mid (music) or .txt
+            (text); or a new folder, which gets one file per sample and which `compare` reads. By default pictures go to
+            RUN_FOLDER/samples.png and one by one to RUN_FOLDER/samples, and text to the terminal.
+        n: how many; by default 64, of text and music 1.
         seed: of the samples; not the run's.
-        chunk: how many pictures at once; the samples depend on it.
+        chunk: how many at once; the samples depend on it.
         label: the class of all of them, for a conditional model; by default the classes in turn.
         text: of a language model.
         diffusion: of a diffusion model.
     """
-    if not 0 <= seed < 2**32:
-        raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
+    _check_seed(seed)
+    if (n is not None and n < 1) or chunk < 1:
+        raise train.Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
     result = train.load(run_folder)
-    if result.info.kind == "text":
-        if out is not None or label is not None:
-            raise train.Refused(f"{run_folder} writes text, to the terminal: it takes no --out and no --label")
-        return _continue(result, text, 1 if n is None else n, seed)
+    kind, suffix = result.info.kind, out.suffix.lower() if out else ""
+    if kind == "text" and label is not None:
+        raise train.Refused(f"{run_folder} writes text: it takes no --label")
+    if kind == "text" and (out is None or suffix == ".txt"):
+        return _write_text(result, out, text, 1 if n is None else n, seed)
     if diffusion != Denoise() and not isinstance(result.config, ddpm.Config):
         raise train.Refused(f"{run_folder} holds no diffusion model: --diffusion.* is for these")
     if text != Continue():
-        raise train.Refused(f"{run_folder} makes {result.info.kind}: --text.* is for language models")
-    n = 64 if n is None else n
-    if out is None or out.suffix.lower() != ".png" or not out.parent.is_dir() or out.is_dir():
-        raise train.Refused(f"--out must name a .png file in a folder that exists, got {out}")
+        raise train.Refused(f"{run_folder} makes {kind}: --text.* is for language models that write text")
+    n = n or (1 if kind == "roll" else 64)
     options = diffusion.options(result.config) if isinstance(result.config, ddpm.Config) else {}
     if label is not None:
         classes = getattr(result.config, "classes", 0)
         if not 0 <= label < classes:
             said = f"labels lie in 0..{classes - 1}, got {label}" if classes else "the model takes no labels"
             raise train.Refused(f"{run_folder}: {said}")
+    made = _shape(result, options)
+    if n > (most := max(1, MOST_BYTES // (4 * math.prod(made)))):
+        raise train.Refused(f"n must lie in 1..{most} (4 GiB of samples), got {n}")
+    if label is not None:
         options["label"] = np.full(n, label)
     elif getattr(result.config, "classes", 0):  # left to the model they would begin anew in every chunk
         options["label"] = np.arange(n) % result.config.classes
+    forms = _forms(kind, made)
+    places = _places(run_folder, forms, kind, out)
     samples = train.sample(result, jax.random.split(jax.random.key(seed), 4)[3], n=n, chunk=chunk, **options)
-    new = out.with_name(f".{out.name}.new")
-    try:
-        if result.info.kind == "image":
-            figures.save_images(new, samples)
-        elif result.info.kind == "points" and samples.shape[1] == 2:
-            fig, ((ax,),) = figures.figure(1, 1, size=(5, 5))
-            figures.points(ax, samples, title=f"{n} samples")
-            figures.save(fig, new, f"{run_folder}, step {int(result.state.step)}", kind="png")
-        else:
-            raise train.Refused(
-                f"{run_folder} makes {result.info.kind} of shape {samples.shape[1:]}: no picture for these"
-            )
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
+    if bad := int((~np.isfinite(samples.reshape(n, -1))).any(1).sum()):
+        raise train.Refused(f"{bad} of {n} samples hold values that are not finite: nothing was written")
+    for place in places:
+        with _anew(place) as new:
+            if place.suffix.lower() in forms:
+                _write(new, place.suffix.lower(), samples, f"{run_folder}, step {int(result.state.step)}")
+            else:
+                _write_each(new, forms[0] if kind == "image" else ".npy", samples)
     best = folders.read(run_folder)["run"].get("best")
     chosen = f" (lowest {best} of those kept)" if best else ""
-    print(f"wrote {n} samples of step {int(result.state.step)}{chosen} to {out}")
+    where = " and, one by one, ".join(str(place) for place in places)
+    print(f"wrote {n} samples of step {int(result.state.step)}{chosen} to {where}")
+
+
+MOST_BYTES = 2**32  # of samples in float32, which are held in memory until all are drawn
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
+
+
+def _shape(result: train.Result, options: dict) -> tuple[int, ...]:
+    """The shape of one sample, without drawing any; Refused for a model that draws none."""
+    draw = partial(result.family.sample, n=1, **options)
+    made = jax.eval_shape(draw, result.state, jax.random.key(0))
+    if not isinstance(made, jax.ShapeDtypeStruct) or made.shape[:1] != (1,):
+        raise train.Refused(f"{result.folder}: its samples are no array with one row per sample; use train.sample")
+    return made.shape[1:]
+
+
+def _forms(kind: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The kinds of file for samples of this shape; first the one for eyes or ears, where there is one."""
+    if (kind == "image" and len(shape) == 3 and shape[-1] in (1, 3)) or (kind == "points" and shape == (2,)):
+        return ".png", ".npy"
+    if kind == "roll" and len(shape) == 2 and shape[-1] <= 128 - music.LOWEST:
+        return ".mid", ".npy"
+    return (".npy",)
+
+
+def _places(run_folder: Path, forms: tuple[str, ...], kind: str, out: Path | None) -> list[Path]:
+    """Where samples are written; refuses what is no place for them, before any is drawn."""
+    if out is None:
+        singles = run_folder / "samples"
+        if kind != "image" or forms[0] != ".png":
+            return [run_folder / f"samples{forms[0]}"]
+        if singles.is_dir() and any(not re.fullmatch(r"\d+\.png", path.name) for path in singles.iterdir()):
+            raise train.Refused(f"{singles} holds other files than earlier samples: say with --out where to write")
+        return [run_folder / "samples.png", singles]
+    takes = f"a {' or '.join(forms)} file or a folder (a name without an ending)"
+    if out.suffix and not out.is_dir() and out.suffix.lower() not in forms:
+        raise train.Refused(f"{run_folder} makes {kind}: --out must name {takes}, got {out}")
+    if not out.parent.is_dir():
+        raise train.Refused(f"--out must name a file or folder in a folder that exists, got {out}")
+    if out.is_dir() and any(out.iterdir()):
+        raise train.Refused(f"{out} holds other files: --out must name {takes} that is new or empty")
+    if not out.suffix and out.exists() and not out.is_dir():
+        raise train.Refused(f"{out} is a file: --out must name {takes}")
+    return [out.resolve() if out.is_dir() else out]
+
+
+@contextlib.contextmanager
+def _anew(place: Path) -> Iterator[Path]:
+    """A path beside `place` to write a file or folder to, which takes its place when it is whole, and else vanishes."""
+    new = place.with_name(f".{place.name}.new{os.getpid()}")
+    try:
+        yield new
+        if new.is_dir() and place.is_dir():
+            shutil.rmtree(place)  # it holds nothing, or earlier samples
+        new.replace(place)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
+
+
+def _write(file: Path, form: str, samples: np.ndarray, caption: str) -> None:
+    """All samples in one file."""
+    if form == ".npy":
+        with open(file, "wb") as opened:
+            np.save(opened, samples)
+    elif form == ".mid":
+        music.write_midi(file, music.joined(samples))
+    elif samples.ndim == 4:
+        figures.save_images(file, samples)
+    else:
+        fig, ((ax,),) = figures.figure(1, 1, size=(5, 5))
+        figures.points(ax, samples, title=f"{len(samples)} samples")
+        figures.save(fig, file, caption, kind="png")
+
+
+def _write_each(folder: Path, form: str, samples: np.ndarray) -> None:
+    """One file per sample, 00000.png or .npy, in a new folder."""
+    folder.mkdir()
+    for i, sample in enumerate(samples):
+        file = folder / f"{i:05}{form}"
+        figures.save_image(file, sample) if form == ".png" else np.save(file, sample)
+
+
+def _write_text(result: train.Result, out: Path | None, text: Continue, n: int, seed: int) -> None:
+    """Continuations of a prompt, on the terminal or in a file."""
+    if out is None:
+        return _continue(result, text, n, seed)
+    [place] = _places(result.folder, (".txt",), "text", out)
+    with _anew(place) as new, open(new, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        _continue(result, text, n, seed)
+    print(f"wrote {n} texts of step {int(result.state.step)} to {place}")
 
 
 def info(run_folder: Folder, /) -> None:
@@ -354,8 +500,7 @@ def compare(
         n: pictures a side; by default half of the reference, or all of the other where those are fewer.
         seed: which pictures, and the random directions.
     """
-    if not 0 <= seed < 2**32:
-        raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
+    _check_seed(seed)
     real, fake = _pictures(reference), _pictures(other)
     shape = real.info.shape
     if fake.info.shape != shape:
@@ -417,8 +562,10 @@ def _show_scores(columns: list[dict], title: str, features: str) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+@quiet_pipe()
 def main() -> None:
     """The command line: one line and exit code 2 for a user's mistake."""
+    compilation_cache()
     try:
         commands = [sample, evaluate, export, info, replay, compare]
         tyro.extras.subcommand_cli_from_dict(
@@ -427,9 +574,15 @@ def main() -> None:
     except KeyboardInterrupt as e:
         print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from e
+    except BrokenPipeError:
+        raise
     except (train.Refused, ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from e
+    except Exception as e:  # nobody's mistake but ours, or no memory
+        words = " ".join(f"{type(e).__name__}: {e}"[:500].split())
+        print(f"error: {words} (its traceback is in {write_traceback([e])})", file=sys.stderr)
+        raise SystemExit(1) from e
 
 
 if __name__ == "__main__":

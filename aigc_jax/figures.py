@@ -74,6 +74,14 @@ def save_images(path: str | Path, images: Images, columns: int | None = None, *,
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
 
 
+def save_image(path: str | Path, image: Num[Array | np.ndarray, "H W C"]) -> None:
+    """Writes one image in [0, 1], of 1 or 3 channels, as a PNG of exactly its pixels."""
+    from PIL import Image
+
+    pixels = np.clip(np.asarray(image) * 255 + 0.5, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
+
+
 def save_animation(path: str | Path, frames, columns: int | None = None, *, smallest: int = 512, ms: int = 80) -> None:
     """A GIF of image grids [F, N, H, W, C] in [0, 1], `ms` milliseconds a frame and two seconds the last."""
     from PIL import Image

@@ -5,7 +5,12 @@ DIFFERENCE  {scale: how this scale differs from the paper's protocol}; "" where 
 CRITERIA    {quantity: (what must hold, as words; the same as a function of ours)}; a quantity that a run did not
             come to is a row of NOT_REACHED, and fails; one without a row is shown as not measured
 INVARIANTS  the same for scale smoke, where a run is too short for the criteria; a failing one is exit code 1
-rows(setup, folder) -> list of Row: trains, draws its figures into the folder, measures
+rows(setup, folder) -> list of Row: trains, draws its figures into the folder, measures. It may also yield its rows one
+            by one: then those that came before a failure are kept. What may fail after the training stands in
+            `with costs(found, QUANTITY, ...)`, so that it costs its own rows only
+
+A script may have more than one set of scales: FIRST = {"family": ("vae", "gan")} makes --family a flag, its first
+choice the default, and scales(family) returns the SCALES of a choice.
 
 `python -m experiments.<name>` runs it at scale cpu; --scale first, other flags override.
 """
@@ -25,18 +30,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from aigc_jax import data, train
+from aigc_jax.__main__ import quiet_pipe, write_traceback
 from aigc_jax.train import folder as folders
+from aigc_jax.train.engine import compilation_cache
 from aigc_jax.train.folder import environment, write_json
 
 NOT_REACHED = "not reached"
+PLACES = ("folder", "init", "weights", "name", "tokenizer")  # flags, by their last part, whose values may be paths
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TABLE = ROOT / "results", ROOT / "docs" / "reproduction.md"
 
@@ -49,6 +56,7 @@ class Row(NamedTuple):
     paper: float | str | None = None
     error: float | None = None  # standard error over seeds, or of the estimate (the quantity says which)
     oracle: float | str | None = None  # what exact mathematics says, where it says something
+    reason: str | Exception | None = None  # why there is no number of ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +82,53 @@ def door() -> Iterator[None]:
     """A user's mistake is one line and exit code 2; whatever else goes wrong keeps its traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as e:
         raise SystemExit(_error(e, 2)) from e
 
 
-def _error(e: BaseException, code: int) -> int:
+def _error(e: BaseException | str, code: int) -> int:
     print(f"error: {e}", file=sys.stderr)
     return code
 
 
+@contextlib.contextmanager
+def costs(found: list[Row], *quantities: str) -> Iterator[None]:
+    """What fails inside costs these rows and no others: those not in `found` by then are added with the reason.
+
+    For what follows the training: measurements, samples, figures (a figure counts as a quantity). What ends a training
+    (NonFinite, SaveFailed, ReadFailed) goes through.
+    """
+    try:
+        yield
+    except (train.NonFinite, train.SaveFailed, train.ReadFailed, BrokenPipeError):
+        raise
+    except Exception as e:
+        there = {row.quantity for row in found}
+        found += [Row(quantity, None, reason=e) for quantity in quantities if quantity not in there]
+
+
+def figure(name: str) -> str:
+    """The quantity under which a figure that could not be drawn is listed."""
+    return f"the figure {name}"
+
+
+def _why(reason: str | BaseException) -> str:
+    """One line for a reason; of an exception that nobody meant for the user's eyes its type as well."""
+    meant = isinstance(reason, str | ValueError | OSError | train.NonFinite) and str(reason)
+    words = str(reason) if meant else f"{type(reason).__name__}: {reason}"
+    return " ".join(words.split()) if len(words) <= 500 else " ".join(words[:500].split()) + " ..."
+
+
+def _is_bug(reason) -> bool:
+    return isinstance(reason, BaseException) and not isinstance(reason, ValueError | OSError | train.NonFinite)
+
+
 def verdict(row: Row, criteria: dict) -> str:
-    """Whether a row's criterion holds, with its words; empty where it has none."""
+    """Whether a row's criterion holds, with its words, or why the row was not measured; empty where there is none."""
+    if row.ours is None and row.reason is not None:
+        return f"not measured: {_why(row.reason)}"
     if row.quantity not in criteria:
         return ""
     words, holds = criteria[row.quantity]
@@ -147,81 +191,150 @@ def number(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
+def expanded(args: list[str]) -> list[str]:
+    """The arguments with ~ expanded in the values of flags that name a place."""
+    found, flag = [], ""
+    for arg in args:
+        flag, joined, value = arg.partition("=") if arg.startswith("--") else (flag, "", arg)
+        if arg.startswith("--") and not joined:
+            found.append(arg)
+            continue
+        kind, colon, path = value.rpartition(":") if value.startswith(("images:", "text:")) else ("", "", value)
+        if flag.rpartition(".")[2].lstrip("-") in PLACES and path.startswith("~"):
+            value = f"{kind}{colon}{os.path.expanduser(path)}"
+        found.append(f"{flag}={value}" if joined else value)
+    return found
+
+
+def parse(name: str, script, args: list[str]) -> tuple[Any, str, bool, list[str]]:
+    """(setup, scale, whether to record, the other flags) as the arguments ask for them.
+
+    The scale, and before it the script's FIRST choices, say which setup holds the defaults, so they are looked for
+    first. Then all flags are read at once and --help shows them all. Wrong ones end in a box and exit code 2.
+    """
+    wanted = dict(getattr(script, "FIRST", {}))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in (*wanted, "scale"):
+        first.add_argument(f"--{flag}", nargs="?")
+    first.add_argument("--record", action="store_true")
+    said, flags = first.parse_known_args(args)
+    chosen = {flag: getattr(said, flag) for flag in wanted}
+    chosen = {flag: value if value in wanted[flag] else wanted[flag][0] for flag, value in chosen.items()}
+    scales = script.scales(**chosen) if wanted else script.SCALES
+    scale = said.scale if said.scale in scales else "cpu"
+    wanted, chosen = {**wanted, "scale": tuple(scales)}, {**chosen, "scale": scale}
+    keep = Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help="keep the rows in results/")]
+    whole = dataclasses.make_dataclass(
+        "Flags",
+        [
+            *((flag, Literal[options], chosen[flag]) for flag, options in wanted.items()),
+            ("record", keep, False),
+            ("setup", Annotated[type(scales[scale]), tyro.conf.arg(name="")], dataclasses.field(default=scales[scale])),
+        ],
+    )
+    with door():
+        read = tyro.cli(whole, args=args, description=script.__doc__, prog=f"python -m experiments.{name}")
+    others = [f"--{flag}={value}" for flag, value in chosen.items() if flag != "scale" and value != wanted[flag][0]]
+    return read.setup, scale, read.record, [*others, *flags]
+
+
+def _begun(folder: Path) -> dict:
+    """Which runs lie in a folder, and when each was last started: fit writes run.json at every start."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("run.json")}
+
+
+def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
+    """The rows of a script, and what ended it before its end, if anything did.
+
+    What is refused before a training has begun is one line and exit code 2; anything else that goes wrong there is one
+    line and exit code 1.
+    """
+    found, before = [], _begun(folder)
+    try:
+        for row in script.rows(setup, folder):
+            found.append(row)
+    except BrokenPipeError:
+        raise
+    except Exception as e:
+        if found or _begun(folder) != before:
+            return found, e
+        where = f" (its traceback is in {write_traceback([e])})" if _is_bug(e) else ""
+        raise SystemExit(_error(_why(e) + where, 2 if isinstance(e, ValueError) else 1)) from e
+    return found, None
+
+
+@quiet_pipe()
 def main(name: str) -> None:
     """Runs experiments.<name> with the flags of this process."""
     # The script's importable twin, so that a run folder can name what made it.
     script = importlib.import_module(f"experiments.{name}")
-    first = argparse.ArgumentParser(add_help=False, prog=f"python -m experiments.{name}")
-    first.add_argument("--scale", choices=tuple(script.SCALES), default="cpu")
-    first.add_argument("--record", action="store_true")
-    for flag, choices in getattr(script, "FIRST", {}).items():
-        first.add_argument(f"--{flag}", choices=choices, default=choices[0])
-    choice, flags = first.parse_known_args()
-    chosen = {flag: getattr(choice, flag) for flag in getattr(script, "FIRST", {})}
-    setups = script.scales(**chosen) if chosen else script.SCALES
-    scales = ",".join(script.SCALES)
-    about = f"{script.__doc__}\n--scale {{{scales}}} (default cpu); --record keeps the rows in results/."
-    with door():
-        setup = tyro.cli(type(setups[choice.scale]), default=setups[choice.scale], args=flags,
-                         description=about, prog=f"python -m experiments.{name}")  # fmt: skip
-    flags = [word for flag, value in chosen.items() for word in (f"--{flag}", value)] + flags
-    if choice.record:
-        commit = recordable(choice.scale, flags)
-    if jax.config.jax_compilation_cache_dir is None:  # a second start compiles nothing
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "aigc_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    setup, scale, record, flags = parse(name, script, expanded(sys.argv[1:]))
+    if record:
+        commit = recordable(scale, flags)
+    compilation_cache()
 
     with door():
         if not getattr(setup, "run", setup).folder:
             raise ValueError("an experiment needs a folder to write to (--run.folder, or --folder)")
         folder = Path(getattr(setup, "run", setup).folder)
-        if choice.record:
+        if record:
             check_began_at(commit, folder)
     begin, continued = time.monotonic(), folder.exists()
     try:
-        rows = script.rows(setup, folder)
-    except train.Refused as e:
-        raise SystemExit(_error(e, 2)) from e
+        rows, failed = measured(script, setup, folder)
     except KeyboardInterrupt as e:
-        raise SystemExit(_error(KeyboardInterrupt("interrupted"), 130)) from e
-    except (train.NonFinite, OSError) as e:  # SaveFailed, or a figure that could not be written
-        raise SystemExit(_error(e, 1)) from e
-    criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA
+        raise SystemExit(_error("interrupted", 130)) from e
+    criteria = script.INVARIANTS if scale == "smoke" else script.CRITERIA
     if getattr(getattr(setup, "data", None), "pictures", False):
         criteria = {}  # they are about the script's own set
-    rows += [Row(quantity, None) for quantity in criteria if quantity not in {row.quantity for row in rows}]
+    there = {row.quantity for row in rows}
+    rows += [Row(quantity, None, reason=failed) for quantity in criteria if quantity not in there]
     verdicts = [verdict(row, criteria) for row in rows]
     seconds = round(time.monotonic() - begin, 1)
     # Flags that change what is compared; the record says the data set and the seeds by themselves.
     changed = without(flags, "--run.folder", "--folder", "--data.folder", "--data.name", "--seeds")
-    difference = "; but with ".join(words for words in (script.DIFFERENCE[choice.scale], " ".join(changed)) if words)
-    _show(name, choice.scale, rows, verdicts, difference)
+    difference = "; but with ".join(words for words in (script.DIFFERENCE[scale], " ".join(changed)) if words)
+    _show(name, scale, rows, verdicts, difference)
     result = {
         "name": name,
         "title": script.__doc__.splitlines()[0],
-        "command": command(name, choice.scale, flags),
-        "scale": choice.scale,
+        "command": command(name, scale, flags),
+        "scale": scale,
         "difference": difference,
         "data": setup.data.name if hasattr(setup, "data") else None,
         "seeds": getattr(setup, "seeds", 1),
         "seconds": seconds,
         "continued": continued,
         "environment": environment(),
-        "rows": [{**row._asdict(), "verdict": said} for row, said in zip(rows, verdicts, strict=True)],
+        "rows": [as_json(row, said) for row, said in zip(rows, verdicts, strict=True)],
     }  # fmt: skip
+    errors = [row.reason for row in rows if isinstance(row.reason, Exception)]
+    errors = list({id(e): e for e in (*errors, *([failed] if failed else []))}.values())
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "rows.json", result)
+        if bugs := [e for e in errors if _is_bug(e)]:
+            file = write_traceback(bugs, folder / "error.txt")
+            print(f"the traceback of what went wrong is in {file}", file=sys.stderr)
     except OSError as e:
         raise SystemExit(_error(e, 1)) from e
     print(f"{seconds} s; figures and rows in {folder}/")
-    if choice.record:
+    if failed or any(not isinstance(e, ValueError) for e in errors):  # a ValueError says in its row why there is none
+        raise SystemExit(_error(_why(failed or next(e for e in errors if not isinstance(e, ValueError))), 1))
+    if record:
         RESULTS.mkdir(exist_ok=True)
         write_json(RESULTS / f"{name}.json", {**result, "commit": commit})
         write_table()
         print(f"recorded in results/{name}.json and docs/reproduction.md")
-    if choice.scale == "smoke" and any(v.startswith(("FAILS", "not measured")) for v in verdicts):
+    if scale == "smoke" and any(v.startswith(("FAILS", "not measured")) for v in verdicts):
         raise SystemExit(1)
+
+
+def as_json(row: Row, said: str) -> dict:
+    """A row as rows.json keeps it, with its verdict; a reason stands only where there is one."""
+    reason = {} if row.reason is None else {"reason": _why(row.reason)}
+    values = {name: value for name, value in row._asdict().items() if name != "reason"}
+    return {**values, "verdict": said, **reason}
 
 
 def without(flags: list[str], *names: str) -> list[str]:

@@ -23,6 +23,7 @@ import optax
 from aigc_jax import figures, train, transformer
 from aigc_jax.core import EMA, Family, Optim, make_step, start
 from aigc_jax.data import music
+from aigc_jax.data.music import write_midi
 from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Source
@@ -153,24 +154,6 @@ def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
         return jax.lax.fori_loop(first.shape[1], frames, one, roll)
 
     return Family(init, make_step(loss, optim, ema=ema, micro=cfg.micro, axis_name=axis_name), evaluate, sample)
-
-
-def write_midi(path: Path, roll: np.ndarray, *, beats_per_minute: int = 80) -> None:
-    """A piano roll of quarter notes [T, 88] as a MIDI file; a key held over several frames is struck once."""
-    import mido
-
-    file = mido.MidiFile(ticks_per_beat=480)
-    track = mido.MidiTrack()
-    file.tracks.append(track)
-    track.append(mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(beats_per_minute)))
-    held, waited = np.zeros(roll.shape[1], bool), 0
-    for frame in np.concatenate([roll > 0.5, np.zeros((1, roll.shape[1]), bool)]):
-        for keys, message in ((held & ~frame, "note_off"), (frame & ~held, "note_on")):
-            for key in np.flatnonzero(keys):
-                track.append(mido.Message(message, note=int(key) + music.LOWEST, velocity=64, time=waited))
-                waited = 0
-        held, waited = frame, waited + 480
-    file.save(path)
 
 
 def rows(setup: Setup, folder: Path) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +32,30 @@ def jsb_chorales(split: str, *, folder: str | None = None) -> Data:
         for t, notes in enumerate(piece):
             roll[i, t, np.array(notes, int) - LOWEST] = 1
     return from_arrays({"roll": roll, "mask": mask}, source={"name": "jsb_chorales", "split": split})
+
+
+def write_midi(path: Path, roll: np.ndarray, *, beats_per_minute: int = 80) -> None:
+    """A piano roll of quarter notes [T, keys] as a MIDI file; a key held over several frames is struck once."""
+    import mido
+
+    file = mido.MidiFile(ticks_per_beat=480)
+    track = mido.MidiTrack()
+    file.tracks.append(track)
+    track.append(mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(beats_per_minute)))
+    held, waited = np.zeros(roll.shape[1], bool), 0
+    for frame in np.concatenate([roll > 0.5, np.zeros((1, roll.shape[1]), bool)]):
+        for keys, message in ((held & ~frame, "note_off"), (frame & ~held, "note_on")):
+            for key in np.flatnonzero(keys):
+                track.append(mido.Message(message, note=int(key) + LOWEST, velocity=64, time=waited))
+                waited = 0
+        held, waited = frame, waited + 480
+    file.save(path)
+
+
+def joined(rolls: np.ndarray, *, rest: int = 4) -> np.ndarray:
+    """Returns pieces [N, T, keys] one after another as one roll, `rest` silent frames between them."""
+    apart = np.pad(np.asarray(rolls), ((0, 0), (0, rest), (0, 0)))
+    return apart.reshape(-1, apart.shape[-1])[:-rest]
 
 
 @functools.lru_cache(maxsize=1)

@@ -26,7 +26,7 @@ from . import folder as folders
 from .checkpoints import Checkpoints, SaveFailed, difference, newest, not_finite, say
 from .engine import Engine, Feed, ReadFailed, compiler_options, ratios
 from .folder import Refused, metrics
-from .progress import Progress
+from .progress import Progress, counted
 
 __all__ = [
     "NonFinite",
@@ -460,7 +460,7 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     size, told = min(chunk, n), compiler_options(jax.devices()[0])
     draw = jax.jit(partial(result.family.sample, n=size, **rest), compiler_options=told)
     pieces = []
-    for i in range(-(-n // size)):
+    for i in counted("sampling", range(-(-n // size))):
         rows = np.minimum(np.arange(i * size, (i + 1) * size), n - 1)  # what is drawn beyond n is cut off
         own = {name: value[rows] for name, value in each.items()}
         pieces.append(np.asarray(draw(result.state, jax.random.fold_in(key, i), **own)))

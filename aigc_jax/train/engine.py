@@ -6,6 +6,7 @@ import math
 import os
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..core import Family, State, step_key
 from ..data import Data, Info
+from .progress import counted
 
 # A parameter smaller than this is copied to every device rather than cut: gathering it in every layer of every step
 # would cost more than the memory it saves.
@@ -34,6 +36,14 @@ COMPILER_OPTIONS = {
 def compiler_options(device) -> dict | None:
     """What `jax.jit` is told for this device; None: nothing."""
     return COMPILER_OPTIONS.get((jaxlib.__version__, device.platform))
+
+
+def compilation_cache() -> None:
+    """Keeps what XLA compiles on disk, so that a second start compiles nothing; a cache of the user's own stays."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aigc_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
@@ -237,7 +247,7 @@ class Engine:
         def score(state: State) -> dict[str, float]:
             total: dict[str, float] = {}
             batches = -(-n // size)
-            for i in range(batches):
+            for i in counted("evaluating", range(batches)):
                 # The last batch is filled up with examples of weight 0, so that no example counts twice.
                 weight = feed.place((i * size + np.arange(size) < n).astype(np.float32))
                 x, key = feed.place(feed.host(0, i, size, batches)), jax.random.fold_in(self.k_eval, i)

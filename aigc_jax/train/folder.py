@@ -223,11 +223,29 @@ def warn_of_environment(record: dict, here: dict) -> None:
         say(f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run")
 
 
+def _no_run(folder: Path) -> str:
+    """Why a folder is no run folder; names the runs inside, where there are any."""
+    if not folder.is_dir():
+        return f"{folder} is no run folder: {'it is a file' if folder.exists() else 'there is no such folder'}"
+    inside = []
+    for at, below, files in os.walk(folder):
+        depth = len(Path(at).relative_to(folder).parts)
+        run = "run.json" in files
+        if run:
+            inside.append(str(Path(at).relative_to(folder)))
+        # A run holds no other runs, and a run of an experiment lies at most four folders deep.
+        below[:] = [] if run or depth == 4 else sorted(name for name in below if not name.startswith("."))
+    if not inside:
+        return f"{folder} is no run folder: it has no run.json"
+    more = f" and {len(inside) - 20} more" if len(inside) > 20 else ""
+    return f"{folder} is no run folder, but there are runs inside; name one of them: {', '.join(inside[:20])}{more}"
+
+
 def read(folder: str | Path) -> dict:
     """run.json of a run folder; Refused where there is none, or a broken one."""
     path = Path(folder) / "run.json"
     if not path.is_file():
-        raise Refused(f"{folder} is no run folder: it has no run.json")
+        raise Refused(_no_run(Path(folder)))
     try:
         record = json.loads(path.read_text())
         module, name = record["make"]

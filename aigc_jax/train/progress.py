@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import jax
 from rich.console import Console
@@ -12,6 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 SECONDS = 10.0  # between plain lines
+T = TypeVar("T")
+
+
+def counted(what: str, items: Sequence[T]) -> Iterator[T]:
+    """Yields the items; says on stderr every SECONDS how many are done ("sampling: 3/10"). Short loops say nothing."""
+    said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - said > SECONDS and jax.process_index() == 0:
+            said = time.monotonic()
+            print(f"{what}: {done}/{len(items)}", file=sys.stderr, flush=True)
 
 
 def _words(values: dict) -> str:
