@@ -6,6 +6,8 @@ Shapes stand in the names: B rows, T positions, D = width, V = vocab, S slots of
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,15 +20,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ..core import EMA, Family, Optim, State, make_step, start
 from ..nn import Block, Norm
+from .beams import Rules, search
 from .gpt2 import load_gpt2, save_gpt2
-from .sampling import Sampling, draw, filter_logits, penalise
+from .sampling import Sampling, ban_repeats, draw, filter_logits, occurred, penalise
 
 __all__ = [
-    "Cache", "Config", "Sampling", "Transformer", "apply", "attention", "backbone", "beam_search", "decode", "draw",
-    "filter_logits", "generate", "init", "load_gpt2", "make", "penalise", "prefill", "save_gpt2",
+    "Cache", "Config", "Sampling", "Transformer", "apply", "attention", "backbone", "ban_repeats", "beam_search",
+    "decode", "draw", "filter_logits", "generate", "init", "load_gpt2", "make", "penalise", "prefill", "save_gpt2",
 ]  # fmt: skip
 
 Params = Any
+Whole = Array | np.ndarray | Sequence  # whole numbers; a prompt's are [B, T]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Config:
     std: float = 0.02  # of all first kernels; those added to the stream: divided by sqrt(2 layers)
     dtype: str = "float32"  # of activations: float32 | bfloat16; parameters are float32
     remat: bool = False  # recompute each block in the backward pass: less memory, a third more work
+    eos: tuple[int, ...] | None = None  # tokens that end a text where `Sampling.stop` names none
+    bos: int | None = None  # the token before a text; only written with the weights
     micro: int = 1
     ema: float = 0.0
     optim: Optim = Optim(lr=6e-4, b2=0.95, weight_decay=0.1, clip=1.0, warmup=100)
@@ -76,6 +82,9 @@ class Config:
             raise ValueError(f"model.dropout must lie in [0, 1), got {self.dropout}")
         if not self.std > 0:
             raise ValueError(f"model.std must be positive, got {self.std}")
+        for token in (*(self.eos or ()), *(() if self.bos is None else (self.bos,))):
+            if token < 0:
+                raise ValueError(f"model.eos and model.bos must not be negative, got {token}")
         EMA(self.ema)
 
     @property
@@ -227,7 +236,7 @@ def prefill(
     cfg: Config,
     params: Params,
     tokens_BT: Int[Array, "B T"],
-    lengths: Int[Array, "B"] | None = None,
+    lengths: Whole | None = None,
     *,
     slots: int | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
@@ -260,127 +269,200 @@ def decode(cfg: Config, params: Params, token_B: Int[Array, "B"], cache: Cache) 
     return _call(cfg, params, "unembed", h_BTD[:, 0]), Cache(kv, filled, cache.lengths + 1, cache.at + 1)
 
 
-def _check_prompt(cfg: Config, prompt, lengths, new: int) -> None:
-    if not hasattr(prompt, "shape") or len(prompt.shape) != 2:
-        raise ValueError("a prompt is tokens [B, T], as Tokenizer.encode(text)[None] gives them")
-    _check_length(cfg, 1)
-    if new < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {new}")
-    if 0 in prompt.shape:
+def _whole(name: str, x: Whole, shape: tuple, low: int, high: int, words: str) -> Int[Array, "..."]:
+    """x as int32 of this shape (None: any size). Refuses what is not, and values that lie outside.
+
+    What is traced has no values to look at; of what is compiled, the caller keeps count.
+    """
+    try:
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+    except (ValueError, TypeError) as e:  # rows of unequal lengths
+        raise ValueError(words) from e
+    if x.ndim != len(shape) or any(size not in (None, got) for size, got in zip(shape, x.shape, strict=True)):
+        raise ValueError(words)
+    if not x.size:
         raise ValueError("the prompt is empty: a model continues at least one token")
-    if prompt.shape[1] + new > cfg.context:
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} of a prompt are whole numbers, got {x.dtype}")
+    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
+        values = np.asarray(x)  # operations on x itself would be traced inside of jit
+        if not low <= values.min() <= values.max() <= high:
+            raise ValueError(f"{name} of a prompt lie in {low}..{high}, got {values.min()}..{values.max()}")
+    return jnp.asarray(x, jnp.int32)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """value, where it is a whole number that is known before anything compiles."""
+    try:
+        value = operator.index(value)
+    except TypeError as e:
+        raise ValueError(f"{name} must be a whole number, got {value!r:.40}") from e
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+class _Asked(NamedTuple):
+    """A prompt that was checked, and what to do with it."""
+
+    prompt: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    new: int
+    ngram: int  # 0: none can occur twice
+    text: Int[Array, "B S"]  # columns of -1, the prompts, aligned on the right, and `new` columns of -1
+
+
+def _ask(cfg: Config, prompt, lengths, max_new_tokens, max_length, ngram) -> _Asked:
+    """Refuses what the model cannot do."""
+    _check_length(cfg, 1)
+    words = "a prompt is tokens [B, T], as Tokenizer.encode(text)[None] gives them"
+    prompt = _whole("tokens", prompt, (None, None), 0, cfg.vocab - 1, words)
+    B, T = prompt.shape
+    if (max_new_tokens is None) == (max_length is None):
+        raise ValueError("say either max_new_tokens or max_length, which counts the prompt too")
+    if max_length is None:
+        new = _count("max_new_tokens", max_new_tokens, 1)
+    elif (new := _count("max_length", max_length, 1) - T) < 1:
+        raise ValueError(f"max_length {max_length} leaves no new token after a prompt of {T}")
+    if T + new - 1 > cfg.context:  # the last new token takes no position: nothing follows it
+        most = f", or ask for at most {cfg.context - T + 1}" if T <= cfg.context else ""
         raise ValueError(
-            f"a prompt of {prompt.shape[1]} tokens and {new} new ones exceed the context of {cfg.context}: "
-            f"cut the prompt, or ask for at most {max(0, cfg.context - prompt.shape[1])}"
+            f"a prompt of {T} tokens and {new} new ones exceed the context of {cfg.context}: cut the prompt{most}"
         )
-    # What is traced has no values to look at; of what is compiled, the caller keeps count.
-    for name, x, low, high in (("tokens", prompt, 0, cfg.vocab - 1), ("lengths", lengths, 1, prompt.shape[1])):
-        if x is not None and not isinstance(x, jax.core.Tracer) and not low <= np.min(x) <= np.max(x) <= high:
-            raise ValueError(f"{name} of a prompt lie in {low}..{high}, got {np.min(x)}..{np.max(x)}")
+    lengths = np.full(B, T) if lengths is None else lengths
+    lengths = _whole("lengths", lengths, (B,), 1, T, f"lengths are one number for each of {B} prompts")
+    ngram = _count("no_repeat_ngram_size", ngram, 0)
+    ngram = ngram if ngram < T + new else 0
+    at = jnp.arange(T)[None] - T + lengths[:, None]
+    text = jnp.where(at < 0, -1, jnp.take_along_axis(prompt, jnp.maximum(at, 0), 1))
+    text = jnp.pad(text, ((0, 0), (max(0, ngram - 1), new)), constant_values=-1)
+    return _Asked(prompt, lengths, new, ngram, text)
+
+
+def _stops(cfg: Config, stop: Any) -> Int[Array, "E"]:
+    """The tokens that end a text."""
+    stop = cfg.eos if stop is None else stop
+    return jnp.asarray(() if stop is None else stop, jnp.int32).reshape(-1)
+
+
+def _read(cfg: Config, params: Params, asked: _Asked, copies: int) -> tuple[Float[Array, "Bn V"], Cache]:
+    """One prefill a prompt, then a copy of its logits and its cache for each text that continues it."""
+    slots = asked.prompt.shape[1] + asked.new - 1
+    logits, cache = prefill(cfg, params, asked.prompt, asked.lengths, slots=slots)
+    several = cache._replace(at=jnp.zeros(len(logits)))
+    logits, several = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), (logits, several))
+    return logits, several._replace(at=cache.at)
 
 
 def generate(
     cfg: Config,
     params: Params,
-    prompt: Int[Array, "B T"],
+    prompt: Whole,
     key: Key[Array, ""],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
     sampling: Sampling = Sampling(),
-    lengths: Int[Array, "B"] | None = None,
+    lengths: Whole | None = None,
     n: int = 1,
+    no_repeat_ngram_size: int = 0,
 ) -> Int[Array, "Bn N"]:
-    """Continuations of each prompt, n in a row for each, from a cache that is laid out once.
+    """Continuations of each prompt [B, T], n in a row for each, from a cache that is laid out once.
 
         jax.jit(partial(transformer.generate, cfg, max_new_tokens=100))(params, prompt, key, sampling=Sampling(.8))
 
-    The numbers in `sampling` are traced: another temperature does not compile again. lengths: of prompts that are
-    unequal, 1 to T; they are filled up on the right with any token. After a stop token come only stop tokens, and the
-    loop ends where all rows have one. Where logits are NaN, which means damaged weights, the token is -1.
+    The numbers in `sampling` are traced: another temperature does not compile again. The law of a token is that of
+    `transformers`: penalties for repetition first, then temperature, top_k, top_p and min_p in turn.
 
-    Raises ValueError where prompt and continuation exceed the context, and, outside of jit, for tokens beyond the
-    vocabulary and lengths beyond T.
+    max_length: of prompt and continuation together, T included, in place of max_new_tokens.
+    lengths: of prompts that are unequal, 1 to T; they are filled up on the right with any token.
+    no_repeat_ngram_size: no run of so many tokens occurs twice in prompt and continuation; 0: they may. Where all
+        tokens are forbidden, the token is 0.
+
+    After a stop token come only stop tokens, and the loop ends where all rows have one. Stop tokens are
+    `sampling.stop`, else `cfg.eos`; those beyond the vocabulary never occur. Where logits are NaN, which means damaged
+    weights, the token is -1.
+
+    Raises ValueError where prompt and continuation exceed the context by more than the last token, which takes no
+    position; for a prompt that is empty or holds other than whole numbers; and, where they are not traced, for tokens
+    beyond the vocabulary and lengths beyond T.
     """
-    _check_prompt(cfg, prompt, lengths, max_new_tokens)
-    B, T = prompt.shape
-    stop = jnp.asarray(sampling.stop, jnp.int32).reshape(-1)
-    logits, cache = prefill(cfg, params, prompt, lengths, slots=T + max_new_tokens)
-    inside = jnp.arange(T)[None] < cache.lengths[:, None]
-    used = jnp.zeros((B, cfg.vocab), bool).at[jnp.arange(B)[:, None], prompt].max(inside)
-    # One prefill a prompt, then a copy of its cache for each continuation.
-    several = cache._replace(at=jnp.zeros(B))
-    logits, used, several = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (logits, used, several))
-    cache = several._replace(at=cache.at)
+    asked, n = _ask(cfg, prompt, lengths, max_new_tokens, max_length, no_repeat_ngram_size), _count("n", n, 1)
+    stop, new = _stops(cfg, sampling.stop), asked.new
+    logits, cache = _read(cfg, params, asked, n)
+    text = jnp.repeat(asked.text, n, axis=0)
+    used = occurred(text, cfg.vocab)
+    rows, begin = jnp.arange(len(text)), text.shape[1] - new
 
-    def choose(i, logits, used, done, last):
-        token = draw(penalise(logits, used, sampling.repetition), jax.random.fold_in(key, i), sampling)
-        token = jnp.where(done, last, token)
-        used = used.at[jnp.arange(B * n), token].set(True)
-        return token, used, done | (token[:, None] == stop[None]).any(-1)
+    def choose(i, logits, used, done, last, text):
+        logits = ban_repeats(penalise(logits, used, sampling.repetition), text, begin + i, asked.ngram)
+        token = jnp.where(done, last, draw(logits, jax.random.fold_in(key, i), sampling))
+        done = done | (token[:, None] == stop[None]).any(-1)
+        return token, used.at[rows, token].set(True), done, text.at[:, begin + i].set(token)
 
     def more(carry):
         i, _, _, _, done, _ = carry
-        return (i < max_new_tokens) & ~done.all()
+        return (i < new) & ~done.all()
 
     def one(carry):
-        i, token, cache, used, done, out = carry
+        i, token, cache, used, done, text = carry
         logits, cache = decode(cfg, params, token, cache)
-        token, used, done = choose(i, logits, used, done, token)
-        return i + 1, token, cache, used, done, out.at[:, i].set(token)
+        token, used, done, text = choose(i, logits, used, done, token, text)
+        return i + 1, token, cache, used, done, text
 
-    nobody = jnp.zeros(B * n, bool)
-    token, used, done = choose(0, logits, used, nobody, jnp.zeros(B * n, jnp.int32))
-    out = jnp.zeros((B * n, max_new_tokens), jnp.int32).at[:, 0].set(token)
-    i, last, *_, out = jax.lax.while_loop(more, one, (jnp.array(1), token, cache, used, done, out))
-    return jnp.where(jnp.arange(max_new_tokens)[None] < i, out, last[:, None])
+    token, used, done, text = choose(0, logits, used, jnp.zeros(len(text), bool), jnp.zeros(len(text), jnp.int32), text)
+    i, last, *_, text = jax.lax.while_loop(more, one, (jnp.array(1), token, cache, used, done, text))
+    return jnp.where(jnp.arange(new)[None] < i, text[:, begin:], last[:, None])
 
 
 def beam_search(
     cfg: Config,
     params: Params,
-    prompt: Int[Array, "B T"],
+    prompt: Whole,
+    key: Key[Array, ""] | None = None,
     *,
     beams: int,
-    max_new_tokens: int,
-    lengths: Int[Array, "B"] | None = None,
-    stop: tuple[int, ...] = (),
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    lengths: Whole | None = None,
+    stop: Any = None,
+    length_penalty: Any = 1.0,
+    early_stopping: bool | str = False,
+    no_repeat_ngram_size: int = 0,
+    sampling: Sampling = Sampling(),
 ) -> tuple[Int[Array, "B M N"], Float[Array, "B M"]]:
-    """The continuations of largest log p found by keeping the `beams` best prefixes, best first, and their log p.
+    """The M = `beams` best continuations found of each prompt [B, T], best first, and their scores.
 
-    A prefix that ends in a stop token is kept with its log p as it is, filled up with that token; there is no length
-    penalty. Raises ValueError where beams exceed the vocabulary, or prompt and continuation the context.
+    The score is log p / length**length_penalty, nats, over new tokens with their stop token: tokens and scores are
+    those of `transformers`. length_penalty 0 scores by log p. A text that ended is filled up with its stop token.
+
+    early_stopping: when a prompt is done, once M texts ended. True: at once. False: when the likeliest beam, ended now,
+        would score no better than the worst of them. "never": when it could not at any length.
+    key: with one, `sampling` draws the beams (beam sampling): from the filtered log p of all together, without
+        replacement. Without one only its repetition and stop count.
+    stop: tokens that end a text, else those of `sampling.stop`, else `cfg.eos`; their number is static.
+    max_length, lengths, no_repeat_ngram_size: as in `generate`.
+
+    Where fewer than M texts exist, the rest have score -inf and tokens -1. Where logits are NaN, scores are NaN and
+    tokens -1. Raises ValueError where beams exceed the vocabulary, and where `generate` does.
     """
-    _check_prompt(cfg, prompt, lengths, max_new_tokens)
-    if not 1 <= beams <= cfg.vocab:
+    asked = _ask(cfg, prompt, lengths, max_new_tokens, max_length, no_repeat_ngram_size)
+    if not 1 <= _count("beams", beams, 1) <= cfg.vocab:
         raise ValueError(f"beams must lie in 1..{cfg.vocab}, got {beams}")
-    B, T = prompt.shape
-    stops = jnp.asarray(stop, jnp.int32)
-    logits, cache = prefill(cfg, params, prompt, lengths, slots=T + max_new_tokens)
-    log_p, token = jax.lax.top_k(jax.nn.log_softmax(logits), beams)  # [B, M]
-    at, cache = cache.at, cache._replace(at=jnp.zeros(B))
-    cache = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), cache)._replace(at=at)
-    out = jnp.zeros((B, beams, max_new_tokens), jnp.int32).at[:, :, 0].set(token)
-    first_row = jnp.arange(B)[:, None] * beams
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f'early_stopping must be True, False or "never", got {early_stopping!r}')
+    early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
+    if isinstance(length_penalty, (int, float)) and not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
+    logits, cache = _read(cfg, params, asked, beams)
 
-    def one(i, carry):
-        token, log_p, done, cache, out = carry
-        logits, cache = decode(cfg, params, token.reshape(-1), cache)
-        step = jax.nn.log_softmax(logits).reshape(B, beams, -1)
-        # A finished prefix has one continuation, its last token once more, at no cost.
-        again = jnp.where(jax.nn.one_hot(token, cfg.vocab, dtype=bool), 0.0, -jnp.inf)
-        total = log_p[:, :, None] + jnp.where(done[:, :, None], again, step)
-        log_p, best = jax.lax.top_k(total.reshape(B, -1), beams)
-        parent, token = best // cfg.vocab, (best % cfg.vocab).astype(jnp.int32)
-        rows = (first_row + parent).reshape(-1)
-        kv, filled, lengths = jax.tree.map(lambda x: x[rows], (cache.kv, cache.filled, cache.lengths))
-        out = jnp.take_along_axis(out, parent[:, :, None], 1).at[:, :, i].set(token)
-        return token, log_p, ended(token), Cache(kv, filled, lengths, cache.at), out
+    def step(cache, rows, token):
+        return decode(cfg, params, token, cache._replace(kv=jax.tree.map(lambda x: x[rows], cache.kv)))
 
-    def ended(token):
-        return (token[:, :, None] == stops[None, None]).any(-1)
-
-    token, log_p, _, _, out = jax.lax.fori_loop(1, max_new_tokens, one, (token, log_p, ended(token), cache, out))
-    return out, log_p
+    stops = _stops(cfg, sampling.stop if stop is None else stop)
+    text = jnp.repeat(asked.text[:, None], beams, axis=1)
+    rules = Rules(asked.new, stops, length_penalty, early_stopping, asked.ngram, sampling)
+    return search(logits, cache, step, text, key, rules)
 
 
 # ---------------------------------------------------------------------------------------------------------- the family
@@ -390,8 +472,10 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     """The transformer as a Family, on batches `tokens` [B, T+1] with an optional `mask` [B, T] of what counts.
 
     evaluate: `nll_nats`, a sum over the row, and `tokens`, how many it is over.
-    sample(state, key, *, n, prompt=None, max_new_tokens=None, sampling=Sampling()): tokens [n, max_new_tokens] after
-        those of prompt [n, T]; without a prompt, after token 0. By default the context is filled.
+    sample(state, key, *, n, prompt=None, max_new_tokens=None, max_length=None, sampling=Sampling(),
+        no_repeat_ngram_size=0): tokens [n, N] after those of a prompt, as `generate` draws them. One prompt, [T] or
+        [1, T], is continued n times, prompts [n, T] once each; without a prompt, token 0 is continued. By default the
+        context is filled.
     """
     ema = EMA(cfg.ema)
 
@@ -412,10 +496,21 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         each = nll(cfg, ema.read(state), batch["tokens"]) * mask
         return {"nll_nats": each.sum(-1), "tokens": mask.sum(-1)}
 
-    def sample(state: State, key, *, n: int, prompt=None, max_new_tokens=None, sampling=Sampling()):
-        prompt = jnp.zeros((n, 1), jnp.int32) if prompt is None else jnp.asarray(prompt, jnp.int32)
-        new = cfg.context - prompt.shape[1] if max_new_tokens is None else max_new_tokens
-        return generate(cfg, ema.read(state), prompt, key, max_new_tokens=new, sampling=sampling)
+    def sample(
+        state: State, key, *, n: int, prompt=None, max_new_tokens=None, max_length=None, sampling=Sampling(),
+        no_repeat_ngram_size=0,
+    ):  # fmt: skip
+        prompt = [0] if prompt is None else prompt
+        prompt = prompt if isinstance(prompt, jax.Array) else np.asarray(prompt)
+        prompt = prompt[None] if prompt.ndim == 1 else prompt
+        if prompt.ndim != 2 or len(prompt) not in (1, n):
+            raise ValueError(f"a prompt is tokens [T], [1, T] or [n, T] with n = {n}, got {list(prompt.shape)}")
+        if max_new_tokens is None and max_length is None:
+            max_new_tokens = max(1, cfg.context - prompt.shape[1])
+        return generate(
+            cfg, ema.read(state), prompt, key, max_new_tokens=max_new_tokens, max_length=max_length, sampling=sampling,
+            n=n if len(prompt) == 1 else 1, no_repeat_ngram_size=no_repeat_ngram_size,
+        )  # fmt: skip
 
     step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
     return Family(init_state, step, evaluate, sample)

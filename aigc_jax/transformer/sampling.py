@@ -7,7 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+
+LARGEST, SMALLEST = (float(x) for x in (jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).tiny))
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Sampling:
     top_p: Any = 1.0  # the smallest set of most likely tokens with at least this probability (Holtzman et al. 2020)
     min_p: Any = 0.0  # those at least this share as likely as the most likely (Nguyen et al. 2024)
     repetition: Any = 1.0  # > 1: logits of tokens that occurred are divided by it, or multiplied where negative
-    stop: Any = ()  # tokens that end a sequence
+    stop: Any = None  # tokens that end a sequence; None: those of the model's config; (): none
 
     def __post_init__(self):
         said = {
@@ -31,12 +34,13 @@ class Sampling:
         }
         for name, (holds, words) in said.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)):  # what jit puts in its place
+            if not isinstance(value, (int, float, np.number)):  # what jit puts in its place
                 continue
             if not holds(value):
                 raise ValueError(f"sampling.{name} must be {words}, got {value}")
-            # Of one type each, because jit compiles anew for another: 0 is not 0.0 to it.
-            object.__setattr__(self, name, int(value) if name == "top_k" else float(value))
+            # Of one type each, because jit compiles anew for another: 0 is not 0.0 to it. No larger than 32 bits hold.
+            kept = min(int(value), 2**31 - 1) if name == "top_k" else min(float(value), LARGEST)
+            object.__setattr__(self, name, kept)
 
 
 jax.tree_util.register_dataclass(Sampling, [f for f in Sampling.__dataclass_fields__], [])
@@ -45,6 +49,32 @@ jax.tree_util.register_dataclass(Sampling, [f for f in Sampling.__dataclass_fiel
 def penalise(logits: Float[Array, "B V"], used: Bool[Array, "B V"], repetition: Any) -> Float[Array, "B V"]:
     """Logits of tokens that occurred: positive ones / repetition, negative ones * repetition (Keskar et al. 2019)."""
     return jnp.where(used, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+
+
+def occurred(tokens: Int[Array, "B S"], vocab: int) -> Bool[Array, "B V"]:
+    """Which tokens a text holds. Negative numbers stand for no token."""
+    rows, known = jnp.arange(len(tokens))[:, None], jnp.where(tokens < 0, vocab, tokens)
+    return jnp.zeros((len(tokens), vocab), bool).at[rows, known].set(True, mode="drop")
+
+
+def ban_repeats(logits: Float[Array, "B V"], text: Int[Array, "B S"], at: Any, size: int) -> Float[Array, "B V"]:
+    """Logits, -inf for each token that would complete an n-gram of `size` tokens for the second time.
+
+    text: what is written so far, up to column `at`; -1 stands for no token, in at least size - 1 columns on the left
+        and in all from `at` on. size 0: no token is banned. Where all tokens are banned, all logits are -inf.
+    """
+    if not 0 < size <= text.shape[1]:
+        return logits
+    width = text.shape[1] - size + 1  # n-grams of the text, one starting in each column
+    end = jax.lax.dynamic_slice_in_dim(text, at - (size - 1), size - 1, 1)
+
+    def compare(j, same):
+        began = jax.lax.dynamic_slice_in_dim(text, j, width, 1)
+        return same & (began == jax.lax.dynamic_slice_in_dim(end, j, 1, 1))
+
+    same = jax.lax.fori_loop(0, size - 1, compare, jnp.ones((len(text), width), bool))
+    banned = occurred(jnp.where(same, text[:, size - 1 :], -1), logits.shape[1])
+    return jnp.where(banned, -jnp.inf, logits)
 
 
 def _largest_threshold(order: Array, holds) -> Array:
@@ -60,14 +90,18 @@ def _largest_threshold(order: Array, holds) -> Array:
     return jax.lax.fori_loop(0, 32, body, jnp.zeros(order.shape[0], jnp.uint32))
 
 
-def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, least: int = 1) -> Float[Array, "B V"]:
     """Logits / temperature, -inf for tokens that are not to be drawn.
 
-    In turn, each on what is left: top_k, top_p, min_p. A token as likely as the last one kept is kept too. Exact
-    without sorting the vocabulary.
+    In turn, each on what is left: top_k, top_p, min_p. A token as likely as the last one kept is kept too, and the
+    `least` most likely always. Exact without sorting the vocabulary. Where the division would overflow, the logits are
+    shifted first, so that the largest is 0.
     """
-    greedy = jnp.asarray(sampling.temperature) == 0
-    logits = logits / jnp.where(greedy, 1.0, sampling.temperature)
+    greedy = _greedy(sampling)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    temperature, largest = jnp.where(greedy, 1.0, sampling.temperature), logits.max(-1, keepdims=True)
+    overflows = jnp.isfinite(largest) & ~jnp.isfinite(largest / temperature)
+    logits = jnp.where(overflows, logits - largest, logits) / temperature
     # As unsigned integers in the order of the logits, with one zero for two.
     bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits).astype(jnp.float32), jnp.uint32)
     order = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
@@ -75,29 +109,40 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     def keep(logits, kept):
         return jnp.where(kept, logits, -jnp.inf)
 
+    def most_likely(k):
+        t = _largest_threshold(order, lambda kept: kept.sum(-1) >= jnp.minimum(k, order.shape[-1]))
+        return order >= t[:, None]
+
     def top_k(logits):
-        t = _largest_threshold(order, lambda kept: kept.sum(-1) >= jnp.minimum(sampling.top_k, order.shape[-1]))
-        return keep(logits, order >= t[:, None])
+        return keep(logits, most_likely(jnp.maximum(sampling.top_k, least)))
 
     def top_p(logits):
         p = jax.nn.softmax(logits)
         total = p.sum(-1)  # 1 but for rounding, which top_p close to 1 would feel
-        t = _largest_threshold(order, lambda kept: jnp.where(kept, p, 0.0).sum(-1) >= sampling.top_p * total)
-        return keep(logits, order >= t[:, None])
+
+        def enough(kept):  # at least one token, also for a top_p that 32 bits round to 0
+            return (jnp.where(kept, p, 0.0).sum(-1) >= sampling.top_p * total) & kept.any(-1)
+
+        return keep(logits, order >= _largest_threshold(order, enough)[:, None])
 
     def same(logits):
         return logits
 
-    logits = jax.lax.cond(jnp.asarray(sampling.top_k) > 0, top_k, same, logits)
-    logits = jax.lax.cond(jnp.asarray(sampling.top_p) < 1, top_p, same, logits)
-    largest = logits.max(-1, keepdims=True)
-    return keep(logits, logits >= largest + jnp.where(greedy, 0.0, jnp.log(sampling.min_p)))
+    left = jax.lax.cond(jnp.asarray(sampling.top_k) > 0, top_k, same, logits)
+    left = jax.lax.cond(jnp.asarray(sampling.top_p) < 1, top_p, same, left)
+    left = keep(left, left >= left.max(-1, keepdims=True) + jnp.where(greedy, 0.0, jnp.log(sampling.min_p)))
+    return left if least == 1 else jnp.where(most_likely(least), logits, left)
+
+
+def _greedy(sampling: Sampling) -> Array:
+    """Whether the temperature is 0, or so small that the processor takes it for 0."""
+    return jnp.asarray(sampling.temperature) < SMALLEST
 
 
 def draw(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, "B"]:
     """One token a row from softmax(filter_logits(logits, sampling)); of equal ones at temperature 0 the first.
 
-    -1 for a row that holds NaN: no distribution, no token.
+    -1 for a row that holds NaN: no distribution, no token. Where all logits are -inf, token 0.
     """
 
     def most_likely(logits):
@@ -108,7 +153,7 @@ def draw(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -
     def sampled(logits):
         return categorical(filter_logits(logits, sampling), key)
 
-    token = jax.lax.cond(jnp.asarray(sampling.temperature) == 0, most_likely, sampled, logits)
+    token = jax.lax.cond(_greedy(sampling), most_likely, sampled, logits)
     return jnp.where(jnp.isnan(logits.max(-1)), -1, token)
 
 
