@@ -57,8 +57,11 @@ class Source:
 
     name: str = "digits"
     folder: str | None = None  # where its original files lie; else AIGC_DATA, a prepared copy, the network
+    tokenizer: str = ""  # of text: characters, bpe:N, a tokenizer.json or a folder with GPT-2's files; "": the script's
 
     def load(self, split: str, **options) -> data.Data:
+        if self.tokenizer:
+            options["tokenizer"] = self.tokenizer
         return data.load(self.name, split, folder=self.folder, **options)
 
 
@@ -174,6 +177,9 @@ def main(name: str) -> None:
     except (train.NonFinite, OSError) as e:  # SaveFailed, or a figure that could not be written
         raise SystemExit(_error(e, 1)) from e
     criteria = script.INVARIANTS if choice.scale == "smoke" else script.CRITERIA
+    source = getattr(setup, "data", Source())
+    if ":" in source.name or source.tokenizer:  # they are of named sets: one's own text may well be harder
+        criteria = {}
     rows += [Row(quantity, None) for quantity in criteria if quantity not in {row.quantity for row in rows}]
     verdicts = [verdict(row, criteria) for row in rows]
     seconds = round(time.monotonic() - begin, 1)
