@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,83 @@ def curves(ax, lines: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str
 
 
 @_in_our_look
+def page(ax, text: str, *, title: str = "", columns: int = 76, rows: int = 30, size: float | int = 7) -> None:
+    """A page of text on an axis, `columns` narrow characters wide, of which East Asian ones take two; $ is no formula.
+
+    `save` sees to the fonts. A control character, such as NUL, is shown as a dot.
+    """
+    from rich.cells import cell_len, chop_cells
+
+    shown: list[str] = []
+    for line in text.splitlines():
+        line = line.expandtabs().translate(dict.fromkeys(range(32), "\u00b7"))
+        wide = cell_len(line) > len(line)
+        cut = chop_cells(line, columns) if wide else textwrap.wrap(line, columns, drop_whitespace=False)
+        shown += cut or [""]
+    ax.set_axis_off()
+    ax.text(0, 1, "\n".join(shown[:rows]), family="monospace", fontsize=size, va="top", transform=ax.transAxes,
+            parse_math=False)  # fmt: skip
+    ax.set_title(title, parse_math=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _glyphs(path: str) -> frozenset[int]:
+    """The code points that a font has; none for one of bitmaps alone, which matplotlib cannot scale."""
+    from matplotlib import font_manager
+
+    try:
+        font = font_manager.get_font(path)
+        return frozenset(font.get_charmap()) if font.scalable else frozenset()
+    except (OSError, RuntimeError):  # removed since the list was made, or broken
+        return frozenset()
+
+
+def _fonts(families: list[str], text: str) -> tuple[list[str], str]:
+    """Families of fonts that write the text, the given ones first, and the characters that none on this machine has."""
+    from matplotlib import font_manager
+
+    missing = set(map(ord, text)) - {10}
+    for family in families:
+        missing -= _glyphs(str(font_manager.findfont(font_manager.FontProperties(family=[family]))))
+    # Plain faces alone; matplotlib's last resort has a box for each character, TeX's fonts have others in their places.
+    plain = {
+        font.name: font.fname for font in font_manager.fontManager.ttflist
+        if (font.style, font.stretch, font.weight) in (("normal", "normal", 400), ("normal", "normal", "normal"))
+        and not font.name.startswith(("Last Resort", "cm", "STIX"))
+    }  # fmt: skip
+    while missing:
+        most = max(sorted(plain), key=lambda name: (len(missing & _glyphs(plain[name])), "Mono" in name), default=None)
+        if most is None or not missing & _glyphs(plain[most]):
+            break
+        families, missing = [*families, most], missing - _glyphs(plain[most])
+    return families, "".join(map(chr, sorted(missing)))
+
+
+def _spell(fig) -> str:
+    """Gives every text of a figure fonts that have its characters, and says which are left, shown as boxes."""
+    from matplotlib import cbook
+    from matplotlib.text import Text
+
+    left: set[str] = set()
+    for text in fig.findobj(Text):
+        written = text.get_text()
+        if written.isascii() or (text.get_parse_math() and cbook.is_math_text(written)):
+            continue
+        families, missing = _fonts(text.get_fontfamily(), written)
+        text.set_fontfamily(families)
+        text.set_text(written.translate(dict.fromkeys(map(ord, missing), "\u25a1")))
+        left |= {*missing}
+    return f"no font on this machine has {len(left)} of these characters, shown as \u25a1" if left else ""
+
+
+@_in_our_look
 def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> None:
-    """Writes the figure with its setting under it, so that a picture that travels alone can still be judged."""
-    fig.supxlabel(caption, fontsize=7)
+    """Writes the figure with its setting under it, so that a picture that travels alone can still be judged.
+
+    Characters that the figure's font lacks are taken from others that are installed. Where none has them they become
+    boxes, and the caption says so.
+    """
+    said = fig.supxlabel(caption, fontsize=7, parse_math=False)
+    if note := _spell(fig):
+        said.set_text(f"{said.get_text()}\n{note}")
     fig.savefig(path, format=kind)

@@ -1,38 +1,79 @@
-"""What the text scripts share: n-gram yardsticks, and a picture of curves beside what was written."""
+"""What the text scripts share: parts of a text, n-gram yardsticks, and a picture of curves beside what was written."""
 
 from __future__ import annotations
 
-import textwrap
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from aigc_jax import data, figures, train, transformer
-from aigc_jax.data.text import Tokenizer
+from aigc_jax.data.prepare import cuts
+from aigc_jax.data.text import Tokenizer, sizes
+from experiments._cli import Source
 
 ALPHAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
+def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> str:
+    """The split to load: `split`, or all of its part where the text has less and `split` is a script's default.
+
+    Raises ValueError, which names the flag, where someone typed a slice that the text does not have.
+    """
+    if not source.name.startswith(("text:", "python_source", "tiny_shakespeare")):
+        raise ValueError(f"{source.name} is no text: python_source, tiny_shakespeare or text:FILE (--data.name)")
+    there = sizes(source.name, source.folder)
+    try:
+        cuts(source.name, split, there, unit="characters")
+    except ValueError as e:
+        whole = split.partition("[")[0]
+        if split not in defaults or not there.get(whole):
+            raise ValueError(f"{e} ({flag})") from e
+        print(f"{flag}: {whole} has {there[whole]:,} characters, all of them are taken", file=sys.stderr)
+        return whole
+    return split
+
+
+def unit(source: Source) -> str:
+    """What a text of this source is counted in."""
+    return "characters" if source.tokenizer in ("", "char", "characters") else "tokens"
+
+
+def tokens_per_character(valid: data.Data) -> float:
+    """What turns nats per token into nats per character, which compare between tokenizers."""
+    tokens = valid.resident[0]["text"]
+    return len(tokens) / len(Tokenizer(valid.info.tokenizer).decode(tokens))
+
+
+def ngrams(training: data.Data, valid: data.Data, most: int = 6) -> dict[int, float]:
+    """{n: nats per token} of the n-grams with n up to `most`, and up to the tokens that there are."""
+    texts = [source.resident[0]["text"] for source in (training, valid)]
+    return {n: ngram_nats(*texts, n, training.info.levels) for n in range(1, min(most, *map(len, texts)) + 1)}
+
+
 def ngram_nats(training: np.ndarray, valid: np.ndarray, n: int, vocab: int) -> float:
     """Nats per token of an n-gram model with add-alpha smoothing; alpha is the best on `valid`, to its advantage."""
-
-    def codes(tokens, length):
-        code = np.zeros(len(tokens) - n + 1, np.int64)
-        for i in range(length):
-            code = code * vocab + tokens[i : i + len(code)]
-        return code
-
-    def count(length):
-        keys, counts = np.unique(codes(training, length), return_counts=True)
-        at = codes(valid, length)
-        where = np.minimum(np.searchsorted(keys, at), len(keys) - 1)
-        return np.where(keys[where] == at, counts[where], 0)
-
-    if vocab**n > 2**62:
-        raise ValueError(f"{n}-grams of {vocab} tokens do not fit 64 bits")
-    whole, context = count(n), count(n - 1)  # n - 1 = 0: all share one empty context
+    whole, context = (_counts(training, valid, n, length, vocab) for length in (n, n - 1))
     return float(min(-np.log((whole + a) / (context + a * vocab)).mean() for a in ALPHAS))
+
+
+def _counts(training: np.ndarray, valid: np.ndarray, n: int, length: int, vocab: int) -> np.ndarray:
+    """For each n-gram of `valid`, how many of `training` begin with the same `length` tokens."""
+    border, rest = len(training) - n + 1, len(valid) - n + 1
+    code, codes = np.zeros(border + rest, np.int64), 1
+    for i in range(length):
+        if codes * vocab > 2**62:  # no longer a number of 64 bits: the rank among those that occur takes its place
+            code = np.unique(code, return_inverse=True)[1]
+            codes = int(code.max()) + 1
+        code *= vocab
+        code[:border] += training[i : i + border]
+        code[border:] += valid[i : i + rest]
+        codes *= vocab
+    seen, asked = code[:border], code[border:]
+    seen.sort()
+    return np.searchsorted(seen, asked, "right") - np.searchsorted(seen, asked, "left")
 
 
 def crops_nats(valid: data.Data, batches: int, size: int):
@@ -47,15 +88,26 @@ def crops_nats(valid: data.Data, batches: int, size: int):
     return on_eval
 
 
-def written(result: train.Result, prompt: str, new: int, seed: int = 0, **sampling) -> str:
-    """What a run writes after the prompt."""
-    tokenizer = Tokenizer(result.info.tokenizer)
+def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
+    """Tokens to go on from: `wish` where the text has its characters, else how the held-out text begins."""
+    text = valid.resident[0]["text"]
+    try:
+        tokens = Tokenizer(valid.info.tokenizer).encode(wish)
+    except ValueError:
+        tokens = text[:4]
+    return tokens[: max(1, context - 1)]
+
+
+def written(result: train.Result, prompt: np.ndarray, new: int, seed: int = 0, **sampling) -> str:
+    """The prompt's tokens and what a run writes after them, at most to the end of its context."""
+    tokenizer, new = Tokenizer(result.info.tokenizer), min(new, result.config.context - len(prompt))
+    if new < 1:
+        return tokenizer.decode(prompt)
     tokens = train.sample(
-        result, jax.random.key(seed), n=1, prompt=tokenizer.encode(prompt)[None],
-        max_new_tokens=min(new, result.config.context - len(tokenizer.encode(prompt))),
+        result, jax.random.key(seed), n=1, prompt=prompt[None], max_new_tokens=new,
         sampling=transformer.Sampling(**sampling),
-    )  # fmt: skip
-    return prompt + tokenizer.decode(tokens[0][tokens[0] < tokenizer.size])
+    )[0]  # fmt: skip
+    return tokenizer.decode([*prompt, *tokens[tokens < tokenizer.size]])
 
 
 def draw(path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel: str, caption: str) -> None:
@@ -66,14 +118,20 @@ def draw(path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel
         ax.axhline(value, color="0.5", linewidth=0.8, linestyle=":" if "paper" in name else "-")
         # Between the curves' start and their end, where most of them lie near their yardsticks.
         ax.annotate(f"{name} {value:.3g}", (0.4, value), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
-    page.set_axis_off()
-    shown = [piece for line in text.splitlines() for piece in (textwrap.wrap(line, 76, drop_whitespace=False) or [""])]
-    page.text(0, 1, "\n".join(shown[:30]), family="monospace", fontsize=7, va="top", transform=page.transAxes)
-    page.set_title("a sample, not chosen")
+    figures.page(page, text, title="a sample, not chosen")
     figures.save(fig, path, caption)
 
 
-def curve(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of a validation value in a run folder."""
+def validations(folder: Path) -> list[dict]:
+    """The values of every validation of a run, first to last."""
+    found = [line["valid"] for line in train.metrics(folder) if "valid" in line]
+    if not found:
+        raise train.Refused(f"{folder}/metrics.jsonl holds no validation: choose a new folder")
+    return found
+
+
+def curve(folder: Path, name: str, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of a validation value in a run folder, the values multiplied by `times`."""
     lines = [(line["step"], line["valid"][name]) for line in train.metrics(folder) if name in line.get("valid", {})]
-    return tuple(np.array(column) for column in zip(*lines, strict=True))
+    steps, values = zip(*lines, strict=True)
+    return np.array(steps), np.array(values, float) * times

@@ -16,6 +16,7 @@ characters.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +30,7 @@ from aigc_jax import figures, train, transformer
 from aigc_jax.data.text import Tokenizer
 from aigc_jax.train import Run
 from aigc_jax.transformer import Sampling
-from experiments import _cli, shakespeare_char
+from experiments import _cli, _text, shakespeare_char
 from experiments._cli import Row, Source
 
 
@@ -99,6 +100,8 @@ CRITERIA = {
     CLOSEST: ("nucleus .95", lambda ours: ours == "nucleus .95"),
     ALIKE: ("> 0", lambda ours: ours > 0),
 }
+# What stands between spaces; of Chinese and Japanese, which have none, each character.
+WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
 MOST = "perplexity of greedy"
 INVARIANTS = {MOST: ("< 20", lambda ours: ours < 20)}
 
@@ -150,10 +153,10 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, decodes by every strategy, measures each."""
     with _cli.door():
         training = setup.data.load("train", length=setup.length)
-        valid = setup.data.load("validation", length=setup.length, stride=setup.length // 2)
+        valid = setup.data.load("validation", length=setup.length, stride=max(1, setup.length // 2))
     cfg = replace(setup.model, vocab=training.info.levels)
     if setup.beams > cfg.vocab:
-        raise train.Refused(f"beams must lie in 1..{cfg.vocab}, the vocabulary, got {setup.beams}")
+        raise train.Refused(f"beams must lie in 1..{cfg.vocab}, the vocabulary, got {setup.beams} (--beams)")
     result = train.fit(transformer.make, cfg, setup.run, training, valid=valid)
     params, tokenizer = result.state.params, Tokenizer(training.info.tokenizer)
     text = valid.resident[0]["text"]
@@ -175,14 +178,15 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
 
     values = {}
     for name, tokens in said.items():
-        words = [tokenizer.decode(row).split() for row in tokens]
+        words = [WORDS.findall(tokenizer.decode(row)) for row in tokens]
         share = 100 * np.mean([repeats(row) for row in tokens.tolist()])
         values[name] = math.exp(nats(tokens)), self_bleu(words), zipf(words), float(share)
     (folder / "texts.txt").write_text(
         "".join(
             f"=== {name}\n{tokenizer.decode(prompts[0])}|{tokenizer.decode(tokens[0])}\n\n"
             for name, tokens in said.items()
-        )
+        ),
+        encoding="utf-8",
     )
     quantities = ("perplexity", "self-BLEU-4 (words)", "Zipf's exponent (words)", "repetition (%)")
     measured = {name: dict(zip(("ppl", "bleu", "zipf", "rep"), value, strict=True)) for name, value in values.items()}
@@ -216,12 +220,10 @@ def draw(setup: Setup, folder: Path, measured: dict, texts: dict[str, str]) -> N
         ax.annotate(name, (value["ppl"], value["rep"]), xytext=(2, 5), textcoords="offset points", fontsize=7,
                     rotation=45)  # fmt: skip
     ax.set(xlabel="perplexity under the model", ylabel="texts that end in repetition (%)", title="every strategy")
-    page.set_axis_off()
-    page.text(0, 1, "\n\n".join(f"[{name}]\n{text}" for name, text in texts.items()), family="monospace", fontsize=6.5,
-              va="top", transform=page.transAxes)  # fmt: skip
-    page.set_title("after one prompt")
-    figures.save(fig, folder / "decoding.png",
-                 f"{setup.data.name}, {setup.texts} texts of {setup.new} characters after {setup.prompt}")  # fmt: skip
+    figures.page(page, "\n\n".join(f"[{name}]\n{text}" for name, text in texts.items()), title="after one prompt",
+                 rows=50, size=6.5)  # fmt: skip
+    said = f"{setup.data.name}, {setup.texts} texts of {setup.new} {_text.unit(setup.data)} after {setup.prompt}"
+    figures.save(fig, folder / "decoding.png", said)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ class Setup:
     dropout: float = 0.1
     prompt: str = "\n"
 
+    def __post_init__(self):
+        if self.data.tokenizer:
+            raise ValueError("the weights come with their tokenizer: leave --data.tokenizer out")
+
 
 SCALES = {
     "smoke": Setup(
@@ -69,12 +73,16 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         weights = gpt2.random_model(folder.with_name(folder.name + "-random")) if random else setup.weights
         cfg, params = transformer.load_gpt2(weights)
         cfg = replace(cfg, dropout=setup.dropout, optim=setup.optim)
-        training = setup.data.load(setup.split, length=setup.length, tokenizer=str(weights))
-        valid = setup.data.load(setup.valid, length=setup.length, stride=setup.length, tokenizer=str(weights))
+        defaults = {split for scale in SCALES.values() for split in (scale.split, scale.valid)}
+        split = _text.part(setup.data, setup.split, "--split", defaults)
+        scored = _text.part(setup.data, setup.valid, "--valid", defaults)
+        training = setup.data.load(split, length=setup.length, tokenizer=str(weights))
+        valid = setup.data.load(scored, length=setup.length, stride=setup.length, tokenizer=str(weights))
         cfg.check(training.info)
-        asked = len(Tokenizer(training.info.tokenizer).encode(setup.prompt))
-        if not 0 < asked < cfg.context:
-            raise ValueError(f"prompt: {asked} tokens, where 1 to {cfg.context - 1} fit")
+        tokenizer = Tokenizer(training.info.tokenizer)
+        prompt = tokenizer.encode(setup.prompt)
+        if not 0 < len(prompt) < cfg.context:
+            raise ValueError(f"prompt: {len(prompt)} tokens, where 1 to {cfg.context - 1} fit")
     family = transformer.make(cfg)
     state = jax.jit(partial(family.init, jax.random.key(0)))()._replace(params=params)
     first = train.evaluate(
@@ -82,12 +90,11 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     )
     train.fit(transformer.make, cfg, setup.run, training, valid=valid, params=params)
     best = train.load(setup.run.folder)
-    lowest = min(line["valid"]["nll_nats_per_token"] for line in train.metrics(folder) if "valid" in line)
+    lowest = min(values["nll_nats_per_token"] for values in _text.validations(folder))
     transformer.save_gpt2(folder / "gpt2", cfg, best.state.params)
-    tokenizer = Tokenizer(training.info.tokenizer)
     tokenizer.save(folder / "gpt2" / "tokenizer.json")
-    text = _text.written(best, setup.prompt, 120, temperature=0.8, top_p=0.95)
-    (folder / "sample.txt").write_text(text + "\n")
+    text = _text.written(best, prompt, 120, temperature=0.8, top_p=0.95)
+    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
     step, value = _text.curve(folder, "nll_nats_per_token")
     at, values = np.array([0, *step]), np.array([first["nll_nats_per_token"], *value])
     caption = f"{setup.run.batch_size} x {setup.length} tokens an update, rate {setup.optim.lr:g}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from aigc_jax import data, train, transformer
 from aigc_jax.data.text import Tokenizer
-from experiments import _cli
+from experiments import _cli, _text
 from experiments._cli import Row, Source
 
 # (layers, heads, width): the four published sizes; the paper calls them 117M, 345M, 762M and 1542M.
@@ -50,6 +50,8 @@ class Setup:
     def __post_init__(self):
         if self.new < 1 or self.length < 2 or not 0 <= self.seed < 2**32:
             raise ValueError("new must be at least 1, length at least 2, and seed lie in 0..2**32 - 1")
+        if self.data.tokenizer:
+            raise ValueError("the weights come with their tokenizer: leave --data.tokenizer out")
         transformer.Sampling(self.temperature)
 
 
@@ -91,7 +93,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     with _cli.door():
         cfg, params = transformer.load_gpt2(weights)
         length = min(setup.length, cfg.context)
-        text = setup.data.load(setup.split, length=length, stride=length // 2, tokenizer=str(weights))
+        split = _text.part(setup.data, setup.split, "--split", {scale.split for scale in SCALES.values()})
+        text = setup.data.load(split, length=length, stride=length // 2, tokenizer=str(weights))
         tokenizer = Tokenizer(text.info.tokenizer)
         if tokenizer.size > cfg.vocab:
             raise ValueError(f"{weights}: the tokenizer has {tokenizer.size} tokens, the model {cfg.vocab}")
@@ -106,7 +109,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     sampling = transformer.Sampling(setup.temperature, top_p=0.95)
     tokens = generate(params, prompt[None], jax.random.key(setup.seed), sampling=sampling)[0]
     said = setup.prompt + tokenizer.decode(np.asarray(tokens)[np.asarray(tokens) < tokenizer.size])
-    (folder / "sample.txt").write_text(said + "\n")
+    (folder / "sample.txt").write_text(said + "\n", encoding="utf-8")
     print(said)
     return [
         *found,

@@ -98,30 +98,38 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         training = setup.data.load("train", length=setup.length)
         longer = setup.data.load("train", length=setup.ours_length)
         crops = setup.data.load("validation", length=setup.length)
-        valid = setup.data.load("validation", length=setup.length, stride=setup.length // 2)
-        valid_longer = setup.data.load("validation", length=setup.ours_length, stride=setup.ours_length // 2)
+        valid, valid_longer = (
+            setup.data.load("validation", length=length, stride=max(1, length // 2))
+            for length in (setup.length, setup.ours_length)
+        )
+        prompt = _text.prompt("\n", valid, setup.ours.context)
     # However many characters the set has.
     model, ours = (replace(cfg, vocab=training.info.levels) for cfg in (setup.model, setup.ours))
+    for cfg, source in ((model, training), (ours, longer)):  # before the first of them trains
+        try:
+            cfg.check(source.info)
+        except ValueError as e:
+            raise train.Refused(str(e)) from e
+    each = _text.tokens_per_character(valid)
     estimate = _text.crops_nats(crops, setup.batches, setup.run.batch_size)
     ends = []
     for run in _cli.seeded(replace(setup.run, folder=str(folder / "nanogpt")), setup.seeds):
         result = train.fit(transformer.make, model, run, training, valid=valid, on_eval=estimate)
-        lines = [line["valid"] for line in train.metrics(result.folder) if "valid" in line]
+        lines = _text.validations(result.folder)
         ends.append(min(lines, key=lambda v: v["crops_nats"]) if run.best else lines[-1])
         first = result.folder
     family = transformer.make(model)
     start = estimate(family, jax.jit(family.init)(jax.random.split(jax.random.key(setup.run.seed), 4)[0]), 0)
     run = replace(setup.ours_run, folder=str(folder / "ours"))
     result = train.fit(transformer.make, ours, run, longer, valid=valid_longer)
-    own = [line["valid"] for line in train.metrics(result.folder) if "valid" in line][-1]
+    own = _text.validations(result.folder)[-1]
 
-    tokens = [source.resident[0]["text"] for source in (training, valid)]
-    grams = {n: _text.ngram_nats(*tokens, n, training.info.levels) for n in range(1, 7)}
-    text = _text.written(result, "\n", 700)
-    (folder / "sample.txt").write_text(text + "\n")
+    grams = {n: value * each for n, value in _text.ngrams(training, valid).items()}
+    text = _text.written(result, prompt, 700)
+    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
     best, shakespeare = min(grams, key=grams.get), setup.data.name == "tiny_shakespeare"
-    curves = {"nanoGPT's configuration": _text.curve(first, "nll_nats_per_token"),
-              "ours": _text.curve(result.folder, "nll_nats_per_token")}  # fmt: skip
+    curves = {"nanoGPT's configuration": _text.curve(first, "nll_nats_per_token", each),
+              "ours": _text.curve(result.folder, "nll_nats_per_token", each)}  # fmt: skip
     _text.draw(
         folder / "shakespeare_char.png", curves,
         {f"{best}-gram": grams[best], **({"paper: nanoGPT" : 1.88} if shakespeare else {})}, text,
@@ -129,14 +137,15 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         caption=f"nanoGPT's: {setup.run.steps} updates of {setup.run.batch_size} x {setup.length}; ours: "
         f"{setup.ours_run.steps} of {setup.ours_run.batch_size} x {setup.ours_length}; sample of ours at temperature 1",
     )  # fmt: skip
-    published = {65: 1.88 if setup.model.context == 64 else 1.4697}.get(training.info.levels)
-    crop_mean, crop_error = _cli.mean_and_error([end["crops_nats"] for end in ends])
-    mean, error = _cli.mean_and_error([end["nll_nats_per_token"] for end in ends])
+    published = 1.88 if setup.model.context == 64 else 1.4697
+    published = published if shakespeare and training.info.levels == 65 else None
+    crop_mean, crop_error = _cli.mean_and_error([end["crops_nats"] * each for end in ends])
+    mean, error = _cli.mean_and_error([end["nll_nats_per_token"] * each for end in ends])
     return [
         Row(CROPS, crop_mean, published, crop_error),
-        Row(START, float(start["crops_nats"])),
+        Row(START, float(start["crops_nats"]) * each),
         Row(STRIDED, mean, error=error),
-        Row(OWN, own["nll_nats_per_token"]),
+        Row(OWN, own["nll_nats_per_token"] * each),
         Row("the same (bits per byte)", own["nll_bits_per_byte"]),
         *(Row(f"{n}-gram, add-alpha tuned on validation (nats per character)", v) for n, v in grams.items()),
     ]

@@ -1,6 +1,7 @@
 """A small language model of Python's own standard library, character by character
 
     python -m experiments.transformer_text      about 3 minutes on 2 cores; downloads nothing
+    python -m experiments.transformer_text --data.name text:FILE --data.tokenizer bpe:1000      a text of your own
 
 The source of the standard library's modules (4.4 million characters, of which every Python has its own copy): the
 first nine tenths are trained on, the last are scored, every character once. Rotary positions, RMSNorm and SwiGLU.
@@ -58,28 +59,31 @@ INVARIANTS = {NATS: ("< 3.2", lambda ours: ours < 3.2)}
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains, counts n-grams, writes a page of code."""
     with _cli.door():
+        split = _text.part(setup.data, setup.valid, "--valid", {scale.valid for scale in SCALES.values()})
         training = setup.data.load("train", length=setup.length)
-        valid = setup.data.load(setup.valid, length=setup.length, stride=setup.length // 2)
+        valid = setup.data.load(split, length=setup.length, stride=max(1, setup.length // 2))
+        prompt = _text.prompt("def ", valid, setup.model.context)
+    each = _text.tokens_per_character(valid)
     model = replace(setup.model, vocab=training.info.levels)
     result = train.fit(transformer.make, model, setup.run, training, valid=valid)
-    last = [line["valid"] for line in train.metrics(folder) if "valid" in line][-1]
-    tokens = [source.resident[0]["text"] for source in (training, valid)]
-    grams = {n: _text.ngram_nats(*tokens, n, training.info.levels) for n in range(1, 7)}
+    last = _text.validations(folder)[-1]
+    nats = last["nll_nats_per_token"] * each
+    grams = {n: value * each for n, value in _text.ngrams(training, valid).items()}
     best = min(grams, key=grams.get)
-    text = _text.written(result, "def ", 250, temperature=0.8)
-    (folder / "sample.txt").write_text(text + "\n")
+    text = _text.written(result, prompt, 250, temperature=0.8)
+    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
     _text.draw(
-        folder / "transformer_text.png", {"transformer": _text.curve(folder, "nll_nats_per_token")},
+        folder / "transformer_text.png", {"transformer": _text.curve(folder, "nll_nats_per_token", each)},
         {f"{best}-gram": grams[best]}, text, ylabel="nats per character",
         caption=f"{setup.model.layers} layers of {setup.model.width}, {setup.run.steps} updates of "
-        f"{setup.run.batch_size} x {setup.length} characters; sample at temperature .8",
+        f"{setup.run.batch_size} x {setup.length} {_text.unit(setup.data)}; sample at temperature .8",
     )  # fmt: skip
     return [
-        Row(NATS, last["nll_nats_per_token"]),
+        Row(NATS, nats),
         Row(BITS, last["nll_bits_per_byte"]),
         *(Row(f"{n}-gram, add-alpha (nats per character)", value) for n, value in grams.items()),
         Row(BEST, grams[best]),
-        Row(LEAD, grams[best] - last["nll_nats_per_token"]),
+        Row(LEAD, grams[best] - nats),
     ]
 
 

@@ -19,18 +19,39 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_TIMES = {"train": 1504176606, "t10k": 1504176627}
 
 
-def cuts(name: str, split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
-    """(split, start, stop) of what `split` names: a whole split, or TFDS's slices of some, joined."""
-    if split in sizes:
-        return [(split, 0, sizes[split])]
+def cuts(name: str, split: str, sizes: dict[str, int], *, unit: str = "examples") -> list[tuple[str, int, int]]:
+    """(split, start, stop) of what `split` names: a whole split, or TFDS's slices of some, joined.
+
+    Raises ValueError with the splits' sizes, counted in `unit`, for an unknown split, a slice that reaches beyond what
+    there is, and an empty one.
+    """
+    there = f"in {unit}: " + ", ".join(f"{part} has {size:,}" for part, size in sizes.items())
+    found = [(split, 0, sizes[split])] if split in sizes else _slices(name, split, sizes, there)
+    if not any(stop > start for _, start, stop in found):
+        raise ValueError(f"{name}: {split!r} is empty ({there})")
+    return found
+
+
+def _slices(name: str, split: str, sizes: dict[str, int], there: str) -> list[tuple[str, int, int]]:
     import tensorflow_datasets as tfds
 
-    known = {s: tfds.core.SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in sizes.items()}
+    def absolute(sizes):
+        known = {s: tfds.core.SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in sizes.items()}
+        return tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+
     try:
-        parsed = tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+        parsed = absolute(sizes)
     except (ValueError, AssertionError, KeyError) as e:
+        try:
+            absolute(dict.fromkeys(sizes, 1 << 62))
+        except (ValueError, AssertionError, KeyError):
+            raise ValueError(
+                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as "
+                f"{next(iter(sizes))}[:50%], {'+'.join(sizes)} ({there})"
+            ) from e
+        example = f"{next(s for s in reversed(sizes) if s in split)}[:50%]"
         raise ValueError(
-            f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as train[:100], train+test"
+            f"{name}: {split!r} asks for more than there is ({there}): take a smaller slice, or a share like {example}"
         ) from e
     return [(c.splitname, c.from_ or 0, sizes[c.splitname] if c.to is None else c.to) for c in parsed]
 

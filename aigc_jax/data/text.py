@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import array
+import codecs
 import contextlib
 import functools
 import hashlib
 import json
+import re
+import shlex
+import sys
 import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from . import Data, Info, order
 from .prepare import cuts, prepared
+
+BLOCK = 1 << 16  # characters read, learnt from or encoded at once, so that only tokens take memory
+# Places where GPT-2's pattern begins a new word whatever follows, so that a cut there changes no token.
+_CUT = re.compile(r"\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?，。！？；：、])")
 
 
 class Tokenizer:
@@ -37,21 +47,32 @@ class Tokenizer:
         self.size = len(self._characters) if self._characters is not None else self._bpe.get_vocab_size()
 
     @classmethod
-    def characters(cls, text: str) -> Tokenizer:
-        """One token for each character that occurs, in the order of their code points."""
-        return cls(json.dumps({"characters": "".join(sorted(set(text)))}))
+    def characters(cls, text: str | Iterable[str]) -> Tokenizer:
+        """One token for each character that occurs, in the order of their code points.
+
+        text: a string, or its pieces in order. Raises ValueError for half a surrogate pair, which is no character.
+        """
+        seen = np.zeros(0x110000, bool)
+        for piece in _pieces(text):
+            seen[_code_points(_sound(piece))] = True
+        return cls(json.dumps({"characters": "".join(map(chr, np.flatnonzero(seen).tolist()))}))
 
     @classmethod
-    def bpe(cls, text: str, vocab: int) -> Tokenizer:
-        """Byte-level BPE (GPT-2, section 2.2) of `vocab` tokens, at least 256, trained on the text."""
+    def bpe(cls, text: str | Iterable[str], vocab: int) -> Tokenizer:
+        """Byte-level BPE (GPT-2, section 2.2) of `vocab` tokens, 256 to 1,000,000, trained on the text.
+
+        text: a string, or its pieces in order. A short text gives fewer tokens.
+        """
         import tokenizers
 
         if vocab < 256:
             raise ValueError(f"byte-level BPE needs a vocabulary of at least 256, the bytes themselves, got {vocab}")
+        if vocab > 1_000_000:  # the library reserves memory for all of them, and ends the process where it gets none
+            raise ValueError(f"byte-level BPE takes a vocabulary of at most 1,000,000, got {vocab}")
         made = _byte_level(tokenizers.models.BPE())
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False)
-        made.train_from_iterator([text], trainer)
+        made.train_from_iterator(map(_sound, _at_words(_pieces(text))), trainer)
         return cls(made.to_str())
 
     @classmethod
@@ -88,17 +109,23 @@ class Tokenizer:
         """One JSON file."""
         Path(file).write_bytes(self.content.encode())
 
-    def encode(self, text: str) -> np.ndarray:
-        """int32 [T]. Raises ValueError for a character that the vocabulary has not."""
+    def encode(self, text: str | Iterable[str]) -> np.ndarray:
+        """int32 [T] of a string, or of its pieces in order. Raises ValueError for a character of no token."""
+        tokens = array.array("i")
         if self._characters is None:
-            return np.array(self._bpe.encode(text, add_special_tokens=False).ids, np.int32)
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
-        if not self.size and len(points):
-            raise ValueError(f"the vocabulary has no {text[0]!r}")
-        tokens = np.minimum(np.searchsorted(self._characters, points), self.size - 1)
-        if unknown := points[self._characters[tokens] != points].tolist():
-            raise ValueError(f"the vocabulary has no {chr(unknown[0])!r}")
-        return tokens.astype(np.int32)
+            # Other tokenizers than GPT-2's kind may merge across any place: they get the text whole.
+            for block in _at_words(_pieces(text)) if _cuts_at_words(self.content) else ["".join(_pieces(text))]:
+                tokens.extend(self._bpe.encode(_sound(block), add_special_tokens=False).ids)
+            return np.frombuffer(tokens, np.int32)
+        last = int(self._characters.max(initial=-1)) + 1  # stands for every later code point
+        table = np.full(last + 1, -1, np.int32)
+        table[self._characters.astype(np.int64)] = np.arange(self.size)
+        for piece in _pieces(text):
+            found = table[np.minimum(_code_points(piece), last)]
+            if found.min(initial=0) < 0:
+                raise ValueError(f"the vocabulary has no {piece[int((found < 0).argmax())]!r}")
+            tokens.frombytes(found.tobytes())
+        return np.frombuffer(tokens, np.int32)
 
     def decode(self, tokens) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD. Raises ValueError for numbers beyond the vocabulary."""
@@ -117,6 +144,52 @@ def _byte_level(model):
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     return made
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _sound(text: str) -> str:
+    """The text; ValueError where UTF-8 cannot write it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"the text holds {text[e.start]!r}, half of a surrogate pair and no character") from e
+    return text
+
+
+def _pieces(text: str | Iterable[str]) -> Iterator[str]:
+    """A string in pieces of BLOCK characters; pieces as they are."""
+    if isinstance(text, str):
+        return (text[at : at + BLOCK] for at in range(0, len(text), BLOCK))
+    return iter(text)
+
+
+def _at_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text, cut anew: only where byte-level BPE begins a word in any case."""
+    held: list[str] = []
+    for piece in pieces:
+        ends = (match.end() for match in _CUT.finditer(piece, max(0, len(piece) - 4096)))
+        *_, end = 0, *ends
+        if end:
+            yield "".join([*held, piece[:end]])
+            held, piece = [], piece[end:]
+        held.append(piece)
+    if rest := "".join(held):
+        yield rest
+
+
+@functools.lru_cache(maxsize=8)
+def _cuts_at_words(content: str) -> bool:
+    """Whether a tokenizer cuts text by GPT-2's pattern, and nothing in it reaches across a place of _CUT."""
+    said = json.loads(content)
+    words = said.get("pre_tokenizer") or {}
+    plain = words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words.get("add_prefix_space")
+    return plain and said.get("normalizer") is None and not any(
+        token["lstrip"] or token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"])
+        or _CUT.search(token["content"]) for token in said.get("added_tokens") or ()
+    )  # fmt: skip
 
 
 def _crop(length: int, arrays: dict, rows) -> dict:
@@ -144,8 +217,8 @@ def from_tokens(
     window only what no earlier one has predicted counts, so that each token but the first counts once, and, from the
     second window on, after at least length - stride others.
 
-    Raises ValueError for tokens that are no whole numbers in 0..vocab-1, a text shorter than length + 1, and a stride
-    above length.
+    Raises ValueError for tokens that are no whole numbers in 0..vocab-1, a text shorter than length + 1 or too long for
+    int32, and a stride above length.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
@@ -156,11 +229,14 @@ def from_tokens(
         raise ValueError(f"stride must lie in 0..length = {length}, got {stride}")
     if len(tokens) <= length:
         raise ValueError(f"the text has {len(tokens)} tokens, a length of {length} needs at least {length + 1}")
+    if len(tokens) + length >= 2**31:
+        raise ValueError(f"a text of {len(tokens):,} tokens is too long: its places are int32, take a part of it")
     vocab = tokenizer.size if tokenizer else vocab or int(tokens.max()) + 1
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise ValueError(f"tokens must lie in 0..{vocab - 1}, got {tokens.min()}..{tokens.max()}")
     tokens = np.ascontiguousarray(tokens, np.int32)
-    digest = hashlib.sha256(tokens.tobytes() + f"{length} {stride} {vocab}".encode())
+    digest = hashlib.sha256(tokens)
+    digest.update(f"{length} {stride} {vocab}".encode())
     if tokenizer:
         digest.update(tokenizer.content.encode())
     last = len(tokens) - 1 - length  # where the last window begins
@@ -178,7 +254,7 @@ def from_tokens(
 
         arrays, take = {"text": tokens}, functools.partial(_crop, length)
     else:
-        start = np.minimum(np.arange(windows) * stride, last)
+        start = np.minimum(np.arange(windows, dtype=np.int32) * np.int32(stride), np.int32(last))
         seen = np.diff(start, prepend=start[0] - length)
         arrays = {"text": tokens, "start": start.astype(np.int32), "seen": (length - seen).astype(np.int32)}
         rows, take = functools.partial(order, windows), functools.partial(_window, length)
@@ -191,54 +267,136 @@ def from_tokens(
 def load_text(
     name: str, split: str, *, folder: str | None = None, length: int = 256, stride: int = 0, tokenizer: str = "char"
 ) -> Data:
-    """python_source, tiny_shakespeare or text:PATH (UTF-8), as `from_tokens` cuts them.
+    """python_source, tiny_shakespeare or text:FILE (UTF-8), as `from_tokens` cuts them.
 
     split: train, the first 90 % of the characters, validation, the rest; sliced as in TFDS.
-    tokenizer: char; bpe:N, trained on train; or a tokenizer.json, or a folder with GPT-2's files.
+    tokenizer: char (or characters), of the whole text; bpe:N, trained on train; a tokenizer.json, or a folder with
+        GPT-2's files.
     """
-    text = _read(name, folder)
-    border = len(text) * 9 // 10
-    parts = {"train": text[:border], "validation": text[border:]}
-    sizes = {part: len(content) for part, content in parts.items()}
-    chosen = "".join(parts[part][start:stop] for part, start, stop in cuts(name, split, sizes))
+    parts = sizes(name, folder)
+    border = {"train": 0, "validation": parts["train"]}
+    chosen = cuts(name, split, parts, unit="characters")
+    text = functools.partial(_read, name, folder)
     made = _tokenizer(tokenizer, text, parts["train"])
+    size = 0
+
+    def pieces():
+        nonlocal size
+        for part, start, stop in chosen:
+            for piece in text(border[part] + start, border[part] + stop):
+                size += len(piece.encode())
+                yield piece
+
     try:
-        tokens = made.encode(chosen)
-        options = {"length": length, "stride": stride, "tokenizer": tokenizer}
-        size = len(chosen.encode()) / max(1, len(tokens))
-        return from_tokens(tokens, length=length, stride=stride, tokenizer=made, bytes_per_token=size,
+        tokens = made.encode(pieces())
+        options = {"length": length, "stride": stride, "tokenizer": "char" if tokenizer == "characters" else tokenizer}
+        return from_tokens(tokens, length=length, stride=stride, tokenizer=made,
+                           bytes_per_token=size / max(1, len(tokens)),
                            source={"name": name, "split": split, **options})  # fmt: skip
     except ValueError as e:
         raise ValueError(f"{name} {split}: {e}") from e
 
 
-@functools.lru_cache(maxsize=4)
-def _tokenizer(which: str, text: str, train: str) -> Tokenizer:
-    if which == "char":
-        return Tokenizer.characters(text)
+def sizes(name: str, folder: str | None = None) -> dict[str, int]:
+    """How many characters the two parts of a text have: {"train": ..., "validation": ...}."""
+    characters = sum(map(len, _read(name, folder)))
+    if not characters:
+        raise ValueError(f"text: {_file(name, folder)} is empty")
+    return {"train": characters * 9 // 10, "validation": characters - characters * 9 // 10}
+
+
+_learnt: dict[tuple[str, str], Tokenizer] = {}  # by what trained them: minutes for a long text
+
+
+def _tokenizer(which: str, text: Callable[..., Iterator[str]], train: int) -> Tokenizer:
+    if which in ("char", "characters"):
+        return Tokenizer.characters(text())
     if which.startswith("bpe:") and which[4:].isdecimal():
-        return Tokenizer.bpe(train, int(which[4:]))
-    if Path(which).is_dir():
-        return Tokenizer.gpt2(which)
-    if which.endswith(".json"):
-        return Tokenizer.load(which)
-    raise ValueError(f"tokenizer must be char, bpe:N, a tokenizer.json or a folder with GPT-2's files, got {which!r}")
+        digest = hashlib.sha256()
+        for piece in text(0, train):
+            digest.update(piece.encode())
+        key = (which, digest.hexdigest())
+        if key not in _learnt:
+            _learnt[key] = Tokenizer.bpe(text(0, train), int(which[4:]))
+        return _learnt[key]
+    path = Path(which).expanduser()
+    if path.is_dir():
+        return Tokenizer.gpt2(path)
+    if which.endswith(".json") or path.is_file():
+        return Tokenizer.load(path)
+    raise ValueError(
+        f"tokenizer must be char, bpe:N, a tokenizer.json or a folder with GPT-2's files that exist, got {which!r}"
+    )
 
 
-def _read(name: str, folder: str | None) -> str:
-    if name == "python_source":
-        if folder is not None:
+def _file(name: str, folder: str | None) -> Path:
+    return Path(folder or name.removeprefix("text:")).expanduser()
+
+
+def _read(name: str, folder: str | None, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """The characters start..stop of a text, in pieces; its line ends as they are, without a byte order mark."""
+    if name in ("python_source", "tiny_shakespeare"):
+        if name == "python_source" and folder is not None:
             raise ValueError("python_source needs no files, so it takes no folder")
-        return _python_source()
-    if name == "tiny_shakespeare":
-        return _official_text(str(prepared(name, folder).data_path))
-    path = Path(folder or name.removeprefix("text:"))
+        text = _python_source() if name == "python_source" else _official_text(str(prepared(name, folder).data_path))
+        stop = len(text) if stop is None else stop
+        yield from (text[at : min(at + BLOCK, stop)] for at in range(start, stop, BLOCK))
+        return
+    path = _file(name, folder)
     if not path.is_file():
         raise FileNotFoundError(f"text: there is no file {path}")
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    nul = head[::2].count(0), head[1::2].count(0)
+    if 10 * min(nul) < max(nul) > len(head) / 8:  # UTF-16 of Western letters, which is UTF-8 as well
+        raise ValueError(_not_utf8(path))
     try:
-        return path.read_bytes().decode("utf-8")  # with its line ends as they are
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for at in range(0, start, BLOCK):
+                file.read(min(BLOCK, start - at))
+            left = sys.maxsize if stop is None else stop - start
+            while piece := file.read(min(BLOCK, left)):
+                yield piece
+                left -= len(piece)
     except UnicodeDecodeError as e:
-        raise ValueError(f"text: {path} is not UTF-8 (byte {e.start}): convert it, or name a text file") from e
+        raise ValueError(_not_utf8(path)) from e
+
+
+def _not_utf8(path: Path) -> str:
+    """What is wrong with the file, which encoding it looks like, and the command that converts it."""
+    content, at = path.read_bytes(), 0
+    try:
+        content.decode()
+    except UnicodeDecodeError as e:
+        at = e.start
+    begin = content.rfind(b"\n", 0, at) + 1
+    encoding = _encoding(content[begin : begin + BLOCK])
+    said = f"text: {path} is not UTF-8 (byte {at})"
+    if not encoding:
+        return f"{said}, and looks like no text: name a text file"
+    files = f"{shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-utf8.txt')}"
+    if encoding == "UTF-8":
+        return f"{said}: a few bytes are damaged. Drop them: iconv -c -f UTF-8 -t UTF-8 {files}"
+    return f"{said}; it looks like {encoding}. Convert it: iconv -f {encoding} -t UTF-8 {files}"
+
+
+def _encoding(sample: bytes) -> str:
+    """A guess at an encoding, by iconv's name: UTF-8 where little is damaged, "" where it is no text."""
+    import charset_normalizer
+
+    runs, letters = re.findall(rb"[\x80-\xff]+", sample), re.findall(rb"[A-Za-z]", sample)
+    high = sum(map(len, runs))
+    utf8 = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
+    if 10 * (high - sum(map(len, re.findall(utf8, sample)))) < high:
+        return "UTF-8"
+    # Single accents among plain letters, which the library takes for anything.
+    if b"\0" not in sample and 5 * sum(len(run) == 1 for run in runs) > 4 * len(runs) and len(letters) > 2 * high:
+        return "CP1252"
+    best = charset_normalizer.from_bytes(sample).best()
+    name = codecs.lookup(best.encoding).name.upper().replace("_", "-") if best else ""
+    for python, iconv in (("-LE", "LE"), ("-BE", "BE"), ("EUC-JIS-2004", "EUC-JP")):
+        name = name.replace(python, iconv)
+    return "" if b"\0" in sample and not name.startswith("UTF") else name
 
 
 @functools.lru_cache(maxsize=1)
