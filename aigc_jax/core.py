@@ -132,7 +132,7 @@ class Optim:
         if (self.momentum_end is None) != (self.momentum_steps == 0):
             raise ValueError("optim.momentum_end and optim.momentum_steps go together")
         if self.name != "sgd" and not self.eps + self.eps_root:
-            raise ValueError("optim.eps and optim.eps_root are both 0: without a gradient the update would be 0 / 0")
+            raise ValueError(f"optim.eps is {self.eps}, as is eps_root: without a gradient the update would be 0 / 0")
         if not 0 <= self.floor <= 1 or (self.curve == "exponential" and self.decay and not self.floor):
             raise ValueError(f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}")
 
@@ -343,8 +343,8 @@ def descend(
 def finish(state: State, ema: EMA) -> State:
     """The end of a step, once, however many updates it made: the average moves, the count goes up."""
     if ema.decay:
-        decay = jnp.minimum(ema.decay, (1 + state.step) / (10 + state.step))
-        moved = jax.tree.map(lambda a, x: a + (1 - decay).astype(a.dtype) * (x - a), state.ema, ema.of(state))
+        weight = jnp.maximum(1 - ema.decay, 9 / (10 + state.step))
+        moved = jax.tree.map(lambda a, x: a + weight.astype(a.dtype) * (x - a), state.ema, ema.of(state))
         state = state._replace(ema=moved)
     return state._replace(step=state.step + 1)
 

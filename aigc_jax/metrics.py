@@ -348,8 +348,9 @@ def reverse_kl(histogram: Num[Array | np.ndarray, " M"]) -> float:
         raise ValueError(f"a histogram holds counts from 0 on, got {counts.tolist()}")
     if not counts.any():
         return float("nan")
-    counts, total = counts[counts > 0] / counts.max(), counts.sum() / counts.max()
-    return max(0.0, float((counts / total * np.log(counts * (np.size(histogram) / total))).sum()))
+    full = counts[counts > 0] / counts.max()
+    mean = full.sum() / counts.size
+    return max(0.0, float((full * np.log(full / mean)).sum() / full.sum()))
 
 
 def classifier_score(probabilities: Float[Array | np.ndarray, "N C"]) -> float:

@@ -248,8 +248,9 @@ def test_average_follows_what_it_names(row):
         else (lambda s: s.params)
     )
     expected = leaves(of(states[0]))
-    for state in states[1:]:
-        expected = {n: 0.9 * x + 0.1 * leaves(of(state))[n] for n, x in expected.items()}
+    for t, state in enumerate(states[1:]):
+        decay = min(0.9, (1 + t) / (10 + t))
+        expected = {n: decay * x + (1 - decay) * leaves(of(state))[n] for n, x in expected.items()}
     assert leaves(states[-1].ema).keys() == expected.keys()
     for n, x in leaves(states[-1].ema).items():
         np.testing.assert_allclose(x, expected[n], rtol=5e-7, atol=1e-6, err_msg=n)

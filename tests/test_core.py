@@ -53,8 +53,9 @@ def test_momentum_moves_in_a_straight_line_to_its_end():
             Optim("adam", lr=0.01, weight_decay=0.1),
             optax.adamw(0.01, weight_decay=0.1, mask={"kernel": True, "bias": False}),
         ),
-        (Optim("rmsprop", lr=0.01, b2=0.9), optax.rmsprop(0.01, decay=0.9)),
-        (Optim("adagrad", lr=0.1), optax.adagrad(0.1, initial_accumulator_value=0.0, eps=1e-8)),
+        (Optim("rmsprop", lr=0.01, b2=0.9), optax.rmsprop(0.01, decay=0.9, eps_in_sqrt=False)),
+        (Optim("rmsprop", lr=0.01, b2=0.9, eps=0.0, eps_root=1e-3), optax.rmsprop(0.01, decay=0.9, eps=1e-3)),
+        (Optim("adagrad", lr=0.1, eps=0.0, eps_root=1e-3), optax.adagrad(0.1, 0.0, eps=1e-3)),
         (Optim("sgd", lr=0.01, momentum=0.9), optax.sgd(0.01, momentum=0.9)),
         (Optim("adam", lr=0.01, clip=0.5), optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))),
     ],
@@ -74,6 +75,51 @@ def test_optimizers_agree_with_optax(optim, peer):
     for name in params:
         assert np.abs(theirs[name] - params[name]).max() > 1e-3
         np.testing.assert_allclose(state.params[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0])
+@pytest.mark.parametrize("name", ["rmsprop", "adagrad"])
+def test_eps_is_added_to_the_root_as_in_torch(name, size):
+    """torch.optim.RMSprop and Adagrad, written in numpy; with gradients as small as eps the place of eps decides."""
+    optim = Optim(name, lr=0.1, b2=0.9, eps=1e-6)
+    state = core.start({"w": jnp.zeros(3)}, optim)
+    w, v = np.zeros(3), np.zeros(3)
+    for i in range(4):
+        g = size * np.asarray(jax.random.normal(jax.random.key(i), (3,)), np.float64)
+        g[0] = 0  # no gradient, no update
+        loss = lambda params, state, batch, key, g=g: ((params["w"] * jnp.float32(g)).sum(), (None, {}))  # noqa: E731
+        state, _ = core.descend(loss, optim, state, {}, KEY)
+        v = 0.9 * v + 0.1 * g**2 if name == "rmsprop" else v + g**2
+        w = w - 0.1 * g / (np.sqrt(v) + 1e-6)
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+
+
+def test_momentum_counts_steps_and_not_the_updates_of_a_net():
+    """Three updates a step, as of a critic: all three have the momentum of their step."""
+    optim = Optim("sgd", lr=0.1, momentum=0.5, momentum_end=0.9, momentum_steps=4)
+    state = core.start({"w": jnp.ones(3)}, optim)
+    w, velocity = np.ones(3), np.zeros(3)
+    for i in range(6):
+        for j in range(3):
+            state, _ = core.descend(quadratic, optim, state, rows(3 * i + j), KEY)
+            velocity = min(0.9, 0.5 + 0.1 * i) * velocity + w - np.asarray(rows(3 * i + j)["x"]).mean(0)
+            w = w - 0.1 * velocity
+        state = core.finish(state, EMA())
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-4)
+
+
+def test_the_clip_has_a_derivative_where_nothing_is_to_be_clipped():
+    """Through an update from the optimum: d/dw (w - lr (w - mean)) is 1 - lr, and not 0 / 0."""
+    optim, batch = Optim("sgd", lr=0.1, clip=1.0), {"x": jnp.zeros((4, 3))}
+
+    def moved(w):
+        state = core.start({"w": w}, optim)
+        return core.descend(quadratic, optim, state, batch, KEY)[0].params["w"].sum()
+
+    np.testing.assert_allclose(jax.grad(moved)(jnp.zeros(3)), 0.9, rtol=1e-6)
+    far = jnp.array([3.0, 4.0, 0.0])  # the gradient's direction: only its length is held
+    expected = 1 - 0.1 * ((1 - jnp.eye(3)[2]) * 0) - 0.1 * (jnp.ones(3) / 5 - far * far.sum() / 125)
+    np.testing.assert_allclose(jax.grad(moved)(far), expected, rtol=1e-5)
 
 
 def test_rates_warm_up_then_fall_to_the_floor():
@@ -178,10 +224,94 @@ def test_start_copies_the_average_and_finish_moves_it_once():
     state = core.start({"w": jnp.ones(2)}, Optim(), extra=jnp.zeros(3), ema=ema)
     assert state.ema["w"].unsafe_buffer_pointer() != state.params["w"].unsafe_buffer_pointer()
     state = core.finish(state._replace(params={"w": jnp.full(2, 5.0)}, extra=jnp.ones(3)), ema)
-    np.testing.assert_allclose(state.ema["w"], 2.0)
-    np.testing.assert_allclose(state.ema["stats"], 0.25)
+    np.testing.assert_allclose(state.ema["w"], 4.6)  # the first decay is .1
+    np.testing.assert_allclose(state.ema["stats"], 0.9)
     assert int(state.step) == 1
     assert ema.read(state) is state.ema
+
+
+@pytest.mark.parametrize("decay", [0.05, 0.5, 0.9, 0.9999])
+def test_the_average_is_warmed_up(decay):
+    """min(decay, (1 + t) / (10 + t)) in float64, t from 0; a run that starts again at t goes on with t."""
+    ema = EMA(decay)
+    state = core.start({"w": jnp.zeros(3)}, Optim(), ema=ema)
+    expected = np.zeros(3)
+    for t in range(40):
+        w = np.asarray(jax.random.normal(jax.random.key(t), (3,)))
+        state = core.finish(state._replace(params={"w": jnp.asarray(w)}), ema)
+        d = min(decay, (1 + t) / (10 + t))
+        expected = d * expected + (1 - d) * w
+        np.testing.assert_allclose(state.ema["w"], expected, rtol=1e-5, atol=1e-6)
+    late = core.finish(state._replace(step=jnp.int32(10**8)), ema)
+    np.testing.assert_allclose(late.ema["w"], decay * expected + (1 - decay) * w, rtol=1e-4, atol=1e-6)
+
+
+def test_a_short_run_averages_near_its_end():
+    """300 updates towards 1 with decay .9999: a constant decay would leave 97 % of the first value."""
+    ema, optim = EMA(0.9999), Optim("sgd", lr=0.05)
+    step = jax.jit(core.make_step(quadratic, optim, ema=ema))
+    state = core.start({"w": jnp.full(3, 100.0)}, optim, ema=ema)
+    for _ in range(300):
+        state, _ = step(state, {"x": jnp.ones((2, 3))}, KEY)
+    np.testing.assert_allclose(state.params["w"], 1, atol=1e-3)
+    np.testing.assert_allclose(state.ema["w"], 1, atol=0.01)
+
+
+def test_labels_are_whole_numbers_of_the_right_shape_and_range():
+    for label in (2, np.int64(2), jnp.int32(2), np.full(4, 2, np.uint8), [2] * 4, jnp.full(4, 2)):
+        found = core.labels(label, 3, (4,))
+        assert found.dtype == jnp.int32 and found.tolist() == [2] * 4
+    np.testing.assert_array_equal(core.labels(np.array([0, 1]), 3, (5, 2)), [[0, 1]] * 5)
+    np.testing.assert_array_equal(core.labels(None, 3, (4,), in_turn=True), [0, 1, 2, 0])
+    assert core.labels(None, 0, (4,)) is core.labels(None, 0, (4,), in_turn=True) is None
+    assert jax.jit(lambda y: core.labels(y, 3, (4,)))(jnp.arange(4) % 3).tolist() == [0, 1, 2, 0]
+    seven = jnp.array([7])
+    with pytest.raises(ValueError, match=r"label must lie in 0\.\.2, got 7\.\.7"):  # what is concrete inside of jit too
+        jax.jit(lambda: core.labels(seven, 3, (1,)))()
+
+
+@pytest.mark.parametrize(
+    "label, classes, words",
+    [
+        (7, 3, r"label must lie in 0\.\.2, got 7\.\.7"),
+        (3, 3, r"0\.\.2, got 3"),
+        (-1, 3, r"got -1\.\.-1"),
+        ([0, 1, 2, 3], 3, r"got 0\.\.3"),
+        (np.array([0, 1, 2, -1], np.int8), 3, r"got -1\.\.2"),
+        (np.full(4, 2**40), 3, "got 1099511627776"),
+        (1.0, 3, r"whole numbers in 0\.\.2, got float64"),
+        (jnp.zeros(4), 3, "got float32"),
+        (jnp.zeros(4, jnp.bfloat16), 3, "got bfloat16"),
+        (True, 3, "got bool"),
+        (np.zeros(4, bool), 3, "got bool"),
+        ([0, 1], 3, r"one entry for each of 4 samples, got \(2,\)"),
+        ([0], 3, r"got \(1,\)"),
+        (np.zeros((4, 1), int), 3, r"got \(4, 1\)"),
+        (None, 3, "a conditional model needs label="),
+        (0, 0, "takes no labels"),
+    ],
+)
+def test_bad_labels_are_refused_in_one_line(label, classes, words):
+    with pytest.raises(ValueError, match=words) as e:
+        core.labels(label, classes, (4,))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_pixels_are_whole_numbers_within_the_levels(levels):
+    image = np.arange(levels).reshape(1, 1, -1, 1)
+    for dtype in (np.uint8, np.int32, np.int64, np.uint16):
+        found = core.pixels(image.astype(dtype), levels)
+        assert found.dtype == jnp.float32 and found.ravel().tolist() == list(range(levels))
+    for wrong in (image / 1.0, image.astype(np.float16), jnp.asarray(image, jnp.bfloat16), image > 0):
+        for call in (core.pixels, jax.jit(core.pixels, static_argnums=1)):
+            with pytest.raises(
+                ValueError, match=rf"image must be whole numbers in 0\.\.{levels - 1}, got .*encode or elbo"
+            ):
+                call(wrong, levels)
+    for wrong in (image + 1, image - 1, (image + 2).astype(np.int16)):
+        with pytest.raises(ValueError, match=rf"image must lie in 0\.\.{levels - 1}, got"):
+            core.pixels(wrong, levels)
 
 
 def test_step_keys_depend_on_the_step_alone():
@@ -205,6 +335,7 @@ def test_state_holds_arrays_only():
         ("b1", 1.0),
         ("clip", -1.0),
         ("floor", 2.0),
+        ("eps", 0.0),
     ],
 )
 def test_bad_optim_is_refused_by_name_and_value(field, value):

@@ -234,28 +234,48 @@ def adam(lr, b1=0.5, b2=0.9, eps=1e-8, root=1e-6):
     return Optim(lr=lr, b1=b1, b2=b2, eps=eps, eps_root=root)
 
 
-class Written:
-    """D's updates on a linear logit w.x + v and fakes all at c, in float64 numpy: an independent implementation."""
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
 
-    def __init__(self, x, optim):
-        self.x, self.o = x, optim
-        self.m = self.s = np.zeros(3)
+
+# Of D's loss of a real and of a fake logit, and of G's loss: the value and the slope, in float64.
+SOFTPLUS = (lambda f: np.logaddexp(0, f), sigmoid)
+MINUS = (lambda r: np.logaddexp(0, -r), lambda r: -sigmoid(-r))
+WRITTEN = {
+    "minimax": (MINUS, SOFTPLUS, lambda f: -np.logaddexp(0, f)),
+    "non_saturating": (MINUS, SOFTPLUS, lambda f: np.logaddexp(0, -f)),
+    "least_squares": (
+        (lambda r: (r - 1) ** 2 / 2, lambda r: r - 1), (lambda f: f**2 / 2, lambda f: f), lambda f: (f - 1) ** 2 / 2,
+    ),
+    "wasserstein": ((lambda r: -r, lambda r: 0 * r - 1), (lambda f: f, lambda f: 0 * f + 1), lambda f: -f),
+    "hinge": (
+        (lambda r: np.maximum(0, 1 - r), lambda r: -1.0 * (r < 1)),
+        (lambda f: np.maximum(0, 1 + f), lambda f: 1.0 * (f > -1)), lambda f: -f,
+    ),
+}  # fmt: skip
+assert set(WRITTEN) == set(LOSSES)
+
+
+class Written:
+    """D's updates on a linear logit w.x + v, fakes all at c, gamma / 2 |w|^2 its penalty: float64 numpy, on its own."""
+
+    def __init__(self, loss, optim, packing=1, gamma=0.0):
+        (self.real, self.fake, self.gen), self.o, self.p, self.gamma = WRITTEN[loss], optim, packing, gamma
+        self.m = self.s = np.zeros(2 * packing + 1)
         self.t = 0
 
-    @staticmethod
-    def loss(theta, x, c):
-        def softplus(a):
-            return np.logaddexp(0, a)
+    def logits(self, theta, x, c):
+        packed = x.reshape(-1, 2 * self.p), np.tile(c, (len(x) // self.p, self.p))
+        return [np.column_stack([a, np.ones(len(a))]) for a in packed], [a @ theta[:-1] + theta[-1] for a in packed]
 
-        return softplus(-(x @ theta[:2] + theta[2])).mean() + softplus(c @ theta[:2] + theta[2])
+    def loss(self, theta, x, c):
+        _, (r, f) = self.logits(theta, x, c)
+        return self.real[0](r).mean() + self.fake[0](f).mean() + self.gamma / 2 * (theta[:-1] ** 2).sum()
 
-    def update(self, theta, c):
-        def sigmoid(a):
-            return 1 / (1 + np.exp(-a))
-
-        real = -sigmoid(-(self.x @ theta[:2] + theta[2]))
-        fake = sigmoid(c @ theta[:2] + theta[2])
-        g = np.concatenate([(real[:, None] * self.x).mean(0) + fake * c, [real.mean() + fake]])
+    def update(self, theta, x, c):
+        (x, c), (r, f) = self.logits(theta, x, c)
+        g = (self.real[1](r)[:, None] * x + self.fake[1](f)[:, None] * c).mean(0)
+        g[:-1] += self.gamma * theta[:-1]
         if self.o.name == "sgd":
             return theta - self.o.lr * g
         self.t += 1
@@ -265,40 +285,71 @@ class Written:
         return theta - self.o.lr * m / (np.sqrt(s + self.o.eps_root) + self.o.eps)
 
 
-@pytest.mark.parametrize("optim", [Optim("sgd", lr=0.3), adam(0.1)], ids=["sgd", "adam"])
-@pytest.mark.parametrize("loss", ["minimax", "non_saturating"])
-@pytest.mark.parametrize("unrolled", [0, 1, 3])
-def test_unrolled_gradient_is_the_whole_derivative(unrolled, loss, optim):
-    """G puts all its mass at its bias c; d loss(theta_K(c), c) / dc by finite differences of the written updates."""
-    cfg = replace(LINEAR, loss=loss, unrolled=unrolled, optim=Optim("sgd", lr=1.0), disc_optim=optim)
-    family = gan.make(cfg)
+def at_a_point(cfg, c):
+    """A family and a state whose G puts all its mass at its bias c; its SGD of rate 1 shows the gradient."""
+    family = gan.make(replace(cfg, optim=Optim("sgd", lr=1.0)))
     state = jax.jit(family.init)(key(3))
-    c = np.array([0.4, -0.7])
     fixed = jax.tree.map(jnp.zeros_like, state.params["gen"])
     fixed["Dense_0"]["bias"] = jnp.float32(c)
-    state = state._replace(params={**state.params, "gen": fixed})
-    x = np.random.default_rng(5).normal(size=(16, 2)) + 1
+    return family, state._replace(params={**state.params, "gen": fixed})
+
+
+def theta_of(state):
+    layer = state.params["disc"]["Dense_0"]
+    return np.concatenate([np.asarray(layer["kernel"], np.float64)[:, 0], np.asarray(layer["bias"], np.float64)])
+
+
+@pytest.mark.parametrize(
+    "loss, unrolled, optim, packing, n_critic",
+    [*((loss, 2, adam(0.1), 1, 1) for loss in LOSSES), *((loss, 1, Optim("sgd", lr=0.3), 1, 1) for loss in LOSSES),
+     ("non_saturating", 0, adam(0.1), 1, 1), ("minimax", 0, Optim("sgd", lr=0.3), 2, 2),
+     ("non_saturating", 3, adam(0.1), 2, 2), ("hinge", 2, Optim("sgd", lr=0.3), 4, 3)],
+)  # fmt: skip
+def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packing, n_critic):
+    """d/dc of minus D's whole loss at (theta_K(c), c), by finite differences of the written updates."""
+    penalty = {"penalty": "r1", "penalty_weight": 0.7} if loss == "wasserstein" else {}
+    cfg = replace(LINEAR, loss=loss, unrolled=unrolled, disc_optim=optim, packing=packing, n_critic=n_critic, **penalty)
+    c = np.array([0.4, -0.7])
+    family, state = at_a_point(cfg, c)
+    x = np.float32(np.random.default_rng(5).normal(size=(16 * n_critic, 2)) + 1).astype(np.float64)
     new, _ = jax.jit(family.step)(state, {"points": np.float32(x)}, key(1))
     got = c - np.asarray(new.params["gen"]["Dense_0"]["bias"], np.float64)
+    parts = [x[i::n_critic] for i in range(n_critic)]
 
-    layer = state.params["disc"]["Dense_0"]
-    first = np.concatenate([np.asarray(layer["kernel"], np.float64)[:, 0], np.asarray(layer["bias"], np.float64)])
-
-    def objective(at):
-        written = Written(np.float32(x).astype(np.float64), optim)
-        theta = written.update(first, c)  # the update of D itself: G's loss does not look through it
-        for _ in range(unrolled):
-            theta = written.update(theta, at)
-        if loss == "minimax":
-            return -written.loss(theta, written.x, at) if unrolled else -np.logaddexp(0, at @ theta[:2] + theta[2])
-        return np.logaddexp(0, -(at @ theta[:2] + theta[2]))
+    def objective(at, ahead=unrolled):
+        written = Written(loss, optim, packing, 0.7 if penalty else 0.0)
+        theta = theta_of(state)
+        for part in parts:  # the updates of D itself: G's loss does not look through them
+            theta = written.update(theta, part, c)
+        own = theta
+        for _ in range(ahead):
+            theta = written.update(theta, parts[-1], at)
+        whole = -written.loss(theta, parts[-1], at)
+        return own, whole if ahead else written.gen(written.logits(theta, parts[-1], at)[1][1]).mean()
 
     h = 1e-5 * np.eye(2)
-    expected = [(objective(c + d) - objective(c - d)) / 2e-5 for d in h]
-    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-5)
-    # Only the surrogate looked ahead: D itself made one update.
-    own = Written(np.float32(x).astype(np.float64), optim).update(first, c)
-    np.testing.assert_allclose(np.asarray(new.params["disc"]["Dense_0"]["kernel"])[:, 0], own[:2], rtol=1e-4, atol=1e-6)
+    expected = [(objective(c + d)[1] - objective(c - d)[1]) / 2e-5 for d in h]
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=3e-5)
+    # Only the surrogate looked ahead: D itself made n_critic updates.
+    np.testing.assert_allclose(theta_of(new), objective(c)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss, penalty",
+    [*((loss, "none") for loss in LOSSES if loss != "wasserstein"), ("wasserstein", "gp"), ("hinge", "r1")],
+)
+def test_the_unrolled_generator_rests_on_the_data(loss, penalty):
+    """G = data, D undecided: nothing that G could do to D in its next updates makes G move."""
+    cfg = replace(LINEAR, loss=loss, unrolled=2, penalty=penalty, disc_optim=Optim("sgd", lr=0.3, clip=1.0))
+    c = np.array([0.4, -0.7])
+    family, state = at_a_point(cfg, c)
+    even = jax.tree.map(jnp.zeros_like, state.params["disc"])
+    even["Dense_0"]["bias"] += 0.5 if loss == "least_squares" else 0.0
+    state = state._replace(params={**state.params, "disc": even})
+    new, metrics = jax.jit(family.step)(state, {"points": np.tile(np.float32(c), (8, 1))}, key(1))
+    np.testing.assert_allclose(new.params["gen"]["Dense_0"]["bias"], c, atol=1e-6)
+    np.testing.assert_allclose(metrics["gen_loss"], -metrics["disc_loss"], rtol=1e-6)
 
 
 def test_clipping_bounds_every_weight_of_the_critic_only():
@@ -458,6 +509,7 @@ def test_uniform_noise_is_the_unit_cube():
         ({"n_critic": 0}, "n_critic must be at least 1, got 0"),
         ({"packing": 0}, "packing must be at least 1"),
         ({"unrolled": 2}, "disc_optim.eps_root"),
+        ({"unrolled": 2, "disc_optim": Optim("rmsprop")}, "D's rmsprop, whose square root has no slope at 0"),
         ({"gen": gan.Net("dcgan", (4, 4, 4, 4))}, r"model.gen.widths .* halve H and W 4 times"),
         ({"gen": gan.Net(norm="spectral")}, "gen.norm 'spectral' is for the discriminator only"),
         ({"disc": gan.Net(norm="layer")}, "model.disc.norm must be one of none, batch, spectral, not 'layer'"),

@@ -223,6 +223,125 @@ def test_nearest_neighbours_are_sklearns():
     assert (distance == 0).all() and index.tolist() == [5, 6, 7, 8]
 
 
+def clusters(seed, n, d, at, spread):
+    """Two clusters, at +-`at` on every axis."""
+    rng = np.random.default_rng(seed)
+    return at * rng.choice([-1.0, 1.0], (n, 1)) + spread * rng.normal(size=(n, d))
+
+
+def pair(make):
+    return make(0, 301), make(1, 207)
+
+
+HARD = {  # real, fake: where float32, a matrix product or a shift would say something else
+    "the project's own ring": pair(lambda i, n: data.load("ring").batch(i, 0, n)["points"]),
+    "clusters at +-1000": pair(lambda i, n: clusters(i, n, 2, 1e3, 1e-3)),
+    "clusters at +-1000, 40 dimensions": pair(lambda i, n: clusters(i, n, 40, 1e3, 1e-3)),
+    "moved by 1e6": pair(lambda i, n: normal(i, n, 30) + 1e6),
+    "scaled by 1e-6": pair(lambda i, n: 1e-6 * normal(i, n, 100)),
+    "one huge outlier": pair(lambda i, n: normal(i, n, 20) * np.where(np.arange(n) == 3, 1e12, 1)[:, None]),
+    "float16": pair(lambda i, n: normal(i, n, 3, 7).astype(np.float16)),
+    "copies": pair(lambda i, n: normal(0, 301, 100)[np.random.default_rng(i).integers(150, size=n)].astype(np.float32)),
+    "one point": pair(lambda i, n: np.full((n, 100), 0.1)),
+    "ties on a lattice, few dimensions": pair(lambda i, n: np.random.default_rng(i).integers(0, 6, (n, 2))),
+    "ties on a lattice": pair(lambda i, n: np.random.default_rng(i).integers(0, 2, (n, 20), np.uint8)),
+}
+
+
+def every_distance(x, y):
+    x, y = (a.reshape(len(a), -1).astype(np.float64) for a in (x, y))
+    return np.sqrt([np.square(row[None] - y).sum(1) for row in x])
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_distances_are_the_sums_of_squared_differences(name, monkeypatch):
+    """Neighbours, copies, radii and ties in float64, one row after the other; a chunk divides no set."""
+    monkeypatch.setattr(metrics, "CHUNK", 64)
+    real, fake = HARD[name]
+    between, k = every_distance(fake, real), 3
+    distance, index = metrics.nearest(fake, real, chunk=50)
+    np.testing.assert_array_equal(index, between.argmin(1))
+    np.testing.assert_allclose(distance, between.min(1), rtol=1e-12)
+    assert ((distance == 0) == (between.min(1) == 0)).all()
+
+    # The radii: rank 0 is the point itself.
+    of_real, of_fake = (np.sort(every_distance(x, x), 1)[:, k] for x in (real, fake))
+    expected = (between <= of_real[None]).any(1).mean(), (between.T <= of_fake[None]).any(1).mean()
+    assert metrics.precision_recall(real, fake, k) == expected
+    # Naeem et al.: generative-evaluation-prdc compares with <.
+    expected = (between < of_real[None]).sum(1).mean() / k, (between.min(0) < of_real).mean()
+    np.testing.assert_allclose(metrics.density_coverage(real, fake, k), expected, rtol=1e-12)
+
+
+def test_the_border_is_inside_for_precision_and_outside_for_density():
+    """A fake as far from 0 as its neighbour 1; of the same set on both sides a ball holds itself and k - 1 more."""
+    real, fake = np.array([[0.0], [1.0], [10.0]]), np.array([[-1.0], [50.0]])
+    assert metrics.precision_recall(real, fake, 1)[0] == 0.5
+    assert metrics.density_coverage(real, fake, 1) == (0.0, 0.0)
+    assert metrics.density_coverage(normal(0, 50, 30), normal(0, 50, 30), 5) == (1.0, 1.0)
+
+
+def test_neighbours_are_those_of_a_tree():
+    from sklearn.neighbors import KDTree
+
+    x, y = clusters(0, 1001, 3, 1e3, 1e-3), clusters(1, 999, 3, 1e3, 1e-3)
+    theirs, index = KDTree(y).query(x, 1)
+    ours = metrics.nearest(x, y)
+    np.testing.assert_array_equal(ours[1], index[:, 0])
+    np.testing.assert_allclose(ours[0], theirs[:, 0], rtol=1e-9)
+    radii = KDTree(y).query(y, 4)[0][:, 3]
+    inside = KDTree(y).query_radius(x, radii.max(), return_distance=True)
+    expected = np.mean([(d <= radii[i]).any() for i, d in zip(*inside, strict=True)])
+    assert metrics.precision_recall(y, x, 3)[0] == expected
+
+
+@pytest.mark.parametrize("name", [name for name in HARD if name not in ("one point", "one huge outlier")])
+def test_parzen_of_hard_sets_is_the_double_sum(name):
+    real, fake = HARD[name]
+    between, D = every_distance(fake, real), real[0].size
+    sigma = np.median(between.min(1)) or 1.0
+    kernels = -np.square(between) / (2 * sigma**2) - D * log(sigma * sqrt(2 * pi)) - log(len(real))
+    expected = np.logaddexp.reduce(kernels, 1)
+    mean, error, _ = metrics.parzen_log_likelihood(real, fake, fake, sigmas=[sigma], chunk=50)
+    np.testing.assert_allclose((mean, error), (expected.mean(), expected.std() / sqrt(len(fake))), rtol=1e-9)
+
+
+@pytest.mark.parametrize("n, d", [(300, 5), (20, 64)])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_frechet_of_equal_sets_is_0_and_of_near_ones_what_it_should_be(n, d, scale):
+    """A constant and a repeated feature, as many features as samples or more, far from 0."""
+    a = normal(0, n, d) + 100
+    a[:, 0], a[:, 1] = 3.0, a[:, 2]
+    for b in (a, a[::-1], np.random.default_rng(1).permutation(a)):
+        assert 0 <= metrics.frechet_distance(scale * a, scale * b) < 1e-24 * scale**2
+    assert metrics.frechet_distance(np.full((n, d), scale), np.full((n, d), scale)) == 0
+    # S_b = (1 + t)^2 S_a and m_b = (1 + t) m_a: t^2 (|m|^2 + tr S).
+    t = 1e-7
+    expected = t**2 * (np.square(a.mean(0)).sum() + a.var(0, ddof=1).sum()) * scale**2
+    np.testing.assert_allclose(metrics.frechet_distance(scale * a, scale * (1 + t) * a), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])
+def test_values_do_not_depend_on_the_type_of_the_numbers(dtype):
+    a, b = (np.random.default_rng(i).integers(-50, 50, (100, 20)) for i in range(2))
+    for metric in (
+        metrics.frechet_distance,
+        metrics.precision_recall,
+        metrics.density_coverage,
+        lambda a, b: metrics.kernel_distance(a, b, jax.random.key(0)),
+        lambda a, b: metrics.sliced_wasserstein(a, b, jax.random.key(0)),
+        lambda a, b: metrics.parzen_log_likelihood(a, b, b),
+        lambda a, b: metrics.nearest(a, b)[0].sum(),
+    ):
+        assert metric(a.astype(dtype), b.astype(dtype)) == metric(a.astype(np.float64), b.astype(np.float64))
+
+
+def test_sliced_wasserstein_does_not_see_where_zero_is():
+    a, b = 1e-3 * normal(0, 50, 4), 1e-3 * normal(1, 50, 4)
+    near, far = (metrics.sliced_wasserstein(a + at, b + at, jax.random.key(0)) for at in (0, 1e6))
+    np.testing.assert_allclose(far, near, rtol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------- classes and modes
 
 
@@ -255,6 +374,18 @@ def test_reverse_kl_by_hand():
         abs(metrics.reverse_kl(np.bincount([0, 0, 7], minlength=1000)) - (log(1000) - log(3) + 2 / 3 * log(2))) < 1e-12
     )
     assert np.isnan(metrics.reverse_kl(np.zeros(4)))
+
+
+def test_scores_stay_within_their_bounds():
+    assert metrics.reverse_kl(np.ones(49)) == 0 and metrics.reverse_kl(np.full(7, 1e308)) == 0
+    for p in (np.full((7, 49), 1 / 49), np.random.default_rng(0).dirichlet(np.full(49, 5.0), 1).repeat(30, 0)):
+        assert metrics.classifier_score(p) == 1
+    for dtype in (np.float16, np.float32):  # rows of float16 sum to 1 within 1e-3 only
+        assert 1 <= metrics.classifier_score(np.full((9, 1000), 1e-3, dtype)) < 1 + 1e-9
+    rare = np.array([[1.0, 0.0]] * 999 + [[1.0, 5e-324]])  # whose mean is 0 in float64
+    assert metrics.classifier_score(rare) == 1
+    assert metrics.bits_per_dim(np.float16(log(2)), (1,)) == pytest.approx(1, rel=1e-3)
+    assert metrics.bits_per_dim(np.float16(6e4), (784,)).dtype == np.float32
 
 
 def test_classifier_score_by_hand():

@@ -61,6 +61,33 @@ def test_bernoulli_likelihood_in_float64_and_at_extreme_logits():
     assert value == -3200 and jnp.isfinite(slope).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_bernoulli_gradient_is_x_minus_the_probability(dtype):
+    """At logit 0, at -0, and as far as floats and infinity go; likewise its own derivative by x."""
+    logits = np.array([0.0, -0.0, 1e-8, 3.0, -3.0, 20.0, -200.0, 6e4, -np.inf, np.inf])
+    x, l = (jnp.asarray(a.reshape(1, -1, 1, 1), dtype) for a in np.meshgrid(np.array([0.0, 0.25, 1.0]), logits))
+    slope = jax.grad(lambda l: vae.log_likelihood(CFG, x, l).astype(jnp.float32).sum())(l)
+    expected = np.asarray(x, np.float64) - expit(np.asarray(l, np.float64))
+    np.testing.assert_allclose(slope.astype(jnp.float32), expected, atol=float(jnp.finfo(dtype).eps))
+    one = partial(vae.log_likelihood, CFG)
+    for pixel, logit, value in (
+        (1.0, np.inf, 0.0),
+        (0.0, -np.inf, 0.0),
+        (0.0, np.inf, -np.inf),
+        (1.0, -np.inf, -np.inf),
+    ):
+        assert one(*(jnp.full((1, 1, 1, 1), a, dtype) for a in (pixel, logit)))[0] == value
+    by_x = jax.grad(lambda x: one(x, l[:, :-6]).astype(jnp.float32).sum())(x[:, :-6])
+    np.testing.assert_array_equal(by_x, l[:, :-6])
+    assert jax.grad(jax.grad(lambda l: one(jnp.ones((1, 1, 1, 1)), l[None, None, None, None])[0]))(0.0) == -0.25
+
+
+def test_bernoulli_likelihood_keeps_small_losses():
+    """-log p = log(1 + e^-l), of which x l - softplus(l) keeps nothing beyond l = 17."""
+    l = jnp.array([10.0, 30.0, 80.0]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(-vae.log_likelihood(CFG, jnp.ones_like(l), l), np.log1p(np.exp(-l.ravel())), rtol=1e-6)
+
+
 def test_bernoulli_likelihood_sums_to_one():
     """Over all 2^9 binary images of 3x3 pixels."""
     cfg = dataclasses.replace(CFG, shape=(3, 3, 1))
