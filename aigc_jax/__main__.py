@@ -94,6 +94,8 @@ class Denoise:
     steps: int = 0  # 0: all of the model's
     eta: float = 0.0  # of ddim: 0 is deterministic, 1 as noisy as ddpm
     w: float = 0.0  # guidance towards the label, as in the paper: 0 is none
+    # which steps are visited; by default uniform, of dpm_solver and heun log_snr
+    spacing: Literal["uniform", "paper", "quadratic", "log_snr", "karras"] | None = None
 
     def options(self, cfg: ddpm.Config) -> dict:
         """What the family's `sample` takes; refuses what this model cannot do."""
@@ -103,6 +105,9 @@ class Denoise:
             raise train.Refused(f"--diffusion.eta is of the sampler ddim, not of {self.sampler}")
         if not 0 <= self.eta <= 1:
             raise train.Refused(f"--diffusion.eta must lie in 0..1, got {self.eta}")
+        if self.spacing == "paper" and cfg.T % (self.steps or cfg.T):
+            raise train.Refused(f"--diffusion.spacing paper needs --diffusion.steps that divide {cfg.T}, the model's, "
+                                f"got {self.steps}: use uniform")  # fmt: skip
         if self.w and not (cfg.classes and cfg.unlabelled):
             raise train.Refused(
                 "--diffusion.w guides a model that was trained with labels and without: this one was not"

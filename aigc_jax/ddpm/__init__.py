@@ -31,13 +31,16 @@ from .bounds import (
     low_discrepancy,
     ode_log_likelihood,
     prior_kl,
+    step_at,
     vlb,
     vlb_term,
     vlb_terms,
 )
 from .nets import MLP, DiT, Net, UNet, module
 from .process import (
+    Sample,
     Schedule,
+    at,
     convert,
     cosine_schedule,
     discretise,
@@ -47,12 +50,14 @@ from .process import (
     q_posterior,
     q_sample,
     respace,
+    roots,
 )
 from .samplers import (
     ddim_invert,
     guide,
     inpaint,
     interpolate,
+    said,
     sample_ddim,
     sample_ddpm,
     sample_dpm_solver,
@@ -64,12 +69,11 @@ __all__ = [
     "Config", "DiT", "DiscreteConfig", "MLP", "Net", "Schedule", "UNet", "continuous_vlb", "convert", "cosine_schedule",
     "ddim_invert", "discretise", "eps_fn_of", "gamma", "gaussian_kl", "guide", "init_gamma", "inpaint", "interpolate",
     "learned_variance", "linear_schedule", "log_discretised", "make", "make_discrete", "noise2", "ode_log_likelihood",
-    "predict", "preprocess", "prior_kl", "q_posterior", "q_sample", "respace", "sample_ddim", "sample_ddpm",
-    "sample_dpm_solver", "sample_heun", "schedule_of", "slerp", "vlb", "vlb_terms",
+    "predict", "predict_fn_of", "preprocess", "prior_kl", "q_posterior", "q_sample", "respace", "sample_ddim",
+    "sample_ddpm", "sample_dpm_solver", "sample_heun", "schedule_of", "slerp", "vlb", "vlb_terms",
 ]  # fmt: skip
 
 Params = Any
-Sample = Float[Array, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
 Label = Int[Array, "B"] | None
 
 
@@ -221,31 +225,54 @@ def predict(
     return value.reshape(x_t.shape), raw[0].reshape(x_t.shape) if raw else None
 
 
-def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
-    """eps_fn(x_t, t) of the net for these labels, guided by w where that is not 0; t are steps, for VDM's too.
+def _native(cfg: Config, schedule: Schedule, value: Sample, x_t: Sample, t: Array) -> tuple[Sample, str]:
+    """The net's value as samplers and bounds take it, and its name: itself, but x_0 for mu, which is of cfg.T steps."""
+    if cfg.prediction != "mu":
+        return value, cfg.prediction
+    return convert(schedule, value, x_t, t, given="mu", wanted="x_0"), "x_0"
 
-    Of a net with learned variances it gives (eps_hat, raw), for samplers and bounds with sigma2 = "learned"; guided,
-    raw is the labelled one.
+
+def predict_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
+    """(fn, prediction) for samplers and bounds: fn(x_t, t) of the net for these labels, guided where w is not 0.
+
+    fn gives the net's own prediction, "eps", "x_0" or "v", without a detour through another; of a net that predicts mu
+    it gives x_0. t are steps, for VDM's too. Of a net with learned variances fn gives (prediction, raw), for
+    sigma2 = "learned"; guided, raw is the labelled one.
     """
     schedule = schedule_of(cfg, params)
     continuous = cfg.schedule == "learned"
     guided = not isinstance(w, (int, float)) or w != 0
     if guided and label is None:
-        raise ValueError("w guides towards labels: give eps_fn_of a label for each example")
+        raise ValueError("w guides towards labels: give a label for each example")
 
     def one(x_t, t, label):
         # The levels of `discretise`: both ends, of one step the last.
         time = t if not continuous else t / (cfg.T - 1) if cfg.T > 1 else jnp.ones(len(x_t))
         value, raw = predict(cfg, params, x_t, time, label)
-        return convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps"), raw
+        return _native(cfg, schedule, value, x_t, t)[0], raw
 
-    def eps_fn(x_t, t):
+    def fn(x_t, t):
         if guided:
             nobody = jnp.full_like(label, cfg.classes)
-            eps_hat, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, nobody))))
-            eps_hat, raw = guide(*jnp.split(eps_hat, 2), w), None if raw is None else raw[: len(x_t)]
+            value, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, nobody))))
+            value, raw = guide(*jnp.split(value, 2), w), None if raw is None else raw[: len(x_t)]
         else:
-            eps_hat, raw = one(x_t, t, label)
+            value, raw = one(x_t, t, label)
+        return value if raw is None else (value, raw)
+
+    return fn, "x_0" if cfg.prediction == "mu" else cfg.prediction
+
+
+def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
+    """eps_fn(x_t, t) of the net: `predict_fn_of`, converted to eps. Of a net with learned variances it gives
+    (eps_hat, raw). Samplers and bounds lose fewer digits with `predict_fn_of`.
+    """
+    schedule = schedule_of(cfg, params)
+    fn, prediction = predict_fn_of(cfg, params, label, w)
+
+    def eps_fn(x_t, t):
+        value, raw = said(fn, x_t, t)
+        eps_hat = convert(schedule, value, x_t, t, given=prediction, wanted="eps")
         return eps_hat if raw is None else (eps_hat, raw)
 
     return eps_fn
@@ -277,13 +304,16 @@ def losses(
     """
     schedule = schedule_of(cfg, params)
     x_t = q_sample(schedule, x_0, t, eps)
+    signal, noise = (at(a, t, x_0) for a in roots(schedule))
     value, raw = predict(cfg, params, x_t, t, label, key)
 
     def bound(value):
-        eps_hat = convert(schedule, value, x_t, t, given=cfg.prediction, wanted="eps")
-        said = eps_hat if raw is None else (eps_hat, raw)
         levels = cfg.levels if len(cfg.shape) == 3 else None
-        term = vlb_term(schedule, lambda *_: said, x_0, t, eps, levels=levels, sigma2=cfg.variance)
+        value, prediction = _native(cfg, schedule, value, x_t, t)
+        told = value if raw is None else (value, raw)
+        term = vlb_term(
+            schedule, lambda *_: told, x_0, t, eps, levels=levels, sigma2=cfg.variance, prediction=prediction
+        )
         return cfg.T * term / (math.prod(cfg.shape) * math.log(2))
 
     if cfg.objective in _WEIGHTS:
@@ -292,9 +322,12 @@ def losses(
         return _WEIGHTS[cfg.objective](ab) * _mean((x_0 - x_0_hat) ** 2)
     if cfg.objective == "vlb":
         return bound(value)
-    target = convert(schedule, eps, x_t, t, given="eps", wanted=cfg.prediction)
-    if cfg.prediction in ("x_0", "mu"):  # not through a division by sqrt(alpha_bar)
-        target = x_0 if cfg.prediction == "x_0" else q_posterior(schedule, x_0, x_t, t)[0]
+    target = {  # of x_0 and eps themselves, not of x_t through a division by sqrt(alpha_bar)
+        "eps": eps,
+        "x_0": x_0,
+        "v": signal * eps - noise * x_0,
+        "mu": q_posterior(schedule, x_0, x_t, t)[0],
+    }[cfg.prediction]
     simple = _mean((target - value) ** 2)
     return simple if cfg.objective == "simple" else simple + 0.001 * bound(jax.lax.stop_gradient(value))
 
@@ -316,9 +349,10 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     evaluate: `nll_nats`, an upper bound on -log p per example, unbiased from cfg.terms of its T terms; of images also
         `nll_bits_per_dim`.
-    sample(state, key, *, n, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0): images [n, H, W, C] in [0, 1], or
-        points. sampler: ddpm | ddim | dpm_solver | heun; steps: 0 is all T; w: guidance.
+    sample(state, key, *, n, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0, spacing=None): images [n, H, W, C] in
+        [0, 1], or points. sampler: ddpm | ddim | dpm_solver | heun; steps: 0 is all T; w: guidance.
         label: one class in 0..classes-1, or [n]; by default the classes in turn.
+        spacing: which steps, see `spaced`; by default uniform, of dpm_solver and heun log_snr.
     """
     ema, D, images = EMA(cfg.ema), math.prod(cfg.shape), len(cfg.shape) == 3
     levels = cfg.levels if images else None
@@ -335,14 +369,15 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def draw(extra, key, n):
         """t [n], and what makes a mean over them one over all t."""
         if cfg.times == "low_discrepancy":
-            return (low_discrepancy(key, n) * cfg.T).astype(int), jnp.ones(n)
+            return step_at(low_discrepancy(key, n), cfg.T), jnp.ones(n)
         if cfg.times == "uniform":
             return jax.random.randint(key, (n,), 0, cfg.T), jnp.ones(n)
         # p_t ~ sqrt(E[L_t^2]) once every t was seen ten times (Nichol & Dhariwal, eq. 18), a thousandth of it uniform.
         # The paper keeps the last ten losses of each t, ours a running mean.
         p = jnp.sqrt(extra["square"])
-        p = 0.999 * p / p.sum() + 0.001 / cfg.T
-        p = jnp.where((extra["count"] >= 10).all(), p, 1 / cfg.T)
+        total = p.sum()
+        p = 0.999 * p / jnp.where(total > 0, total, 1.0) + 0.001 / cfg.T
+        p = jnp.where((extra["count"] >= 10).all() & (total > 0), p, 1 / cfg.T)
         t = jax.random.categorical(key, jnp.log(p), shape=(n,))
         return t, 1 / (cfg.T * p[t])
 
@@ -385,7 +420,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
             noisy = (noisy**2).mean()
             return each.mean() + noisy - jax.lax.stop_gradient(noisy), (state.extra, {})
         t, weight = draw(state.extra, k_t, len(x_0))
-        eps = jax.random.normal(k_eps, x_0.shape)
+        eps = jax.random.normal(k_eps, x_0.shape, x_0.dtype)
         each = losses(cfg, params, x_0, t, eps, label, k_drop)
         return (weight * each).mean(), (remember(state.extra, t, each), {})
 
@@ -399,21 +434,23 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
             nll = draws.mean(0)
         else:
             schedule = schedule_of(cfg, params)
-            eps_fn = eps_fn_of(cfg, params, label)
+            fn, prediction = predict_fn_of(cfg, params, label)
+            given = {"levels": levels, "sigma2": cfg.variance, "prediction": prediction}
             if cfg.terms in (0, cfg.T):
-                nll = vlb(schedule, eps_fn, x_0, k_eps, levels=levels, sigma2=cfg.variance)
+                nll = vlb(schedule, fn, x_0, k_eps, **given)
             else:
-                u = jax.random.uniform(k_t, (len(x_0),))
+                u = jax.random.uniform(k_t, (len(x_0),), jnp.float32)
 
                 def term(i):
-                    t = jnp.minimum(((u + i / cfg.terms) % 1 * cfg.T).astype(int), cfg.T - 1)
-                    eps = jax.random.normal(jax.random.fold_in(k_eps, i), x_0.shape)
-                    return vlb_term(schedule, eps_fn, x_0, t, eps, levels=levels, sigma2=cfg.variance)
+                    t = step_at((u + i / cfg.terms) % 1, cfg.T)
+                    eps = jax.random.normal(jax.random.fold_in(k_eps, i), x_0.shape, x_0.dtype)
+                    return vlb_term(schedule, fn, x_0, t, eps, **given)
 
                 nll = cfg.T * jax.lax.map(term, jnp.arange(cfg.terms)).mean(0) + prior_kl(schedule, x_0)
         return {"nll_nats": nll, **({"nll_bits_per_dim": nll / (D * math.log(2))} if images else {})}
 
-    def sample(state: State, key, *, n: int, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0):
+    def sample(state: State, key, *, n: int, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0,
+               spacing=None):  # fmt: skip
         guided = not isinstance(w, (int, float)) or w != 0
         if guided and not (cfg.classes and cfg.unlabelled):
             raise ValueError("w guides a model that was trained with labels and, a share of the time, without")
@@ -422,18 +459,20 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         # The label for none, cfg.classes, is not for callers: `eps_fn_of` takes it.
         label = labels(label, cfg.classes, (n,), in_turn=True)
         params = ema.read(state)
-        schedule, steps, clip = schedule_of(cfg, params), steps or cfg.T, 1.0 if images else None
-        eps_fn = eps_fn_of(cfg, params, label, w)
+        schedule, steps = schedule_of(cfg, params), steps or cfg.T
+        spacing = spacing or {"dpm_solver": "log_snr", "heun": "log_snr"}.get(sampler, "uniform")
+        fn, prediction = predict_fn_of(cfg, params, label, w)
+        how = {"clip": 1.0 if images else None, "prediction": prediction}
         k_start, k_way = jax.random.split(key)
-        x_T = spread(jax.random.normal(k_start, (n, *cfg.shape)))
+        x_T = spread(jax.random.normal(k_start, (n, *cfg.shape), jnp.float32))
         if sampler == "ddpm":
-            few = schedule if steps == cfg.T else respace(schedule, steps)
-            x_0 = sample_ddpm(few, eps_fn, x_T, k_way, sigma2=cfg.variance, clip=clip)
+            few = respace(schedule, steps, spacing)
+            x_0 = sample_ddpm(few, fn, x_T, k_way, sigma2=cfg.variance, **how)
         elif sampler == "ddim":
-            x_0 = sample_ddim(schedule, eps_fn, x_T, k_way, steps=steps, eta=eta, clip=clip)
+            x_0 = sample_ddim(schedule, fn, x_T, k_way, steps=steps, eta=eta, spacing=spacing, **how)
         elif sampler in ("dpm_solver", "heun"):
             solve = {"dpm_solver": sample_dpm_solver, "heun": sample_heun}[sampler]
-            x_0 = solve(schedule, eps_fn, x_T, steps=steps, clip=clip)
+            x_0 = solve(schedule, fn, x_T, steps=steps, spacing=spacing, **how)
         else:
             raise ValueError(f"sampler must be ddpm, ddim, dpm_solver or heun, not {sampler!r}")
         return jnp.clip((x_0 + 1) / 2, 0, 1) if images else x_0

@@ -14,35 +14,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Key
 
 from ..core import EMA, Family, Optim, State, make_step, spread, start
+from .bounds import step_at
 from .nets import Net, module
-from .process import Schedule, at, before, cosine_schedule, noise2
+from .process import Schedule, Steps, at, before, cosine_schedule, noise2, precise
 
-Bits = Float[Array, "B D"]
+Bits = Float[Array | np.ndarray, "B D"]
 LogitsFn = Callable[[Any, Any], Any]
 
 
-def q_one(schedule: Schedule, x_0: Bits, t: Int[Array, "B"], rate: float) -> Bits:
+def q_one(schedule: Schedule, x_0: Bits, t: Steps, rate: float) -> Bits:
     """P(x_t = 1 | x_0) = alpha_bar x_0 + (1 - alpha_bar) rate; x_0 may be a probability."""
     return at(schedule.alpha_bar, t, x_0) * x_0 + at(noise2(schedule), t, x_0) * rate
 
 
-def posterior(schedule: Schedule, x_0: Bits, x_t: Bits, t: Int[Array, "B"], rate: float) -> Bits:
+def posterior(schedule: Schedule, x_0: Bits, x_t: Bits, t: Steps, rate: float) -> Bits:
     """P(x_{t-1} = 1 | x_t, x_0), by Bayes' rule; at step 0 it is x_0 itself."""
+    x_0 = precise(x_0)
     beta, earlier, noise_earlier = (at(a, t, x_0) for a in (schedule.beta, *before(schedule)))
-    from_1, from_0 = 1 - beta + beta * rate, beta * rate
-    one = earlier * x_0 + noise_earlier * rate
-    one, zero = (one * jnp.where(x_t > 0.5, from_1, 1 - from_1), (1 - one) * jnp.where(x_t > 0.5, from_0, 1 - from_0))
+    # Each probability is a sum of positive parts: 1 minus another would lose the digits of a small beta.
+    one, zero = earlier * x_0 + noise_earlier * rate, earlier * (1 - x_0) + noise_earlier * (1 - rate)
+    one = one * jnp.where(x_t > 0.5, 1 - beta * (1 - rate), beta * (1 - rate))
+    zero = zero * jnp.where(x_t > 0.5, beta * rate, 1 - beta * rate)
     return one / (one + zero)
 
 
-def reverse(schedule: Schedule, logits: Bits, x_t: Bits, t: Int[Array, "B"], rate: float) -> Bits:
+def reverse(schedule: Schedule, logits: Bits, x_t: Bits, t: Steps, rate: float) -> Bits:
     """p(x_{t-1} = 1 | x_t): the posterior, averaged over what the net thinks of x_0 (Austin et al. 2021, eq. 4)."""
-    p = jax.nn.sigmoid(logits)
+    logits = jnp.asarray(logits, precise(x_t).dtype)
     ones, zeros = (posterior(schedule, jnp.full_like(x_t, bit), x_t, t, rate) for bit in (1.0, 0.0))
-    return p * ones + (1 - p) * zeros
+    return jax.nn.sigmoid(logits) * ones + jax.nn.sigmoid(-logits) * zeros
 
 
 def _kl(q, p) -> Float[Array, "B"]:
@@ -53,9 +57,10 @@ def _kl(q, p) -> Float[Array, "B"]:
 
 
 def vlb_term(
-    schedule: Schedule, logits_fn: LogitsFn, x_0: Bits, t: Int[Array, "B"], key: Key[Array, ""], rate: float
+    schedule: Schedule, logits_fn: LogitsFn, x_0: Bits, t: Steps, key: Key[Array, ""], rate: float
 ) -> Float[Array, "B"]:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for one drawn x_t; at step 0 it is -log p(x_0 | x_t)."""
+    x_0 = precise(x_0)
     x_t = jax.random.bernoulli(key, q_one(schedule, x_0, t, rate)).astype(x_0.dtype)
     p = reverse(schedule, logits_fn(x_t, t), x_t, t, rate)
     return _kl(posterior(schedule, x_0, x_t, t, rate), p)
@@ -63,7 +68,8 @@ def vlb_term(
 
 def prior_kl(schedule: Schedule, x_0: Bits, rate: float) -> Float[Array, "B"]:
     """KL(q(x_T | x_0) || B(rate)), nats."""
-    return _kl(q_one(schedule, x_0, jnp.full(len(x_0), len(schedule.t) - 1), rate), jnp.full_like(x_0, rate))
+    last = q_one(schedule, x_0, np.full(len(x_0), len(schedule.t) - 1), rate)
+    return _kl(last, jnp.full_like(last, rate))
 
 
 def vlb(schedule: Schedule, logits_fn: LogitsFn, x_0: Bits, key: Key[Array, ""], *, rate: float) -> Float[Array, "B"]:
@@ -73,7 +79,8 @@ def vlb(schedule: Schedule, logits_fn: LogitsFn, x_0: Bits, key: Key[Array, ""],
         t = jnp.full(len(x_0), i)
         return total + vlb_term(schedule, logits_fn, x_0, t, jax.random.fold_in(key, i), rate), None
 
-    total, _ = jax.lax.scan(one, jnp.zeros(len(x_0)), jnp.arange(len(schedule.t)))
+    zero = jnp.zeros(len(x_0), precise(x_0).dtype)
+    total, _ = jax.lax.scan(one, zero, jnp.arange(len(schedule.t)))
     return total + prior_kl(schedule, x_0, rate)
 
 
@@ -85,7 +92,7 @@ def sample(schedule: Schedule, logits_fn: LogitsFn, x_T: Bits, key: Key[Array, "
         p = reverse(schedule, logits_fn(x, t), x, t, rate)
         return jax.random.bernoulli(jax.random.fold_in(key, i), p).astype(x.dtype), None
 
-    return jax.lax.scan(one, x_T, jnp.arange(len(schedule.t) - 1, -1, -1))[0]
+    return jax.lax.scan(one, jnp.asarray(x_T), jnp.arange(len(schedule.t) - 1, -1, -1))[0]
 
 
 @dataclass(frozen=True)
@@ -148,10 +155,10 @@ def make_discrete(cfg: DiscreteConfig, *, axis_name: str | None = None) -> Famil
         if cfg.terms in (0, cfg.T):
             return {"nll_nats": vlb(schedule, logits_fn, x_0, key, rate=cfg.rate)}
         k_t, k_x = jax.random.split(key)
-        u = jax.random.uniform(k_t, (len(x_0),))
+        u = jax.random.uniform(k_t, (len(x_0),), jnp.float32)
 
         def term(i):
-            t = jnp.minimum(((u + i / cfg.terms) % 1 * cfg.T).astype(int), cfg.T - 1)
+            t = step_at((u + i / cfg.terms) % 1, cfg.T)
             return vlb_term(schedule, logits_fn, x_0, t, jax.random.fold_in(k_x, i), cfg.rate)
 
         nll = cfg.T * jax.lax.map(term, jnp.arange(cfg.terms)).mean(0) + prior_kl(schedule, x_0, cfg.rate)

@@ -9,10 +9,27 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .process import Schedule, at, beta_tilde, check, convert, noise2, q_posterior, q_sample, respace
-from .samplers import EpsFn, Sample, said, variance
+from .process import (
+    Sample,
+    Schedule,
+    Steps,
+    _posterior,
+    angle,
+    at,
+    beta_tilde_1,
+    check,
+    denoised,
+    noise2,
+    precise,
+    q_posterior,
+    q_sample,
+    respace,
+    roots,
+)
+from .samplers import EpsFn, said, variance, velocity
 
 PerExample = Float[Array, "B"]
 
@@ -28,8 +45,9 @@ def log_normal(x: Sample, mean, sigma2) -> PerExample:
 
 def gaussian_kl(mean_q, variance_q, mean_p, variance_p) -> PerExample:
     """KL(q || p) of diagonal normals, nats."""
-    ratio = variance_q / variance_p
-    return _sum(0.5 * (ratio - 1 - jnp.log(ratio) + (mean_q - mean_p) ** 2 / variance_p))
+    log_ratio = jnp.log(variance_q / variance_p)
+    # expm1: of ratios near 1, of which a bound has thousands, ratio - 1 - log ratio would be rounding errors.
+    return _sum(0.5 * (jnp.expm1(log_ratio) - log_ratio + (mean_q - mean_p) ** 2 / variance_p))
 
 
 def log_discretised(x: Sample, mean, sigma2, *, levels: int) -> PerExample:
@@ -38,7 +56,7 @@ def log_discretised(x: Sample, mean, sigma2, *, levels: int) -> PerExample:
     The first and the last level take the tails, so that the probabilities of all levels sum to 1. Exact in the tails,
     where the authors' code stops at 1e-12.
     """
-    half, sigma = 1 / (levels - 1), jnp.sqrt(sigma2)
+    x, half, sigma = precise(x), 1 / (levels - 1), jnp.sqrt(sigma2)
     above, below = (x + half - mean) / sigma, (x - half - mean) / sigma
     # Mirrored to the lower tail, where a difference of two distribution functions loses nothing.
     flip = above + below > 0
@@ -63,99 +81,143 @@ def first_variance(schedule: Schedule, sigma2, x_t: Sample, t, raw: Sample | Non
     """
     if sigma2 != "beta_tilde":
         return variance(schedule, sigma2, x_t, t, raw)
-    values = beta_tilde(schedule)
-    first = values[1] if len(values) > 1 else schedule.beta[0]
-    return at(jnp.asarray(values, jnp.float32).at[0].set(first), t, x_t)
+    return at(beta_tilde_1(schedule), t, x_t)
 
 
 def vlb_term(
-    schedule: Schedule, eps_fn: EpsFn, x_0: Sample, t, eps: Sample, *, levels: int | None = None, sigma2="beta"
+    schedule: Schedule,
+    eps_fn: EpsFn,
+    x_0: Sample,
+    t: Steps,
+    eps: Sample,
+    *,
+    levels: int | None = None,
+    sigma2="beta",
+    prediction: str = "eps",
 ) -> PerExample:
     """L_t of DDPM eq. 5 for one drawn x_t: KL(q(x_{t-1} | x_t, x_0) || p), or -log p(x_0 | x_t) at step 0."""
-    x_t = q_sample(schedule, x_0, t, eps)
-    eps_hat, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[t])
-    x_0_hat = convert(schedule, eps_hat, x_t, t, given="eps", wanted="x_0")
-    mean, var = q_posterior(schedule, x_0, x_t, t)
-    mean_hat, _ = q_posterior(schedule, x_0_hat, x_t, t)
+    x_0 = precise(x_0)
+    x_t = q_sample(schedule, x_0, t, jnp.asarray(eps, x_0.dtype))
+    value, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[t])
+    x_0_hat, _ = denoised(value, x_t, *(at(a, t, x_t) for a in roots(schedule)), given=prediction)
+    _, var = q_posterior(schedule, x_0, x_t, t)
     var_hat = first_variance(schedule, sigma2, x_t, t, raw)
     at_0 = t == 0
     # At step 0 the posterior is a point: any variance there, so that no log of 0 meets the gradient.
-    kl = gaussian_kl(mean, jnp.where(at_0.reshape(-1, *[1] * (x_0.ndim - 1)), var_hat, var), mean_hat, var_hat)
-    return jnp.where(at_0, decoder(schedule, x_0, mean_hat, var_hat, levels=levels), kl)
+    var = jnp.where(at_0.reshape(-1, *[1] * (x_0.ndim - 1)), var_hat, var)
+    # Of both means x_t's part is the same: their difference is small, and the variances may be far smaller.
+    apart = at(_posterior(schedule)[0], t, x_t) * (x_0 - x_0_hat)
+    return jnp.where(
+        at_0, decoder(schedule, x_0, x_0_hat, var_hat, levels=levels), gaussian_kl(apart, var, 0.0, var_hat)
+    )
 
 
 def prior_kl(schedule: Schedule, x_0: Sample) -> PerExample:
     """L_T: KL(q(x_T | x_0) || N(0, I))."""
-    last = jnp.asarray(noise2(schedule)[-1], jnp.float32)
-    return gaussian_kl(schedule.alpha_bar[-1] ** 0.5 * x_0, last, 0.0, 1.0)
+    x_0, last = precise(x_0), np.full(len(x_0), len(schedule.t) - 1)
+    mean = at(roots(schedule)[0], last, x_0) * x_0
+    return gaussian_kl(mean, at(noise2(schedule), last, x_0), 0.0, 1.0)
 
 
 def vlb_terms(
-    schedule: Schedule, eps_fn: EpsFn, x_0: Sample, key: Key[Array, ""], *, levels: int | None = None, sigma2="beta"
+    schedule: Schedule,
+    eps_fn: EpsFn,
+    x_0: Sample,
+    key: Key[Array, ""],
+    *,
+    levels: int | None = None,
+    sigma2="beta",
+    prediction: str = "eps",
 ) -> Float[Array, "S1 B"]:
     """Every term of the bound: L_0 (the decoder), L_1, ..., and last L_T; one draw of x_t for each."""
 
     check(schedule)
+    x_0 = precise(x_0)
 
     def one(_, i):
         eps = jax.random.normal(jax.random.fold_in(key, i), x_0.shape, x_0.dtype)
         t = jnp.full(len(x_0), i)
-        return None, vlb_term(schedule, eps_fn, x_0, t, eps, levels=levels, sigma2=sigma2)
+        term = vlb_term(schedule, eps_fn, x_0, t, eps, levels=levels, sigma2=sigma2, prediction=prediction)
+        return None, term
 
     _, terms = jax.lax.scan(one, None, jnp.arange(len(schedule.t)))
     return jnp.concatenate([terms, prior_kl(schedule, x_0)[None]])
 
 
 def vlb(
-    schedule: Schedule, eps_fn: EpsFn, x_0: Sample, key: Key[Array, ""], *, levels: int | None = None, sigma2="beta"
+    schedule: Schedule,
+    eps_fn: EpsFn,
+    x_0: Sample,
+    key: Key[Array, ""],
+    *,
+    levels: int | None = None,
+    sigma2="beta",
+    prediction: str = "eps",
 ) -> PerExample:
     """An upper bound on -log p(x_0), nats (DDPM eq. 5), unbiased over the noise: all terms, one draw of x_t each.
 
     levels: x_0 holds so many grey levels, evenly over [-1, 1], and p is a probability; None: p is a density.
     sigma2: of p(x_{t-1} | x_t): "beta", "beta_tilde", "learned" of an eps_fn that gives (eps_hat, raw), or a callable
         (x_t, t) -> variance.
+    prediction: what eps_fn gives, as in the samplers.
     At step 0, where beta_tilde is 0, it is that of step 1: of a fine `discretise` far too small, give a callable there.
     Nothing is clipped here: with a clipped x_0_hat it would be the bound of another model.
     """
-    return vlb_terms(schedule, eps_fn, x_0, key, levels=levels, sigma2=sigma2).sum(0)
+    given = {"levels": levels, "sigma2": sigma2, "prediction": prediction}
+    return vlb_terms(schedule, eps_fn, x_0, key, **given).sum(0)
 
 
 def low_discrepancy(key: Key[Array, ""], n: int) -> Float[Array, "n"]:
     """n numbers in [0, 1), each uniform, together evenly spread (VDM, appendix I.1)."""
-    return (jax.random.uniform(key) + jnp.arange(n) / n) % 1
+    return (jax.random.uniform(key, (), jnp.float32) + jnp.arange(n, dtype=jnp.float32) / n) % 1
+
+
+def step_at(u: Float[Array, "B"], T: int) -> Steps:
+    """The step 0 .. T-1 in whose T-th part of [0, 1) u lies; never T, to which u T may be rounded."""
+    return jnp.minimum((u * T).astype(int), T - 1)
 
 
 def continuous_vlb(
-    gamma: Callable, eps_fn: EpsFn, x_0: Sample, key: Key[Array, ""], *, levels: int | None = None
+    gamma: Callable,
+    eps_fn: EpsFn,
+    x_0: Sample,
+    key: Key[Array, ""],
+    *,
+    levels: int | None = None,
+    prediction: str = "eps",
 ) -> PerExample:
     """The bound in the limit of infinitely many steps (VDM eq. 11, 12 and 17), nats, unbiased from one u an example.
 
     gamma(u) [B] -> [B]: minus the log signal-to-noise ratio at u in [0, 1], increasing; alpha_bar = sigmoid(-gamma).
     eps_fn(x_u, u) takes that u. Depends on gamma through its ends only, whose decoder is N(x_u / alpha, sigma^2 /
     alpha^2) at u = 0, of grey levels normalised over them (VDM eq. 8). u is of low discrepancy over the batch.
+    prediction: what eps_fn gives, as in the samplers.
     """
+    x_0 = precise(x_0)
     k_u, k_eps, k_first = jax.random.split(key, 3)
-    u = low_discrepancy(k_u, len(x_0))
+    u = low_discrepancy(k_u, len(x_0)).astype(x_0.dtype)
 
     def wide(a):
-        return jnp.asarray(a).reshape(-1, *[1] * (x_0.ndim - 1))
+        return jnp.asarray(a, x_0.dtype).reshape(-1, *[1] * (x_0.ndim - 1))
 
     def levels_at(u):
         g = gamma(u)
         return wide(jnp.sqrt(jax.nn.sigmoid(-g))), wide(jnp.sqrt(jax.nn.sigmoid(g)))
 
     signal, noise = levels_at(u)
-    eps = jax.random.normal(k_eps, x_0.shape)
-    rate = jax.jvp(gamma, (u,), (jnp.ones_like(u),))[1]
-    diffusion = 0.5 * rate * _sum((eps - eps_fn(signal * x_0 + noise * eps, u)) ** 2)
+    eps = jax.random.normal(k_eps, x_0.shape, x_0.dtype)
+    rate = jax.jvp(gamma, (u,), (jnp.ones_like(u),))[1].astype(x_0.dtype)
+    x_u = signal * x_0 + noise * eps
+    _, eps_hat = denoised(said(eps_fn, x_u, u)[0], x_u, signal, noise, given=prediction)
+    diffusion = 0.5 * rate * _sum((eps - eps_hat) ** 2)
 
     signal, noise = levels_at(jnp.ones(1))
     prior = gaussian_kl(signal * x_0, noise**2, 0.0, 1.0)
     signal, noise = levels_at(jnp.zeros(1))
-    sigma2, x_u = (noise / signal) ** 2, x_0 + noise / signal * jax.random.normal(k_first, x_0.shape)
+    sigma2, x_u = (noise / signal) ** 2, x_0 + noise / signal * jax.random.normal(k_first, x_0.shape, x_0.dtype)
     if levels is None:
         return diffusion + prior - log_normal(x_0, x_u, sigma2)
-    every = jnp.linspace(-1, 1, levels)
+    every = jnp.linspace(-1, 1, levels, dtype=x_0.dtype)
     scores = -0.5 * (x_u[..., None] - every.reshape(*[1] * x_0.ndim, -1)) ** 2 / sigma2[..., None]
     own = -0.5 * (x_u - x_0) ** 2 / sigma2
     return diffusion + prior - _sum(own - jax.nn.logsumexp(scores, -1))
@@ -170,50 +232,48 @@ def ode_log_likelihood(
     steps: int,
     trace: str = "hutchinson",
     spacing: str = "uniform",
+    prediction: str = "eps",
 ) -> PerExample:
     """log p(x_0), nats, a density in the units of x_0, by the probability-flow ODE (Song et al. 2021, eq. 39).
 
-    x_0 is taken to be at the schedule's first level, whose noise it should hold or be far above. In y = x_t /
-    sqrt(alpha_bar) and sigma = sqrt(1 / alpha_bar - 1) the flow is dy / d sigma = eps_hat; Heun's method from level to
-    level, `steps` levels, one step fewer. trace: of eps_hat's Jacobian: "hutchinson", from one vector of +-1 an
-    example, unbiased; "exact", one pass a dimension.
+    x_0 is taken to be at the schedule's first level, whose noise it should hold or be far above. The flow is that of
+    `velocity`, dx_t / d phi = v_hat, bounded at both ends, where x_t / sqrt(alpha_bar) grows to 20,000 over a cosine
+    schedule. Heun's method from level to level, `steps` levels, one step fewer. trace: of v_hat's Jacobian:
+    "hutchinson", from one vector of +-1 an example, unbiased; "exact", one product with it a dimension.
     """
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace must be hutchinson or exact, not {trace!r}")
     if not 2 <= steps <= len(schedule.t):
         raise ValueError(f"steps counts levels, 2..{len(schedule.t)}, got {steps}")
     few = respace(schedule, steps, spacing)
-    sigma, signal = (noise2(few) / few.alpha_bar) ** 0.5, few.alpha_bar**0.5
-    probe = jax.random.rademacher(key, x_0.shape, x_0.dtype)
-    D = math.prod(x_0.shape[1:])
+    phi, noise2_0, x_0 = angle(few), noise2(few)[:1], precise(x_0)
+    h = (jnp if isinstance(phi, jax.Array) else np).diff(phi)
+    probe, D = jax.random.rademacher(key, x_0.shape, x_0.dtype), math.prod(x_0.shape[1:])
 
-    def slope(y, number):
-        """eps_hat, and the trace of its Jacobian in y."""
-        i = jnp.full(len(y), number)
-
-        def eps_hat(y):
-            return said(eps_fn, at(signal, i, y) * y, jnp.asarray(few.t)[i])[0]
-
+    def slope(x, number):
+        """v_hat, and the trace of its Jacobian."""
+        i = jnp.full(len(x), number)
+        v_hat, product = jax.linearize(lambda x: velocity(few, eps_fn, x, i, prediction), x)
         if trace == "hutchinson":
-            value, along = jax.jvp(eps_hat, (y,), (probe,))
-            return value, _sum(probe * along)
+            return v_hat, _sum(probe * product(probe))
 
         def one(total, j):
-            direction = (jnp.arange(D) == j).astype(y.dtype).reshape(1, *y.shape[1:])
-            direction = jnp.broadcast_to(direction, y.shape)
-            return total + _sum(direction * jax.jvp(eps_hat, (y,), (direction,))[1]), None
+            direction = jnp.broadcast_to((jnp.arange(D) == j).astype(x.dtype).reshape(1, *x.shape[1:]), x.shape)
+            return total + _sum(direction * product(direction)), None
 
-        return eps_hat(y), jax.lax.scan(one, jnp.zeros(len(y)), jnp.arange(D))[0]
+        return v_hat, jax.lax.scan(one, jnp.zeros(len(x), x.dtype), jnp.arange(D))[0]
 
     def step(carry, number):
-        y, log_det, (first, trace_first) = carry
-        h = jnp.asarray(sigma, jnp.float32)[number] - jnp.asarray(sigma, jnp.float32)[number - 1]
-        second, trace_second = slope(y + h * first, number)
-        y = y + h * (first + second) / 2
-        log_det = log_det + h * (trace_first + trace_second) / 2
-        return (y, log_det, slope(y, number)), None
+        x, log_det, (first, trace_first) = carry
+        step = at(h, number[None] - 1, x)
+        second, trace_second = slope(x + step * first, number)
+        x = x + step * (first + second) / 2
+        log_det = log_det + step.reshape(1) * (trace_first + trace_second) / 2
+        return (x, log_det, slope(x, number)), None
 
-    start = (x_0, jnp.zeros(len(x_0)), slope(x_0, 0))
-    (y, log_det, _), _ = jax.lax.scan(step, start, jnp.arange(1, len(few.t)))
-    # The last level's y is N(0, 1 / alpha_bar) to the model, x_T being N(0, I).
-    return log_normal(y, 0.0, jnp.asarray(1 / few.alpha_bar[-1], jnp.float32)) + log_det
+    first = np.zeros(len(x_0), int)
+    x = at(roots(few)[0], first, x_0) * x_0
+    # The change of units from x_t at the first level to x_0, D log(signal).
+    log_det = D / 2 * jnp.log1p(-at(noise2_0, first, x_0).reshape(-1))
+    (x, log_det, _), _ = jax.lax.scan(step, (x, log_det, slope(x, 0)), jnp.arange(1, len(few.t)))
+    return log_normal(x, 0.0, 1.0) + log_det

@@ -2,6 +2,11 @@
 too gives (eps_hat, raw), see `learned_variance`. No sampler adds noise in its last step, and all of them loop in one
 compiled scan.
 
+prediction: what the function gives, "eps", "x_0" or "v". A net is best asked for its own: from eps to x_0_hat divides
+by the root of alpha_bar, which is 5e-5 at the noisy end of a cosine schedule.
+A sample has the dtype of x_T. The chain itself, and the x_t that the function sees, are at least float32.
+spacing: which steps are visited, see `spaced`. `sample_ddpm`, `inpaint` and `interpolate` take a respaced schedule.
+
 Ancestral (Ho et al. 2020, "DDPM"), DDIM (Song, Meng & Ermon 2021), DPM-Solver++ (Lu et al. 2022), Heun (Karras et al.
 2022); guidance (Ho & Salimans 2022), inpainting (Lugmayr et al. 2022), interpolation and progressive generation (DDPM).
 """
@@ -14,39 +19,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
 from .process import (
+    Sample,
     Schedule,
+    angle,
     at,
     before,
     beta_tilde,
     check,
-    convert,
+    denoised,
+    kept,
     learned_variance,
-    noise2,
+    log_sigma,
+    precise,
     q_posterior,
     q_sample,
     respace,
+    roots,
 )
 
-Sample = Float[Array, "B ..."]
 EpsFn = Callable[[Any, Any], Any]
 
 
 def guide(eps_cond: Sample, eps_uncond: Sample, w) -> Sample:
     """(1 + w) eps_cond - w eps_uncond (Ho & Salimans 2022, eq. 6): w = 0 is conditional, -1 unconditional sampling.
 
+    The same of x_0 or v: each is a line in eps at a given x_t.
     w: a number, or one for each example [B]. The "guidance scale" of other libraries is 1 + w.
     """
-    w = jnp.asarray(w).reshape(-1, *[1] * (eps_cond.ndim - 1))
-    return (1 + w) * eps_cond - w * eps_uncond
+    w = precise(w).reshape(-1, *[1] * (eps_cond.ndim - 1))
+    return ((1 + w) * eps_cond - w * eps_uncond).astype(eps_cond.dtype)
 
 
 def said(eps_fn: EpsFn, x_t: Sample, t) -> tuple[Sample, Sample | None]:
-    """eps_hat, and of learned variances raw, else None."""
-    out = eps_fn(x_t, t)
-    return out if isinstance(out, tuple) else (out, None)
+    """The prediction, and of learned variances raw, else None; in the precision of x_t, but at least float32."""
+    out, dtype = eps_fn(x_t, t), jnp.result_type(x_t, jnp.float32)
+    value, raw = out if isinstance(out, tuple) else (out, None)
+    return jnp.asarray(value, dtype), None if raw is None else jnp.asarray(raw, dtype)
 
 
 def _noise(key, i, x):
@@ -59,19 +70,24 @@ def _down(schedule: Schedule, x_T, body, start: int | None = None):
     steps = len(schedule.t) if start is None else start
     if not 0 <= steps <= len(schedule.t):
         raise ValueError(f"start counts levels, 0..{len(schedule.t)}, got {start}")
+    dtype = jnp.asarray(x_T).dtype
 
     def one(x, i):
         x, x_0_hat = body(jnp.full(len(x), i), x, i)
-        return x, (x, x_0_hat)
+        return x, (x.astype(dtype), x_0_hat.astype(dtype))
 
-    return jax.lax.scan(one, x_T, jnp.arange(steps - 1, -1, -1))
+    x, way = jax.lax.scan(one, precise(x_T), jnp.arange(steps - 1, -1, -1))
+    return x.astype(dtype), way
 
 
-def _x_0_hat(schedule, eps_fn, x_t, i, clip):
-    """x_0 as eps_hat sees it, clipped where wished, eps_hat, and raw."""
-    eps_hat, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[i])
-    x_0_hat = convert(schedule, eps_hat, x_t, i, given="eps", wanted="x_0")
-    return (x_0_hat if clip is None else jnp.clip(x_0_hat, -clip, clip)), eps_hat, raw
+def _denoise(schedule, eps_fn, x_t, i, prediction, clip):
+    """x_0_hat, clipped where wished; eps_hat, which is what that x_0_hat leaves of x_t; and raw."""
+    value, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[i])
+    signal, noise = (at(a, i, x_t) for a in roots(schedule))
+    x_0_hat, eps_hat = denoised(value, x_t, signal, noise, given=prediction)
+    if clip is not None:
+        x_0_hat, eps_hat = denoised(jnp.clip(x_0_hat, -clip, clip), x_t, signal, noise, given="x_0")
+    return x_0_hat, eps_hat, raw
 
 
 def variance(schedule: Schedule, sigma2, x_t: Sample, i, raw: Sample | None = None) -> Array:
@@ -79,7 +95,7 @@ def variance(schedule: Schedule, sigma2, x_t: Sample, i, raw: Sample | None = No
     raw that eps_fn gives beside eps_hat, or a callable (x_t, t) -> variance.
     """
     if callable(sigma2):
-        return sigma2(x_t, jnp.asarray(schedule.t)[i])
+        return jnp.asarray(sigma2(x_t, jnp.asarray(schedule.t)[i]), jnp.result_type(x_t, jnp.float32))
     if sigma2 == "learned":
         if raw is None:
             raise ValueError("sigma2 'learned' takes an eps_fn that gives (eps_hat, raw): this one gives eps_hat only")
@@ -87,6 +103,13 @@ def variance(schedule: Schedule, sigma2, x_t: Sample, i, raw: Sample | None = No
     if sigma2 not in ("beta", "beta_tilde"):
         raise ValueError(f"sigma2 must be beta, beta_tilde, learned or a function of x_t and t, not {sigma2!r}")
     return at(schedule.beta if sigma2 == "beta" else beta_tilde(schedule), i, x_t)
+
+
+def _ancestral(schedule, eps_fn, x, i, number, *, sigma2, clip, prediction):
+    """Mean and deviation of p(x_{t-1} | x_t), without noise in the last step, and x_0_hat."""
+    x_0_hat, _, raw = _denoise(schedule, eps_fn, x, i, prediction, clip)
+    mean, _ = q_posterior(schedule, x_0_hat, x, i)
+    return mean, _root(jnp.where(number > 0, variance(schedule, sigma2, x, i, raw), 0.0)), x_0_hat
 
 
 def _root(x: Array) -> Array:
@@ -104,6 +127,7 @@ def sample_ddpm(
     clip: float | None = None,
     start: int | None = None,
     path: bool = False,
+    prediction: str = "eps",
 ):
     """Ancestral sampling (DDPM, algorithm 2) through every level of the schedule; give a respaced one for fewer.
 
@@ -113,9 +137,9 @@ def sample_ddpm(
     """
 
     def body(i, x, number):
-        x_0_hat, _, raw = _x_0_hat(schedule, eps_fn, x, i, clip)
-        mean, _ = q_posterior(schedule, x_0_hat, x, i)
-        sigma = _root(jnp.where(number > 0, variance(schedule, sigma2, x, i, raw), 0.0))
+        mean, sigma, x_0_hat = _ancestral(
+            schedule, eps_fn, x, i, number, sigma2=sigma2, clip=clip, prediction=prediction
+        )
         return mean + sigma * _noise(key, number, x), x_0_hat
 
     x_0, way = _down(schedule, x_T, body, start)
@@ -134,6 +158,7 @@ def sample_ddim(
     spacing: str = "uniform",
     clip: float | None = None,
     path: bool = False,
+    prediction: str = "eps",
 ):
     """DDIM (eq. 12) over `steps` levels: eta = 0 is deterministic, 1 ancestral sampling with sigma2 = "beta_tilde".
 
@@ -148,9 +173,7 @@ def sample_ddim(
     rest, added = noise2_earlier - sigma2, few.beta if sigma_hat else sigma2
 
     def body(i, x, number):
-        x_0_hat, eps_hat, _ = _x_0_hat(few, eps_fn, x, i, clip)
-        if clip is not None:
-            eps_hat = convert(few, x_0_hat, x, i, given="x_0", wanted="eps")
+        x_0_hat, eps_hat, _ = _denoise(few, eps_fn, x, i, prediction, clip)
         mean = at(earlier**0.5, i, x) * x_0_hat + _root(at(rest, i, x)) * eps_hat
         sigma = _root(jnp.where(number > 0, at(added, i, x), 0.0))
         return mean + sigma * _noise(key, number, x), x_0_hat
@@ -160,32 +183,28 @@ def sample_ddim(
 
 
 def ddim_invert(
-    schedule: Schedule, eps_fn: EpsFn, x_0: Sample, *, steps: int, spacing: str = "uniform", clip: float | None = None
+    schedule: Schedule,
+    eps_fn: EpsFn,
+    x_0: Sample,
+    *,
+    steps: int,
+    spacing: str = "uniform",
+    clip: float | None = None,
+    prediction: str = "eps",
 ) -> Sample:
     """The x_T from which `sample_ddim` with eta = 0 comes back to x_0, but for the size of its steps (DDIM eq. 14).
 
     Each step takes eps_hat at the level it leaves; the first, from alpha_bar = 1, at the first level it enters.
     """
     few = respace(schedule, steps, spacing)
-    earlier, noise2_earlier = before(few)
-    t = jnp.asarray(few.t)
-    leaving = jnp.concatenate([t[:1], t[:-1]])
 
-    def one(x, i):
-        eps_hat, _ = said(eps_fn, x, jnp.full(len(x), leaving[i]))
-        i = jnp.full(len(x), i)
-        x_0_hat = (x - at(noise2_earlier**0.5, i, x) * eps_hat) / at(earlier**0.5, i, x)
-        if clip is not None:
-            x_0_hat = jnp.clip(x_0_hat, -clip, clip)
-        return q_sample(few, x_0_hat, i, eps_hat), None
+    def one(x, number):
+        leaving = jnp.full(len(x), jnp.maximum(number - 1, 0))
+        x_0_hat, eps_hat, _ = _denoise(few, eps_fn, x, leaving, prediction, clip)
+        return q_sample(few, jnp.where(number == 0, x, x_0_hat), jnp.full(len(x), number), eps_hat), None
 
-    return jax.lax.scan(one, x_0, jnp.arange(len(t)))[0]
-
-
-def _lambdas(few: Schedule):
-    """Half the log signal-to-noise ratio of each level."""
-    numpy = jnp if isinstance(few.alpha_bar, jax.Array) else np
-    return 0.5 * (numpy.log(few.alpha_bar) - numpy.log(noise2(few)))
+    x_T, _ = jax.lax.scan(one, precise(x_0), jnp.arange(len(few.t)))
+    return x_T.astype(jnp.asarray(x_0).dtype)
 
 
 def sample_dpm_solver(
@@ -194,33 +213,48 @@ def sample_dpm_solver(
     x_T: Sample,
     *,
     steps: int,
-    spacing: str = "uniform",
+    spacing: str = "log_snr",
     clip: float | None = None,
+    prediction: str = "eps",
 ) -> Sample:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step, without noise.
 
-    The first step is of first order, and the last too, which goes to x_0_hat itself.
+    First order are the first step, the one into level 0, which is often several times as long as the one before it, and
+    the last, to x_0_hat itself. Visits levels evenly in log-SNR by default, as the paper does.
     """
     few = respace(schedule, steps, spacing)
-    lam = _lambdas(few)
-    numpy = jnp if isinstance(few.alpha_bar, jax.Array) else np
-    # Of the step from level i to level i - 1: h, and the ratio to the step before it.
-    h = numpy.concatenate([numpy.ones(1), lam[:-1] - lam[1:]])
-    ratio = numpy.concatenate([h[1:], numpy.ones(1)]) / h
+    signal, noise = roots(few)
+    sigmas = log_sigma(few)
+    numpy = jnp if isinstance(sigmas, jax.Array) else np
+    # Of the step from level i to level i - 1: h, and its ratio to the step before it.
+    h = numpy.append(1.0, numpy.diff(sigmas))
+    earlier = numpy.append(h[1:], 1.0)
+    ratio = h / numpy.where(earlier > 0, earlier, 1.0)
+    second = np.arange(len(h)) < len(h) - 1
+    second[:2] = False
 
     def one(carry, number):
         x, last = carry
         i = jnp.full(len(x), number)
-        x_0_hat, _, _ = _x_0_hat(few, eps_fn, x, i, clip)
-        both = x_0_hat + (x_0_hat - last) / (2 * at(ratio, i, x))
-        d = jnp.where((number == len(few.t) - 1) | (number == 0), x_0_hat, both)
         to = jnp.maximum(i - 1, 0)
-        signal, noise = at(few.alpha_bar**0.5, to, x), at(noise2(few) ** 0.5, to, x)
-        moved = noise / at(noise2(few) ** 0.5, i, x) * x - signal * jnp.expm1(-at(h, i, x)) * d
+        x_0_hat, _, _ = _denoise(few, eps_fn, x, i, prediction, clip)
+        d = x_0_hat + jnp.where(jnp.asarray(second)[number], at(ratio, i, x) / 2 * (x_0_hat - last), 0.0)
+        moved = at(noise, to, x) / at(noise, i, x) * x - at(signal, to, x) * jnp.expm1(-at(h, i, x)) * d
         return (jnp.where(number == 0, x_0_hat, moved), x_0_hat), None
 
-    (x_0, _), _ = jax.lax.scan(one, (x_T, jnp.zeros_like(x_T)), jnp.arange(len(few.t) - 1, -1, -1))
-    return x_0
+    x = precise(x_T)
+    (x_0, _), _ = jax.lax.scan(one, (x, jnp.zeros_like(x)), jnp.arange(len(h) - 1, -1, -1))
+    return x_0.astype(jnp.asarray(x_T).dtype)
+
+
+def velocity(schedule: Schedule, eps_fn: EpsFn, x: Sample, i, prediction: str, clip: float | None = None) -> Sample:
+    """dx_t / d phi = cos(phi) eps_hat - sin(phi) x_0_hat = v_hat, the probability flow in the `angle` phi.
+
+    It is the flow of Karras et al. 2022, eq. 4, with sigma(phi) = tan(phi) and scale s(phi) = cos(phi).
+    """
+    x_0_hat, eps_hat, _ = _denoise(schedule, eps_fn, x, i, prediction, clip)
+    signal, noise = (at(a, i, x) for a in roots(schedule))
+    return signal * eps_hat - noise * x_0_hat
 
 
 def sample_heun(
@@ -229,29 +263,30 @@ def sample_heun(
     x_T: Sample,
     *,
     steps: int,
-    spacing: str = "uniform",
+    spacing: str = "log_snr",
     clip: float | None = None,
+    prediction: str = "eps",
 ) -> Sample:
-    """Heun's method on the probability-flow ODE in sigma = sqrt(1/alpha_bar - 1) (Karras et al. 2022, algorithm 1):
-    d(x / sqrt(alpha_bar)) / d sigma = eps_hat. 2 steps - 1 evaluations; the last step, to 0, is of first order.
+    """Heun's method on the probability-flow ODE (Karras et al. 2022, algorithm 1), in the angle phi = arctan(sigma).
+
+    2 steps - 1 evaluations; the last step, to sigma = 0, is of first order. See `velocity` for the flow. The paper
+    prefers sigma itself (their eq. 4 with s = 1), and its own spacing, our "karras". In sigma, schedules that end at
+    sigma = 20,000, as the cosine of T = 1000, need some hundred steps; in phi they end at pi / 2.
     """
     few = respace(schedule, steps, spacing)
-    sigma = (noise2(few) / few.alpha_bar) ** 0.5
-
-    def slope(x, i):
-        x_0_hat, eps_hat, _ = _x_0_hat(few, eps_fn, x, i, clip)
-        return x_0_hat, eps_hat if clip is None else convert(few, x_0_hat, x, i, given="x_0", wanted="eps")
+    phi = angle(few)
+    h = (jnp if isinstance(phi, jax.Array) else np).diff(phi)
 
     def one(x, number):
         i = jnp.full(len(x), number)
-        _, first = slope(x, i)
-        scale, target = at(few.alpha_bar**-0.5, i, x), at(few.alpha_bar**0.5, i - 1, x)
-        h = at(sigma, i - 1, x) - at(sigma, i, x)
-        _, second = slope(target * (scale * x + h * first), i - 1)
-        return target * (scale * x + h * (first + second) / 2), None
+        step = -at(h, i - 1, x)
+        first = velocity(few, eps_fn, x, i, prediction, clip)
+        second = velocity(few, eps_fn, x + step * first, i - 1, prediction, clip)
+        return x + step * (first + second) / 2, None
 
-    x, _ = jax.lax.scan(one, x_T, jnp.arange(len(few.t) - 1, 0, -1))
-    return slope(x, jnp.zeros(len(x), int))[0]
+    x, _ = jax.lax.scan(one, precise(x_T), jnp.arange(len(few.t) - 1, 0, -1))
+    x_0_hat, _, _ = _denoise(few, eps_fn, x, jnp.zeros(len(x), int), prediction, clip)
+    return x_0_hat.astype(jnp.asarray(x_T).dtype)
 
 
 def inpaint(
@@ -260,11 +295,12 @@ def inpaint(
     x_T: Sample,
     key: Key[Array, ""],
     *,
-    known: Sample,
-    mask: Array,
+    known: Shaped[Array | np.ndarray, "B ..."],
+    mask: Array | np.ndarray,
     repeats: int = 1,
     sigma2="beta",
     clip: float | None = None,
+    prediction: str = "eps",
 ) -> Sample:
     """Fills in where mask is 0, given `known` where it is 1 (RePaint, Lugmayr et al. 2022, algorithm 1).
 
@@ -273,18 +309,19 @@ def inpaint(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    known, mask = jnp.asarray(known, precise(x_T).dtype), jnp.asarray(mask) != 0
 
     def body(i, x, number):
+        def normal(key):
+            return jax.random.normal(key, x.shape, x.dtype)
+
         def again(j, x):
             k_back, k_known, k_forth = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, number), j), 3)
-            x_0_hat, _, raw = _x_0_hat(schedule, eps_fn, x, i, clip)
-            mean, _ = q_posterior(schedule, x_0_hat, x, i)
-            sigma = _root(jnp.where(number > 0, variance(schedule, sigma2, x, i, raw), 0.0))
-            below = mean + sigma * jax.random.normal(k_back, x.shape)
-            noisy = q_sample(schedule, known, jnp.maximum(i - 1, 0), jax.random.normal(k_known, x.shape))
+            mean, sigma, _ = _ancestral(schedule, eps_fn, x, i, number, sigma2=sigma2, clip=clip, prediction=prediction)
+            below = mean + sigma * normal(k_back)
+            noisy = q_sample(schedule, known, jnp.maximum(i - 1, 0), normal(k_known))
             below = jnp.where(mask, jnp.where(number > 0, noisy, known), below)
-            beta = at(schedule.beta, i, x)
-            back = jnp.sqrt(1 - beta) * below + jnp.sqrt(beta) * jax.random.normal(k_forth, x.shape)
+            back = at(kept(schedule) ** 0.5, i, x) * below + _root(at(schedule.beta, i, x)) * normal(k_forth)
             return jnp.where(j < repeats - 1, back, below)
 
         x = jax.lax.fori_loop(0, repeats, again, x)
@@ -294,14 +331,26 @@ def inpaint(
 
 
 def slerp(a: Sample, b: Sample, share) -> Sample:
-    """Between two noises on the sphere they lie on (DDIM eq. 67); `share` 0 is a, 1 is b."""
-    axes = tuple(range(1, a.ndim))
-    cos = (a * b).sum(axes, keepdims=True) / jnp.sqrt((a**2).sum(axes, keepdims=True) * (b**2).sum(axes, keepdims=True))
-    near = jnp.abs(cos) > 1 - 1e-6  # of one direction: in a line
-    angle = jnp.arccos(jnp.where(near, 0.0, cos))
-    sin = jnp.sin(angle)
-    first = jnp.where(near, 1 - share, jnp.sin((1 - share) * angle) / sin)
-    return first * a + jnp.where(near, share, jnp.sin(share * angle) / sin) * b
+    """Between two noises on the sphere they lie on (DDIM eq. 67); `share` 0 is a, 1 is b.
+
+    Between opposite noises every way is as short as any other: these are mixed in a line.
+    """
+    dtype, axes = jnp.result_type(a, b), tuple(range(1, a.ndim))
+    a, b, share = precise(a), precise(b), jnp.asarray(share, precise(a).dtype)
+
+    def length(x):
+        return _root((x**2).sum(axes, keepdims=True))
+
+    def unit(x):
+        largest = jnp.abs(x).max(axes, keepdims=True)
+        x = x / jnp.where(largest > 0, largest, 1.0)  # whose squares neither overflow nor vanish
+        return x / jnp.where(largest > 0, length(x), 1.0)
+
+    apart, together = length(unit(a) - unit(b)), length(unit(a) + unit(b))
+    # In turns of pi, of the halved angle's tangent, which is exact where a cosine is flat.
+    theta = jnp.where(together < 1e-5, 0.0, 2 / jnp.pi * jnp.arctan2(apart, together))
+    first, second = (s * jnp.sinc(s * theta) / jnp.sinc(theta) for s in (1 - share, share))
+    return (first * a + second * b).astype(dtype)
 
 
 def interpolate(
@@ -312,9 +361,10 @@ def interpolate(
     key: Key[Array, ""],
     *,
     t: int,
-    shares: Float[Array, "K"],
+    shares: Float[Array | np.ndarray, "K"],
     sigma2="beta",
     clip: float | None = None,
+    prediction: str = "eps",
 ) -> Float[Array, "K B ..."]:
     """Both images to step t with the same noise, between them in a line, and back (DDPM, section 4.4, figure 8).
 
@@ -323,10 +373,13 @@ def interpolate(
     if not 0 <= t <= len(schedule.t):
         raise ValueError(f"t counts steps taken, 0..{len(schedule.t)}, got {t}")
     k_eps, k_back = jax.random.split(key)
+    dtype, shape, a, b = jnp.result_type(a, b), a.shape, precise(a), precise(b)
     if t:
-        eps, last = jax.random.normal(k_eps, a.shape), jnp.full(len(a), t - 1)
+        eps, last = jax.random.normal(k_eps, shape, a.dtype), jnp.full(len(a), t - 1)
         a, b = (q_sample(schedule, x, last, eps) for x in (a, b))
-    between = jnp.concatenate([(1 - s) * a + s * b for s in shares])
+    between = jnp.concatenate([(1 - s) * a + s * b for s in jnp.asarray(shares, a.dtype)])
     if t:
-        between = sample_ddpm(schedule, eps_fn, between, k_back, sigma2=sigma2, clip=clip, start=t)
-    return between.reshape(len(shares), *a.shape)
+        between = sample_ddpm(
+            schedule, eps_fn, between, k_back, sigma2=sigma2, clip=clip, start=t, prediction=prediction
+        )
+    return between.reshape(len(shares), *shape).astype(dtype)
