@@ -7,31 +7,48 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aigc_jax import data, train, vae
+from aigc_jax import __main__ as commands
+from aigc_jax import data, gan, train, vae
+from aigc_jax.core import State
+from aigc_jax.train import checkpoints
 
 from . import trainee
+from .trainee import wait_for
 
 ROOT = Path(__file__).parent.parent
 DIGITS = data.load("digits")
 ENV = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 
-def start(folder, *flags, **options):
+def launch(folder, *flags):
     command = [sys.executable, "-m", "tests.trainee", str(folder), *map(str, flags)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
+@pytest.fixture
+def start():
+    """start(folder, flags...) trains in a process of its own, which a test that fails leaves to no other."""
+    started = []
+
+    def begin(folder, *flags):
+        started.append(launch(folder, *flags))
+        return started[-1]
+
+    yield begin
+    trainee.end(started)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
@@ -47,14 +64,6 @@ def steps_logged(folder):
         return 0
 
 
-def wait_for(condition, process, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.0005)
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Bits of runs that nothing interrupts, one for each set of flags."""
@@ -62,7 +71,11 @@ def unbroken(tmp_path_factory):
 
     def get(*flags):
         if flags not in known:
-            code, out, err = finish(start(tmp_path_factory.mktemp("unbroken") / "run", *flags, "--seconds", 0))
+            process = launch(tmp_path_factory.mktemp("unbroken") / "run", *flags, "--seconds", 0)
+            try:
+                code, out, err = finish(process)
+            finally:
+                trainee.end([process])
             assert code == 0, err
             known[flags] = json.loads(out)
             assert known[flags]["updates"] == 60
@@ -85,7 +98,7 @@ def phase(folder):
     return "between saves"
 
 
-def check_resume(folder, unbroken, *flags):
+def check_resume(start, folder, unbroken, *flags):
     """The same command again restored a step > 0, ran only what was left, and ends with an unbroken run's bits."""
     code, out, err = finish(start(folder, *flags, "--seconds", 0))
     assert code == 0, err
@@ -97,19 +110,44 @@ def check_resume(folder, unbroken, *flags):
     assert [line["step"] for line in lines] == list(range(1, 61))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "until, flags", [(17, ()), (30, ("--steps-per-call", 4)), (22, ("--family", "gan", "--steps-per-call", 2))]
 )
-def test_killed_between_steps(tmp_path, unbroken, until, flags):
+def test_killed_between_steps(tmp_path, unbroken, start, until, flags):
     folder = tmp_path / "run"
     process = start(folder, *flags)
     wait_for(lambda: steps_logged(folder) >= until, process)
     kill(process)
     assert steps_logged(folder) < 60
-    check_resume(folder, unbroken, *flags)
+    check_resume(start, folder, unbroken, *flags)
 
 
-def test_killed_while_a_save_is_under_way(tmp_path, unbroken):
+@pytest.mark.parametrize(
+    "make, cfg, options",
+    [
+        (vae.make, trainee.ACCUMULATING, {"steps_per_call": 4}),
+        (gan.make, trainee.GAN, {"steps_per_call": 2}),
+    ],
+)
+def test_cut_off_between_saves(tmp_path, make, cfg, options):
+    """A validation dies two updates after the last save: the same command again ends with an unbroken run's bits."""
+
+    def die(family, state, step):
+        if step == 12:
+            raise RuntimeError("the plug was pulled")
+
+    def go(folder, on_eval=None):
+        run = train.Run(folder=str(folder), steps=20, batch_size=16, save_every=5, eval_every=6, devices=1, **options)
+        return trainee.fingerprint(train.fit(make, cfg, run, DIGITS, on_eval=on_eval).state)
+
+    with pytest.raises(RuntimeError, match="the plug"):
+        go(tmp_path / "run", die)
+    assert int(train.load(tmp_path / "run").state.step) == 10
+    assert go(tmp_path / "run") == go("")
+
+
+def test_killed_while_a_save_is_under_way(tmp_path, unbroken, start):
     for attempt in range(6):
         folder = tmp_path / str(attempt)
         process = start(folder)
@@ -117,12 +155,12 @@ def test_killed_while_a_save_is_under_way(tmp_path, unbroken):
         wait_for(lambda: saving(folder), process)  # noqa: B023
         kill(process)
         if saving(folder):
-            return check_resume(folder, unbroken)
+            return check_resume(start, folder, unbroken)
     pytest.fail("no kill hit a save")
 
 
 @pytest.mark.soak
-def test_twenty_kills_over_all_phases(tmp_path, unbroken):
+def test_twenty_kills_over_all_phases(tmp_path, unbroken, start):
     rng = random.Random(0)
     phases = {}
     for i in range(20):
@@ -137,14 +175,18 @@ def test_twenty_kills_over_all_phases(tmp_path, unbroken):
         kill(process)
         phases.setdefault(phase(folder), []).append(steps_logged(folder))
         if steps_logged(folder) < 60:
-            check_resume(folder, unbroken)
+            check_resume(start, folder, unbroken)
     for name, at in phases.items():
         print(f"killed {len(at)} times while {name}: after updates {at}")
     assert len(phases) >= 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_leaves(tmp_path, unbroken, number):
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.soak
+def test_asked_to_stop_it_saves_and_leaves(tmp_path, unbroken, start, number):
     folder = tmp_path / "run"
     process = start(folder, "--save-every", 0)
     wait_for(lambda: steps_logged(folder) >= 7, process)
@@ -153,7 +195,139 @@ def test_asked_to_stop_it_saves_and_leaves(tmp_path, unbroken, number):
     assert code == 1 and out == ""
     lines = err.strip().splitlines()
     assert len(lines) == 1 and signal.Signals(number).name in lines[0] and str(folder) in lines[0]
-    check_resume(folder, unbroken)
+    check_resume(start, folder, unbroken)
+
+
+def asking(number, at):
+    """The digits, whose batch `at` sends this process a signal."""
+    arrays, rows, take = DIGITS.resident
+
+    def ask(seed, i, size):
+        if i == at:
+            os.kill(os.getpid(), number)
+        return rows(seed, i, size)
+
+    return DIGITS._replace(resident=(arrays, ask, take))
+
+
+@pytest.fixture
+def handlers():
+    """What handles signals is as before, and so after the test."""
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield old
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "at, number",
+    [
+        ("update", signal.SIGTERM),
+        ("update", signal.SIGINT),
+        ("update", signal.SIGHUP),
+        ("validation", signal.SIGTERM),
+        ("last", signal.SIGTERM),
+    ],
+)
+def test_asked_to_stop_at_any_moment_it_leaves(tmp_path, handlers, at, number):
+    """Within an update, within a validation, within the very last one: never swallowed, never unsaved."""
+
+    def on_eval(family, state, step):
+        if (at, step) in (("validation", 10), ("last", 20)):
+            os.kill(os.getpid(), number)
+        return {}
+
+    run = short(tmp_path / "run", eval_every=10)
+    name = signal.Signals(number).name
+    with pytest.raises(SystemExit, match=f"stopped by {name}") as stopped:
+        source = asking(number, 7 if at == "update" else None)
+        train.fit(vae.make, trainee.ACCUMULATING, run, source, on_eval=on_eval)
+    step = {"update": 8, "validation": 10, "last": 20}[at]
+    assert f"step {step}" in str(stopped.value) and int(train.load(run.folder).state.step) == step
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
+
+
+def test_what_is_ignored_stays_ignored(tmp_path, handlers):
+    """nohup ignores SIGHUP: the run goes on when its terminal closes."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    result = train.fit(vae.make, trainee.ACCUMULATING, short(""), asking(signal.SIGHUP, 7))
+    assert int(result.state.step) == 20
+
+
+def test_a_second_interrupt_does_what_it_did_before(tmp_path, handlers):
+    """Its old handler is called at once, and the folder can be gone on with."""
+
+    def twice(family, state, step):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second came back")
+
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run", eval_every=8), DIGITS, on_eval=twice)
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
+    assert int(train.load(tmp_path / "run").state.step) == 5
+    result = train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS)
+    again = train.fit(vae.make, trainee.ACCUMULATING, short(""), DIGITS)
+    assert trainee.fingerprint(result.state) == trainee.fingerprint(again.state)
+
+
+IMPORT = {
+    "Python": "import time; time.sleep(600)",
+    "a library that comes back late": "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+}
+
+
+@pytest.mark.parametrize("what", ["aigc_jax", "experiments", "experiments.vae_digits"])
+@pytest.mark.parametrize("within", IMPORT)
+def test_an_interrupt_before_training_ends_in_one_line(tmp_path, what, within):
+    """A stand-in for JAX, whose import hangs, is interrupted."""
+    (tmp_path / "jax.py").write_text(f"print('importing', flush=True); {IMPORT[within]}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", what], cwd=ROOT, env={**ENV, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert finish(process) == (130, "", "interrupted\n")
+    finally:
+        trainee.end([process])
+
+
+def test_importing_the_library_leaves_interrupts_alone():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.soak
+def test_interrupts_at_random_moments_of_a_start(tmp_path):
+    """One line, nothing left running, and a folder that the same command goes on with."""
+    rng, outcomes = random.Random(0), {}
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.vae_digits",
+        "--scale",
+        "smoke",
+        "--run.folder",
+        str(tmp_path / "run"),
+    ]
+    for _ in range(40):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            time.sleep(0.15 + rng.random() * 8)  # Python itself takes 0.1 s to begin
+            process.send_signal(signal.SIGINT)
+            code, _, err = finish(process)
+        finally:
+            trainee.end([process])
+        last = (err.strip().splitlines() or [""])[-1]
+        assert "Traceback" not in err and len(err.strip().splitlines()) <= 3, err
+        outcomes.setdefault((code, last.split(":")[0].split(" at ")[0]), []).append(last)
+    print({kind: len(lines) for kind, lines in outcomes.items()})
+    assert {code for code, _ in outcomes} <= {0, 1, 130}
+    again = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
 
 
 # ------------------------------------------------------------------------------------------------- damaged checkpoints
@@ -221,30 +395,6 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path, finished
     assert int(train.load(folder).state.step) == 18
 
 
-@pytest.mark.parametrize("at", ["update", "validation", "last"])
-def test_asked_to_stop_at_any_moment_it_leaves(tmp_path, at):
-    """Within an update, within a validation, within the very last one: never swallowed, never unsaved."""
-
-    def on_eval(family, state, step):
-        if (at, step) in (("validation", 10), ("last", 20)):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {}
-
-    arrays, rows, take = DIGITS.resident
-
-    def asking(seed, i, size):
-        if at == "update" and i == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return rows(seed, i, size)
-
-    source = DIGITS._replace(resident=(arrays, asking, take))
-    run = short(tmp_path / "run", eval_every=10)
-    with pytest.raises(SystemExit, match="stopped by SIGTERM") as stopped:
-        train.fit(vae.make, trainee.ACCUMULATING, run, source, on_eval=on_eval)
-    step = {"update": 8, "validation": 10, "last": 20}[at]
-    assert f"step {step}" in str(stopped.value) and int(train.load(run.folder).state.step) == step
-
-
 def test_odd_lines_in_the_log_are_dropped(tmp_path, finished):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
@@ -271,6 +421,85 @@ def test_no_intact_checkpoint(tmp_path, finished, capfd):
         train.load(folder)
     result = train.fit(vae.make, trainee.ACCUMULATING, short(folder, 30), DIGITS)
     assert trainee.fingerprint(result.state) == trainee.fingerprint(finished[1])
+
+
+# ------------------------------------------------------------------------------------------ read while another trains
+
+
+def prune(folder, old, new):
+    """What a save does beside a reader at keep = 1: a new number appears, then the old one goes."""
+    shutil.copytree(folder / "checkpoints" / old, folder / "checkpoints" / "new")
+    (folder / "checkpoints" / "new").rename(folder / "checkpoints" / new)
+    (folder / "checkpoints" / old).rename(folder / "checkpoints" / f"saving-{old}-old")
+    shutil.rmtree(folder / "checkpoints" / f"saving-{old}-old")
+
+
+@pytest.mark.parametrize("at", ["intact", "restore", "after restore"])
+def test_a_checkpoint_that_is_pruned_while_it_is_read(tmp_path, finished, monkeypatch, capfd, at):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "15")
+    real, todo = getattr(checkpoints.Checkpoints, at.split()[-1]), [("20", "21"), ("21", "22"), ("22", "23")]
+
+    def during(self, step, *rest):
+        if at == "after restore":
+            found = real(self, step, *rest)
+        if todo:
+            prune(folder, *todo.pop(0))
+        return found if at == "after restore" else real(self, step, *rest)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, at.split()[-1], during)
+    result = train.load(folder)
+    assert not todo and int(result.state.step) == 20 and capfd.readouterr().err == ""
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["23"]
+
+
+def test_a_listing_that_misses_a_rename_is_made_again(finished, monkeypatch):
+    scan, misses = os.scandir, [True]
+    monkeypatch.setattr(checkpoints.os, "scandir", lambda path: iter(()) if misses and misses.pop() else scan(path))
+    assert checkpoints.Checkpoints(finished[0], 2).steps() == [15, 20]
+
+
+def test_info_passes_over_what_is_pruned_meanwhile(tmp_path, finished, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    flip_a_bit(folder / "checkpoints" / "15")
+    real, todo = checkpoints.Checkpoints.intact, [("20", "21")]
+
+    def during(self, step):
+        if todo and step == 20:
+            prune(folder, *todo.pop())
+        return real(self, step)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "intact", during)
+    commands.info(folder)
+    lines = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
+    assert lines == ["step 15  DAMAGED: it will be passed over", "step 21"]
+
+
+@pytest.mark.soak
+def test_four_hundred_loads_of_a_run_that_trains(tmp_path, start):
+    """keep = 1, a save every two updates: not one fails."""
+    folder = tmp_path / "run"
+    process = start(folder, "--steps", 10**6, "--save-every", 2, "--seconds", 0, "--keep", 1)
+    wait_for(lambda: len(list((folder / "checkpoints").glob("[0-9]*"))) > 0, process)
+    steps = [int(train.load(folder).state.step) for _ in range(400)]
+    assert process.poll() is None and steps == sorted(steps)
+    print(f"400 loads saw {len(set(steps))} checkpoints, up to step {steps[-1]}")
+
+
+@pytest.mark.soak
+def test_two_processes_of_two_seeds_begin_at_once(tmp_path, start):
+    """One trains, the other is refused in one line, whatever of the two comes first where."""
+    for i in range(8):
+        folder = tmp_path / str(i)
+        both = [start(folder, "--seed", seed) for seed in (0, 1)]
+        ends = [finish(process) for process in both]
+        assert sorted(code for code, _, _ in ends) == [0, 1], ends
+        [(seed, (_, _, err))] = [(seed, end) for seed, end in enumerate(ends) if end[0]]
+        assert "Refused" in err and ("another process" in err or "run.seed" in err), err
+        assert json.loads((folder / "run.json").read_text())["run"]["seed"] == 1 - seed
+        assert [line["step"] for line in train.metrics(folder)] == list(range(1, 61))
 
 
 # ----------------------------------------------------------------------------------------------------------- full disk
@@ -307,13 +536,91 @@ def test_a_file_that_cannot_grow_is_said_and_the_older_checkpoint_stands(tmp_pat
     check_full(folder, process.returncode, process.stderr)
 
 
-def test_full_disk_in_an_experiment_is_one_line(tmp_path):
-    """The command line's view: a small file system, one line, exit code 1, and the same command goes on later."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+def threads():
+    """Threads that the end of a process waits for."""
+    return {t for t in threading.enumerate() if not t.daemon and type(t).__module__.startswith("orbax")}
+
+
+@pytest.mark.parametrize("after", [0, 10])
+def test_no_folder_for_a_checkpoint(tmp_path, after, monkeypatch):
+    """checkpoints/ becomes a file: one line, which names no checkpoint that is not there, and no thread that waits."""
+    folder, save = tmp_path / "run", checkpoints.Checkpoints.save
+
+    def broken(self, step, *rest):
+        self.wait()
+        if step > after:
+            self.folder.rename(folder / "away")
+            self.folder.write_text("")
+        save(self, step, *rest)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", broken)
+    with pytest.raises(train.SaveFailed, match=r"step \d+ could not be saved in .*; there is no checkpoint$"):
+        train.fit(vae.make, trainee.ACCUMULATING, short(folder), DIGITS)
+    assert not threads()
+
+
+def test_a_log_that_cannot_be_written_says_what_stands(tmp_path, monkeypatch):
+    def full(self, step, kind, values):
+        if step >= at:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.folders.Log, "write", full)
+    for at, stands in ((4, "there is no checkpoint"), (14, "the checkpoint of step 10 stands")):
+        with pytest.raises(train.SaveFailed, match=f"No space left on device; {stands}$"):
+            train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / str(at), log_every=1), DIGITS)
+
+
+def test_cleaning_up_hides_no_failure(tmp_path, monkeypatch):
+    """Orbax's own end fails too, as on a disk without inodes: the line stays."""
+
+    def fail(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.ocp.StandardCheckpointer, "close", fail)
+    monkeypatch.setattr(checkpoints, "_sums", lambda folder: fail(None))
+    with pytest.raises(train.SaveFailed, match="step 5 could not be saved.*; there is no checkpoint$"):
+        train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    def stuck(path, **options):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", stuck)
+    assert int(train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS).state.step) == 20
+    lines = [line for line in capfd.readouterr().err.splitlines() if "cannot be removed" in line]
+    assert lines and all(line.startswith("warning: ") for line in lines)
+    assert int(train.load(tmp_path / "run").state.step) == 20
+
+
+def tmpfs(folder, options):
+    """A small file system, or a skipped test where none may be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this machine allows no tmpfs to be mounted")
+    return folder
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("inodes", [*range(6, 24), 30, 40])
+def test_a_disk_without_inodes(tmp_path, start, inodes):
+    """Wherever in a save they end: one line with its own words, and the process ends."""
+    disk = tmpfs(tmp_path / "disk", f"nr_inodes={inodes},size=64m")
+    try:
+        code, out, err = finish(start(disk / "run", "--seconds", 0))
+        last = err.strip().splitlines()[-1]
+        assert code == 1 and out == "" and ("SaveFailed: " in last or "Refused: " in last), err
+        there = sorted(int(p.name) for p in (disk / "run").glob("checkpoints/[0-9]*") if p.name.isdecimal())
+        if "SaveFailed: " in last:
+            assert last.endswith(f"the checkpoint of step {there[-1]} stands" if there else "there is no checkpoint")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk_in_an_experiment_is_one_line(tmp_path):
+    """The command line's view: a small file system, one line, exit code 1, and the same command goes on later."""
+    disk = tmpfs(tmp_path / "disk", "size=2m")
     try:
         folder = disk / "run"
         command = [sys.executable, "-m", "experiments.vae_digits", "--scale", "smoke", "--run.folder", str(folder),
@@ -336,7 +643,7 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, k):
+def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, monkeypatch, capsys, k):
     run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=16, save_every=5, steps_per_call=k, devices=1)
     with pytest.raises(train.NonFinite) as stopped:
         train.fit(trainee.make_nan, trainee.ACCUMULATING, run, DIGITS)
@@ -349,17 +656,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, k):
     bad, facts = train.replay(run.folder, DIGITS, step=8)
     assert np.isfinite(good["loss"]) and np.isnan(bad["loss"])
     np.testing.assert_array_equal(facts["rows"], data.order(1437, 0, 7, 16))
-    replayed = subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert replayed.returncode == 0 and "not finite" in replayed.stdout, replayed.stderr
+    monkeypatch.setattr(sys, "argv", command.split()[2:])
+    commands.main()
+    assert "<- not finite" in capsys.readouterr().out
 
 
-def test_replay_repeats_the_logged_numbers(tmp_path):
+def test_replay_repeats_the_logged_numbers(tmp_path, monkeypatch, capsys):
     run = train.Run(
         folder=str(tmp_path / "run"), steps=12, batch_size=16, save_every=5, log_every=1, devices=1, steps_per_call=4
     )
     train.fit(vae.make, trainee.ACCUMULATING, run, DIGITS)
     for line in train.metrics(run.folder)[:1] + train.metrics(run.folder)[-1:]:
-        assert train.replay(run.folder, DIGITS, step=line["step"])[0] == line["train"]
+        values, facts = train.replay(run.folder, DIGITS, step=line["step"])
+        assert values == line["train"] == facts["logged"]
     with pytest.raises(train.Refused, match="other data"):
         train.replay(run.folder, data.load("digits", "test"), step=3)
 
@@ -370,3 +679,89 @@ def test_save_waits_until_metrics_are_known_to_be_finite(tmp_path):
     with pytest.raises(train.NonFinite, match="the checkpoint of step 4 stands"):
         train.fit(trainee.make_nan, trainee.ACCUMULATING, run, DIGITS)
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), train.load(run.folder).state.params))
+
+
+def test_replay_compares_itself_with_the_log(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    train.fit(vae.make, trainee.ACCUMULATING, short(folder, 8, log_every=4), DIGITS)
+
+    def said(step):
+        monkeypatch.setattr(sys, "argv", ["aigc_jax", "replay", str(folder), "--step", str(step)])
+        commands.main()
+        return capsys.readouterr().out
+
+    assert "equal to metrics.jsonl in every bit" in said(8)
+    assert "holds no line of this step" in said(7)
+    lines = train.metrics(folder)
+    loss = lines[1]["train"]["loss"]
+    lines[1]["train"]["loss"] = loss + 0.5
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"NOT as in metrics.jsonl: loss was {loss + 0.5!r} and is {loss!r} (0.5 apart)" in said(8)
+    lines[1]["train"]["loss"] = None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"NOT as in metrics.jsonl: loss was None and is {loss!r}" in said(8)
+
+
+@pytest.mark.parametrize(
+    "make, leaf", [("make_nan_params", "params."), ("make_inf_ema", "ema."), ("make_nan_moments", "opt_state.")]
+)
+@pytest.mark.parametrize("steps", [8, 12])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, make, leaf, steps):
+    """Loss and gradient of update 8 are finite, its state is not; at keep = 1 nothing finite is lost."""
+    run = train.Run(folder=str(tmp_path / "run"), steps=steps, batch_size=16, save_every=4, keep=1, devices=1)
+    with pytest.raises(train.NonFinite) as stopped:
+        train.fit(getattr(trainee, make), trainee.CFG, run, DIGITS)
+    words = str(stopped.value)
+    assert words.startswith(f"step 8: {leaf}") and " is not finite; the checkpoint of step 4 stands; repeat it" in words
+    assert [p.name for p in Path(run.folder, "checkpoints").iterdir()] == ["4"]
+    assert int(train.load(run.folder).state.step) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn", "complex64"])
+def test_what_counts_as_not_finite(dtype):
+    def state(**changes):
+        fields = {
+            "step": jnp.zeros((), jnp.int32),
+            "params": {"w": jnp.ones((2, 3), dtype), "n": jnp.ones(2, jnp.int32), "key": jax.random.key(0)},
+            "opt_state": (jnp.ones(3, dtype), jnp.ones((), bool)),
+            "extra": {"history": jnp.ones(3, dtype)},
+            "ema": {"w": jnp.ones((2, 3), dtype)},
+        }
+        return State(**{**fields, **changes})
+
+    bad = jnp.array([1.0, jnp.nan, 1.0]).astype(dtype)
+    assert checkpoints.not_finite(state()) is None
+    assert checkpoints.not_finite(state(extra=None, ema=None, opt_state=())) is None
+    assert checkpoints.not_finite(state(params={"w": bad})) == "params.w"
+    assert checkpoints.not_finite(state(ema={"w": bad})) == "ema.w"
+    assert checkpoints.not_finite(state(extra={"history": bad})) == "extra.history"
+    assert checkpoints.not_finite(state(opt_state=(bad,))) == "opt_state.0"
+    if "float8" not in dtype:  # which has no infinity
+        infinite = jnp.array([1.0, -jnp.inf]).astype(dtype)
+        assert checkpoints.not_finite(state(params={"w": infinite})) == "params.w"
+        assert checkpoints.not_finite(state(ema={"w": infinite})) == "ema.w"
+        # A running minimum begins there.
+        assert checkpoints.not_finite(state(opt_state=(infinite,), extra={"history": infinite})) is None
+
+
+def test_an_older_checkpoint_that_is_not_finite_is_passed_over(tmp_path, finished, capfd):
+    """As versions before this one saved them, with sums that agree."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    state = train.load(folder).state
+    saves = checkpoints.Checkpoints(folder, 3)
+    saves.save(25, state._replace(step=state.step + 5, params=jax.tree.map(lambda x: x * jnp.nan, state.params)))
+    saves.close()
+    assert int(train.load(folder).state.step) == 20
+    [line] = capfd.readouterr().err.strip().splitlines()
+    assert "step 25" in line and "params." in line and "not finite" in line
+    result = train.fit(vae.make, trainee.ACCUMULATING, short(folder, 30), DIGITS)
+    assert trainee.fingerprint(result.state) == trainee.fingerprint(finished[1])
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["25", "30", "damaged-25"]
+
+
+def test_parameters_that_are_not_finite_start_nothing(tmp_path, finished):
+    params = jax.tree.map(lambda x: x * jnp.nan, finished[1].params)
+    with pytest.raises(train.Refused, match="params.* not finite"):
+        train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS, params=params)
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """fit, load and what surrounds them, where nothing goes wrong but much could."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -8,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ import pytest
 from aigc_jax import core, data, train, transformer, vae
 from aigc_jax.core import Optim
 from aigc_jax.data import text
-from aigc_jax.train import Run, engine, fit, load
+from aigc_jax.train import Run, engine, fit, load, progress
+from aigc_jax.train import folder as folders
 
 from . import trainee
 
@@ -206,34 +209,40 @@ if jax.process_index() == 0:
 """
 
 
-def two_processes(folder, steps):
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", TWO, f"localhost:{free_port()}"]
-    return [
-        subprocess.Popen([*command, str(i), str(folder), str(steps)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]  # fmt: skip
+@pytest.fixture
+def two_processes(tmp_path):
+    """two_processes(steps) starts two that train one model in tmp_path / "r"; they end with the test."""
+    both = []
+
+    def start(steps):
+        env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        command = [sys.executable, "-c", TWO, f"localhost:{free_port()}"]
+        both.extend(
+            subprocess.Popen([*command, str(i), str(tmp_path / "r"), str(steps)], cwd=ROOT, env=env,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i in range(2)
+        )  # fmt: skip
+        return both
+
+    yield start
+    trainee.end(both)
 
 
-def test_two_processes_stop_and_save_together(tmp_path):
-    both = two_processes(tmp_path / "r", 100_000)
-    end = time.monotonic() + 100
-    while not (tmp_path / "r" / "checkpoints" / "3").exists():
-        assert time.monotonic() < end and both[0].poll() is None
-        time.sleep(0.01)
+def test_two_processes_stop_and_save_together(tmp_path, two_processes):
+    both = two_processes(100_000)
+    trainee.wait_for((tmp_path / "r" / "checkpoints" / "3").exists, *both)
     for p in both:
         p.send_signal(signal.SIGTERM)
-    outs = [p.communicate(timeout=100) for p in both]
+    outs = [p.communicate(timeout=600) for p in both]
     assert [p.returncode for p in both] == [1, 1], outs
     step = int(load(tmp_path / "r").state.step)
     assert all(f"stopped by preemption at step {step}: saved" in err for _, err in outs)
 
 
-def test_two_processes_train_one_model(tmp_path):
+def test_two_processes_train_one_model(tmp_path, two_processes):
     """Each process places its own rows; both see the same global batch, and agree with one process."""
-    both = two_processes(tmp_path / "r", 6)
-    outs = [p.communicate(timeout=120) for p in both]
+    both = two_processes(6)
+    outs = [p.communicate(timeout=600) for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     alone = fit(vae.make, SGD, run(steps=6), DIGITS).state.params
     np.testing.assert_allclose(
@@ -300,6 +309,48 @@ def test_best_survives_a_resume(tmp_path):
         options = {"eval_every": 4, "save_every": 5, "keep": 1, "best": "dip"}
         fit(vae.make, CFG, run(tmp_path / "r", steps, **options), DIGITS, valid=VALID, on_eval=dip)
     assert sorted(int(p.name) for p in (tmp_path / "r" / "checkpoints").iterdir()) == [8, 40]
+
+
+def empty(path):
+    path.write_text("")
+
+
+def cut(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[-3:]))
+
+
+@pytest.mark.parametrize("lose", [empty, cut, Path.unlink])
+def test_best_does_not_hang_on_the_log(tmp_path, lose):
+    """What a validation reported stays with its checkpoint: load chooses as before, and fit keeps what was best."""
+
+    def dip(family, state, step):
+        return {"dip": abs(step - 8)}
+
+    folder = tmp_path / "r"
+    options = {"eval_every": 4, "save_every": 5, "keep": 1, "best": "dip"}
+    fit(vae.make, CFG, run(folder, 20, **options), DIGITS, on_eval=dip)
+    lose(folder / "metrics.jsonl")
+    assert int(load(folder).state.step) == 8
+    fit(vae.make, CFG, run(folder, 28, **options), DIGITS, on_eval=dip)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["28", "8"]
+    assert int(load(folder).state.step) == 8
+
+
+def test_best_of_an_older_version_comes_from_the_log(tmp_path):
+    """A folder whose checkpoints hold no validation; then the second best, where the best is damaged."""
+
+    def dip(family, state, step):
+        return {"dip": abs(step - 8)}
+
+    folder = tmp_path / "r"
+    fit(vae.make, CFG, run(folder, 16, eval_every=4, save_every=4, keep=3, best="dip"), DIGITS, on_eval=dip)
+    for step in ("8", "12", "16"):
+        sums = folder / "checkpoints" / step / "SHA256SUMS"
+        (sums.parent / "valid.json").unlink()
+        sums.write_text("".join(line for line in sums.read_text().splitlines(True) if "valid.json" not in line))
+    assert int(load(folder).state.step) == 8
+    (folder / "checkpoints" / "8" / "SHA256SUMS").unlink()
+    assert int(load(folder).state.step) == 12
 
 
 def test_logs_are_those_of_an_unbroken_run(tmp_path):
@@ -393,6 +444,64 @@ def test_load_refuses_what_it_does_not_know(tmp_path, changes, words):
     with pytest.raises(train.Refused, match=words) as refused:
         load(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_what_was_edited_by_hand_is_refused_by_name(tmp_path):
+    """Every field that the numbers depend on; not those that say how long, how often and from where."""
+    folder = tmp_path / "r"
+    fit(vae.make, CFG, run(folder, 2), DIGITS)
+    record = json.loads((folder / "run.json").read_text())
+    for part, name, value in (
+        ("config", "ema", 0.8),
+        ("config", "levels", 16),
+        ("data", "levels", 9),
+        ("data", "fingerprint", "0" * 64),
+        ("run", "seed", 3),
+        ("run", "batch_size", 8),
+    ):
+        edited(folder, **{part: {**record[part], name: value}})
+        with pytest.raises(train.Refused, match=rf"^{part} in .*run.json does not fit the sha256.*: undo the edit"):
+            load(folder)
+        if name != "fingerprint":
+            with pytest.raises(train.Refused, match=f"^{part} in"):
+                train.replay(folder, DIGITS, step=1)
+        with pytest.raises(train.Refused, match=f"^{part} in"):
+            fit(vae.make, CFG, run(folder, 4), DIGITS)
+    edited(folder, make=["tests.trainee", "make_nan"], **{part: record[part] for part in ("config", "data", "run")})
+    with pytest.raises(train.Refused, match="^make in"):
+        load(folder)
+    free = {"run": {**record["run"], "steps": 9, "keep": 7, "folder": "moved", "log_every": 3, "devices": 2}}
+    edited(folder, make=record["make"], data={**record["data"], "source": {"name": "images:moved"}}, **free)
+    assert int(load(folder).state.step) == 2
+    (folder / "run.json").write_text(json.dumps(dict(reversed(record.items()))))  # another layout, the same record
+    assert int(load(folder).state.step) == 2
+    edited(folder, config={**record["config"], "ema": 0.8}, sha256=None)  # a version that wrote no sums
+    assert int(load(folder).state.step) == 2
+
+
+def test_an_edited_tokenizer_is_refused(tmp_path):
+    info = dataclasses.replace(CROPS.info, tokenizer="x" * 20)
+    folder = tmp_path / "r"
+    fit(transformer.make, SPEAKER, run(folder, 2), CROPS._replace(info=info))
+    assert load(folder).info.tokenizer == "x" * 20
+    for content in ("x" * 19 + "y", ""):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(train.Refused, match="tokenizer.json does not fit the sha256"):
+            load(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(train.Refused, match="tokenizer.json is missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"make": 3}', '{"make": [1, 2]}', "[" * 100_000, "\xff", '{"make": ["a", "b"], "run": 3}']
+)
+def test_a_broken_record_is_one_line(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content.encode("latin-1"))
+    for open_it in (load, lambda folder: fit(vae.make, CFG, run(folder, 4), DIGITS)):
+        with pytest.raises(train.Refused, match="run.json is damaged") as refused:
+            open_it(tmp_path)
+        assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
 
 def test_load_refuses_what_is_no_run(tmp_path):
@@ -563,6 +672,48 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_checkpoints_without_their_record_belong_to_nobody(tmp_path):
+    folder = tmp_path / "r"
+    fit(vae.make, CFG, run(folder, 2), DIGITS)
+    for path in folder.iterdir():
+        if path.name == "events":
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+        elif path.name != "checkpoints":
+            path.unlink()
+    for settings in (run(folder, 4), run(folder, 4, seed=1)):
+        with pytest.raises(train.Refused, match="checkpoints and no run.json.*put it back, or choose a new folder"):
+            fit(vae.make, CFG, settings, DIGITS)
+    assert [p.name for p in folder.iterdir()] == ["checkpoints"]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["2"]
+
+
+def test_the_lock_is_taken_before_the_record_is_read(tmp_path, monkeypatch):
+    """A run of another seed begins, and ends, between this one's first look at the folder and its lock."""
+    lock = folders.lock
+
+    def late(folder):
+        monkeypatch.setattr(folders, "lock", lock)
+        fit(vae.make, CFG, run(folder, 2, seed=1), DIGITS)
+        return lock(folder)
+
+    monkeypatch.setattr(folders, "lock", late)
+    with pytest.raises(train.Refused, match="run.seed was 1 there and is 0 here"):
+        fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
+
+
+def test_a_lock_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
+    """As on a network file system without locks."""
+
+    def fail(self, *args, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with pytest.raises(train.Refused, match="cannot be written or locked: .*No locks available"):
+        fit(vae.make, CFG, run(tmp_path / "r", 2), DIGITS)
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "r").write_text("x")
     with pytest.raises(train.Refused, match="is a file"):
@@ -597,6 +748,8 @@ def test_another_environment_is_warned_of(tmp_path, capfd):
     fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     edited(tmp_path / "r", environment={**record["environment"], "cores": 96})
+    train.replay(tmp_path / "r", DIGITS, step=2)
+    assert "warning: cores was 96" in capfd.readouterr().err
     fit(vae.make, CFG, run(tmp_path / "r", 8), DIGITS)
     assert "warning: cores was 96" in capfd.readouterr().err
 
@@ -621,3 +774,24 @@ def test_labels_are_cut_with_the_chunks():
         np.testing.assert_allclose(drawn[8 * i : 8 * i + 8], expected[: 20 - 8 * i], atol=1e-6)
     with pytest.raises(train.Refused, match="label must have one entry for each of 20 samples, got 8"):
         train.sample(result, jax.random.key(0), n=20, chunk=8, label=label[:8])
+
+
+@pytest.mark.parametrize(
+    "seconds, steps, said",
+    [
+        (30.0, [1], "step 1/9  loss 2"),  # compiled for 30 s: no rate is known
+        (30.0, [1, 2], "step 2/9  30.0 s/step  210 s left  loss 2"),
+        (12.5, [1, 3], "step 3/9  6.2 s/step  38 s left  loss 2"),
+        (11.0, [1, 34], "step 34/99  3.0 steps/s  22 s left  loss 2"),
+        (11.0, [1, 5501], "step 5501/9999  500 steps/s  9 s left  loss 2"),
+    ],
+)
+def test_progress_says_no_rate_that_it_does_not_know(capfd, monkeypatch, seconds, steps, said):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    shown = progress.Progress(int(said.split()[1].split("/")[1]), 0)
+    shown.show(1, {"loss": 2.0, "lr": 1.0})
+    for step in steps:
+        now[0] += seconds
+        shown.step(step)
+    assert capfd.readouterr().err.splitlines()[-1] == said

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import subprocess
 import time
 
 import jax
@@ -30,6 +31,55 @@ def make_nan(cfg: vae.Config, *, axis_name=None):
         return -value * jax.numpy.where(state.step >= 7, jax.numpy.nan, 1.0), (state.extra, {})
 
     return family._replace(step=make_step(loss, cfg.optim))
+
+
+def _spoiled(cfg: vae.Config, part: str, value: float):
+    """The VAE, one array of whose state is spoiled by update 8, whose own loss and gradient are finite."""
+    family = vae.make(cfg)
+
+    def step(state, batch, key):
+        done, metrics = family.step(state, batch, key)
+        leaves, tree = jax.tree.flatten(getattr(done, part))
+        at = next(i for i, x in enumerate(leaves) if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact))
+        leaves[at] = jax.numpy.where(state.step == 7, value, leaves[at]).astype(leaves[at].dtype)
+        return done._replace(**{part: tree.unflatten(leaves)}), metrics
+
+    return family._replace(step=step)
+
+
+def make_nan_params(cfg: vae.Config, *, axis_name=None):
+    """Parameters hold NaN after update 8."""
+    return _spoiled(cfg, "params", jax.numpy.nan)
+
+
+def make_inf_ema(cfg: vae.Config, *, axis_name=None):
+    """The average holds infinity after update 8."""
+    return _spoiled(cfg, "ema", jax.numpy.inf)
+
+
+def make_nan_moments(cfg: vae.Config, *, axis_name=None):
+    """The optimizer's moments hold NaN after update 8."""
+    return _spoiled(cfg, "opt_state", jax.numpy.nan)
+
+
+def wait_for(condition, *processes: subprocess.Popen) -> None:
+    """Returns once the condition holds; fails where a process ends before. The limit is a backstop only."""
+    end = time.monotonic() + 600
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.0005)
+
+
+def end(processes) -> None:
+    """Kills what still runs, so that no test leaves a process to the next."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            stream.close()
 
 
 def slow(source: data.Data, seconds: float) -> data.Data:
@@ -60,6 +110,8 @@ def main() -> None:
     p.add_argument("--save-every", type=int, default=5)
     p.add_argument("--steps-per-call", type=int, default=1)
     p.add_argument("--seconds", type=float, default=0.01)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--keep", type=int, default=2)
     args = p.parse_args()
     seen = []
     advance = train.Engine.advance
@@ -70,7 +122,7 @@ def main() -> None:
 
     train.Engine.advance = counted
     run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
-                    steps_per_call=args.steps_per_call)  # fmt: skip
+                    steps_per_call=args.steps_per_call, seed=args.seed, keep=args.keep)  # fmt: skip
     model = (vae.make, CFG if args.steps_per_call == 1 else ACCUMULATING) if args.family == "vae" else (gan.make, GAN)
     result = train.fit(*model, run, slow(data.load("digits"), args.seconds))
     print(json.dumps({"first": seen[0] if seen else None, "updates": len(seen), "sha": fingerprint(result.state)}))

@@ -388,6 +388,7 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
         except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written
             if not saves:
                 raise
+            saves.wait()  # a save that failed too says so first
             raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; {saves.stands()}") from e
     if caught:  # asked here, where its own handlers are back: no signal falls between
         raise SystemExit(f"stopped by {caught[0]} at step {step}, the last: {folder or 'nothing was saved'}")
