@@ -93,6 +93,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return found
 
 
+@_cli.costs("cgan_mnist.png")
 def draw(setup: Setup, folder: Path, result: train.Result, scores: dict) -> None:
     """A row a class, and the same code in every class."""
     cfg = result.config

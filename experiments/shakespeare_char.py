@@ -92,6 +92,11 @@ CRITERIA = {
 INVARIANTS = {STRIDED: ("< 3.5", lambda ours: ours < 3.5)}
 
 
+def gram(n: int) -> str:
+    """The name of a row."""
+    return f"{n}-gram, add-alpha tuned on validation (nats per character)"
+
+
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains both configurations, counts n-grams, writes a page."""
     with _cli.door():
@@ -116,19 +121,25 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     own = [line["valid"] for line in train.metrics(result.folder) if "valid" in line][-1]
 
     tokens = [source.resident[0]["text"] for source in (training, valid)]
-    grams = {n: _text.ngram_nats(*tokens, n, training.info.levels) for n in range(1, 7)}
-    text = _text.written(result, "\n", 700)
-    (folder / "sample.txt").write_text(text + "\n")
-    best, shakespeare = min(grams, key=grams.get), setup.data.name == "tiny_shakespeare"
-    curves = {"nanoGPT's configuration": _text.curve(first, "nll_nats_per_token"),
-              "ours": _text.curve(result.folder, "nll_nats_per_token")}  # fmt: skip
-    _text.draw(
-        folder / "shakespeare_char.png", curves,
-        {f"{best}-gram": grams[best], **({"paper: nanoGPT" : 1.88} if shakespeare else {})}, text,
-        ylabel="nats per character, every character once",
-        caption=f"nanoGPT's: {setup.run.steps} updates of {setup.run.batch_size} x {setup.length}; ours: "
-        f"{setup.ours_run.steps} of {setup.ours_run.batch_size} x {setup.ours_length}; sample of ours at temperature 1",
-    )  # fmt: skip
+    grams, text = {}, ""
+    for n in range(1, 7):
+        with _cli.costs(gram(n)):
+            grams[n] = _text.ngram_nats(*tokens, n, training.info.levels)
+    with _cli.costs("sample.txt"):
+        text = _text.written(result, "\n", 700)
+        (folder / "sample.txt").write_text(text + "\n")
+    with _cli.costs("shakespeare_char.png"):
+        best, shakespeare = min(grams, key=grams.get), setup.data.name == "tiny_shakespeare"
+        curves = {"nanoGPT's configuration": _text.curve(first, "nll_nats_per_token"),
+                  "ours": _text.curve(result.folder, "nll_nats_per_token")}  # fmt: skip
+        _text.draw(
+            folder / "shakespeare_char.png", curves,
+            {f"{best}-gram": grams[best], **({"paper: nanoGPT" : 1.88} if shakespeare else {})}, text,
+            ylabel="nats per character, every character once",
+            caption=f"nanoGPT's: {setup.run.steps} updates of {setup.run.batch_size} x {setup.length}; ours: "
+            f"{setup.ours_run.steps} of {setup.ours_run.batch_size} x {setup.ours_length}; sample of ours at "
+            "temperature 1",
+        )  # fmt: skip
     published = {65: 1.88 if setup.model.context == 64 else 1.4697}.get(training.info.levels)
     crop_mean, crop_error = _cli.mean_and_error([end["crops_nats"] for end in ends])
     mean, error = _cli.mean_and_error([end["nll_nats_per_token"] for end in ends])
@@ -138,7 +149,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row(STRIDED, mean, error=error),
         Row(OWN, own["nll_nats_per_token"]),
         Row("the same (bits per byte)", own["nll_bits_per_byte"]),
-        *(Row(f"{n}-gram, add-alpha tuned on validation (nats per character)", v) for n, v in grams.items()),
+        *(Row(gram(n), v) for n, v in grams.items()),
     ]
 
 

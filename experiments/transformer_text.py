@@ -64,23 +64,26 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     result = train.fit(transformer.make, model, setup.run, training, valid=valid)
     last = [line["valid"] for line in train.metrics(folder) if "valid" in line][-1]
     tokens = [source.resident[0]["text"] for source in (training, valid)]
-    grams = {n: _text.ngram_nats(*tokens, n, training.info.levels) for n in range(1, 7)}
-    best = min(grams, key=grams.get)
-    text = _text.written(result, "def ", 250, temperature=0.8)
-    (folder / "sample.txt").write_text(text + "\n")
-    _text.draw(
-        folder / "transformer_text.png", {"transformer": _text.curve(folder, "nll_nats_per_token")},
-        {f"{best}-gram": grams[best]}, text, ylabel="nats per character",
-        caption=f"{setup.model.layers} layers of {setup.model.width}, {setup.run.steps} updates of "
-        f"{setup.run.batch_size} x {setup.length} characters; sample at temperature .8",
-    )  # fmt: skip
-    return [
-        Row(NATS, last["nll_nats_per_token"]),
-        Row(BITS, last["nll_bits_per_byte"]),
-        *(Row(f"{n}-gram, add-alpha (nats per character)", value) for n, value in grams.items()),
-        Row(BEST, grams[best]),
-        Row(LEAD, grams[best] - last["nll_nats_per_token"]),
-    ]
+    found, grams, text = _cli.kept(), {}, ""
+    found += [Row(NATS, last["nll_nats_per_token"]), Row(BITS, last["nll_bits_per_byte"])]
+    for n in range(1, 7):
+        with _cli.costs(gram := f"{n}-gram, add-alpha (nats per character)"):
+            grams[n] = _text.ngram_nats(*tokens, n, training.info.levels)
+            found.append(Row(gram, grams[n]))
+    with _cli.costs(BEST, LEAD):
+        best = min(grams, key=grams.get)
+        found += [Row(BEST, grams[best]), Row(LEAD, grams[best] - last["nll_nats_per_token"])]
+    with _cli.costs("sample.txt"):
+        text = _text.written(result, "def ", 250, temperature=0.8)
+        (folder / "sample.txt").write_text(text + "\n")
+    with _cli.costs("transformer_text.png"):
+        _text.draw(
+            folder / "transformer_text.png", {"transformer": _text.curve(folder, "nll_nats_per_token")},
+            {f"{best}-gram": grams[best]}, text, ylabel="nats per character",
+            caption=f"{setup.model.layers} layers of {setup.model.width}, {setup.run.steps} updates of "
+            f"{setup.run.batch_size} x {setup.length} characters; sample at temperature .8",
+        )  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             raise ValueError(f"wake-sleep is for model.{wrong[0]} {plain[wrong[0]]} only")
         training, test = setup.data.load("train"), setup.data.load("test")
         seen = setup.data.load(f"train[:{test.info.examples}]")
-    bounds, gaps, curves, found = {}, {}, {}, []
+    bounds, gaps, curves, found = {}, {}, {}, _cli.kept()
     for latents in setup.latents:
         for algorithm, make in zip(ALGORITHMS, (vae.make, make_wake_sleep), strict=True):
             ends = []
@@ -144,6 +144,7 @@ def curve(lines: list[dict], run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return steps * run.batch_size, test, np.array(means)
 
 
+@_cli.costs("vae_elbo_curves.png")
 def draw(setup: Setup, folder: Path, curves: dict) -> None:
     """One panel a size, as in the paper: images seen against the bound."""
     fig, (axes,) = figures.figure(1, len(setup.latents), size=(3.2 * len(setup.latents), 3.4))
