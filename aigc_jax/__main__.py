@@ -211,13 +211,14 @@ def sample(
             raise train.Refused(f"{run_folder}: {said}")
     made = _shape(result, options)
     if n > (most := max(1, MOST_BYTES // (4 * math.prod(made)))):
-        raise train.Refused(f"n must lie in 1..{most} (4 GiB of samples), got {n}")
+        raise train.Refused(f"n must lie in 1..{most} (1 GiB of samples), got {n}")
     if label is not None:
         options["label"] = np.full(n, label)
     elif getattr(result.config, "classes", 0):  # left to the model they would begin anew in every chunk
         options["label"] = np.arange(n) % result.config.classes
     forms = _forms(kind, made)
-    places = _places(run_folder, forms, kind, out)
+    also = (".txt",) if kind == "text" and result.info.tokenizer else ()
+    places = _places(run_folder, (*also, *forms), kind, out)
     samples = train.sample(result, jax.random.split(jax.random.key(seed), 4)[3], n=n, chunk=chunk, **options)
     if bad := int((~np.isfinite(samples.reshape(n, -1))).any(1).sum()):
         raise train.Refused(f"{bad} of {n} samples hold values that are not finite: nothing was written")
@@ -233,7 +234,7 @@ def sample(
     print(f"wrote {n} samples of step {int(result.state.step)}{chosen} to {where}")
 
 
-MOST_BYTES = 2**32  # of samples in float32, which are held in memory until all are drawn
+MOST_BYTES = 2**30  # of samples in float32, which are held in memory until all are drawn
 
 
 def _check_seed(seed: int) -> None:
@@ -323,7 +324,7 @@ def _write_text(result: train.Result, out: Path | None, text: Continue, n: int, 
     if out is None:
         return _continue(result, text, n, seed)
     [place] = _places(result.folder, (".txt",), "text", out)
-    with _anew(place) as new, open(new, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+    with _anew(place) as new, open(new, "x", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         _continue(result, text, n, seed)
     print(f"wrote {n} texts of step {int(result.state.step)} to {place}")
 
@@ -366,8 +367,10 @@ def _source(run_folder: Path, which: str, folder: str | None, split: str | None 
         raise train.Refused(
             f"{run_folder} was made with arrays, which no name brings back: give them to train.replay or train.evaluate"
         )
+    if not isinstance(source, dict) or not all(isinstance(source.get(name), str) for name in ("name", "split")):
+        raise train.Refused(f"{run_folder}/run.json is damaged: a data source has a name and a split, not {source!r}")
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
-    found = data.load(source["name"], split or source["split"], folder=folder, **options)
+    found = data.load(source["name"], source["split"] if split is None else split, folder=folder, **options)
     if split in (None, source["split"]) and found.info.fingerprint != record["fingerprint"]:
         raise train.Refused(
             f"{source['name']} {source['split']} is not what {run_folder} was made with: its fingerprint is "
@@ -479,7 +482,11 @@ FEWEST = 50  # pictures a side; with fewer no value of `compare` says anything
 
 
 def _pictures(folder: Path) -> data.Data:
-    """Every picture of a folder, whatever splits it is sorted into."""
+    """Every picture of a folder, whatever splits it is sorted into; of a run folder those that `sample` wrote."""
+    if (folder / "run.json").is_file():
+        if not (folder / "samples").is_dir():
+            raise train.Refused(f"{folder} is a run: draw its samples first, with python -m aigc_jax sample {folder}")
+        folder = folder / "samples"
     splits = [part for part in ("train", "validation", "test") if (folder / part).is_dir()]
     return data.load(f"images:{folder}", "+".join(splits) or "train")
 

@@ -5,9 +5,9 @@ DIFFERENCE  {scale: how this scale differs from the paper's protocol}; "" where 
 CRITERIA    {quantity: (what must hold, as words; the same as a function of ours)}; a quantity that a run did not
             come to is a row of NOT_REACHED, and fails; one without a row is shown as not measured
 INVARIANTS  the same for scale smoke, where a run is too short for the criteria; a failing one is exit code 1
-rows(setup, folder) -> list of Row: trains, draws its figures into the folder, measures. It may also yield its rows one
-            by one: then those that came before a failure are kept. What may fail after the training stands in
-            `with costs(found, QUANTITY, ...)`, so that it costs its own rows only
+rows(setup, folder) -> list of Row: trains, draws its figures into the folder, measures. What may fail after the
+            training stands in `with costs(QUANTITY, ...)`, so that it costs these rows and not the run; rows in a list
+            from `kept` outlast a failure
 
 A script may have more than one set of scales: FIRST = {"family": ("vae", "gan")} makes --family a flag, its first
 choice the default, and scales(family) returns the SCALES of a choice.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import dataclasses
 import importlib
 import json
@@ -97,25 +98,33 @@ def _error(e: BaseException | str, code: int) -> int:
     return code
 
 
-@contextlib.contextmanager
-def costs(found: list[Row], *quantities: str) -> Iterator[None]:
-    """What fails inside costs these rows and no others: those not in `found` by then are added with the reason.
+# The lists of rows that the script under `main` has made so far; None outside of main.
+_made: contextvars.ContextVar[list[list[Row]] | None] = contextvars.ContextVar("rows", default=None)
 
-    For what follows the training: measurements, samples, figures (a figure counts as a quantity). What ends a training
-    (NonFinite, SaveFailed, ReadFailed) goes through.
+
+def kept() -> list[Row]:
+    """A new list for rows; those in it are written to rows.json also where the script fails later."""
+    rows: list[Row] = []
+    if (made := _made.get()) is not None:
+        made.append(rows)
+    return rows
+
+
+@contextlib.contextmanager
+def costs(*quantities: str) -> Iterator[None]:
+    """What fails inside costs these rows, or these figures, and not the run: each is listed with the reason.
+
+    For what follows the training: measurements, samples, figures; also a decorator of a function that returns nothing.
+    What ends a training (NonFinite, SaveFailed, ReadFailed) goes through. Outside of `main` everything does.
     """
     try:
         yield
     except (train.NonFinite, train.SaveFailed, train.ReadFailed, BrokenPipeError):
         raise
     except Exception as e:
-        there = {row.quantity for row in found}
-        found += [Row(quantity, None, reason=e) for quantity in quantities if quantity not in there]
-
-
-def figure(name: str) -> str:
-    """The quantity under which a figure that could not be drawn is listed."""
-    return f"the figure {name}"
+        if (made := _made.get()) is None:
+            raise
+        made.append([Row(quantity, None, reason=e) for quantity in quantities])
 
 
 def _why(reason: str | BaseException) -> str:
@@ -253,18 +262,21 @@ def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
     What is refused before a training has begun is one line and exit code 2; anything else that goes wrong there is one
     line and exit code 1.
     """
-    found, before = [], _begun(folder)
+    before, made, failed = _begun(folder), [], None
+    token = _made.set(made)
     try:
-        for row in script.rows(setup, folder):
-            found.append(row)
+        rows = list(script.rows(setup, folder))
     except BrokenPipeError:
         raise
     except Exception as e:
-        if found or _begun(folder) != before:
-            return found, e
-        where = f" (its traceback is in {write_traceback([e])})" if _is_bug(e) else ""
-        raise SystemExit(_error(_why(e) + where, 2 if isinstance(e, ValueError) else 1)) from e
-    return found, None
+        if not any(made) and _begun(folder) == before:
+            where = f" (its traceback is in {write_traceback([e])})" if _is_bug(e) else ""
+            raise SystemExit(_error(_why(e) + where, 2 if isinstance(e, ValueError) else 1)) from e
+        rows, failed = [], e
+    finally:
+        _made.reset(token)
+    there = {row.quantity for row in rows}
+    return rows + [row for some in made for row in some if row.quantity not in there], failed
 
 
 @quiet_pipe()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from aigc_jax import data, figures, train, transformer
 from aigc_jax.data.prepare import cuts
 from aigc_jax.data.text import Tokenizer, sizes
+from experiments import _cli
 from experiments._cli import Source
 
 ALPHAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -47,10 +48,17 @@ def tokens_per_character(valid: data.Data) -> float:
     return len(tokens) / len(Tokenizer(valid.info.tokenizer).decode(tokens))
 
 
-def ngrams(training: data.Data, valid: data.Data, most: int = 6) -> dict[int, float]:
-    """{n: nats per token} of the n-grams with n up to `most`, and up to the tokens that there are."""
+def ngrams(training: data.Data, valid: data.Data, quantity: Callable[[int], str], most: int = 6) -> dict[int, float]:
+    """{n: nats per token} of the n-grams with n up to `most`, and up to the tokens that there are.
+
+    One that cannot be counted costs its row, `quantity(n)`, and no other.
+    """
     texts = [source.resident[0]["text"] for source in (training, valid)]
-    return {n: ngram_nats(*texts, n, training.info.levels) for n in range(1, min(most, *map(len, texts)) + 1)}
+    found = {}
+    for n in range(1, min(most, *map(len, texts)) + 1):
+        with _cli.costs(quantity(n)):
+            found[n] = ngram_nats(*texts, n, training.info.levels)
+    return found
 
 
 def ngram_nats(training: np.ndarray, valid: np.ndarray, n: int, vocab: int) -> float:

@@ -94,6 +94,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return found
 
 
+@_cli.costs("cgan_mnist.png")
 def draw(setup: Setup, folder: Path, result: train.Result, found: list[Row]) -> None:
     """A row a class, and the same code in every class."""
     cfg = result.config

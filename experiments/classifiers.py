@@ -143,7 +143,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     sources = {name: Source(name) for name in setup.sets}
     with _cli.door():
         loaded = {name: (source.load("train"), source.load("test")) for name, source in sources.items()}
-    found = []
+    found = _cli.kept()
     for epochs, (name, (training, test)) in zip(setup.epochs, loaded.items(), strict=True):
         steps, optim = plan(epochs, EXAMPLES[name], setup.batch_size, setup.lr)
         run = Run(folder=str(folder / name), steps=steps, batch_size=setup.batch_size, seed=setup.seed,

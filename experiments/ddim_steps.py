@@ -190,6 +190,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]  # fmt: skip
 
 
+@_cli.costs("ddim_steps.png")
 def draw(setup: Setup, folder: Path, cells: dict, back: dict, of_digits: dict, shown: np.ndarray) -> None:
     """Quality against steps on both sets, the way there and back, and digits of few and many steps."""
     fig, (axes,) = figures.figure(1, 4, size=(17, 4.4))

@@ -109,7 +109,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     result = train.fit(ddpm.make, setup.model, setup.run, training, valid=watched)
     k_test, k_train, k_draw, k_way = jax.random.split(jax.random.key(setup.run.seed), 4)
     compared = PAPER if setup.data.name == "cifar10" else {}
-    found = []
+    found = _cli.kept()
     for what, source, key in ((BOUND, test, k_test), (TRAIN, training, k_train)):
         few = {name: a[: setup.images] for name, a in source.resident[0].items()}
         bits, error = ddpm_fashion.bound(result, few, key, terms=setup.terms)
@@ -128,6 +128,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]
 
 
+@_cli.costs("ddpm_cifar10.png")
 def draw(setup: Setup, folder: Path, result: train.Result, bits: float, k_draw, k_way) -> None:
     """Samples of all T steps, a denoising strip, the bound while training."""
     fig, (axes,) = figures.figure(1, 3, size=(15, 4.4))

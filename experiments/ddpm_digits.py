@@ -124,19 +124,22 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     k_given, k_not, k_draw = jax.random.split(key, 3)
     given = bound(result, x_0, label, k_given)
     alone = bound(result, x_0, None, k_not)
-    fake = train.sample(result, k_draw, n=len(label), label=label)
-    seen = training["image"] / (setup.model.levels - 1)
-    found = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
-    draw(setup, folder, result, fake, label, float(given.sum()))
-    return [
+    found = _cli.kept()
+    found += [
         Row(BOUND, float(given.sum())),
         Row(PRIOR, float(given[-1])),
         Row(UNLABELLED, float(alone.sum())),
         Row(HISTOGRAM, histogram_bits(training["image"], pixels, setup.model.levels)),
-        *found,
     ]
+    fake = train.sample(result, k_draw, n=len(label), label=label)
+    seen = training["image"] / (setup.model.levels - 1)
+    with _cli.costs(_pictures.ACCURACY, _pictures.COVERAGE):
+        found += _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
+    draw(setup, folder, result, fake, label, float(given.sum()))
+    return found
 
 
+@_cli.costs("ddpm_digits.png")
 def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, label: np.ndarray, bits: float) -> None:
     """Samples by class, what the net sees on the way, the bound while training; and the way as a GIF."""
     fig, (axes,) = figures.figure(1, 3, size=(15, 4.4))

@@ -132,7 +132,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     k_bound, k_way, *k_draw = jax.random.split(jax.random.key(setup.run.seed), 2 + len(setup.w))
     few = {name: a[: setup.images] for name, a in test.resident[0].items()}
     bits, error = bound(result, few, k_bound, terms=setup.terms)
-    found = [
+    found = _cli.kept()
+    found += [
         Row("parameters", sum(leaf.size for leaf in jax.tree.leaves(result.state.params))),
         Row(BOUND, bits, error=error),
         Row(PRIOR, prior(setup.model, few["image"])),
@@ -157,6 +158,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return found
 
 
+@_cli.costs("ddpm_fashion.png")
 def draw(setup: Setup, folder: Path, result: train.Result, drawn: dict, label, scores: dict, key) -> None:
     """Samples by class for the least and the most guidance, a denoising strip, the bound while training."""
     ends = sorted({min(setup.w), max(setup.w)})

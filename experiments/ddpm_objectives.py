@@ -139,6 +139,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]  # fmt: skip
 
 
+@_cli.costs("ddpm_objectives.png")
 def draw(setup: Setup, folder: Path, means: dict, shown: dict) -> None:
     """Bound against distance; where each arm's bits lie; samples."""
     fig, (axes,) = figures.figure(1, 3, size=(14, 4.4))

@@ -181,13 +181,14 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         words = [WORDS.findall(tokenizer.decode(row)) for row in tokens]
         share = 100 * np.mean([repeats(row) for row in tokens.tolist()])
         values[name] = math.exp(nats(tokens)), self_bleu(words), zipf(words), float(share)
-    (folder / "texts.txt").write_text(
-        "".join(
-            f"=== {name}\n{tokenizer.decode(prompts[0])}|{tokenizer.decode(tokens[0])}\n\n"
-            for name, tokens in said.items()
-        ),
-        encoding="utf-8",
-    )
+    with _cli.costs("texts.txt"):
+        (folder / "texts.txt").write_text(
+            "".join(
+                f"=== {name}\n{tokenizer.decode(prompts[0])}|{tokenizer.decode(tokens[0])}\n\n"
+                for name, tokens in said.items()
+            ),
+            encoding="utf-8",
+        )
     quantities = ("perplexity", "self-BLEU-4 (words)", "Zipf's exponent (words)", "repetition (%)")
     measured = {name: dict(zip(("ppl", "bleu", "zipf", "rep"), value, strict=True)) for name, value in values.items()}
     human, fair = measured["human"]["ppl"], ("top-k, small", "top-k, small, t .7", "nucleus .95", "pure")
@@ -211,6 +212,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]  # fmt: skip
 
 
+@_cli.costs("decoding.png")
 def draw(setup: Setup, folder: Path, measured: dict, texts: dict[str, str]) -> None:
     """Perplexity against repetition, and two texts."""
     fig, ((ax, page),) = figures.figure(1, 2, size=(11, 4.6))

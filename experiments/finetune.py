@@ -91,14 +91,18 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     train.fit(transformer.make, cfg, setup.run, training, valid=valid, params=params)
     best = train.load(setup.run.folder)
     lowest = min(values["nll_nats_per_token"] for values in _text.validations(folder))
-    transformer.save_gpt2(folder / "gpt2", cfg, best.state.params)
-    tokenizer.save(folder / "gpt2" / "tokenizer.json")
-    text = _text.written(best, prompt, 120, temperature=0.8, top_p=0.95)
-    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    step, value = _text.curve(folder, "nll_nats_per_token")
-    at, values = np.array([0, *step]), np.array([first["nll_nats_per_token"], *value])
-    caption = f"{setup.run.batch_size} x {setup.length} tokens an update, rate {setup.optim.lr:g}"
-    _text.draw(folder / "finetune.png", {"GPT-2": (at, values)}, {}, text, ylabel="nats per token", caption=caption)
+    with _cli.costs("gpt2/"):
+        transformer.save_gpt2(folder / "gpt2", cfg, best.state.params)
+        tokenizer.save(folder / "gpt2" / "tokenizer.json")
+    text = ""
+    with _cli.costs("sample.txt"):
+        text = _text.written(best, prompt, 120, temperature=0.8, top_p=0.95)
+        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    with _cli.costs("finetune.png"):
+        step, value = _text.curve(folder, "nll_nats_per_token")
+        at, values = np.array([0, *step]), np.array([first["nll_nats_per_token"], *value])
+        caption = f"{setup.run.batch_size} x {setup.length} tokens an update, rate {setup.optim.lr:g}"
+        _text.draw(folder / "finetune.png", {"GPT-2": (at, values)}, {}, text, ylabel="nats per token", caption=caption)
     return [
         Row(BEFORE, first["nll_nats_per_token"]),
         Row(AFTER, lowest),

@@ -75,6 +75,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return found
 
 
+@_cli.costs("gan_digits.png")
 def draw(setup: Setup, folder: Path, result: train.Result, found: list[Row]) -> None:
     """Samples by class, D's accuracy."""
     fig, (axes,) = figures.figure(1, 2, size=(9.5, 4.4))

@@ -102,6 +102,7 @@ def classes(source: Source, fake: np.ndarray) -> list[Row]:
     return [Row(CLASSES, int(len(np.unique(seen))))]
 
 
+@_cli.costs("gan_mnist.png")
 def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, score: Row) -> None:
     """Fig. 2: five samples a row and the last one's nearest training image; fig. 3: straight lines between codes; D."""
     cfg, variables = result.config, gan.generator_of(result.config, result.state)

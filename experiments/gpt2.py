@@ -105,12 +105,13 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     state = jax.eval_shape(family.init, jax.random.key(0))._replace(params=params, opt_state=())
     result = train.Result(family, state, cfg, text.info, None)
     value = train.evaluate(result._replace(state=state._replace(step=np.int32(0))), text, batch_size=2)
-    generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
-    sampling = transformer.Sampling(setup.temperature, top_p=0.95)
-    tokens = generate(params, prompt[None], jax.random.key(setup.seed), sampling=sampling)[0]
-    said = setup.prompt + tokenizer.decode(np.asarray(tokens)[np.asarray(tokens) < tokenizer.size])
-    (folder / "sample.txt").write_text(said + "\n", encoding="utf-8")
-    print(said)
+    with _cli.costs("sample.txt"):
+        generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
+        sampling = transformer.Sampling(setup.temperature, top_p=0.95)
+        tokens = generate(params, prompt[None], jax.random.key(setup.seed), sampling=sampling)[0]
+        said = setup.prompt + tokenizer.decode(np.asarray(tokens)[np.asarray(tokens) < tokenizer.size])
+        (folder / "sample.txt").write_text(said + "\n", encoding="utf-8")
+        print(said)
     return [
         *found,
         Row(f"nats per token, {setup.data.name} {setup.split}", value["nll_nats_per_token"]),

@@ -125,7 +125,7 @@ def accuracies(cfg: transformer.Config, parts: dict[str, data.Data]):
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains on each share, finds the two moments, draws accuracies against updates."""
-    found, shown, delays = [], {}, {}
+    found, shown, delays = _cli.kept(), {}, {}
     for fraction in setup.fractions:
         seen, others = equations(fraction)
         run = replace(setup.run, folder=str(folder / f"{fraction:g}"),
@@ -150,11 +150,14 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     if {0.3, 0.5} <= set(delays):
         ends = NOT_REACHED not in (delays[0.3], delays[0.5])
         found.append(Row(LONGER, delays[0.3] / max(1, delays[0.5]) if ends else NOT_REACHED))
-    fig, ((ax,),) = figures.figure(1, 1, size=(7, 4.4))
-    figures.curves(ax, shown, xlabel="updates", ylabel="right answers (%)", title=f"a + b mod {P}")
-    ax.set_xscale("log")
-    caption = f"2 layers of {setup.model.width}, AdamW with decay {setup.model.optim.weight_decay:g}, batches of "
-    figures.save(fig, folder / "grokking.png", f"{caption}{setup.run.batch_size}; share of the equations trained on")
+    with _cli.costs("grokking.png"):
+        fig, ((ax,),) = figures.figure(1, 1, size=(7, 4.4))
+        figures.curves(ax, shown, xlabel="updates", ylabel="right answers (%)", title=f"a + b mod {P}")
+        ax.set_xscale("log")
+        caption = f"2 layers of {setup.model.width}, AdamW with decay {setup.model.optim.weight_decay:g}, batches of "
+        figures.save(
+            fig, folder / "grokking.png", f"{caption}{setup.run.batch_size}; share of the equations trained on"
+        )
     return found
 
 

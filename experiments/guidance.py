@@ -167,6 +167,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return found
 
 
+@_cli.costs("guidance.png")
 def draw(setup: Setup, folder: Path, clouds: dict, measured: dict, shown: np.ndarray) -> None:
     """Density and samples for each w; the trade on digits; digits of little and much guidance."""
     fig, axes = figures.figure(2, 4, size=(15, 7.4))

@@ -259,27 +259,28 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     """Both sets, and a figure in the form of the paper's figure 1."""
     found, sequences = heartbeat_rows(setup)
     more, clouds, result = roll_rows(setup)
-    fig, (axes,) = figures.figure(1, 4, size=(15, 3.9))
-    axes[0].imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
-    axes[0].set(title="heartbeats, sampled, not chosen", xlabel="bin", ylabel="sample")
-    for ax, (name, x) in zip(axes[1:], clouds.items(), strict=False):
-        figures.points(ax, x, title=f"swiss roll: {name}")
-    cfg, step = result.config, 3 * setup.roll.T // 5
+    with _cli.costs("heartbeat_and_swiss_roll.png"):
+        fig, (axes,) = figures.figure(1, 4, size=(15, 3.9))
+        axes[0].imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
+        axes[0].set(title="heartbeats, sampled, not chosen", xlabel="bin", ylabel="sample")
+        for ax, (name, x) in zip(axes[1:], clouds.items(), strict=False):
+            figures.points(ax, x, title=f"swiss roll: {name}")
+        cfg, step = result.config, 3 * setup.roll.T // 5
 
-    @jax.jit
-    def seen(state, x):
-        t = jnp.full(len(x), step - 1)
-        v, _ = predicted(cfg, EMA(cfg.ema).read(state), x, t)
-        return ddpm.convert(levels(cfg), v, x, t, given="v", wanted="x_0") - x
+        @jax.jit
+        def seen(state, x):
+            t = jnp.full(len(x), step - 1)
+            v, _ = predicted(cfg, EMA(cfg.ema).read(state), x, t)
+            return ddpm.convert(levels(cfg), v, x, t, given="v", wanted="x_0") - x
 
-    at = np.stack(np.meshgrid(*[np.linspace(-2, 2, 20)] * 2), -1).reshape(-1, 2).astype(np.float32)
-    arrows = np.asarray(seen(result.state, jnp.asarray(at)))
-    axes[3].quiver(*at.T, *arrows.T, color=figures.COLOURS[0])
-    axes[3].set(title=f"x_0 seen less x_t, step {step} of {cfg.T}", xlabel="x_1", ylabel="x_2")
-    K = {row.quantity: row.ours for row in (*found, *more)}
-    figures.save(fig, folder / "heartbeat_and_swiss_roll.png",
-                 f"heartbeat: T = {setup.beat.T}, K = {K[K_BEAT]:.2f} bits (truth {TRUE:.2f}); roll: T = {cfg.T}, "
-                 f"noise {cfg.width}, K = {K[K_ROLL]:.2f} bits (truth {K[K_ROLL] + K[LESS]:.2f})")  # fmt: skip
+        at = np.stack(np.meshgrid(*[np.linspace(-2, 2, 20)] * 2), -1).reshape(-1, 2).astype(np.float32)
+        arrows = np.asarray(seen(result.state, jnp.asarray(at)))
+        axes[3].quiver(*at.T, *arrows.T, color=figures.COLOURS[0])
+        axes[3].set(title=f"x_0 seen less x_t, step {step} of {cfg.T}", xlabel="x_1", ylabel="x_2")
+        K = {row.quantity: row.ours for row in (*found, *more)}
+        figures.save(fig, folder / "heartbeat_and_swiss_roll.png",
+                     f"heartbeat: T = {setup.beat.T}, K = {K[K_BEAT]:.2f} bits (truth {TRUE:.2f}); roll: T = {cfg.T}, "
+                     f"noise {cfg.width}, K = {K[K_ROLL]:.2f} bits (truth {K[K_ROLL] + K[LESS]:.2f})")  # fmt: skip
     return [*found, *more]
 
 

@@ -220,15 +220,16 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         *(Row(f"error after {last} examples, {name} (of the variance)", value) for name, value in away.items()),
         Row(OUT, max(away.values())),
     ]  # fmt: skip
-    fig, ((ax,),) = figures.figure(1, 1, size=(6.5, 4.4))
-    figures.curves(ax, {"transformer": (k, error), "least squares (exact)": (k, exact),
-                        **{n: (k, v) for n, v in others.items() if n != "least squares"}},
-                   xlabel="examples in the prompt", ylabel="squared error / variance",
-                   title=f"linear functions in {d} dimensions")  # fmt: skip
-    ax.set_ylim(-0.05, 1.6)
-    figures.save(fig, folder / "in_context_regression.png",
-                 f"{cfg.net.layers} layers of {cfg.net.width}, {setup.run.steps} updates of {setup.run.batch_size} "
-                 f"fresh prompts; {setup.prompts} prompts scored")  # fmt: skip
+    with _cli.costs("in_context_regression.png"):
+        fig, ((ax,),) = figures.figure(1, 1, size=(6.5, 4.4))
+        figures.curves(ax, {"transformer": (k, error), "least squares (exact)": (k, exact),
+                            **{n: (k, v) for n, v in others.items() if n != "least squares"}},
+                       xlabel="examples in the prompt", ylabel="squared error / variance",
+                       title=f"linear functions in {d} dimensions")  # fmt: skip
+        ax.set_ylim(-0.05, 1.6)
+        figures.save(fig, folder / "in_context_regression.png",
+                     f"{cfg.net.layers} layers of {cfg.net.width}, {setup.run.steps} updates of {setup.run.batch_size} "
+                     f"fresh prompts; {setup.prompts} prompts scored")  # fmt: skip
     return found
 
 

@@ -126,7 +126,7 @@ def scores(cfg: transformer.Config):
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains both models, finds the jump, draws scores and losses."""
-    training, found, curves = sequences(), [], {}
+    training, found, curves = sequences(), _cli.kept(), {}
     for layers in (1, 2):
         cfg = replace(setup.model, layers=layers)
         run = replace(setup.run, folder=str(folder / f"{layers}-layers"))
@@ -148,16 +148,25 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         fastest = (step[fall] + step[fall + 1]) / 2
         jump, together = (float(100 * x / step[-1]) for x in (step[high] - step[low], abs(fastest - middle)))
     found += [Row(JUMP, jump), Row(TOGETHER, together)]
-    fig, (axes,) = figures.figure(1, 2, size=(11, 4.2))
-    best = {f"{n} layer{'s'[n == 1 :]}": (s, v["prefix_matching"]) for n, (s, v) in curves.items()}
-    figures.curves(
-        axes[0], best, xlabel="updates", ylabel="weight on what followed before", title="best head's prefix matching"
-    )
-    losses = {f"{n} layer{'s'[n == 1 :]}, {which} copy": (s, v[f"{which}_copy_nats"])
-              for n, (s, v) in curves.items() for which in ("first", "second")}  # fmt: skip
-    figures.curves(axes[1], losses, xlabel="updates", ylabel="nats per symbol", title="loss on copies of 40 symbols")
-    caption = f"attention only, width {setup.model.width}, {setup.model.heads} heads; {setup.run.batch_size} sequences"
-    figures.save(fig, folder / "induction_heads.png", f"{caption} of {LENGTH} symbols an update; one seed")
+    with _cli.costs("induction_heads.png"):
+        fig, (axes,) = figures.figure(1, 2, size=(11, 4.2))
+        best = {f"{n} layer{'s'[n == 1 :]}": (s, v["prefix_matching"]) for n, (s, v) in curves.items()}
+        figures.curves(
+            axes[0],
+            best,
+            xlabel="updates",
+            ylabel="weight on what followed before",
+            title="best head's prefix matching",
+        )
+        losses = {f"{n} layer{'s'[n == 1 :]}, {which} copy": (s, v[f"{which}_copy_nats"])
+                  for n, (s, v) in curves.items() for which in ("first", "second")}  # fmt: skip
+        figures.curves(
+            axes[1], losses, xlabel="updates", ylabel="nats per symbol", title="loss on copies of 40 symbols"
+        )
+        caption = (
+            f"attention only, width {setup.model.width}, {setup.model.heads} heads; {setup.run.batch_size} sequences"
+        )
+        figures.save(fig, folder / "induction_heads.png", f"{caption} of {LENGTH} symbols an update; one seed")
     return found
 
 

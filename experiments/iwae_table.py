@@ -247,7 +247,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             raise ValueError(f"iwae_table takes images, {setup.data.name} holds {training.info.kind}")
     batch = test.batch(0, 0, min(setup.test, test.info.examples))
     x = np.asarray(vae.preprocess(replace(ONE, levels=test.info.levels), batch, jax.random.key(9)))
-    nlls, units, minutes, found = {}, {}, {}, []
+    nlls, units, minutes, found = {}, {}, {}, _cli.kept()
     for arm, seeds in arms(setup).items():
         runs = []
         for seed in range(setup.seed, setup.seed + seeds):
@@ -265,7 +265,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         ]
         if minutes[arm] is not None:
             found.append(Row(f"{words}: minutes of training", minutes[arm]))
-    found += comparisons(setup, folder, training, x, nlls, units)
+    with _cli.costs(EQUAL_2, RISES, MONOTONE, PRUNED):
+        found += comparisons(setup, folder, training, x, nlls, units)
     draw(setup, folder, nlls, minutes)
     return found
 
@@ -302,6 +303,7 @@ def comparisons(setup: Setup, folder: Path, training, x, nlls: dict, units: dict
     return [*made, Row(MONOTONE, float(min(np.diff(bounds)))), Row(PRUNED, float(abs(change)))]
 
 
+@_cli.costs("iwae_table.png")
 def draw(setup: Setup, folder: Path, nlls: dict, minutes: dict) -> None:
     """Table 1 at equal epochs and at equal time; samples of the arm with the lowest NLL."""
     fig, ((a, b, c),) = figures.figure(1, 3, size=(13, 4.2))

@@ -176,23 +176,24 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     p = np.clip(seen["roll"][seen["mask"] == 1].mean(0, dtype=np.float64), 1e-4, 1 - 1e-4)
     frames = other["roll"][:, 1:][other["mask"][:, 1:] == 1].astype(np.float64)
     marginal = float(-(frames * np.log(p) + (1 - frames) * np.log(1 - p)).sum(-1).mean())
-    opening = other["roll"][:1, :8]
-    [chorale] = train.sample(first, jax.random.key(setup.run.seed), n=1, frames=64, start=opening)
-    write_midi(folder / "chorale.mid", chorale)
-    fig, (axes,) = figures.figure(1, 2, size=(12, 4.2))
-    figures.curves(axes[0], curves, xlabel="updates", ylabel="nats per frame", title="the first seed")
-    for name, value in (("RNN", 8.91), ("GRU 8.43, LSTM", 8.45), ("TCN", 8.10)):
-        axes[0].axhline(value, color="0.5", linewidth=0.8, linestyle=":")
-        axes[0].annotate(f"paper, test: {name} {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"),
-                         fontsize=7, ha="right", va="bottom")  # fmt: skip
-    low, high = 40, 100  # the pieces lie in 43..96
-    keys = chorale.T[low - music.LOWEST : high - music.LOWEST]
-    axes[1].imshow(keys, origin="lower", aspect="auto", cmap="Greys", extent=(0, 64, low - 0.5, high - 0.5))
-    axes[1].axvline(8, color=figures.COLOURS[1], linewidth=1)
-    axes[1].set(xlabel="quarter notes", ylabel="MIDI number", title="a sample, not chosen; the first 8 are Bach's")
-    figures.save(fig, folder / "jsb_chorales.png",
-                 f"{setup.model.net.layers} layers of {setup.model.net.width}, dropout {setup.model.net.dropout}, "
-                 f"batches of {setup.run.batch_size} pieces")  # fmt: skip
+    with _cli.costs("chorale.mid", "jsb_chorales.png"):
+        opening = other["roll"][:1, :8]
+        [chorale] = train.sample(first, jax.random.key(setup.run.seed), n=1, frames=64, start=opening)
+        write_midi(folder / "chorale.mid", chorale)
+        fig, (axes,) = figures.figure(1, 2, size=(12, 4.2))
+        figures.curves(axes[0], curves, xlabel="updates", ylabel="nats per frame", title="the first seed")
+        for name, value in (("RNN", 8.91), ("GRU 8.43, LSTM", 8.45), ("TCN", 8.10)):
+            axes[0].axhline(value, color="0.5", linewidth=0.8, linestyle=":")
+            axes[0].annotate(f"paper, test: {name} {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"),
+                             fontsize=7, ha="right", va="bottom")  # fmt: skip
+        low, high = 40, 100  # the pieces lie in 43..96
+        keys = chorale.T[low - music.LOWEST : high - music.LOWEST]
+        axes[1].imshow(keys, origin="lower", aspect="auto", cmap="Greys", extent=(0, 64, low - 0.5, high - 0.5))
+        axes[1].axvline(8, color=figures.COLOURS[1], linewidth=1)
+        axes[1].set(xlabel="quarter notes", ylabel="MIDI number", title="a sample, not chosen; the first 8 are Bach's")
+        figures.save(fig, folder / "jsb_chorales.png",
+                     f"{setup.model.net.layers} layers of {setup.model.net.width}, dropout {setup.model.net.dropout}, "
+                     f"batches of {setup.run.batch_size} pieces")  # fmt: skip
     mean, error = _cli.mean_and_error(ends)
     return [
         Row(TEST, mean, 8.10, error),

@@ -118,7 +118,7 @@ INVARIANTS = {SOME: ("1 .. 25", lambda ours: 1 <= ours <= 25)}
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains every arm on the grid with several seeds and on the ring with one, counts modes, draws samples."""
-    scores, shown, found = {}, {}, []
+    scores, shown, found = {}, {}, _cli.kept()
     for name, (modes, std) in SETS.items():
         training = data.load(name, "train")
         for arm, changes in ARMS.items():
@@ -145,13 +145,14 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         mean, error = _cli.mean_and_error((grid[a][:n, 0] - grid[b][:n, 0]).tolist())
         return Row(what, mean, error=error)
 
-    found += [
-        paired("Pac2", "plain", PACKED),
-        paired("Pac4", "Pac2", MORE),
-        paired("unrolled", "plain", UNROLLED),
-        Row(FALLS, float(grid["plain"][:, 2].mean() / grid["Pac4"][:, 2].mean())),
-        Row(SOME, int(min(s.modes for (name, _), runs in scores.items() if name == "grid" for s in runs))),
-    ]
+    with _cli.costs(PACKED, MORE, UNROLLED, FALLS, SOME):
+        found += [
+            paired("Pac2", "plain", PACKED),
+            paired("Pac4", "Pac2", MORE),
+            paired("unrolled", "plain", UNROLLED),
+            Row(FALLS, float(grid["plain"][:, 2].mean() / grid["Pac4"][:, 2].mean())),
+            Row(SOME, int(min(s.modes for (name, _), runs in scores.items() if name == "grid" for s in runs))),
+        ]
     draw(setup, folder, shown, scores)
     return found
 
@@ -173,6 +174,7 @@ def table(name: str, arm: str, runs: list[Score], samples: int) -> list[Row]:
     ]
 
 
+@_cli.costs("mode_collapse.png")
 def draw(setup: Setup, folder: Path, shown: dict, scores: dict) -> None:
     """Samples of the first seed of every arm, over the modes."""
     fig, axes = figures.figure(len(SETS), len(ARMS), size=(2.6 * len(ARMS), 2.8 * len(SETS)))

@@ -131,7 +131,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ceiling, error, sigma = parzen(seen[: setup.samples])
     centroids, _, _ = parzen(kmeans(seen, setup.clusters))
     mean_image, _, _ = parzen(seen.mean(0, keepdims=True))
-    found = [
+    found = _cli.kept()
+    found += [
         Row(CEILING, ceiling, paper=241.9 if mnist else None, error=error),
         Row("its kernel width, chosen on held-out images (pixels in [0, 1])", sigma),
         Row(f"{setup.clusters} k-means centroids as samples (nats)", centroids),
@@ -185,6 +186,7 @@ def kmeans(x: np.ndarray, clusters: int) -> np.ndarray:
     return np.asarray(fit.cluster_centers_, np.float32)
 
 
+@_cli.costs("parzen_table.png")
 def draw(setup: Setup, folder: Path, results: dict, means: dict, lines: dict, mnist: bool) -> None:
     """Nats against images seen, with the paper's numbers as lines, and samples of both arms."""
     fig, (axes,) = figures.figure(1, 3, size=(13, 4.6))

@@ -146,6 +146,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]
 
 
+@_cli.costs("ppca_exact.png")
 def draw(setup: Setup, folder: Path, levels: dict) -> None:
     """How far each bound lies below log p(x)."""
     fig, ((ax,),) = figures.figure(1, 1, size=(5.5, 3.6))

@@ -191,6 +191,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]  # fmt: skip
 
 
+@_cli.costs("progressive.png")
 def draw(setup: Setup, folder: Path, code: tuple, between: dict, shared: dict, way: tuple) -> None:
     """Rate and distortion; the x_0 seen on the way; interpolations by t; decodings of one x_t."""
     fig, axes = figures.figure(2, 3, size=(14, 8))

@@ -184,6 +184,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]
 
 
+@_cli.costs("schedules.png")
 def draw(setup: Setup, folder: Path, x_0: np.ndarray, shown: dict) -> None:
     """The schedules, the strips of noise, the terms of the bound and the loss while training."""
     fig, axes = figures.figure(2, 3, size=(14, 7.6))

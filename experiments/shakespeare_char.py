@@ -92,6 +92,11 @@ CRITERIA = {
 INVARIANTS = {STRIDED: ("< 3.5", lambda ours: ours < 3.5)}
 
 
+def gram(n: int) -> str:
+    """The name of a row."""
+    return f"{n}-gram, add-alpha tuned on validation (nats per character)"
+
+
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains both configurations, counts n-grams, writes a page."""
     with _cli.door():
@@ -124,19 +129,24 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     result = train.fit(transformer.make, ours, run, longer, valid=valid_longer)
     own = _text.validations(result.folder)[-1]
 
-    grams = {n: value * each for n, value in _text.ngrams(training, valid).items()}
-    text = _text.written(result, prompt, 700)
-    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    best, shakespeare = min(grams, key=grams.get), setup.data.name == "tiny_shakespeare"
-    curves = {"nanoGPT's configuration": _text.curve(first, "nll_nats_per_token", each),
-              "ours": _text.curve(result.folder, "nll_nats_per_token", each)}  # fmt: skip
-    _text.draw(
-        folder / "shakespeare_char.png", curves,
-        {f"{best}-gram": grams[best], **({"paper: nanoGPT" : 1.88} if shakespeare else {})}, text,
-        ylabel="nats per character, every character once",
-        caption=f"nanoGPT's: {setup.run.steps} updates of {setup.run.batch_size} x {setup.length}; ours: "
-        f"{setup.ours_run.steps} of {setup.ours_run.batch_size} x {setup.ours_length}; sample of ours at temperature 1",
-    )  # fmt: skip
+    grams = {n: value * each for n, value in _text.ngrams(training, valid, gram).items()}
+    text = ""
+    with _cli.costs("sample.txt"):
+        text = _text.written(result, prompt, 700)
+        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    shakespeare = setup.data.name == "tiny_shakespeare"
+    with _cli.costs("shakespeare_char.png"):
+        best = min(grams, key=grams.get)
+        curves = {"nanoGPT's configuration": _text.curve(first, "nll_nats_per_token", each),
+                  "ours": _text.curve(result.folder, "nll_nats_per_token", each)}  # fmt: skip
+        _text.draw(
+            folder / "shakespeare_char.png", curves,
+            {f"{best}-gram": grams[best], **({"paper: nanoGPT" : 1.88} if shakespeare else {})}, text,
+            ylabel="nats per character, every character once",
+            caption=f"nanoGPT's: {setup.run.steps} updates of {setup.run.batch_size} x {setup.length}; ours: "
+            f"{setup.ours_run.steps} of {setup.ours_run.batch_size} x {setup.ours_length}; sample of ours at "
+            "temperature 1",
+        )  # fmt: skip
     published = 1.88 if setup.model.context == 64 else 1.4697
     published = published if shakespeare and training.info.levels == 65 else None
     crop_mean, crop_error = _cli.mean_and_error([end["crops_nats"] * each for end in ends])
@@ -147,7 +157,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row(STRIDED, mean, error=error),
         Row(OWN, own["nll_nats_per_token"] * each),
         Row("the same (bits per byte)", own["nll_bits_per_byte"]),
-        *(Row(f"{n}-gram, add-alpha tuned on validation (nats per character)", v) for n, v in grams.items()),
+        *(Row(gram(n), v) for n, v in grams.items()),
     ]
 
 

@@ -67,24 +67,30 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     model = replace(setup.model, vocab=training.info.levels)
     result = train.fit(transformer.make, model, setup.run, training, valid=valid)
     last = _text.validations(folder)[-1]
-    nats = last["nll_nats_per_token"] * each
-    grams = {n: value * each for n, value in _text.ngrams(training, valid).items()}
-    best = min(grams, key=grams.get)
-    text = _text.written(result, prompt, 250, temperature=0.8)
-    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    _text.draw(
-        folder / "transformer_text.png", {"transformer": _text.curve(folder, "nll_nats_per_token", each)},
-        {f"{best}-gram": grams[best]}, text, ylabel="nats per character",
-        caption=f"{setup.model.layers} layers of {setup.model.width}, {setup.run.steps} updates of "
-        f"{setup.run.batch_size} x {setup.length} {_text.unit(setup.data)}; sample at temperature .8",
-    )  # fmt: skip
-    return [
-        Row(NATS, nats),
-        Row(BITS, last["nll_bits_per_byte"]),
-        *(Row(f"{n}-gram, add-alpha (nats per character)", value) for n, value in grams.items()),
-        Row(BEST, grams[best]),
-        Row(LEAD, grams[best] - nats),
-    ]
+    nats, text = last["nll_nats_per_token"] * each, ""
+    found = _cli.kept()
+    found += [Row(NATS, nats), Row(BITS, last["nll_bits_per_byte"])]
+    grams = {n: value * each for n, value in _text.ngrams(training, valid, gram).items()}
+    found += [Row(gram(n), value) for n, value in grams.items()]
+    with _cli.costs(BEST, LEAD):
+        best = min(grams, key=grams.get)
+        found += [Row(BEST, grams[best]), Row(LEAD, grams[best] - nats)]
+    with _cli.costs("sample.txt"):
+        text = _text.written(result, prompt, 250, temperature=0.8)
+        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    with _cli.costs("transformer_text.png"):
+        _text.draw(
+            folder / "transformer_text.png", {"transformer": _text.curve(folder, "nll_nats_per_token", each)},
+            {f"{best}-gram": grams[best]}, text, ylabel="nats per character",
+            caption=f"{setup.model.layers} layers of {setup.model.width}, {setup.run.steps} updates of "
+            f"{setup.run.batch_size} x {setup.length} {_text.unit(setup.data)}; sample at temperature .8",
+        )  # fmt: skip
+    return found
+
+
+def gram(n: int) -> str:
+    """The quantity of an n-gram model."""
+    return f"{n}-gram, add-alpha (nats per character)"
 
 
 if __name__ == "__main__":

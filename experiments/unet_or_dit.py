@@ -81,7 +81,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         setup.dit.check(setup.model.shape)
     pixels, label = test.resident[0]["image"], test.resident[0]["label"]
     x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": pixels}))
-    found, by_step, by_minute, shown = [], {}, {}, []
+    found, by_step, by_minute, shown = _cli.kept(), {}, {}, []
     for net, form in zip(NETS, (setup.model.net, setup.dit), strict=True):
         cfg = replace(setup.model, net=form)
         run = replace(setup.run, folder=str(folder / form.kind))

@@ -85,6 +85,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return [Row(BOUND, bound, error=error), Row(MARGINAL, marginal), Row(BITS, bound / dims, error=bits_error)]
 
 
+@_cli.costs("vae_digits.png")
 def draw(setup: Setup, folder: Path, result: train.Result, test: data.Data, bound: float, marginal: float) -> None:
     """Samples, reconstructions, the latent map and the learning curve, in one figure."""
     cfg, params = result.config, EMA(result.config.ema).read(result.state)

@@ -111,7 +111,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         training, test = _pictures.parts(setup.data, "train", "test")
         seen = setup.data.load(f"train[:{min(test.info.examples, training.info.examples)}]")
         setup = _pictures.adopt(setup, SCALES, training.info)
-    bounds, gaps, curves, found = {}, {}, {}, []
+    bounds, gaps, curves, found = {}, {}, {}, _cli.kept()
     for latents in setup.latents:
         for algorithm, make in zip(ALGORITHMS, (vae.make, make_wake_sleep), strict=True):
             ends = []
@@ -145,6 +145,7 @@ def curve(lines: list[dict], run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return steps * run.batch_size, test, np.array(means)
 
 
+@_cli.costs("vae_elbo_curves.png")
 def draw(setup: Setup, folder: Path, curves: dict) -> None:
     """One panel a size, as in the paper: images seen against the bound."""
     fig, (axes,) = figures.figure(1, len(setup.latents), size=(3.2 * len(setup.latents), 3.4))

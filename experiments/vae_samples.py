@@ -82,6 +82,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return [*found, Row(ORDER, float(min(gains, default=np.nan)))]
 
 
+@_cli.costs("vae_samples.png")
 def draw(setup: Setup, folder: Path, results: dict, scores: dict) -> None:
     """100 samples a size, from the same key."""
     fig, (axes,) = figures.figure(1, len(results), size=(3.6 * len(results), 4.2))

@@ -248,6 +248,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     ]  # fmt: skip
 
 
+@_cli.costs("vdm_invariance.png")
 def draw(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, variance: dict) -> None:
     """The schedules, what each loses where, and the bound of T steps."""
     fig, (axes,) = figures.figure(1, 3, size=(14, 4.4))

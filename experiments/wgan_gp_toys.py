@@ -175,7 +175,7 @@ def wasserstein(real, key) -> float:
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Trains the critics of both figures, measures the three numbers, draws."""
-    found, shown, deep = [], {}, {}
+    found, shown, deep = _cli.kept(), {}, {}
     arms = {"clip": setup.clip, "penalty": setup.penalty}
     for name, (source, options) in SETS.items():
         training = data.load(source, "train", **options)
@@ -215,6 +215,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     return found
 
 
+@_cli.costs("wgan_gp_toys.png")
 def draw(setup: Setup, folder: Path, shown: dict, deep: dict) -> None:
     """Fig. 1a, level sets of the critics; fig. 1b, gradients by layer and weights."""
     fig, axes = figures.figure(2, 5, size=(16, 6.6))

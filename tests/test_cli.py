@@ -1,8 +1,13 @@
 """The command lines: what works, and one line with exit code 2 for a user's mistake."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -10,11 +15,12 @@ import pytest
 from PIL import Image
 
 from aigc_jax import __main__ as commands
-from aigc_jax import data, ddpm, metrics, train, vae
+from aigc_jax import data, ddpm, figures, gan, metrics, train, transformer, vae
 from aigc_jax.core import Optim
 from aigc_jax.data import prepare
+from aigc_jax.train import progress
 from experiments import __main__ as experiments
-from experiments import _cli
+from experiments import _cli, jsb_chorales
 
 
 @pytest.fixture
@@ -348,3 +354,451 @@ def test_mistakes_of_compare_are_one_line(call, folders, flags, words):
     code, out, err = call("aigc_jax", "compare", *(folders / name for name in flags[:2]), *flags[2:])
     assert code == 2 and out == ""
     assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and words.format(root=folders) in err
+
+
+# --------------------------------------------------------------------------------------------- what `sample` writes
+
+
+@pytest.fixture(scope="module")
+def small_runs(tmp_path_factory):
+    """{kind: run folder} of two updates each: points of 2 and 3 numbers, images of 2 channels, rolls, text."""
+    root = tmp_path_factory.mktemp("small")
+    rng = np.random.default_rng(0)
+    net = gan.Net("mlp", (4,))
+    (root / "own.txt").write_text("a line of text\n" * 40)
+    text = data.load(f"text:{root}/own.txt", "train", length=8)
+    roll = data.from_arrays({"roll": (rng.random((8, 6, 88)) < 0.05).astype(np.uint8)})
+    frames = jsb_chorales.Config(replace(jsb_chorales.NET, layers=1, width=8, heads=2, context=64))
+    letters = transformer.Config(vocab=text.info.levels, context=8, layers=1, heads=2, width=8)
+    runs = {
+        "points2": (gan.make, gan.Config(shape=(2,), gen=net, disc=net), data.load("ring")),
+        "points3": (gan.make, gan.Config(shape=(3,), gen=net, disc=net),
+                    data.from_arrays({"points": rng.normal(size=(20, 3))})),
+        "channels2": (vae.make, vae.Config(shape=(4, 4, 2), hidden=(4,), latent_dim=2),
+                      data.from_arrays({"image": rng.integers(0, 255, (20, 4, 4, 2), np.uint8)})),
+        "roll": (jsb_chorales.make_frames, frames, roll),
+        "text": (transformer.make, letters, text),
+    }  # fmt: skip
+    for kind, (make, cfg, training) in runs.items():
+        train.fit(make, cfg, train.Run(folder=str(root / kind), steps=2, batch_size=8, devices=1), training)
+    return {kind: root / kind for kind in runs}
+
+
+def drawn(folder, n, seed=0):
+    """What `sample` draws, by train.sample."""
+    result = train.load(folder)
+    return train.sample(result, jax.random.split(jax.random.key(seed), 4)[3], n=n)
+
+
+def test_sample_and_compare_work_without_out(call, digits_run, folders):
+    for _ in range(2):  # the second time it replaces its own samples
+        code, said, _ = call("aigc_jax", "sample", digits_run)
+        assert code == 0 and f"{digits_run}/samples.png and, one by one, {digits_run}/samples" in said
+    assert sorted(p.name for p in (digits_run / "samples").iterdir()) == [f"{i:05}.png" for i in range(64)]
+    for other in (digits_run / "samples", digits_run):
+        code, said, err = call("aigc_jax", "compare", folders / "real", other)
+        assert code == 0 and "64 pictures a side" in said, err
+    (digits_run / "samples" / "mine.txt").touch()
+    code, _, err = call("aigc_jax", "sample", digits_run)
+    assert code == 2 and "holds other files than earlier samples" in err
+    shutil.rmtree(digits_run / "samples")
+    code, _, err = call("aigc_jax", "compare", folders / "real", digits_run)
+    assert code == 2 and f"draw its samples first, with python -m aigc_jax sample {digits_run}" in err
+
+
+def test_single_pictures_are_the_samples_pixel_by_pixel(call, digits_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for out in ("new", "empty"):
+        assert call("aigc_jax", "sample", digits_run, "--n", 3, "--seed", 5, "--out", out)[0] == 0
+        assert len(list((tmp_path / out).iterdir())) == 3
+    assert call("aigc_jax", "sample", digits_run, "--n", 3, "--seed", 5, "--out", "x.npy")[0] == 0
+    samples = drawn(digits_run, 3, seed=5)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), samples)
+    for i, sample in enumerate(samples):
+        with Image.open(tmp_path / "new" / f"{i:05}.png") as picture:
+            assert picture.mode == "L"
+            np.testing.assert_allclose(np.asarray(picture)[..., None] / 255, sample, atol=0.5001 / 255)
+    code, _, err = call("aigc_jax", "sample", digits_run, "--out", "new")
+    assert code == 2 and "new holds other files" in err and len(list((tmp_path / "new").iterdir())) == 3
+
+
+@pytest.mark.parametrize("out", ["new", "x.png"])
+def test_samples_are_written_whole_or_not_at_all(call, digits_run, tmp_path, monkeypatch, out):
+    class Full:
+        """A disk that takes one more file."""
+
+        left = 1 if out == "new" else 0
+
+        def save(self, image, path, *options, **more):
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            self.left -= 1
+            path.touch()
+
+    disk = Full()
+    monkeypatch.setattr(Image.Image, "save", lambda *args, **options: disk.save(*args, **options))
+    code, said, err = call("aigc_jax", "sample", digits_run, "--n", 3, "--out", out)
+    assert code == 2 and err == "error: [Errno 28] No space left on device\n" and not said
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_picture_can_show_is_written_as_numbers(call, small_runs, tmp_path):
+    for kind, shape in (("points3", (3,)), ("channels2", (4, 4, 2))):
+        assert call("aigc_jax", "sample", small_runs[kind], "--n", 4)[0] == 0
+        np.testing.assert_array_equal(np.load(small_runs[kind] / "samples.npy"), drawn(small_runs[kind], 4))
+        assert call("aigc_jax", "sample", small_runs[kind], "--n", 4, "--out", kind)[0] == 0
+        singles = [np.load(tmp_path / kind / f"{i:05}.npy") for i in range(4)]
+        assert np.stack(singles).shape == (4, *shape)
+        np.testing.assert_array_equal(singles, drawn(small_runs[kind], 4))
+        code, _, err = call("aigc_jax", "sample", small_runs[kind], "--out", "x.png")
+        assert code == 2 and "--out must name a .npy file or a folder" in err
+    assert call("aigc_jax", "sample", small_runs["points2"])[0] == 0
+    with Image.open(small_runs["points2"] / "samples.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_music_is_written_as_midi(call, small_runs, tmp_path):
+    import mido
+
+    code, said, _ = call("aigc_jax", "sample", small_runs["roll"])
+    assert code == 0 and "wrote 1 samples" in said and (small_runs["roll"] / "samples.mid").exists()
+    assert call("aigc_jax", "sample", small_runs["roll"], "--n", 2, "--out", "two.mid")[0] == 0
+    two = drawn(small_runs["roll"], 2)
+    both = np.concatenate([two[0], np.zeros((4, 88)), two[1]])  # a rest of four frames between the pieces
+    back, now, on = np.zeros((len(both) + 1, 88)), 0, {}
+    for message in mido.MidiFile(tmp_path / "two.mid").tracks[0]:
+        now += message.time
+        if message.type == "note_on":
+            on[message.note] = now
+        elif message.type == "note_off":
+            back[on[message.note] // 480 : now // 480, message.note - 21] = 1
+    np.testing.assert_array_equal(back[: len(both)], both)
+    assert both.sum() > 10
+
+
+def test_text_is_written_to_a_file_as_to_the_terminal(call, small_runs, tmp_path):
+    flags = ("sample", small_runs["text"], "--n", 2, "--text.prompt", "a line")
+    code, said, _ = call("aigc_jax", *flags)
+    assert code == 0 and "--- 2 of 2" in said
+    assert call("aigc_jax", *flags, "--out", "x.txt")[0] == 0
+    assert (tmp_path / "x.txt").read_text() == said
+    code, _, err = call("aigc_jax", *flags[:2], "--out", "x.png")
+    assert code == 2 and "makes text: --out must name a .txt or .npy file" in err
+    assert call("aigc_jax", *flags[:2], "--n", 2, "--out", "x.npy")[0] == 0
+    assert np.load(tmp_path / "x.npy").dtype == np.int32
+    code, _, err = call("aigc_jax", *flags, "--text.prompt", "no such letters: Q", "--out", "y.txt")
+    assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "y.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--n", str(10**12)], "n must lie in 1..4194304 (1 GiB of samples), got 1000000000000"),
+        (["--chunk", "0"], "at least 1, got n=None, chunk=0"),
+        (["--seed", str(2**32)], "seed must lie in 0..2**32 - 1"),
+        (["--label", "-1"], "takes no labels"),
+        (["--out", "file"], "file is a file"),
+        (["--out", "."], "holds other files"),
+        (["--out", "a/b"], "in a folder that exists"),
+        (["--out", "x.mid"], "makes image: --out must name a .png or .npy file"),
+        (["--text.new", "3"], "--text.* is for language models"),
+    ],
+)
+def test_mistakes_of_sample_are_one_line(call, digits_run, tmp_path, flags, words):
+    (tmp_path / "file").touch()
+    code, out, err = call("aigc_jax", "sample", digits_run, *flags)
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and words in err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_home_is_found_where_the_shell_does_not_see_it(call, digits_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(digits_run)
+    assert call("aigc_jax", "sample", "~/run", "--n", 2, "--out=~/x.png")[0] == 0
+    assert (tmp_path / "x.png").exists()
+    args = ["--run.folder", "~/a", "--data.name=images:~/b", "--prompt", "~/c", "--data.folder=~", "--run.steps", "3"]
+    home = str(tmp_path)
+    assert _cli.expanded(args) == [
+        "--run.folder", f"{home}/a", f"--data.name=images:{home}/b", "--prompt", "~/c", f"--data.folder={home}",
+        "--run.steps", "3",
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- doors of both lines
+
+
+def test_a_folder_of_runs_names_them(call, tmp_path):
+    for i in range(23):
+        (tmp_path / "runs" / f"arm{i:02}" / "seed0").mkdir(parents=True)
+        (tmp_path / "runs" / f"arm{i:02}" / "seed0" / "run.json").write_text("{}")
+    for flags in (["sample"], ["info"], ["evaluate"], ["export"], ["replay"]):
+        more = {"export": ["x.safetensors"], "replay": ["--step", 1]}.get(flags[0], [])
+        code, out, err = call("aigc_jax", *flags, "runs", *more)
+        assert code == 2 and not out and len(err.splitlines()) == 1
+        assert "there are runs inside" in err and "arm00/seed0, arm01/seed0" in err and "arm19/seed0 and 3 more" in err
+    assert "it is a file" in call("aigc_jax", "info", "runs/arm00/seed0/run.json")[2]
+    assert "there is no such folder" in call("aigc_jax", "info", "nowhere")[2]
+
+
+def test_a_fault_of_ours_is_one_line_and_its_traceback_a_file(call, digits_run, monkeypatch):
+    def broken(*args, **options):
+        raise KeyError("of ours")
+
+    monkeypatch.setattr(train, "load", broken)
+    code, out, err = call("aigc_jax", "sample", digits_run)
+    assert code == 1 and not out and len(err.splitlines()) == 1
+    assert err.startswith("error: KeyError: 'of ours' (its traceback is in ")
+    file = Path(err.rpartition(" ")[2].strip().removesuffix(")"))
+    assert "in broken" in file.read_text()
+    file.unlink()
+
+
+@pytest.mark.parametrize("flags", [["aigc_jax", "--help"], ["experiments.vae_digits", "--help"], ["experiments"]])
+def test_a_reader_who_leaves_is_no_error(flags):
+    """As in `... | head`: the pipe is closed from the start, so that every write meets it."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", *flags], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode == 141
+
+
+def test_what_is_compiled_is_kept_for_both_command_lines(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old = jax.config.jax_compilation_cache_dir
+    try:
+        for line in (["aigc_jax", "info", "nowhere"], ["experiments.vae_digits", "--run.folder", ""]):
+            jax.config.update("jax_compilation_cache_dir", None)
+            call(*line)
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "aigc_jax")
+        jax.config.update("jax_compilation_cache_dir", "mine")
+        call("aigc_jax", "info", "nowhere")
+        assert jax.config.jax_compilation_cache_dir == "mine"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", old)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def test_long_loops_say_how_far_they_are(capsys, monkeypatch, digits_run):
+    assert list(progress.counted("measuring", [5, 6, 7])) == [5, 6, 7] and capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "SECONDS", -1.0)
+    result = train.load(digits_run)
+    train.sample(result, jax.random.key(0), n=5, chunk=2)
+    assert capsys.readouterr().err.splitlines() == ["sampling: 1/3", "sampling: 2/3", "sampling: 3/3"]
+    train.evaluate(result, data.load("digits", "test"), batch_size=200)
+    assert capsys.readouterr().err.splitlines() == ["evaluating: 1/2", "evaluating: 2/2"]
+
+
+def test_the_short_list_has_every_script_with_its_recorded_minutes(call):
+    code, out, _ = call("experiments")
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert code == 0 and set(experiments.names()) <= set(lines)
+    for file in _cli.RESULTS.glob("*.json"):
+        record = json.loads(file.read_text())
+        taken = record["seconds"] / 60
+        shown = ("under 1" if taken < 1 else f"{taken:.0f}") + "+" * record["continued"]
+        assert f" {shown} " in lines[record["name"]]
+        assert ("(paper)" in lines[record["name"]]) == (record["scale"] == "paper")
+    assert "MNIST (12 MB)" in lines["vae_manifold"] and "--weights FOLDER" in lines["gpt2"]
+    families = {name: line for line, name in enumerate(out.splitlines()) if name in ("vae", "gan", "ddpm")}
+    assert families["vae"] < out.splitlines().index(lines["iwae_longer"]) < families["gan"]
+    code, _, err = call("experiments", "vae_digitz")
+    assert code == 2 and "did you mean vae_digits" in err and len(err.splitlines()) == 1
+    code, _, err = call("experiments", "vae_digits", "--scale", "smoke")
+    assert code == 2 and "runs as python -m experiments.vae_digits --scale smoke" in err
+
+
+def test_help_shows_the_scale_among_the_flags(call):
+    code, out, _ = call("experiments.vae_manifold", "--help")
+    assert code == 0 and "--scale {smoke,cpu,paper}" in out and "(default: cpu)" in out and "--record" in out
+    code, _, err = call("experiments.vae_manifold", "--run.steps", 3, "--scale", "huge")
+    assert code == 2 and "'huge'" in err and "'smoke', 'cpu', 'paper'" in err
+
+
+# ---------------------------------------------------------------------------------------- a script that fails, or forks
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Flags of the toy."""
+
+    folder: str = "toy"
+    size: int = 1
+
+
+@pytest.fixture
+def toy(monkeypatch, call):
+    """toy(rows, *flags, **names) -> (exit code, stdout, stderr) of a script with these rows; rows.json in `toy`."""
+
+    def run(rows, *flags, **names):
+        module = ModuleType("experiments.toy", "A toy\n\n    python -m experiments.toy    downloads nothing\n")
+        scales = {"smoke": Toy("toy-smoke"), "cpu": Toy()}
+        module.__dict__.update(SCALES=scales, DIFFERENCE={"smoke": "", "cpu": ""}, INVARIANTS={}, rows=rows)
+        module.__dict__.update({"CRITERIA": {"a": ("< 2", lambda v: v < 2), "b": ("> 0", lambda v: v > 0)}, **names})
+        monkeypatch.setitem(sys.modules, "experiments.toy", module)
+        return call("experiments.toy", *flags)
+
+    return run
+
+
+def begun(folder):
+    """What fit leaves of a training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text("{}")
+
+
+def verdicts(folder):
+    return {row["quantity"]: row["verdict"] for row in json.loads((folder / "rows.json").read_text())["rows"]}
+
+
+def test_a_row_that_cannot_be_measured_says_why_and_costs_no_other(toy, tmp_path):
+    def rows(setup, folder):
+        begun(folder)
+        with _cli.costs("b", "toy.png"):
+            raise ValueError("6-grams of 4533 tokens\ndo not fit")
+        return [_cli.Row("a", 1.0), _cli.Row("c", None, reason="needs our classifier")]
+
+    code, out, err = toy(rows)
+    assert code == 0 and err == ""
+    assert verdicts(tmp_path / "toy") == {
+        "a": "holds: < 2",
+        "c": "not measured: needs our classifier",
+        "b": "not measured: 6-grams of 4533 tokens do not fit",
+        "toy.png": "not measured: 6-grams of 4533 tokens do not fit",
+    }
+    assert "needs our classifier" in out
+    row = json.loads((tmp_path / "toy" / "rows.json").read_text())["rows"]
+    assert row[1]["reason"] == "needs our classifier" and "reason" not in row[0]
+    assert toy(rows, "--scale", "smoke")[0] == 1  # in CI nothing may be missing
+
+
+def test_a_fault_in_a_measurement_keeps_its_traceback_in_the_folder(toy, tmp_path):
+    def rows(setup, folder):
+        begun(folder)
+
+        @_cli.costs("toy.png")
+        def draw():
+            return {}["nothing"]
+
+        draw()
+        return [_cli.Row("a", 3.0), _cli.Row("b", 1)]
+
+    code, out, err = toy(rows)
+    assert code == 1 and "Traceback" not in out + err and f"is in toy{os.sep}error.txt" in err
+    assert err.splitlines()[-1] == "error: KeyError: 'nothing'"
+    assert "in draw" in (tmp_path / "toy" / "error.txt").read_text()
+    assert verdicts(tmp_path / "toy") == {
+        "a": "FAILS: < 2",
+        "b": "holds: > 0",
+        "toy.png": "not measured: KeyError: 'nothing'",
+    }
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (train.NonFinite("step 7: loss = nan"), "step 7: loss = nan"),
+        (train.SaveFailed("the disk is full"), "the disk is full"),
+        (train.Refused("no intact checkpoint"), "no intact checkpoint"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (MemoryError(), "MemoryError: "),
+    ],
+)
+def test_what_ends_a_script_after_training_leaves_its_rows(toy, tmp_path, error, words):
+    def rows(setup, folder):
+        begun(folder / "arm1")
+        found = _cli.kept()
+        found += [_cli.Row("a", 1.0), _cli.Row("beside", 5)]
+        with _cli.costs("beside"):
+            pass
+        raise error
+
+    code, out, err = toy(rows)
+    assert code == 1 and "Traceback" not in out + err
+    assert err.splitlines()[-1] == f"error: {words.strip()}"
+    assert (tmp_path / "toy" / "error.txt").exists() == isinstance(error, ZeroDivisionError | MemoryError)
+    found = verdicts(tmp_path / "toy")
+    assert found == {"a": "holds: < 2", "beside": "", "b": f"not measured: {words.strip()}"}
+    assert "beside" in out
+
+
+@pytest.mark.parametrize("error, code", [(train.Refused("no"), 2), (OSError("no"), 1), (TypeError("no"), 1)])
+def test_what_ends_a_script_before_training_leaves_nothing(toy, tmp_path, error, code):
+    def rows(setup, folder):
+        raise error
+
+    began = tmp_path / "toy" / "old"
+    begun(began)  # what an earlier start left is no training of this one
+    assert toy(rows)[0] == code
+    assert [p.name for p in (tmp_path / "toy").iterdir()] == ["old"]
+
+
+def test_an_interrupted_script_writes_no_rows(toy, tmp_path):
+    def rows(setup, folder):
+        begun(folder)
+        with _cli.costs("a"):
+            raise SystemExit("stopped by SIGTERM at step 3")
+
+    assert toy(rows)[0] == 1
+    assert not (tmp_path / "toy" / "rows.json").exists()
+
+
+def test_outside_of_main_nothing_is_caught():
+    with pytest.raises(KeyError), _cli.costs("a"):
+        raise KeyError("a")
+    assert _cli.kept() == []
+
+
+def test_a_figure_that_fails_costs_a_real_script_nothing_else(call, monkeypatch, tmp_path):
+    def broken(*args, **options):
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(figures, "save", broken)
+    code, _, err = call("experiments.vae_digits", "--run.steps", 20, "--run.devices", 1, "--run.steps-per-call", 20)
+    found = verdicts(tmp_path / "runs" / "vae_digits")
+    assert code == 0, err
+    assert found["vae_digits.png"] == "not measured: no such font" and len(found) == 4
+
+
+def test_the_scale_works_wherever_it_stands(toy, tmp_path):
+    def rows(setup, folder):
+        folder.mkdir(exist_ok=True)
+        return [_cli.Row("a", setup.size), _cli.Row("b", 1)]
+
+    for flags in (
+        ["--scale", "smoke", "--size", "7"],
+        ["--size", "7", "--scale", "smoke"],
+        ["--size=7", "--scale=smoke"],
+    ):
+        assert toy(rows, *flags)[0] == 0
+        result = json.loads((tmp_path / "toy-smoke" / "rows.json").read_text())
+        assert result["scale"] == "smoke" and result["rows"][0]["ours"] == 7
+        assert result["command"].startswith("python -m experiments.toy --scale smoke --size")
+    assert toy(rows, "--scale")[0] == 2
+
+
+def test_a_script_may_have_several_sets_of_scales(toy, tmp_path):
+    """The convention of experiments.own_pictures: FIRST names a flag and its choices, scales(choice) its SCALES."""
+
+    def rows(setup, folder):
+        folder.mkdir(exist_ok=True)
+        return [_cli.Row("a", setup.size), _cli.Row("b", 1)]
+
+    def scales(family):
+        size = {"vae": 10, "gan": 20}[family]
+        return {"smoke": Toy("toy", size), "cpu": Toy("toy", size + 1)}
+
+    names = {"FIRST": {"family": ("vae", "gan")}, "scales": scales}
+    for flags, size, command in (
+        ([], 11, ""),
+        (["--family", "gan"], 21, " --family=gan"),
+        (["--scale", "smoke", "--family=gan"], 20, " --scale smoke --family=gan"),
+        (["--size", "3", "--family", "vae"], 3, " --size 3"),
+    ):
+        assert toy(rows, *flags, **names)[0] == 0
+        result = json.loads((tmp_path / "toy" / "rows.json").read_text())
+        assert result["rows"][0]["ours"] == size and result["command"] == f"python -m experiments.toy{command}"
+    code, out, _ = toy(rows, "--help", "--family", "gan", **names)
+    assert code == 0 and "--family {vae,gan}" in out and "(default: 21)" in out
+    code, _, err = toy(rows, "--family", "ddpm", **names)
+    assert code == 2 and "'vae', 'gan'" in err

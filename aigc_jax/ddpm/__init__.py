@@ -435,16 +435,16 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         else:
             schedule = schedule_of(cfg, params)
             fn, prediction = predict_fn_of(cfg, params, label)
-            given = {"levels": levels, "sigma2": cfg.variance, "prediction": prediction}
+            how = {"levels": levels, "sigma2": cfg.variance, "prediction": prediction}
             if cfg.terms in (0, cfg.T):
-                nll = vlb(schedule, fn, x_0, k_eps, **given)
+                nll = vlb(schedule, fn, x_0, k_eps, **how)
             else:
                 u = jax.random.uniform(k_t, (len(x_0),), jnp.float32)
 
                 def term(i):
                     t = step_at((u + i / cfg.terms) % 1, cfg.T)
                     eps = jax.random.normal(jax.random.fold_in(k_eps, i), x_0.shape, x_0.dtype)
-                    return vlb_term(schedule, fn, x_0, t, eps, **given)
+                    return vlb_term(schedule, fn, x_0, t, eps, **how)
 
                 nll = cfg.T * jax.lax.map(term, jnp.arange(cfg.terms)).mean(0) + prior_kl(schedule, x_0)
         return {"nll_nats": nll, **({"nll_bits_per_dim": nll / (D * math.log(2))} if images else {})}
