@@ -1,9 +1,14 @@
 """`python -m aigc_jax sample | evaluate | export | info | replay | compare`: what to do with a run or its samples."""
 
-from __future__ import annotations
-
-import json
 import sys
+
+# Python puts the current directory first. That may be a run folder, and no file of a run folder is ever imported.
+if HERE := not sys.flags.safe_path and __name__ == "__main__":
+    sys.path.pop(0)
+
+import contextlib
+import json
+import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +25,26 @@ from .data.text import Tokenizer
 from .train import folder as folders
 from .train.checkpoints import Checkpoints
 
-Folder = tyro.conf.Positional[Path]
+_PATH = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda words: folders.home(words[0]),
+    is_instance=lambda value: isinstance(value, Path),
+    str_from_instance=lambda path: [str(path)],
+)
+Folder = tyro.conf.Positional[Annotated[Path, _PATH]]
+Trust = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import", metavar="MODULE")]
+
+
+def _load(run_folder: Path, trust: tuple[str, ...]) -> train.Result:
+    return train.load(run_folder, trust=_trusted(trust))
+
+
+def _trusted(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules that the user named; they may lie in the current directory."""
+    if modules and HERE:
+        sys.path.insert(0, os.getcwd())
+    return modules
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,7 @@ def sample(
     label: int | None = None,
     text: Continue = Continue(),
     diffusion: Denoise = Denoise(),
+    trust: Trust = (),
 ) -> None:
     """Draws n samples from a run: a picture of them, or text, which appears as it is drawn.
 
@@ -132,10 +157,11 @@ def sample(
         label: the class of all of them, for a conditional model; by default the classes in turn.
         text: of a language model.
         diffusion: of a diffusion model.
+        trust: a module of your own that made the run and may be imported; may be given several times.
     """
     if not 0 <= seed < 2**32:
         raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")
-    result = train.load(run_folder)
+    result = _load(run_folder, trust)
     if result.info.kind == "text":
         if out is not None or label is not None:
             raise train.Refused(f"{run_folder} writes text, to the terminal: it takes no --out and no --label")
@@ -231,6 +257,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 0,
     data_folder: DataFolder = None,
+    trust: Trust = (),
 ) -> None:
     """Scores a run on its validation set, or on another part of its data, and prints the means over all examples.
 
@@ -240,12 +267,13 @@ def evaluate(
         batch_size: examples at once.
         seed: of the noise.
         data_folder: where the set's original files lie, if it needs any.
+        trust: as for sample.
     """
     record = folders.read(run_folder)
     if split is None and record["valid"] is None:
         raise train.Refused(f"{run_folder} was trained without a validation set: name a part of its data with --split")
     scored = _source(run_folder, "valid" if split is None else "data", data_folder, split)
-    result = train.load(run_folder)
+    result = _load(run_folder, trust)
     values = train.evaluate(result, scored, batch_size=batch_size, seed=seed)
     name, part = (scored.info.source[key] for key in ("name", "split"))
     print(f"step {int(result.state.step)} of {run_folder} on {name} {part}, {scored.info.examples} examples")
@@ -253,7 +281,7 @@ def evaluate(
         print(f"  {quantity:24} {value:.6g}")
 
 
-def export(run_folder: Folder, out: Folder, /) -> None:
+def export(run_folder: Folder, out: Folder, /, *, trust: Trust = ()) -> None:
     """Writes the weights that sampling uses (the average where there is one) as a .safetensors file.
 
     Names are paths in the State's `ema`, or in its `params` (and `extra`, under that name) where there is no average,
@@ -262,40 +290,51 @@ def export(run_folder: Folder, out: Folder, /) -> None:
     Args:
         run_folder: what a training run wrote.
         out: the file.
+        trust: as for sample.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
         raise train.Refused(f"{out} must be a .safetensors file in a folder that exists")
-    result, record = train.load(run_folder), folders.read(run_folder)
+    result, record = _load(run_folder, trust), folders.read(run_folder)
     averaged = result.state.ema is not None
     tree = result.state.ema if averaged else result.state.params
     trees = {"": tree} if averaged or result.state.extra is None else {"": tree, "extra.": result.state.extra}
-    tensors = {
-        prefix + jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, order="C")
-        for prefix, part in trees.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(part))
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for prefix, part in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(part)):
+            name = prefix + jax.tree_util.keystr(path, simple=True, separator=".")
+            if name in tensors:
+                raise train.Refused(f"two arrays of {run_folder} would be named {name}: a module's name holds a dot")
+            tensors[name] = np.asarray(leaf, order="C")
     about = {"make": ".".join(record["make"]), "config": json.dumps(record["config"]), "step": str(result.state.step)}
     new = out.with_name(f".{out.name}.new")
     try:
         save_file(tensors, new, metadata={**about, "averaged": str(averaged)})
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
         new.replace(out)
+    except (OSError, SafetensorError) as e:
+        raise train.Refused(f"{out} cannot be written: {e}") from e
     finally:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
     numbers = sum(x.size for x in tensors.values())
     print(f"wrote {len(tensors)} arrays, {numbers} numbers, of step {int(result.state.step)} to {out}")
 
 
-def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None) -> None:
+def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None, trust: Trust = ()) -> None:
     """Repeats one update of a run, bit for bit, and prints its metrics and norms.
 
     Args:
         run_folder: what a training run wrote.
         step: the number of the update, as messages and metrics.jsonl give it.
         data_folder: where the set's original files lie, if it needs any.
+        trust: as for sample.
     """
-    values, facts = train.replay(run_folder, _source(run_folder, "data", data_folder), step=step)
+    source = _source(run_folder, "data", data_folder)
+    values, facts = train.replay(run_folder, source, step=step, trust=_trusted(trust))
     print(f"update {step} of {run_folder}")
     for name, value in values.items():
         print(f"  {name:24} {value!r}{'' if np.isfinite(value) else '   <- not finite'}")

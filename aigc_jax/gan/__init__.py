@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, descend, finish, parts, spread, start
+from ..core import EMA, Family, Optim, Optimizer, State, descend, finish, parts, spread, start
 from .nets import Discriminator, Generator, Net
 
 __all__ = [
@@ -73,8 +73,8 @@ class Config:
     unrolled: int = 0  # further updates of D that the loss of G looks through (Metz et al. 2017)
     ema: float = 0.0  # decay of the generator's average, BatchNorm statistics included; 0: none
     micro: int = 1  # micro-batches an update
-    optim: Optim = Optim(lr=2e-4, b1=0.5)  # of G
-    disc_optim: Optim = Optim(lr=2e-4, b1=0.5)
+    optim: Optimizer = Optim(lr=2e-4, b1=0.5)  # of G
+    disc_optim: Optimizer = Optim(lr=2e-4, b1=0.5)
 
     def __post_init__(self):
         if len(self.shape) not in (1, 3) or min(self.shape) < 1:
@@ -119,7 +119,8 @@ class Config:
                              "disc.norm spectral")  # fmt: skip
         if self.condition == "projection" and not self.classes:
             raise ValueError("model.condition 'projection' needs classes")
-        if self.unrolled and self.disc_optim.name == "adam" and not self.disc_optim.eps_root:
+        adam = isinstance(self.disc_optim, Optim) and self.disc_optim.name == "adam"
+        if self.unrolled and adam and not self.disc_optim.eps_root:
             raise ValueError("model.unrolled looks through D's Adam, whose square root has no slope at 0: "
                              "set disc_optim.eps_root, say to 1e-12")  # fmt: skip
         EMA(self.ema)

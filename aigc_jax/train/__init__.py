@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from .checkpoints import Checkpoints, SaveFailed, difference, say
 from .engine import Engine, Feed, ReadFailed, compiler_options, ratios
 from .folder import Refused, metrics
 from .progress import Progress
+from .record import one_line
 
 __all__ = [
     "NonFinite",
@@ -66,6 +68,8 @@ class Run:
     init: str = ""  # a run folder whose parameters this run starts from
 
     def __post_init__(self):
+        for field in ("folder", "init"):
+            object.__setattr__(self, field, os.path.expanduser(getattr(self, field)))
         lowest = {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 0, "save_every": 0, "log_every": 1, "keep": 1}
         for field, low in {**lowest, "steps_per_call": 1, "devices": 0}.items():
             if getattr(self, field) < low:
@@ -82,6 +86,13 @@ class Result(NamedTuple):
     config: Any
     info: Info  # of the training data
     folder: Path | None
+
+    def __repr__(self):
+        kind, leaves = type(self.config), jax.tree.leaves(self.state.params)
+        count = sum(math.prod(np.shape(leaf)) for leaf in leaves)
+        gone = isinstance(self.state.step, jax.Array) and self.state.step.is_deleted()
+        at = f"step {'?' if gone else self.state.step}, {count:,} parameters"  # ?: the state was given away (donated)
+        return f"Result({kind.__module__}.{kind.__qualname__}, {at}, folder {self.folder})"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -256,7 +267,7 @@ def fit(
             except OSError as e:
                 raise Refused(f"run.folder {folder} cannot be written: {e}") from e
         engine = Engine(make, cfg, run, data)
-        state = engine.init(warm) if last is None else saves.restore(last, engine.template)
+        state = engine.init(warm) if last is None else _restored(saves, last, engine.template, folder)
         if not folder:
             state = _loop(engine, state, None, None, None, valid, on_eval)
         else:
@@ -366,15 +377,35 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
 # ------------------------------------------------------------------------------------------------------ after training
 
 
-def load(folder: str | Path, *, at_most: int | None = None) -> Result:
+def _family(make: Callable, cfg, folder: Path) -> tuple[Family, State]:
+    """The family that a run folder describes, and the shapes of its State; Refused where it cannot be built."""
+    with one_line(f"{folder}/run.json does not describe a model that this version can build"):
+        family = make(cfg)
+        if not isinstance(family, Family):
+            raise TypeError(f"{make.__module__}.{make.__qualname__} gives a {type(family).__name__} and no Family")
+        return family, jax.eval_shape(family.init, jax.random.key(0))
+
+
+def _restored(saves: Checkpoints, step: int, template: State, folder: Path) -> State:
+    try:
+        return saves.restore(step, template)
+    except ValueError as e:
+        raise Refused(f"the checkpoint of step {step} in {folder} does not fit this version's model: {e}") from e
+
+
+def load(folder: str | Path, *, at_most: int | None = None, trust: str | Sequence[str] = ()) -> Result:
     """A run as its folder records it: nothing else is needed, no flag is typed again.
 
     The best checkpoint where run.best was set, else the newest (`at_most`: the newest up to that step). Damaged ones
     are passed over. Raises Refused in one line for anything that is no run, or has no intact checkpoint.
+
+    trust: modules of your own that the record may name, such as "mynet"; those below them count too. Without it only
+        modules of aigc_jax, the checkout's experiments, and what your program has imported already build a model.
+        Nothing that lies inside the run folder is ever imported.
     """
-    folder = Path(folder)
-    make, cfg, run, info, _ = folders.rebuild(folder)
-    family = make(cfg)
+    folder = folders.home(folder)
+    make, cfg, run, info, _ = folders.rebuild(folder, trust)
+    family, shapes = _family(make, cfg, folder)
     saves = Checkpoints(folder, run.keep)
     try:
         best = folders.best_step(metrics(folder), run.best, saves.steps()) if run.best and at_most is None else None
@@ -387,14 +418,8 @@ def load(folder: str | Path, *, at_most: int | None = None) -> Result:
                 f"{folder} holds no intact checkpoint" + (f" up to step {at_most}" if at_most is not None else "")
             )
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        template = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
-            jax.eval_shape(family.init, jax.random.key(0)),
-        )
-        try:
-            state = saves.restore(step, template)
-        except ValueError as e:
-            raise Refused(f"the checkpoint of step {step} in {folder} does not fit this version's model: {e}") from e
+        template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+        state = _restored(saves, step, template, folder)
     finally:
         saves.close()
     return Result(family, state, cfg, info, folder)
@@ -438,14 +463,18 @@ def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
     return engine.scorer(engine.feed)(state)
 
 
-def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, float], dict]:
+def replay(
+    folder: str | Path, data: Data, *, step: int, trust: str | Sequence[str] = ()
+) -> tuple[dict[str, float], dict]:
     """Repeats update number `step` of a run, bit for bit, from the newest checkpoint before it.
 
     Returns its metrics and facts about it: the norm of the parameters before and after, per top-level module, and the
-    rows of the batch where the set is finite. `data` is the training set of the run; another one is refused.
+    rows of the batch where the set is finite. `data` is the training set of the run; another one is refused. `trust`
+    as for `load`.
     """
-    folder = Path(folder)
-    make, cfg, run, info, record = folders.rebuild(folder)
+    folder = folders.home(folder)
+    make, cfg, run, info, record = folders.rebuild(folder, trust)
+    _family(make, cfg, folder)
     if data.info.fingerprint != info.fingerprint:
         raise Refused(
             f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}"
@@ -462,7 +491,7 @@ def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, floa
         if at is None and (run.init or record.get("params")):
             began = f"the parameters of {run.init}" if run.init else "parameters that were given"
             raise Refused(f"{folder} began with {began} and has no intact checkpoint before step {step}")
-        state, at = (engine.init(), 0) if at is None else (saves.restore(at, engine.template), at)
+        state, at = (engine.init(), 0) if at is None else (_restored(saves, at, engine.template, folder), at)
     finally:
         saves.close()
     say(f"repeating {folder} from step {at} on")
