@@ -229,7 +229,7 @@ def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
     """
     trust = (trust,) if isinstance(trust, str) else tuple(trust)
     parts = name.split(".")
-    if not all(part.isidentifier() for part in parts) or parts[0] == "__main__":
+    if len(name) > 200 or not all(part.isidentifier() for part in parts) or parts[0] == "__main__":
         raise Refused(f"{folder}/run.json names the module {short(name)}, and there is no such module")
     trusted = any(name == t or name.startswith(f"{t}.") for t in trust)
     if not (trusted or parts[0] in ("aigc_jax", "experiments") or sys.modules.get(name)):
