@@ -1,6 +1,15 @@
 """`python -m aigc_jax sample | evaluate | export | info | replay | compare`: what to do with a run or its samples."""
 
-from __future__ import annotations
+import sys
+
+# Python puts the current directory first. That may be a run folder, and no file of a run folder is ever imported.
+if HERE := not sys.flags.safe_path and __name__ == "__main__":
+    sys.path.pop(0)
+
+from . import interrupt
+
+if __name__ == "__main__":
+    interrupt.on_command_line()  # before JAX, whose import takes seconds
 
 import contextlib
 import json
@@ -8,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
@@ -70,6 +78,20 @@ def write_traceback(errors: Sequence[BaseException], file: Path | None = None) -
         file = Path(name)
     file.write_text(text, errors="backslashreplace")
     return file
+
+
+Trust = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import", metavar="MODULE")]
+
+
+def _load(run_folder: Path, trust: tuple[str, ...]) -> train.Result:
+    return train.load(run_folder, trust=_trusted(trust))
+
+
+def _trusted(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules that the user named; they may lie in the current directory."""
+    if modules and HERE:
+        sys.path.insert(0, os.getcwd())
+    return modules
 
 
 @dataclass(frozen=True)
@@ -174,6 +196,7 @@ def sample(
     label: int | None = None,
     text: Continue = Continue(),
     diffusion: Denoise = Denoise(),
+    trust: Trust = (),
 ) -> None:
     """Draws n samples from a run: pictures, points, music, or text, which appears as it is drawn.
 
@@ -188,11 +211,12 @@ def sample(
         label: the class of all of them, for a conditional model; by default the classes in turn.
         text: of a language model.
         diffusion: of a diffusion model.
+        trust: a module of your own that made the run and may be imported; may be given several times.
     """
     _check_seed(seed)
     if (n is not None and n < 1) or chunk < 1:
         raise train.Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
-    result = train.load(run_folder)
+    result = _load(run_folder, trust)
     kind, suffix = result.info.kind, out.suffix.lower() if out else ""
     if kind == "text" and label is not None:
         raise train.Refused(f"{run_folder} writes text: it takes no --label")
@@ -387,6 +411,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 0,
     data_folder: DataFolder = None,
+    trust: Trust = (),
 ) -> None:
     """Scores a run on its validation set, or on another part of its data, and prints the means over all examples.
 
@@ -396,12 +421,13 @@ def evaluate(
         batch_size: examples at once.
         seed: of the noise.
         data_folder: where the set's original files lie, if it needs any.
+        trust: as for sample.
     """
     record = folders.read(run_folder)
     if split is None and record["valid"] is None:
         raise train.Refused(f"{run_folder} was trained without a validation set: name a part of its data with --split")
     scored = _source(run_folder, "valid" if split is None else "data", data_folder, split)
-    result = train.load(run_folder)
+    result = _load(run_folder, trust)
     values = train.evaluate(result, scored, batch_size=batch_size, seed=seed)
     name, part = (scored.info.source[key] for key in ("name", "split"))
     print(f"step {int(result.state.step)} of {run_folder} on {name} {part}, {scored.info.examples} examples")
@@ -409,7 +435,7 @@ def evaluate(
         print(f"  {quantity:24} {value:.6g}")
 
 
-def export(run_folder: Folder, out: Folder, /) -> None:
+def export(run_folder: Folder, out: Folder, /, *, trust: Trust = ()) -> None:
     """Writes the weights that sampling uses (the average where there is one) as a .safetensors file.
 
     Names are paths in the State's `ema`, or in its `params` (and `extra`, under that name) where there is no average,
@@ -418,40 +444,51 @@ def export(run_folder: Folder, out: Folder, /) -> None:
     Args:
         run_folder: what a training run wrote.
         out: the file.
+        trust: as for sample.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if out.suffix != ".safetensors" or not out.parent.is_dir() or out.is_dir():
         raise train.Refused(f"{out} must be a .safetensors file in a folder that exists")
-    result, record = train.load(run_folder), folders.read(run_folder)
+    result, record = _load(run_folder, trust), folders.read(run_folder)
     averaged = result.state.ema is not None
     tree = result.state.ema if averaged else result.state.params
     trees = {"": tree} if averaged or result.state.extra is None else {"": tree, "extra.": result.state.extra}
-    tensors = {
-        prefix + jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, order="C")
-        for prefix, part in trees.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(part))
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for prefix, part in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(part)):
+            name = prefix + jax.tree_util.keystr(path, simple=True, separator=".")
+            if name in tensors:
+                raise train.Refused(f"two arrays of {run_folder} would be named {name}: a module's name holds a dot")
+            tensors[name] = np.asarray(leaf, order="C")
     about = {"make": ".".join(record["make"]), "config": json.dumps(record["config"]), "step": str(result.state.step)}
     new = out.with_name(f".{out.name}.new")
     try:
         save_file(tensors, new, metadata={**about, "averaged": str(averaged)})
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
         new.replace(out)
+    except (OSError, SafetensorError) as e:
+        raise train.Refused(f"{out} cannot be written: {e}") from e
     finally:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
     numbers = sum(x.size for x in tensors.values())
     print(f"wrote {len(tensors)} arrays, {numbers} numbers, of step {int(result.state.step)} to {out}")
 
 
-def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None) -> None:
+def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None, trust: Trust = ()) -> None:
     """Repeats one update of a run, bit for bit; prints its metrics, its norms and how it agrees with metrics.jsonl.
 
     Args:
         run_folder: what a training run wrote.
         step: the number of the update, as messages and metrics.jsonl give it.
         data_folder: where the set's original files lie, if it needs any.
+        trust: as for sample.
     """
-    values, facts = train.replay(run_folder, _source(run_folder, "data", data_folder), step=step)
+    source = _source(run_folder, "data", data_folder)
+    values, facts = train.replay(run_folder, source, step=step, trust=_trusted(trust))
     print(f"update {step} of {run_folder}")
     for name, value in values.items():
         print(f"  {name:24} {value!r}{'' if np.isfinite(value) else '   <- not finite'}")

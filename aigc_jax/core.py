@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +158,32 @@ class Optim:
         return jnp.asarray(after(step), jnp.float32)
 
 
+# What a Config's `optim` may be: Optim, a chain of optax, or an object with `chain()` and `rate(step)`. The annotation
+# says Any, because no type names all three; the record of a run and the command line read the Optim in it.
+Optimizer = Annotated[Any, Optim]
+
+
+def _has_rate(optim) -> bool:
+    return hasattr(optim, "chain") and hasattr(optim, "rate")
+
+
+def is_optimizer(optim) -> bool:
+    """Whether it is an Optim, a chain of optax, or an object with `chain()` and `rate(step)`."""
+    return not isinstance(optim, type) and (_has_rate(optim) or (hasattr(optim, "init") and hasattr(optim, "update")))
+
+
+def transformation(optim) -> optax.GradientTransformation:
+    """The transformation of optax in an optimizer; ValueError for what is none.
+
+    A chain of optax holds its learning rate itself and counts its own updates: a critic's schedule then runs n_critic
+    times as fast as that of `Optim`, which is read at `State.step`.
+    """
+    if not is_optimizer(optim):
+        known = "an Optim, a chain of optax or an object with chain() and rate(step)"
+        raise ValueError(f"optim must be {known}, got {optim!r:.60}")
+    return optim.chain() if _has_rate(optim) else optim
+
+
 @dataclass(frozen=True)
 class EMA:
     """An exponential moving average of what `of` picks from a State: parameters, and the statistics that go with them.
@@ -183,9 +209,9 @@ class EMA:
 def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> State:
     """The State before step 0. `optim` is one optimizer, or one a net as `{net: optim}`."""
     if isinstance(optim, dict):
-        opt_state = {net: o.chain().init(params[net]) for net, o in optim.items()}
+        opt_state = {net: transformation(o).init(params[net]) for net, o in optim.items()}
     else:
-        opt_state = optim.chain().init(params)
+        opt_state = transformation(optim).init(params)
     state = State(jnp.zeros((), jnp.int32), params, opt_state, extra)
     if not ema.decay:
         return state
@@ -290,6 +316,9 @@ def descend(
     A loss that is a mean over an unequal number of things, such as the tokens that count, says how many in
         `metrics["weight"]`: parts and devices are then averaged by it, and the update is that of the whole batch.
 
+    optim: an `Optimizer`. A chain of optax is taken as optax takes it, params + updates; of its learning rate, which is
+        inside, there is no metric.
+
     Returns the new State and `loss, grad_norm, lr` (`<net>_loss ...` for a named net) beside the loss's own metrics.
     """
 
@@ -330,13 +359,16 @@ def descend(
         part = share(weight, jax.lax.pmean(weight, axis_name))
         means = jax.lax.pmean(jax.tree.map(lambda x: x * part, means), axis_name)
     grads, value, metrics = means
-    lr = optim.rate(state.step)
-    chain = optax.with_extra_args_support(optim.chain())
-    direction, opt_state = chain.update(grads, pick(state.opt_state), params, step=state.step)
-    params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)
+    own = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+    chain = optax.with_extra_args_support(transformation(optim))
+    direction, opt_state = chain.update(grads, pick(state.opt_state), params, value=value, step=state.step)
+    if _has_rate(optim):
+        lr = own["lr"] = optim.rate(state.step)
+        params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)
+    else:
+        params = optax.apply_updates(params, direction)
 
     new = state._replace(params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra)
-    own = {"loss": value, "grad_norm": optax.tree.norm(grads), "lr": lr}
     return new, {**metrics, **{name if net is None else f"{net}_{name}": x for name, x in own.items()}}
 
 

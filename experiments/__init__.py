@@ -1,3 +1,5 @@
-"""One script a paper result; `python -m experiments list` names them."""
+"""One script per paper result; `python -m experiments` names them."""
 
-import aigc_jax  # noqa: F401  first of all, for its handling of Ctrl-C
+from aigc_jax import interrupt
+
+interrupt.on_command_line()  # before JAX, whose import takes seconds

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, labels, make_step, pixels, spread, start
+from ..core import EMA, Family, Optim, Optimizer, State, labels, make_step, pixels, spread, start
 from .binomial import DiscreteConfig, make_discrete
 from .bounds import (
     continuous_vlb,
@@ -96,7 +96,7 @@ class Config:
     net: Net = Net()
     ema: float = 0.9999
     micro: int = 1
-    optim: Optim = Optim(lr=2e-4, clip=1.0, warmup=5000)
+    optim: Optimizer = Optim(lr=2e-4, clip=1.0, warmup=5000)
 
     def __post_init__(self):
         if len(self.shape) not in (1, 3) or min(self.shape) < 1:
@@ -106,6 +106,8 @@ class Config:
         for field, low in {"classes": 0, "T": 1, "terms": 0, "micro": 1}.items():
             if getattr(self, field) < low:
                 raise ValueError(f"model.{field} must be at least {low}, got {getattr(self, field)}")
+        if self.T > 10**6:  # a schedule is an array of T numbers
+            raise ValueError(f"model.T must be at most 1,000,000, got {self.T}")
         choices = {
             "schedule": (*_SCHEDULES, "learned"),
             "prediction": ("eps", "x_0", "v", "mu"),

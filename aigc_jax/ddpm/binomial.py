@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from ..core import EMA, Family, Optim, State, make_step, spread, start
+from ..core import EMA, Family, Optim, Optimizer, State, make_step, spread, start
 from .bounds import step_at
 from .nets import Net, module
 from .process import Schedule, Steps, at, before, cosine_schedule, noise2, precise
@@ -106,7 +106,7 @@ class DiscreteConfig:
     net: Net = Net("mlp", (50, 50, 50), dropout=0.0)
     ema: float = 0.0
     micro: int = 1
-    optim: Optim = Optim(lr=1e-3, clip=1.0)
+    optim: Optimizer = Optim(lr=1e-3, clip=1.0)
 
     def __post_init__(self):
         for field, low in {"dim": 1, "T": 1, "terms": 0, "micro": 1}.items():

@@ -34,6 +34,8 @@ class Net:
             raise ValueError(f"model.net.kind must be one of unet, dit, mlp, not {self.kind!r}")
         if not self.widths or min(self.widths) < 1 or min(self.blocks, self.heads, self.groups, self.patch) < 1:
             raise ValueError("model.net: widths, blocks, heads, groups and patch must be positive")
+        if self.blocks > 1000:
+            raise ValueError(f"model.net.blocks must be at most 1000, got {self.blocks}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.net.dropout must lie in [0, 1), got {self.dropout}")
         if self.kind == "mlp":

@@ -27,7 +27,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, descend, finish, labels, parts, pixels, spread, start
+from ..core import EMA, Family, Optim, Optimizer, State, descend, finish, labels, parts, pixels, spread, start
 from .nets import Discriminator, Generator, Net
 
 __all__ = [
@@ -74,8 +74,8 @@ class Config:
     unrolled: int = 0  # updates of D ahead; G then minimises minus D's whole loss after them (Metz et al. 2017)
     ema: float = 0.0  # decay of the generator's average, BatchNorm statistics included; 0: none
     micro: int = 1  # micro-batches an update
-    optim: Optim = Optim(lr=2e-4, b1=0.5)  # of G
-    disc_optim: Optim = Optim(lr=2e-4, b1=0.5)
+    optim: Optimizer = Optim(lr=2e-4, b1=0.5)  # of G
+    disc_optim: Optimizer = Optim(lr=2e-4, b1=0.5)
 
     def __post_init__(self):
         if len(self.shape) not in (1, 3) or min(self.shape) < 1:

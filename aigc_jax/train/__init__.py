@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from .checkpoints import Checkpoints, SaveFailed, difference, newest, not_finite
 from .engine import Engine, Feed, ReadFailed, compiler_options, ratios
 from .folder import Refused, metrics
 from .progress import Progress, counted
+from .record import one_line
 
 __all__ = [
     "NonFinite",
@@ -67,6 +69,8 @@ class Run:
     init: str = ""  # a run folder whose parameters this run starts from
 
     def __post_init__(self):
+        for field in ("folder", "init"):
+            object.__setattr__(self, field, os.path.expanduser(getattr(self, field)))
         lowest = {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 0, "save_every": 0, "log_every": 1, "keep": 1}
         for field, low in {**lowest, "steps_per_call": 1, "devices": 0}.items():
             if getattr(self, field) < low:
@@ -83,6 +87,13 @@ class Result(NamedTuple):
     config: Any
     info: Info  # of the training data
     folder: Path | None
+
+    def __repr__(self):
+        kind, leaves = type(self.config), jax.tree.leaves(self.state.params)
+        count = sum(math.prod(np.shape(leaf)) for leaf in leaves)
+        gone = isinstance(self.state.step, jax.Array) and self.state.step.is_deleted()
+        at = f"step {'?' if gone else self.state.step}, {count:,} parameters"  # ?: the state was given away (donated)
+        return f"Result({kind.__module__}.{kind.__qualname__}, {at}, folder {self.folder})"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -398,22 +409,32 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
 # ------------------------------------------------------------------------------------------------------ after training
 
 
-def load(folder: str | Path, *, at_most: int | None = None) -> Result:
+def _family(make: Callable, cfg, folder: Path) -> tuple[Family, State]:
+    """The family that a run folder describes, and the shapes of its State; Refused where it cannot be built."""
+    with one_line(f"{folder}/run.json does not describe a model that this version can build"):
+        family = make(cfg)
+        if not isinstance(family, Family):
+            raise TypeError(f"{make.__module__}.{make.__qualname__} gives a {type(family).__name__} and no Family")
+        return family, jax.eval_shape(family.init, jax.random.key(0))
+
+
+def load(folder: str | Path, *, at_most: int | None = None, trust: str | Sequence[str] = ()) -> Result:
     """A run as its folder records it: nothing else is needed, no flag is typed again.
 
     The best checkpoint where run.best was set, else the newest (`at_most`: the newest up to that step). Damaged ones,
     and those that hold NaN or infinity, are passed over. Another process may train in the folder meanwhile. Raises
     Refused in one line for anything that is no run, was edited by hand, or has no intact checkpoint.
+
+    trust: modules of your own that the record may name, such as "mynet"; those below them count too. Without it only
+        modules of aigc_jax, the checkout's experiments, and what your program has imported already build a model.
+        Nothing that lies inside the run folder is ever imported.
     """
-    folder = Path(folder)
-    make, cfg, run, info, record = folders.rebuild(folder)
+    folder = folders.home(folder)
+    make, cfg, run, info, record = folders.rebuild(folder, trust)
     folders.unedited(folder, record)
-    family = make(cfg)
+    family, shapes = _family(make, cfg, folder)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
-        jax.eval_shape(family.init, jax.random.key(0)),
-    )
+    template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
     saves = Checkpoints(folder, run.keep)
 
     def best_first(steps):
@@ -488,16 +509,19 @@ def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
     return engine.scorer(engine.feed)(state)
 
 
-def replay(folder: str | Path, data: Data, *, step: int) -> tuple[dict[str, float], dict]:
+def replay(
+    folder: str | Path, data: Data, *, step: int, trust: str | Sequence[str] = ()
+) -> tuple[dict[str, float], dict]:
     """Repeats update number `step` of a run, bit for bit, from the newest checkpoint before it.
 
     Returns its metrics and facts about it: the norm of the parameters before and after, per top-level module; what
     metrics.jsonl holds of this step (`logged`, or None); the rows of the batch where the set is finite. `data` is the
-    training set of the run; another one is refused, another environment is warned of.
+    training set of the run; another one is refused, another environment is warned of. `trust` as for `load`.
     """
-    folder = Path(folder)
-    make, cfg, run, info, record = folders.rebuild(folder)
+    folder = folders.home(folder)
+    make, cfg, run, info, record = folders.rebuild(folder, trust)
     folders.unedited(folder, record)
+    _family(make, cfg, folder)
     if data.info.fingerprint != info.fingerprint:
         raise Refused(
             f"{folder} was trained on other data: fingerprint {info.fingerprint}, not {data.info.fingerprint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -167,7 +168,9 @@ class Engine:
         def one(state, arrays, x, key):
             if run.pmap:  # this device's rows, its own key, gradients averaged over the axis
                 return step(state, self.feed.take(arrays, x), step_key(key, state.step, "data"))
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # core.spread finds the mesh here
+            # core.spread finds the mesh here. Under jax.disable_jit it would refuse the arrays, which are concrete.
+            eager = jax.config.jax_disable_jit
+            with contextlib.nullcontext() if eager else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return step(state, self.feed.batch(arrays, x), step_key(key, state.step))
 
         def several(state, arrays, xs, key, count):

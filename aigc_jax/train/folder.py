@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -23,12 +21,9 @@ import numpy as np
 
 from ..data import Info
 from .checkpoints import say
+from .record import Refused, build, config_of, model_of, short, value_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-class Refused(ValueError):
-    """A run that cannot start or continue as asked; one line says why and what to do."""
 
 
 def _commit() -> str:
@@ -54,9 +49,20 @@ def environment() -> dict:
     }
 
 
+def home(path: str | Path) -> Path:
+    """A path with its ~ expanded, as a shell would."""
+    return Path(os.path.expanduser(path))
+
+
 def _plain(value):
-    """A value as JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(value))
+    """A value as JSON gives it back: tuples are lists, numbers of numpy are Python's, paths are text."""
+
+    def other(x):
+        if isinstance(x, np.generic):
+            return x.item()
+        return os.fspath(x)
+
+    return json.loads(json.dumps(value, default=other))
 
 
 def _write(path: Path, content: str) -> None:
@@ -143,17 +149,24 @@ def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dic
         raise Refused(f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module")
     if run.pmap:
         run = dataclasses.replace(run, devices=run.devices or len(jax.devices()))
+    if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
+        raise Refused(f"the config of {module}.{name} must be a dataclass, got {short(cfg)}")
     record = {
         "make": [module, name],
-        "config": _plain(dataclasses.asdict(cfg)),
+        "config": config_of(cfg, type(cfg), "config", (module, type(cfg).__module__)),
         "run": _plain(dataclasses.asdict(run)),
         "data": _described(data),
         "valid": None if valid is None else _described(valid),
         "params": None if params is None else {"sha256": _sha256(params)},
         "environment": environment(),
     }
-    if _model(record, run.folder) != (make, cfg):
-        raise Refused(f"{module}.{name} with {cfg} does not come back from its record: load could not open this run")
+    found, back = model_of(record, run.folder)
+    if found is not make or type(back) is not type(cfg):
+        raise Refused(f"{module}.{name} does not come back from its record: annotate its config with its class")
+    for field in dataclasses.fields(cfg):
+        given, kept = getattr(cfg, field.name), getattr(back, field.name)
+        if given is not kept and given != kept:
+            raise Refused(f"config.{field.name} is {short(given)} and would come back from run.json as {short(kept)}")
     return record
 
 
@@ -248,6 +261,7 @@ def read(folder: str | Path) -> dict:
         raise Refused(_no_run(Path(folder)))
     try:
         record = json.loads(path.read_text())
+        _well_formed(record)
         module, name = record["make"]
         for part, keys in (("run", ("seed", "batch_size", "init", "steps")), ("data", ("fingerprint", "source"))):
             for key in keys:
@@ -258,55 +272,47 @@ def read(folder: str | Path) -> dict:
             raise TypeError("make must hold two names")
         record["valid"] and record["valid"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise Refused(f"{path} is damaged ({type(e).__name__}: {e})") from e
+        raise Refused(f"{path} is damaged ({type(e).__name__}: {str(e)[:300]})") from e
     return record
 
 
-def build(cls, values):
-    """A (nested) frozen dataclass from its JSON; TypeError or ValueError where the values are not its fields."""
+_SET = {"fingerprint": str, "source": dict[str, typing.Any] | None}
+_RECORD = {  # what a record holds at least, whoever wrote it
+    "make": tuple[str, str],
+    "config": dict,
+    "run": {"seed": int, "batch_size": int, "init": str, "steps": int},
+    "data": _SET,
+    "valid": _SET | {"": None},
+    "params": {"sha256": str, "": None},
+    "environment": dict,
+}
+
+
+def _well_formed(values, wanted=_RECORD, at: str = "run.json") -> None:
+    """TypeError or KeyError where a record's values are of other kinds than they must be."""
+    if values is None and "" in wanted:  # may be missing as a whole
+        return
     if not isinstance(values, dict):
-        raise TypeError(f"{cls.__name__} needs named fields, got {values!r}")
-    types = typing.get_type_hints(cls)
-    fields = {}
-    for name, value in values.items():
-        kind = types.get(name)
-        if dataclasses.is_dataclass(kind):
-            value = build(kind, value)
-        elif isinstance(value, list):
-            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        fields[name] = value
-    return cls(**fields)
+        raise TypeError(f"{at} must hold named values, got {short(values)}")
+    for name, kind in wanted.items():
+        within = name if at == "run.json" else f"{at}.{name}"
+        if isinstance(kind, dict):
+            _well_formed(values.get(name) if "" in kind else values[name], kind, within)
+        elif name:
+            value_of(kind, values[name], within)
 
 
-def _model(record: dict, folder: str | Path) -> tuple:
-    """(make, cfg) as a record names them."""
-    try:
-        module, name = record["make"]
-        if not (name == "make" or name.startswith("make_")):
-            raise TypeError(f"only functions named make or make_* are loaded, not {name}")
-        make = getattr(importlib.import_module(module), name)
-        [first, *_] = inspect.signature(make).parameters
-        annotated = typing.get_type_hints(make).get(first)
-        if not dataclasses.is_dataclass(annotated):
-            raise TypeError(f"the config of {module}.{name} is not annotated with its dataclass")
-        return make, build(annotated, record["config"])
-    except ModuleNotFoundError as e:
-        root = " (run this from the repository's root)" if module.startswith("experiments") else ""
-        raise Refused(f"{folder} was made by {module}.{name}, which cannot be imported: {e}{root}") from e
-    except (AttributeError, TypeError, ValueError) as e:
-        raise Refused(f"{folder}/run.json does not describe a model that this version can build: {e}") from e
-
-
-def rebuild(folder: str | Path) -> tuple:
+def rebuild(folder: str | Path, trust=()) -> tuple:
     """(make, cfg, run, data info, record) of a run folder.
 
-    Imports only a function named make or make_* whose annotated config takes the recorded fields.
+    Calls nothing but the class of the config, which must take the recorded fields. `trust` as for `train.load`.
     """
     from . import Run
 
+    folder = home(folder)
     record = read(folder)
-    make, cfg = _model(record, folder)
-    tokenizer = Path(folder) / "tokenizer.json"
+    make, cfg = model_of(record, folder, trust)
+    tokenizer = folder / "tokenizer.json"
     try:
         info = build(Info, record["data"])
         if tokenizer.is_file():
@@ -386,14 +392,14 @@ class Log:
 
 def metrics(folder: str | Path) -> list[dict]:
     """The lines of metrics.jsonl: {"step": 100, "train": {...}} or {"step": 100, "valid": {...}}."""
-    path = Path(folder) / "metrics.jsonl"
+    path = home(folder) / "metrics.jsonl"
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):  # the line that a crash tore
             continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
+        if isinstance(value, dict) and isinstance(value.get("step"), int) and _numbers(value):
             lines.append(value)
     return lines
 
@@ -404,3 +410,8 @@ def ranked(lines: list[dict], name: str, among) -> list[int]:
     at = {line["step"]: line["valid"].get(name) for line in seen}
     at = {step: value for step, value in at.items() if isinstance(value, int | float) and math.isfinite(value)}
     return sorted(at, key=lambda step: (at[step], step))
+
+
+def _numbers(line: dict) -> bool:
+    parts = [part for kind, part in line.items() if kind != "step"]
+    return all(isinstance(p, dict) and all(v is None or isinstance(v, int | float) for v in p.values()) for p in parts)

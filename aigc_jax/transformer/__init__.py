@@ -18,7 +18,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, make_step, start
+from ..core import EMA, Family, Optim, Optimizer, State, make_step, start
 from ..nn import Block, Norm
 from .beams import Rules, search
 from .gpt2 import load_gpt2, save_gpt2
@@ -57,12 +57,14 @@ class Config:
     bos: int | None = None  # the token before a text; only written with the weights
     micro: int = 1
     ema: float = 0.0
-    optim: Optim = Optim(lr=6e-4, b2=0.95, weight_decay=0.1, clip=1.0, warmup=100)
+    optim: Optimizer = Optim(lr=6e-4, b2=0.95, weight_decay=0.1, clip=1.0, warmup=100)
 
     def __post_init__(self):
         for field in ("context", "layers", "heads", "width", "micro"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}")
+        if self.layers > 1000:
+            raise ValueError(f"model.layers must be at most 1000, got {self.layers}")
         for field in ("vocab", "hidden"):
             if getattr(self, field) < 0:
                 raise ValueError(f"model.{field} must not be negative, got {getattr(self, field)}")

@@ -23,7 +23,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, State, labels, make_step, pixels, start
+from ..core import EMA, Family, Optim, Optimizer, State, labels, make_step, pixels, start
 from ..nn import pixel_shuffle
 from .likelihoods import bits_per_dim, gaussian_kl, log_likelihood, log_logistic, log_normal, mean_image
 
@@ -90,7 +90,7 @@ class Config:
     bfloat16: bool = False  # products and convolutions in bfloat16; parameters, likelihoods, optimizer stay float32
     ema: float = 0.0  # decay of the parameter average; 0: none
     micro: int = 1  # micro-batches a step
-    optim: Optim = Optim()
+    optim: Optimizer = Optim()
 
     def __post_init__(self):
         if len(self.shape) != 3 or min(self.shape) < 1:
