@@ -16,6 +16,11 @@ criteria fail: Pac4 less Pac2 -.6 +- 1.3, reverse KL 2.6 times lower), and the s
 modes after 10,000 updates (three seeds). At equal updates and points D sees half and a quarter as many packs: a reason
 why packed GANs train more slowly, which we have not tested.
 
+**The unrolled rows are to be measured again.** In the recorded runs, after D's updates, G saw D's loss of fake points
+only. In Metz et al. (eq. 3, and their demonstration) G maximises D's whole loss there, with the term of real points. So
+the unrolled objective lacked a term, and the numbers above for unrolling, at both scales, say nothing of their
+algorithm. `gan` has the whole loss now. Plain and packed GANs are as they were.
+
 A mode counts where one of 2,500 samples lies within 3 standard deviations of it; a sample there is of high quality
 (HQ), of which a correct model has 98.9 %: more is collapsed variance. Absolute numbers do not compare across papers,
 whose nets differ.

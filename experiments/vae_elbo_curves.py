@@ -52,7 +52,7 @@ SCALES = {
                    replace(RUN, folder="runs/vae_elbo_curves-smoke", steps=1000, eval_every=250, save_every=1000),
                    Source("digits"), latents=(2, 8), seeds=1),
     "cpu": Setup(),
-    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02)),
+    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02, eps=0.0, eps_root=1e-8)),
                    replace(RUN, folder="runs/vae_elbo_curves-paper", steps=1_000_000, eval_every=20_000)),
 }  # fmt: skip
 DIFFERENCE = {

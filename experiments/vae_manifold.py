@@ -44,7 +44,7 @@ SCALES = {
     "smoke": Setup(replace(MODEL, hidden=(64,), optim=Optim(lr=3e-3)),
                    replace(RUN, folder="runs/vae_manifold-smoke", steps=500, eval_every=500)),
     "cpu": Setup(),
-    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02)),
+    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02, eps=0.0, eps_root=1e-8)),
                    replace(RUN, folder="runs/vae_manifold-paper", steps=1_000_000, eval_every=50_000)),
 }  # fmt: skip
 DIFFERENCE = {

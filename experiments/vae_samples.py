@@ -47,7 +47,7 @@ SCALES = {
     "smoke": Setup(replace(MODEL, shape=(8, 8, 1), levels=17, hidden=(32,), optim=Optim(lr=3e-3)),
                    replace(RUN, folder="runs/vae_samples-smoke", steps=600), Source("digits"), (2, 8)),
     "cpu": Setup(),
-    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02)),
+    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02, eps=0.0, eps_root=1e-8)),
                    replace(RUN, folder="runs/vae_samples-paper", steps=1_000_000, save_every=50_000)),
 }  # fmt: skip
 DIFFERENCE = {

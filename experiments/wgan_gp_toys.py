@@ -33,7 +33,7 @@ from experiments._cli import Row
 CRITIC = gan.Net(widths=(256, 256, 256), activation="relu", init="he")
 CLIP = gan.Config(
     shape=(2,), latent_dim=2, gen=CRITIC, disc=CRITIC, loss="wasserstein", penalty="clip", penalty_weight=0.01,
-    disc_optim=Optim("rmsprop", lr=5e-5, b2=0.9),
+    disc_optim=Optim("rmsprop", lr=5e-5, b2=0.9, eps=0.0, eps_root=1e-8),
 )  # fmt: skip
 # The authors' code for these sets weighs the penalty by .1, the text by 10.
 GP = replace(CLIP, penalty="gp", penalty_weight=0.1, disc_optim=Optim(lr=1e-4, b1=0.5, b2=0.9))

@@ -23,9 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from ..core import EMA, Family, Optim, Optimizer, State, descend, finish, labels, parts, pixels, spread, start
 from .nets import Discriminator, Generator, Net
@@ -50,7 +49,7 @@ __all__ = [
 Variables = dict[str, Any]  # {"params": ..., "batch_stats": ...} of one net
 Sample = Float[Array, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
 Logits = Float[Array, "B"]
-Label = Int[Array | np.ndarray, "B"] | int | None  # classes 0..classes-1, one for all or [B]
+Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
 
 
 @dataclass(frozen=True)

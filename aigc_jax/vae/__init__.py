@@ -19,9 +19,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from ..core import EMA, Family, Optim, Optimizer, State, labels, make_step, pixels, start
 from ..nn import pixel_shuffle
@@ -61,7 +60,7 @@ Params = dict[str, Any]  # {"encoder": ..., "decoder": ...}, of two layers also 
 Image = Float[Array, "B H W C"]
 Latent = Float[Array, "B Z"]
 Draws = tuple[Float[Array, "k B _"], ...]  # (z_1,) or (z_1, z_2): k draws for each of B images
-Label = Int[Array | np.ndarray, "B"] | int | None  # classes 0..classes-1, one for all or [B]
+Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
 Nats = Float[Array, "B"]
 
 _ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "softplus": nn.softplus}
