@@ -86,7 +86,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     transformer.save_gpt2(folder / "gpt2", cfg, best.state.params)
     tokenizer = Tokenizer(training.info.tokenizer)
     tokenizer.save(folder / "gpt2" / "tokenizer.json")
-    text = _text.written(best, setup.prompt, 120, temperature=0.8, top_p=0.95)
+    text = _text.written(best, setup.prompt, 120, temperature=0.8, top_p=0.95, stop=())  # whatever ends in it
     (folder / "sample.txt").write_text(text + "\n")
     step, value = _text.curve(folder, "nll_nats_per_token")
     at, values = np.array([0, *step]), np.array([first["nll_nats_per_token"], *value])

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from . import Data, Info, order
 from .prepare import cuts, prepared
+
+LARGEST = 2**28  # characters of a tokenizer.json; the largest published ones have an eighth of it
 
 
 class Tokenizer:
@@ -23,18 +26,33 @@ class Tokenizer:
     """
 
     def __init__(self, content: str):
-        """From `content`; raises ValueError where it describes no tokenizer."""
+        """From `content`; raises ValueError where it describes no tokenizer.
+
+        Settings that would cut, pad or vary a text are off, in `content` too.
+        """
         self.content = content
         try:
+            if len(content) > LARGEST:
+                raise ValueError(f"{len(content)} characters are more than {LARGEST}")
             said = json.loads(content)
+            if not isinstance(said, dict):
+                raise ValueError(f"it holds no named values but a {type(said).__name__}")
             self._characters = np.array(sorted(map(ord, said["characters"]))) if "characters" in said else None
             if self._characters is None:
                 import tokenizers
 
-                self._bpe = tokenizers.Tokenizer.from_str(content)
+                self.content = _whole(said, content)
+                self._bpe = tokenizers.Tokenizer.from_str(self.content)
+                self._lossless = _is_lossless(said)
         except Exception as e:  # the library raises bare Exception
             raise ValueError(f"this is no tokenizer ({e})") from e
-        self.size = len(self._characters) if self._characters is not None else self._bpe.get_vocab_size()
+        # Numbers may have gaps: what counts is the largest.
+        self.size = (
+            len(self._characters) if self._characters is not None
+            else 1 + max(self._bpe.get_vocab().values(), default=-1)
+        )  # fmt: skip
+        if self.size > 2**31:
+            raise ValueError(f"this is no tokenizer (token {self.size - 1} exceeds 32 bits)")
 
     @classmethod
     def characters(cls, text: str) -> Tokenizer:
@@ -80,6 +98,8 @@ class Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer {file}")
         try:
+            if file.stat().st_size > 4 * LARGEST:
+                raise ValueError(f"this is no tokenizer ({file.stat().st_size} bytes are too many)")
             return cls(file.read_bytes().decode("utf-8"))  # read_text would turn "\r\n" into "\n"
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from e
@@ -91,7 +111,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 [T]. Raises ValueError for a character that the vocabulary has not."""
         if self._characters is None:
-            return np.array(self._bpe.encode(text, add_special_tokens=False).ids, np.int32)
+            return np.array(self._ids(text), np.int32)
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.int64)
         if not self.size and len(points):
             raise ValueError(f"the vocabulary has no {text[0]!r}")
@@ -99,6 +119,16 @@ class Tokenizer:
         if unknown := points[self._characters[tokens] != points].tolist():
             raise ValueError(f"the vocabulary has no {chr(unknown[0])!r}")
         return tokens.astype(np.int32)
+
+    def _ids(self, text: str) -> list[int]:
+        """Token numbers by the library; one line where they do not give the text back."""
+        try:
+            ids = self._bpe.encode(text, add_special_tokens=False).ids
+        except Exception as e:
+            raise ValueError(f"the tokenizer cannot encode this text ({e})") from e
+        if not self._lossless and (back := self._bpe.decode(ids, skip_special_tokens=False)) != text:
+            print(f"warning: {_lost(self._bpe, text, back, ids)}", file=sys.stderr, flush=True)
+        return ids
 
     def decode(self, tokens) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD. Raises ValueError for numbers beyond the vocabulary."""
@@ -108,6 +138,44 @@ class Tokenizer:
         if self._characters is None:
             return self._bpe.decode(tokens.tolist(), skip_special_tokens=False)
         return "".join(map(chr, self._characters[tokens]))
+
+
+def _whole(said: dict, content: str) -> str:
+    """A tokenizer.json without truncation, padding and BPE's dropout; the same text where it has none of them."""
+    model = said.get("model")
+    off = [(said, name) for name in ("truncation", "padding") if said.get(name) is not None]
+    if isinstance(model, dict) and model.get("dropout"):
+        off.append((model, "dropout"))
+    for place, name in off:
+        place[name] = None
+    return json.dumps(said) if off else content
+
+
+def _is_lossless(said: dict) -> bool:
+    """Whether any text comes back from its tokens, as from GPT-2's; False where this cannot be told from the file."""
+    import tokenizers
+
+    cut, back = said.get("pre_tokenizer") or {}, said.get("decoder") or {}
+    if said["model"]["type"] != "BPE" or not cut.get("type") == back.get("type") == "ByteLevel":
+        return False
+    whole = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) <= set(said["model"]["vocab"])
+    changed = any(token.get(flag) for token in said.get("added_tokens") or () for flag in ("lstrip", "rstrip"))
+    return whole and not changed and not cut.get("add_prefix_space") and said.get("normalizer") is None
+
+
+def _lost(made, text: str, back: str, ids: list[int]) -> str:
+    """How a text differs from what its tokens give back."""
+    model = json.loads(made.to_str())["model"]
+    unknown = model.get("unk_token")
+    number = model.get("unk_id") if unknown is None else made.token_to_id(unknown)
+    if number is not None and (count := ids.count(number)):
+        name = made.id_to_token(number)
+        return f"the tokenizer does not know all of the text: {count} of {len(ids)} tokens are {name!r}"
+    same = (a == b for a, b in zip(text, back, strict=False))
+    at = next((i for i, equal in enumerate(same) if not equal), min(len(text), len(back)))
+    kind = f" ({type(made.normalizer).__name__})" if made.normalizer else ""
+    was, now = text[at : at + 12], back[at : at + 12]
+    return f"the tokenizer changes the text{kind}: at character {at} {was!r} comes back as {now!r}"
 
 
 def _byte_level(model):
