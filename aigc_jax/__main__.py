@@ -105,7 +105,8 @@ class Continue:
     top_p: float = 1.0  # the smallest set of tokens of this probability
     min_p: float = 0.0  # those this share as likely as the most likely
     repetition: float = 1.0  # penalty of what occurred; 1: none
-    stop: str = ""  # a text of one token that ends it
+    no_repeat_ngram_size: int = 0  # no run of so many tokens occurs twice; 0: it may
+    stop: str = ""  # a text of one token that ends it; by default the model's own end, which is not shown
 
 
 @dataclass(frozen=True)
@@ -144,22 +145,27 @@ def _continue(result: train.Result, how: Continue, n: int, seed: int) -> None:
     cfg, tokenizer = result.config, Tokenizer(result.info.tokenizer)
     params = result.state.params if result.state.ema is None else result.state.ema
     prompt = tokenizer.encode(how.prompt)
-    stop = tokenizer.encode(how.stop)
+    stop, end = tokenizer.encode(how.stop), () if how.stop else cfg.eos or ()
     if n < 1 or how.new < 1:
         raise train.Refused(f"n and text.new must be at least 1, got {n} and {how.new}")
     if len(stop) > 1:
         raise train.Refused(f"text.stop must be one token, {how.stop!r} is {len(stop)}")
-    if not 1 <= len(prompt) < cfg.context:
-        raise train.Refused(f"the prompt has {len(prompt)} tokens; it must have 1 to {cfg.context - 1}")
+    if not 1 <= len(prompt) <= cfg.context:
+        raise train.Refused(f"the prompt has {len(prompt)} tokens; it must have 1 to {cfg.context}")
+    if (size := how.no_repeat_ngram_size) < 0:
+        raise train.Refused(f"text.no_repeat_ngram_size must be at least 0, got {size}")
     sampling = transformer.Sampling(how.temperature, how.top_k, how.top_p, how.min_p, how.repetition)
-    new = min(how.new, cfg.context - len(prompt))
+    new = min(how.new, max(1, cfg.context - len(prompt)))  # the last token of all needs no place
+    size = size if size < len(prompt) + new else 0
+    begin = max(0, size - 1) + len(prompt)
     keys = jax.random.split(jax.random.split(jax.random.key(seed), 4)[3], n)
     prefill = jax.jit(partial(transformer.prefill, cfg, slots=len(prompt) + new))
     decode = jax.jit(partial(transformer.decode, cfg), donate_argnums=2)
 
     @jax.jit
-    def draw(logits, used, key, sampling):
+    def draw(logits, used, written, at, key, sampling):
         logits = transformer.penalise(logits, used, sampling.repetition)
+        logits = transformer.ban_repeats(logits, written, at, size)
         # A vocabulary that was rounded up has numbers which are no token.
         return transformer.draw(logits.at[:, tokenizer.size :].set(-jax.numpy.inf), key, sampling)
 
@@ -170,10 +176,14 @@ def _continue(result: train.Result, how: Continue, n: int, seed: int) -> None:
         print(shown := tokenizer.decode(tokens), end="", flush=True)
         logits, cache = prefill(params, prompt[None])
         used = np.isin(np.arange(cfg.vocab), prompt)[None]
+        written = np.full((1, begin + new), -1, np.int32)
+        written[0, begin - len(prompt) : begin] = prompt
         for j in range(new):
-            [token] = draw(logits, used, jax.random.fold_in(keys[i], j), sampling)
+            [token] = draw(logits, used, written, begin + j, jax.random.fold_in(keys[i], j), sampling)
+            if int(token) in end:
+                break
             tokens.append(int(token))
-            used[0, tokens[-1]] = True
+            used[0, tokens[-1]], written[0, begin + j] = True, tokens[-1]
             text = tokenizer.decode(tokens)
             if not text.endswith("\ufffd"):  # the bytes of a character are not all there yet
                 print(text[len(shown) :], end="", flush=True)

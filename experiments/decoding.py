@@ -166,7 +166,10 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
     for i, (name, sampling) in enumerate(SAMPLERS.items()):
         said[name] = np.asarray(generate(params, prompts, jax.random.key(i), sampling=sampling))
-    search = jax.jit(partial(transformer.beam_search, cfg, beams=setup.beams, max_new_tokens=setup.new))
+    # By log p alone, as Holtzman et al.; no text ends here before the others, so that nothing else changes.
+    search = jax.jit(
+        partial(transformer.beam_search, cfg, beams=setup.beams, max_new_tokens=setup.new, length_penalty=0.0)
+    )
     at_once = math.gcd(setup.texts, 10)
     pieces = [search(params, prompts[i : i + at_once])[0][:, 0] for i in range(0, setup.texts, at_once)]
     said["beam search"] = np.concatenate(pieces)

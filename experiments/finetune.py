@@ -96,7 +96,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         tokenizer.save(folder / "gpt2" / "tokenizer.json")
     text = ""
     with _cli.costs("sample.txt"):
-        text = _text.written(best, prompt, 120, temperature=0.8, top_p=0.95)
+        text = _text.written(best, prompt, 120, temperature=0.8, top_p=0.95, stop=())  # whatever ends in it
         (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
     with _cli.costs("finetune.png"):
         step, value = _text.curve(folder, "nll_nats_per_token")

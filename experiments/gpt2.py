@@ -107,7 +107,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     value = train.evaluate(result._replace(state=state._replace(step=np.int32(0))), text, batch_size=2)
     with _cli.costs("sample.txt"):
         generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
-        sampling = transformer.Sampling(setup.temperature, top_p=0.95)
+        sampling = transformer.Sampling(setup.temperature, top_p=0.95, stop=())  # `new` tokens, whatever ends in them
         tokens = generate(params, prompt[None], jax.random.key(setup.seed), sampling=sampling)[0]
         said = setup.prompt + tokenizer.decode(np.asarray(tokens)[np.asarray(tokens) < tokenizer.size])
         (folder / "sample.txt").write_text(said + "\n", encoding="utf-8")

@@ -110,6 +110,90 @@ def test_a_tokenizer_is_saved_and_read(tmp_path, made):
         Tokenizer.load(tmp_path / "nowhere.json")
 
 
+def changed(made, **values):
+    """A tokenizer.json with other settings, as `transformers` saves them."""
+    return json.dumps({**json.loads(made.content), **values})
+
+
+def test_no_setting_of_a_file_cuts_pads_or_varies_a_text(tmp_path):
+    made = Tokenizer.bpe(STORY, 300)
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 4096}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+           "pad_token": "!"}  # fmt: skip
+    drops = {**json.loads(made.content)["model"], "dropout": 0.9}
+    around = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "!", "type_id": 0}},
+              {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+              {"Sequence": {"id": "B", "type_id": 1}}],
+              "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}}}  # fmt: skip
+    settings = ({"truncation": cut}, {"padding": pad}, {"truncation": cut, "padding": pad}, {"model": drops},
+                {"post_processor": around})  # fmt: skip
+    for i, values in enumerate(settings):
+        (tmp_path / f"{i}.json").write_text(changed(made, **values))
+        read = Tokenizer.load(tmp_path / f"{i}.json")
+        np.testing.assert_array_equal(read.encode(STORY), made.encode(STORY), err_msg=str(values))
+        said = json.loads(read.content)
+        assert said["truncation"] is said["padding"] is said["model"]["dropout"] is None
+        again = Tokenizer(read.content)  # as a run folder keeps it
+        assert again.content == read.content and again.encode(STORY).tolist() == made.encode(STORY).tolist()
+    untouched = changed(made)
+    assert Tokenizer(untouched).content == untouched
+
+
+def test_what_a_tokenizer_loses_is_said_in_one_line(capsys):
+    import tokenizers as library
+
+    def warned(made, sentence="The cät, 🙂 sat"):
+        tokenizer = Tokenizer(made if isinstance(made, str) else made.to_str())
+        tokenizer.encode(sentence)
+        return capsys.readouterr().err
+
+    gpt2 = Tokenizer.bpe(STORY, 300)
+    assert warned(gpt2.content) == warned(Tokenizer.characters("The cät, 🙂 sat").content) == ""
+    lower = warned(changed(gpt2, normalizer={"type": "Lowercase"}))
+    assert lower.startswith("warning: the tokenizer changes the text (Lowercase): at character 0 ")
+    assert lower.endswith(" 'The cät, 🙂 s' comes back as 'the cät, 🙂 s'\n") and lower.count("\n") == 1
+    assert warned(changed(gpt2, normalizer={"type": "Lowercase"}), "the cat") == ""
+    words = library.Tokenizer(library.models.WordLevel({"?": 0, "The": 1, "sat": 2}, unk_token="?"))
+    words.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    assert warned(words) == "warning: the tokenizer does not know all of the text: 3 of 5 tokens are '?'\n"
+    pieces = library.Tokenizer(library.models.Unigram([("<unk>", 0.0), ("T", -1.0), ("h", -1.0)], unk_id=0))
+    assert "tokens are '<unk>'" in warned(pieces)
+    dropped = library.Tokenizer(library.models.BPE({"T": 0, "s": 1}, []))
+    assert "changes the text: at character 1 'he cät, 🙂 sa' comes back as" in warned(dropped)
+    added = library.Tokenizer.from_str(gpt2.content)
+    added.add_special_tokens([library.AddedToken("cät", lstrip=True)])
+    assert "changes the text: at character 3 " in warned(added)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 10**5, "maximum recursion depth"),
+        ('{"a":' * 10**5, "maximum recursion depth"),
+        ("[]", ""),
+        ('{"characters": 5}', ""),
+        ('{"model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}}', "exceeds 32 bits"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', ""),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["ab"]}}', ""),
+        ('{"model": {"type": "BPE", "vocab": [], "merges": 3}}', ""),
+        ('{"characters": "ab"', ""),
+    ],
+)
+def test_what_is_no_tokenizer_is_one_line(content, words):
+    with pytest.raises(ValueError, match=f"this is no tokenizer .*{words}") as refused:
+        Tokenizer(content)
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_with_gaps_are_counted_to_the_last():
+    said = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 900}, "unk_token": "a"}}
+    tokenizer = Tokenizer(json.dumps(said))
+    assert tokenizer.size == 901 and tokenizer.encode("b").tolist() == [900]
+    no_unknown = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}
+    with pytest.raises(ValueError, match="the tokenizer cannot encode this text .*WordLevel"):
+        Tokenizer(json.dumps(no_unknown)).encode("b")
+
+
 # ---------------------------------------------------------------------------------------------------- crops and windows
 
 
@@ -350,6 +434,28 @@ def test_text_is_written_to_the_terminal(run_folder):
     assert code == 0 and stopped == greedy[: 3 + greedy[3:].index(" ") + 1] + "\n"
 
 
+def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_folder, capsys):
+    from aigc_jax import __main__
+
+    result = train.load(run_folder)
+    tokenizer = Tokenizer(result.info.tokenizer)
+
+    def write(result=result, **how):
+        __main__._continue(result, __main__.Continue(temperature=0.0, **how), 1, 0)
+        return capsys.readouterr().out.removesuffix("\n")
+
+    free = write(prompt="the")
+    assert len(free) == 16 and len(write(prompt=free)) == 17  # a full context has room for one more
+    end = tokenizer.encode(free[8])[0].item()
+    ends = result._replace(config=dataclasses.replace(result.config, eos=(end,)))
+    assert write(ends, prompt="the") == free[: 3 + free[3:].index(free[8])]
+    assert write(ends, prompt="the", stop=free[8]) == free[: 4 + free[3:].index(free[8])]
+    prompt = jnp.asarray(tokenizer.encode("the the "))[None]
+    tokens = transformer.generate(result.config, result.state.params, prompt, jax.random.key(0), max_length=16,
+                                  sampling=transformer.Sampling(0.0), no_repeat_ngram_size=2)  # fmt: skip
+    assert write(prompt="the the ", no_repeat_ngram_size=2) == "the the " + tokenizer.decode(tokens[0])
+
+
 def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
     """A vocabulary is often rounded up: the rest is no token of any text."""
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
@@ -364,8 +470,9 @@ def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
     ("flags", "words"),
     [
         (["--text.prompt", "x" * 3], "the vocabulary has no 'x'"),
-        (["--text.prompt", ""], "the prompt has 0 tokens; it must have 1 to 15"),
-        (["--text.prompt", "t" * 16], "the prompt has 16 tokens; it must have 1 to 15"),
+        (["--text.prompt", ""], "the prompt has 0 tokens; it must have 1 to 16"),
+        (["--text.prompt", "t" * 17], "the prompt has 17 tokens; it must have 1 to 16"),
+        (["--text.no-repeat-ngram-size", "-1"], "text.no_repeat_ngram_size must be at least 0, got -1"),
         (["--text.top-p", "0"], "sampling.top_p must be above 0 and at most 1, got 0.0"),
         (["--text.top-p", "1.5"], "sampling.top_p must be above 0 and at most 1, got 1.5"),
         (["--text.stop", "the"], "text.stop must be one token, 'the' is 3"),

@@ -23,6 +23,7 @@ from .prepare import cuts, prepared
 BLOCK = 1 << 16  # characters read, learnt from or encoded at once, so that only tokens take memory
 # Places where GPT-2's pattern begins a new word whatever follows, so that a cut there changes no token.
 _CUT = re.compile(r"\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?，。！？；：、])")
+LARGEST = 2**28  # characters of a tokenizer.json; the largest published ones have an eighth of it
 
 
 class Tokenizer:
@@ -33,18 +34,33 @@ class Tokenizer:
     """
 
     def __init__(self, content: str):
-        """From `content`; raises ValueError where it describes no tokenizer."""
+        """From `content`; raises ValueError where it describes no tokenizer.
+
+        Settings that would cut, pad or vary a text are off, in `content` too.
+        """
         self.content = content
         try:
+            if len(content) > LARGEST:
+                raise ValueError(f"{len(content)} characters are more than {LARGEST}")
             said = json.loads(content)
+            if not isinstance(said, dict):
+                raise ValueError(f"it holds no named values but a {type(said).__name__}")
             self._characters = np.array(sorted(map(ord, said["characters"]))) if "characters" in said else None
             if self._characters is None:
                 import tokenizers
 
-                self._bpe = tokenizers.Tokenizer.from_str(content)
+                self.content = _whole(said, content)
+                self._bpe = tokenizers.Tokenizer.from_str(self.content)
+                self._lossless = _is_lossless(said)
         except Exception as e:  # the library raises bare Exception
             raise ValueError(f"this is no tokenizer ({e})") from e
-        self.size = len(self._characters) if self._characters is not None else self._bpe.get_vocab_size()
+        # Numbers may have gaps: what counts is the largest.
+        self.size = (
+            len(self._characters) if self._characters is not None
+            else 1 + max(self._bpe.get_vocab().values(), default=-1)
+        )  # fmt: skip
+        if self.size > 2**31:
+            raise ValueError(f"this is no tokenizer (token {self.size - 1} exceeds 32 bits)")
 
     @classmethod
     def characters(cls, text: str | Iterable[str]) -> Tokenizer:
@@ -101,6 +117,8 @@ class Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer {file}")
         try:
+            if file.stat().st_size > 4 * LARGEST:
+                raise ValueError(f"this is no tokenizer ({file.stat().st_size} bytes are too many)")
             return cls(file.read_bytes().decode("utf-8"))  # read_text would turn "\r\n" into "\n"
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from e
@@ -115,7 +133,7 @@ class Tokenizer:
         if self._characters is None:
             # Other tokenizers than GPT-2's kind may merge across any place: they get the text whole.
             for block in _at_words(_pieces(text)) if _cuts_at_words(self.content) else ["".join(_pieces(text))]:
-                tokens.extend(self._bpe.encode(_sound(block), add_special_tokens=False).ids)
+                tokens.extend(self._ids(_sound(block)))
             return np.frombuffer(tokens, np.int32)
         last = int(self._characters.max(initial=-1)) + 1  # stands for every later code point
         table = np.full(last + 1, -1, np.int32)
@@ -127,6 +145,16 @@ class Tokenizer:
             tokens.frombytes(found.tobytes())
         return np.frombuffer(tokens, np.int32)
 
+    def _ids(self, text: str) -> list[int]:
+        """Token numbers by the library; one line where they do not give the text back."""
+        try:
+            ids = self._bpe.encode(text, add_special_tokens=False).ids
+        except Exception as e:
+            raise ValueError(f"the tokenizer cannot encode this text ({e})") from e
+        if not self._lossless and (back := self._bpe.decode(ids, skip_special_tokens=False)) != text:
+            print(f"warning: {_lost(self._bpe, text, back, ids)}", file=sys.stderr, flush=True)
+        return ids
+
     def decode(self, tokens) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD. Raises ValueError for numbers beyond the vocabulary."""
         tokens = np.asarray(tokens, np.int64).reshape(-1)
@@ -135,6 +163,44 @@ class Tokenizer:
         if self._characters is None:
             return self._bpe.decode(tokens.tolist(), skip_special_tokens=False)
         return "".join(map(chr, self._characters[tokens]))
+
+
+def _whole(said: dict, content: str) -> str:
+    """A tokenizer.json without truncation, padding and BPE's dropout; the same text where it has none of them."""
+    model = said.get("model")
+    off = [(said, name) for name in ("truncation", "padding") if said.get(name) is not None]
+    if isinstance(model, dict) and model.get("dropout"):
+        off.append((model, "dropout"))
+    for place, name in off:
+        place[name] = None
+    return json.dumps(said) if off else content
+
+
+def _is_lossless(said: dict) -> bool:
+    """Whether any text comes back from its tokens, as from GPT-2's; False where this cannot be told from the file."""
+    import tokenizers
+
+    cut, back = said.get("pre_tokenizer") or {}, said.get("decoder") or {}
+    if said["model"]["type"] != "BPE" or not cut.get("type") == back.get("type") == "ByteLevel":
+        return False
+    whole = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) <= set(said["model"]["vocab"])
+    changed = any(token.get(flag) for token in said.get("added_tokens") or () for flag in ("lstrip", "rstrip"))
+    return whole and not changed and not cut.get("add_prefix_space") and said.get("normalizer") is None
+
+
+def _lost(made, text: str, back: str, ids: list[int]) -> str:
+    """How a text differs from what its tokens give back."""
+    model = json.loads(made.to_str())["model"]
+    unknown = model.get("unk_token")
+    number = model.get("unk_id") if unknown is None else made.token_to_id(unknown)
+    if number is not None and (count := ids.count(number)):
+        name = made.id_to_token(number)
+        return f"the tokenizer does not know all of the text: {count} of {len(ids)} tokens are {name!r}"
+    same = (a == b for a, b in zip(text, back, strict=False))
+    at = next((i for i, equal in enumerate(same) if not equal), min(len(text), len(back)))
+    kind = f" ({type(made.normalizer).__name__})" if made.normalizer else ""
+    was, now = text[at : at + 12], back[at : at + 12]
+    return f"the tokenizer changes the text{kind}: at character {at} {was!r} comes back as {now!r}"
 
 
 def _byte_level(model):

@@ -1,7 +1,5 @@
 """Small GPT-2s whose weights follow from a seed, the same in every version of numpy, and what is asked of them."""
 
-import itertools
-
 import numpy as np
 
 WIDTH, LAYERS, HEADS, CONTEXT = 16, 2, 2, 64
@@ -44,14 +42,14 @@ def prompts(seed: int, vocab: int, lengths: list[int]) -> list[list[int]]:
     return [np.int64(vocab * uniform(seed, 1000 + i, (length,))).tolist() for i, length in enumerate(lengths)]
 
 
-# What `transformers.generate` is asked, by its own names. eos 0 .. occurs early in some of them, in others never.
-GREEDY = [
-    {"no_repeat_ngram_size": size, "repetition_penalty": penalty}
-    for size, penalty in itertools.product((0, 1, 2, 3, 5), (1.0, 1.3))
-]
+# What `transformers.generate` is asked, by its own names: few shapes, because each compiles anew, and many numbers.
+SEEDS, VOCAB, LENGTHS = (0, 1, 2), 60, [8, 3, 1]
+GREEDY = [{"no_repeat_ngram_size": n, "repetition_penalty": p} for n, p in ((0, 1.3), (2, 1.0), (2, 1.3), (3, 0.8))]
 BEAMS = [
-    {"num_beams": 2 + i % 4, "length_penalty": penalty, "early_stopping": early, "no_repeat_ngram_size": size}
-    for i, (penalty, early, size) in enumerate(
-        itertools.product((0.0, 0.6, 1.0, 2.0, -1.5), (True, False, "never"), (0, 2))
-    )
+    {"num_beams": beams, "early_stopping": early, "no_repeat_ngram_size": n, "length_penalty": penalty}
+    for beams, early, n in ((2, True, 2), (3, False, 0), (4, "never", 2), (5, True, 0), (3, False, 2))
+    for penalty in (0.0, 0.6, 1.0, 2.0, -1.5)
 ]
+DRAWN = {"temperature": 0.7, "top_p": 0.95, "top_k": 60}
+SAMPLES = [DRAWN, {**DRAWN, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_p": 0.02}]
+SAMPLES_VOCAB = 120
