@@ -73,6 +73,12 @@ def test_a_number_to_train_on_is_kept(splits, expected):
     assert _pictures.shares("x", sizes, watched=True, training=60) == expected
 
 
+def test_a_number_to_train_on_leaves_something():
+    for training in (0, -5, 100, 1237):
+        with pytest.raises(ValueError, match=f"training must lie in 1..99 .* got {training}"):
+            _pictures.shares("x", {"train": 100}, watched=True, training=training)
+
+
 def test_parts_share_no_picture_and_hold_all(flat, capfd):
     found = _pictures.parts(Source(flat), "train[:7]", "train[7:]", "test")
     pictures = [{x.tobytes() for x in part.resident[0]["image"]} for part in found]
