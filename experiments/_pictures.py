@@ -57,6 +57,8 @@ def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | N
     """
     if "train" not in sizes:
         raise ValueError(f"{name} has the splits {', '.join(sizes)} and no train")
+    if training is not None and not 0 < training < sizes["train"]:
+        raise ValueError(f"training must lie in 1..{sizes['train'] - 1} of the pictures of {name}, got {training}")
     there = [part for part in ("validation", "test") if part in sizes][-1 - watched :]
     missing = 1 + watched - len(there)
     if training is None:
@@ -96,14 +98,14 @@ def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
     try:
         model = replace(model, **change)
     except ValueError as e:
-        raise ValueError(f"{e}{fitting(model, change)}") from e
+        raise ValueError(f"{e}{fitting(model, change) if setup.data.pictures else ''}") from e
     model.check(info)
     return replace(setup, model=model)
 
 
 def fitting(model, change: dict) -> str:
     """Which --data.size the model could take instead; empty: none."""
-    height, width, channels = change["shape"]
+    height, width, channels = change.get("shape", model.shape)
     for size in sorted(range(4, 257), key=lambda size: abs(size - min(height, width))):
         try:
             replace(model, **{**change, "shape": (size, size, channels)})

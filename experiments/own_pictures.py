@@ -131,7 +131,7 @@ CRITERIA = {
 }
 INVARIANTS = {COPIES: CRITERIA[COPIES], SPREAD: ("within .02 .. 20", lambda ours: 0.02 <= ours <= 20)}
 SCORES = {
-    "vae": ("nll_nats", "negative bound, held-out images (nats, -ELBO, grey-level targets)"),
+    "vae": ("nll_nats", "negative bound, held-out images (nats, -ELBO)"),
     "ddpm": ("nll_bits_per_dim", "bound, held-out images (bits per dim)"),
 }
 
