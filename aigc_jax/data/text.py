@@ -24,6 +24,8 @@ BLOCK = 1 << 16  # characters read, learnt from or encoded at once, so that only
 # Places where GPT-2's pattern begins a new word whatever follows, so that a cut there changes no token.
 _CUT = re.compile(r"\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?，。！？；：、])")
 LARGEST = 2**28  # characters of a tokenizer.json; the largest published ones have an eighth of it
+LONGEST = 2000  # characters of a word that byte-level BPE learns from as one: its time grows with their square
+_LONG = re.compile(rf"\S{{{LONGEST}}}|\s{{{LONGEST}}}")
 
 
 class Tokenizer:
@@ -77,7 +79,8 @@ class Tokenizer:
     def bpe(cls, text: str | Iterable[str], vocab: int) -> Tokenizer:
         """Byte-level BPE (GPT-2, section 2.2) of `vocab` tokens, 256 to 1,000,000, trained on the text.
 
-        text: a string, or its pieces in order. A short text gives fewer tokens.
+        text: a string, or its pieces in order. A short text gives fewer tokens. Where words have more than LONGEST
+        characters, as in a genome, the text is learnt from in parts of so many.
         """
         import tokenizers
 
@@ -88,7 +91,7 @@ class Tokenizer:
         made = _byte_level(tokenizers.models.BPE())
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False)
-        made.train_from_iterator(map(_sound, _at_words(_pieces(text))), trainer)
+        made.train_from_iterator(map(_sound, _learnable(_at_words(_pieces(text)))), trainer)
         return cls(made.to_str())
 
     @classmethod
@@ -244,6 +247,13 @@ def _at_words(pieces: Iterable[str]) -> Iterator[str]:
         held.append(piece)
     if rest := "".join(held):
         yield rest
+
+
+def _learnable(blocks: Iterable[str]) -> Iterator[str]:
+    """The blocks, those with words of more than LONGEST characters in parts of so many."""
+    for block in blocks:
+        step = LONGEST if _LONG.search(block) else max(1, len(block))
+        yield from (block[at : at + step] for at in range(0, len(block), step))
 
 
 @functools.lru_cache(maxsize=8)
@@ -412,10 +422,8 @@ def _read(name: str, folder: str | None, start: int = 0, stop: int | None = None
     if not path.is_file():
         raise FileNotFoundError(f"text: there is no file {path}")
     with open(path, "rb") as file:
-        head = file.read(4096)
-    nul = head[::2].count(0), head[1::2].count(0)
-    if 10 * min(nul) < max(nul) > len(head) / 8:  # UTF-16 of Western letters, which is UTF-8 as well
-        raise ValueError(_not_utf8(path))
+        if _utf16(file.read(4096)):
+            raise ValueError(_not_utf8(path))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for at in range(0, start, BLOCK):
@@ -446,10 +454,20 @@ def _not_utf8(path: Path) -> str:
     return f"{said}; it looks like {encoding}. Convert it: iconv -f {encoding} -t UTF-8 {files}"
 
 
+def _utf16(sample: bytes) -> str:
+    """UTF-16LE or UTF-16BE where nearly every other byte is 0, so that Western letters would be read as UTF-8."""
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if max(even, odd) <= 0.4 * len(sample) or 10 * min(even, odd) > max(even, odd):
+        return ""
+    return "UTF-16LE" if odd > even else "UTF-16BE"
+
+
 def _encoding(sample: bytes) -> str:
     """A guess at an encoding, by iconv's name: UTF-8 where little is damaged, "" where it is no text."""
     import charset_normalizer
 
+    if name := _utf16(sample):
+        return name
     runs, letters = re.findall(rb"[\x80-\xff]+", sample), re.findall(rb"[A-Za-z]", sample)
     high = sum(map(len, runs))
     utf8 = rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
