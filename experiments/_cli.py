@@ -84,18 +84,24 @@ class Source:
 
 @contextlib.contextmanager
 def door() -> Iterator[None]:
-    """A user's mistake is one line and exit code 2; whatever else goes wrong keeps its traceback."""
+    """A user's mistake is one line and exit code 2; a fault of ours one line and exit code 1, its traceback a file."""
     try:
         yield
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as e:
         raise SystemExit(_error(e, 2)) from e
+    except Exception as e:
+        raise SystemExit(_fault(e)) from e
 
 
 def _error(e: BaseException | str, code: int) -> int:
     print(f"error: {e}", file=sys.stderr)
     return code
+
+
+def _fault(e: Exception) -> int:
+    return _error(f"{_why(e)} (its traceback is in {write_traceback([e])})", 1)
 
 
 # The lists of rows that the script under `main` has made so far; None outside of main.
@@ -165,6 +171,8 @@ def seeded(run: train.Run, seeds: int) -> list[train.Run]:
 
     One after another: on two cores ten seeds at once (vmap) cost as much as ten runs.
     """
+    if not 1 <= seeds <= 1000:
+        raise ValueError(f"seeds must lie in 1..1000, got {seeds}")
     if seeds == 1:
         return [run]
     folder = Path(run.folder)
@@ -270,13 +278,14 @@ def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
         raise
     except Exception as e:
         if not any(made) and _begun(folder) == before:
-            where = f" (its traceback is in {write_traceback([e])})" if _is_bug(e) else ""
-            raise SystemExit(_error(_why(e) + where, 2 if isinstance(e, ValueError) else 1)) from e
+            raise SystemExit(_fault(e) if _is_bug(e) else _error(_why(e), 2 if isinstance(e, ValueError) else 1)) from e
         rows, failed = [], e
     finally:
         _made.reset(token)
-    there = {row.quantity for row in rows}
-    return rows + [row for some in made for row in some if row.quantity not in there], failed
+    for some in made:  # what was measured stands before the reasons, in the lists of `kept`
+        there = {row.quantity for row in rows}
+        rows += [row for row in some if row.quantity not in there]
+    return rows, failed
 
 
 @quiet_pipe()
@@ -325,19 +334,12 @@ def main(name: str) -> None:
         "environment": environment(),
         "rows": [as_json(row, said) for row, said in zip(rows, verdicts, strict=True)],
     }  # fmt: skip
-    errors = [row.reason for row in rows if isinstance(row.reason, Exception)]
-    errors = list({id(e): e for e in (*errors, *([failed] if failed else []))}.values())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "rows.json", result)
-        if bugs := [e for e in errors if _is_bug(e)]:
-            file = write_traceback(bugs, folder / "error.txt")
-            print(f"the traceback of what went wrong is in {file}", file=sys.stderr)
-    except OSError as e:
-        raise SystemExit(_error(e, 1)) from e
+    errors = [row.reason for row in rows if isinstance(row.reason, Exception)] + ([failed] if failed else [])
+    _leave(folder, result, errors)
     print(f"{seconds} s; figures and rows in {folder}/")
-    if failed or any(not isinstance(e, ValueError) for e in errors):  # a ValueError says in its row why there is none
-        raise SystemExit(_error(_why(failed or next(e for e in errors if not isinstance(e, ValueError))), 1))
+    serious = [e for e in errors if e is failed or not isinstance(e, ValueError)]  # a ValueError is said in its row
+    if serious:
+        raise SystemExit(_error(_why(serious[-1]), 1))
     if record:
         RESULTS.mkdir(exist_ok=True)
         write_json(RESULTS / f"{name}.json", {**result, "commit": commit})
@@ -345,6 +347,20 @@ def main(name: str) -> None:
         print(f"recorded in results/{name}.json and docs/reproduction.md")
     if scale == "smoke" and any(v.startswith(("FAILS", "not measured")) for v in verdicts):
         raise SystemExit(1)
+
+
+def _leave(folder: Path, result: dict, errors: list[Exception]) -> None:
+    """Writes rows.json, and the tracebacks of what was a fault of ours into error.txt."""
+    bugs = list({id(e): e for e in errors if _is_bug(e)}.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "rows.json", result)
+        if bugs:
+            print(f"the traceback is in {write_traceback(bugs, folder / 'error.txt')}", file=sys.stderr)
+        else:
+            (folder / "error.txt").unlink(missing_ok=True)
+    except OSError as e:
+        raise SystemExit(_error(e, 1)) from e
 
 
 def as_json(row: Row, said: str) -> dict:

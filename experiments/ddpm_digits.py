@@ -23,6 +23,7 @@ import numpy as np
 from aigc_jax import ddpm, figures, train
 from aigc_jax.core import EMA, Optim
 from aigc_jax.train import Run
+from aigc_jax.train.progress import counted
 from experiments import _cli, _diffusion, _pictures
 from experiments._cli import Row, Source
 
@@ -98,10 +99,11 @@ def bound(result: train.Result, x_0: np.ndarray, label, key, *, batch: int = 180
         return ddpm.vlb_terms(schedule, eps_fn, x_0, key, levels=cfg.levels, sigma2=cfg.variance)
 
     run, found = _diffusion.compiled(terms), []
-    for i in range(0, len(x_0), batch):
+    for i in counted("bound", range(0, len(x_0), batch)):
         given = None if label is None else jnp.asarray(label[i : i + batch])
-        found.append(run(params, jnp.asarray(x_0[i : i + batch]), given, jax.random.fold_in(key, i)))
-    nats = np.concatenate([np.asarray(f, np.float64) for f in found], -1).mean(-1)
+        of_part = run(params, jnp.asarray(x_0[i : i + batch]), given, jax.random.fold_in(key, i))
+        found.append(np.asarray(of_part, np.float64))
+    nats = np.concatenate(found, -1).mean(-1)
     return nats / (x_0[0].size * np.log(2))
 
 

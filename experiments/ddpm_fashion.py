@@ -25,6 +25,7 @@ import numpy as np
 from aigc_jax import ddpm, figures, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
+from aigc_jax.train.progress import counted
 from experiments import _cli, _diffusion, _pictures, ddpm_digits
 from experiments._cli import Row, Source
 
@@ -110,7 +111,7 @@ def bound(result: train.Result, examples: dict, key, *, terms: int, batch: int =
     run = _diffusion.compiled(ddpm.make(replace(result.config, terms=terms)).evaluate)
     names = ("image", "label") if result.config.classes else ("image",)
     found = []
-    for i in range(0, len(examples["image"]), batch):
+    for i in counted("bound", range(0, len(examples["image"]), batch)):
         part = {name: jnp.asarray(examples[name][i : i + batch]) for name in names}
         found.append(np.asarray(run(result.state, part, jax.random.fold_in(key, i))["nll_bits_per_dim"], np.float64))
     bits = np.concatenate(found)

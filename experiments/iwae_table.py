@@ -25,6 +25,7 @@ from aigc_jax import data, figures, train, vae
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
 from aigc_jax.train.folder import write_json
+from aigc_jax.train.progress import counted
 from experiments import _cli, _pictures
 from experiments._cli import Row, Source
 
@@ -186,7 +187,7 @@ def nll(result: train.Result, x: np.ndarray, *, draws: int, params=None) -> np.n
     """-L_k of each image in nats, [N], with the same noise for every model."""
     bound = jax.jit(partial(vae.iwae_bound, result.config, k=draws, chunk=min(50, draws)))
     params, key, pieces = result.state.params if params is None else params, jax.random.key(0), []
-    for i in range(0, len(x), 100):
+    for i in counted("NLL", range(0, len(x), 100)):
         pieces.append(-np.asarray(bound(params, x[i : i + 100], jax.random.fold_in(key, i))))
     return np.concatenate(pieces)
 

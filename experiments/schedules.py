@@ -23,6 +23,7 @@ from aigc_jax import ddpm, figures, metrics, train
 from aigc_jax.core import EMA
 from aigc_jax.ddpm.process import beta_tilde
 from aigc_jax.train import Run
+from aigc_jax.train.progress import counted
 from experiments import _cli, _diffusion, ddpm_digits, ddpm_objectives
 from experiments._cli import Row, Source
 
@@ -116,7 +117,7 @@ def variances(setup: Setup, result: train.Result) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     square, times = np.zeros(cfg.T), 20
     order = np.tile(np.arange(cfg.T), times)
-    for i in range(0, len(order), batch):
+    for i in counted("squared terms", range(0, len(order), batch)):
         t = np.resize(order[i : i + batch], batch)
         x_0 = jnp.asarray(x[rng.integers(len(x), size=batch)])
         value = np.asarray(each(params, x_0, jnp.asarray(t), jax.random.fold_in(jax.random.key(1), i)))
@@ -126,7 +127,7 @@ def variances(setup: Setup, result: train.Result) -> tuple[float, float]:
     found = {}
     for name, q in (("uniform", np.full(cfg.T, 1 / cfg.T)), ("importance", p)):
         losses = []
-        for i in range(setup.draws):
+        for i in counted("variances", range(setup.draws)):
             t = rng.choice(cfg.T, size=batch, p=q / q.sum())
             x_0 = jnp.asarray(x[rng.integers(len(x), size=batch)])
             value = np.asarray(each(params, x_0, jnp.asarray(t), jax.random.fold_in(jax.random.key(2), i)))

@@ -25,6 +25,7 @@ from aigc_jax import ddpm, figures, train
 from aigc_jax.data import points
 from aigc_jax.ddpm.process import at, beta_tilde
 from aigc_jax.train import Run
+from aigc_jax.train.progress import counted
 from experiments import _cli, _diffusion, _pictures, ddpm_objectives
 from experiments._cli import Row, Source
 
@@ -135,7 +136,7 @@ def estimates(gamma, setup: Setup, seed: int, batch: int = 20_000) -> np.ndarray
         return ddpm.continuous_vlb(gamma, lambda x, u: exact(x, gamma(u)), x_0, k_bound)
 
     keys = jax.random.split(jax.random.key(seed), setup.samples // batch)
-    return np.stack([np.asarray(one(key), np.float64) for key in keys])
+    return np.stack([np.asarray(one(key), np.float64) for key in counted("bound", keys)])
 
 
 def learn_gamma(setup: Setup):

@@ -709,8 +709,8 @@ def test_what_ends_a_script_after_training_leaves_its_rows(toy, tmp_path, error,
         begun(folder / "arm1")
         found = _cli.kept()
         found += [_cli.Row("a", 1.0), _cli.Row("beside", 5)]
-        with _cli.costs("beside"):
-            pass
+        with _cli.costs("beside", "lost"):
+            raise ValueError("later")
         raise error
 
     code, out, err = toy(rows)
@@ -718,8 +718,13 @@ def test_what_ends_a_script_after_training_leaves_its_rows(toy, tmp_path, error,
     assert err.splitlines()[-1] == f"error: {words.strip()}"
     assert (tmp_path / "toy" / "error.txt").exists() == isinstance(error, ZeroDivisionError | MemoryError)
     found = verdicts(tmp_path / "toy")
-    assert found == {"a": "holds: < 2", "beside": "", "b": f"not measured: {words.strip()}"}
-    assert "beside" in out
+    assert found == {
+        "a": "holds: < 2",
+        "beside": "",
+        "lost": "not measured: later",
+        "b": f"not measured: {words.strip()}",
+    }
+    assert len(json.loads((tmp_path / "toy" / "rows.json").read_text())["rows"]) == 4 and "lost" in out
 
 
 @pytest.mark.parametrize("error, code", [(train.Refused("no"), 2), (OSError("no"), 1), (TypeError("no"), 1)])

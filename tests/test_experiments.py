@@ -194,3 +194,6 @@ def test_seeds_follow_the_first_in_folders_of_their_own():
     run = train.Run(folder="a/b", seed=3)
     assert _cli.seeded(run, 1) == [run]
     assert [(r.seed, r.folder) for r in _cli.seeded(run, 2)] == [(3, "a/b/seed3"), (4, "a/b/seed4")]
+    for seeds in (0, 10**9):
+        with pytest.raises(ValueError, match=f"seeds must lie in 1..1000, got {seeds}"):
+            _cli.seeded(run, seeds)
