@@ -231,7 +231,7 @@ def ode_log_likelihood(
     *,
     steps: int,
     trace: str = "hutchinson",
-    spacing: str = "uniform",
+    spacing: str = "log_snr",
     prediction: str = "eps",
 ) -> PerExample:
     """log p(x_0), nats, a density in the units of x_0, by the probability-flow ODE (Song et al. 2021, eq. 39).
@@ -247,7 +247,7 @@ def ode_log_likelihood(
         raise ValueError(f"steps counts levels, 2..{len(schedule.t)}, got {steps}")
     few = respace(schedule, steps, spacing)
     phi, noise2_0, x_0 = angle(few), noise2(few)[:1], precise(x_0)
-    h = (jnp if isinstance(phi, jax.Array) else np).diff(phi)
+    h = jnp.asarray((jnp if isinstance(phi, jax.Array) else np).diff(phi), x_0.dtype)
     probe, D = jax.random.rademacher(key, x_0.shape, x_0.dtype), math.prod(x_0.shape[1:])
 
     def slope(x, number):
@@ -257,23 +257,22 @@ def ode_log_likelihood(
         if trace == "hutchinson":
             return v_hat, _sum(probe * product(probe))
 
-        def one(total, j):
+        def part(total, j):
             direction = jnp.broadcast_to((jnp.arange(D) == j).astype(x.dtype).reshape(1, *x.shape[1:]), x.shape)
             return total + _sum(direction * product(direction)), None
 
-        return v_hat, jax.lax.scan(one, jnp.zeros(len(x), x.dtype), jnp.arange(D))[0]
+        return v_hat, jax.lax.scan(part, jnp.zeros(len(x), x.dtype), jnp.arange(D))[0]
 
-    def step(carry, number):
+    def one(carry, number):
         x, log_det, (first, trace_first) = carry
-        step = at(h, number[None] - 1, x)
-        second, trace_second = slope(x + step * first, number)
-        x = x + step * (first + second) / 2
-        log_det = log_det + step.reshape(1) * (trace_first + trace_second) / 2
+        second, trace_second = slope(x + h[number - 1] * first, number)
+        x = x + h[number - 1] * (first + second) / 2
+        log_det = log_det + h[number - 1] * (trace_first + trace_second) / 2
         return (x, log_det, slope(x, number)), None
 
     first = np.zeros(len(x_0), int)
     x = at(roots(few)[0], first, x_0) * x_0
     # The change of units from x_t at the first level to x_0, D log(signal).
     log_det = D / 2 * jnp.log1p(-at(noise2_0, first, x_0).reshape(-1))
-    (x, log_det, _), _ = jax.lax.scan(step, (x, log_det, slope(x, 0)), jnp.arange(1, len(few.t)))
+    (x, log_det, _), _ = jax.lax.scan(one, (x, log_det, slope(x, 0)), jnp.arange(1, len(few.t)))
     return log_normal(x, 0.0, 1.0) + log_det

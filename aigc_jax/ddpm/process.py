@@ -54,7 +54,15 @@ def _through(alpha_bar, variance, t) -> Schedule:
     """The schedule through these levels; variance: 1 - alpha_bar, to all its digits."""
     numpy = jnp if isinstance(alpha_bar, jax.Array) else np
     earlier, variance_earlier = numpy.append(1.0, alpha_bar[:-1]), numpy.append(0.0, variance[:-1])
-    return Schedule((variance - variance_earlier) / earlier, alpha_bar, t)
+    # The difference of whichever is small: of the other float32 has lost it.
+    step = numpy.where(variance < 0.5, variance - variance_earlier, earlier - alpha_bar)
+    return Schedule(_quotient(step, earlier, 0.0), alpha_bar, t)
+
+
+def _quotient(a, b, otherwise: float):
+    """a / b, or where b is 0, as alpha_bar or the noise are where float32 cannot hold them, this number."""
+    numpy = jnp if isinstance(b, jax.Array) else np
+    return numpy.where(b > 0, a / numpy.where(b > 0, b, 1.0), otherwise)
 
 
 def _from_beta(beta) -> Schedule:
@@ -218,14 +226,12 @@ def angle(schedule: Schedule):
 
 def kept(schedule: Schedule):
     """1 - beta [S], to the digits that alpha_bar has: in float32 a beta near 1 has lost them."""
-    return _tables(schedule)[2] / before(schedule)[0]
+    return _quotient(_tables(schedule)[2], before(schedule)[0], 1.0)
 
 
 def beta_tilde(schedule: Schedule):
     """Variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7); 0 at step 0."""
-    numpy, beta, _ = _tables(schedule)
-    later = beta[1:] * before(schedule)[1][1:] / noise2(schedule)[1:]
-    return numpy.append(0.0, later)
+    return _quotient(_tables(schedule)[1] * before(schedule)[1], noise2(schedule), 0.0)
 
 
 def beta_tilde_1(schedule: Schedule):
@@ -253,13 +259,11 @@ def q_sample(schedule: Schedule, x_0: Sample, t: Steps, eps: Sample) -> Sample:
 
 
 def _posterior(schedule: Schedule):
-    """The factors of x_0 and x_t in the posterior's mean (DDPM eq. 7); 1 and 0 at step 0, whatever its noise."""
-    numpy, beta, _ = _tables(schedule)
+    """The factors of x_0 and x_t in the posterior's mean (DDPM eq. 7); 1 and 0 at step 0 and without noise."""
     earlier, noise2_earlier = before(schedule)
-    own = noise2(schedule)[1:]
-    of_x_0 = earlier[1:] ** 0.5 * beta[1:] / own
-    of_x_t = kept(schedule)[1:] ** 0.5 * noise2_earlier[1:] / own
-    return numpy.append(1.0, of_x_0), numpy.append(0.0, of_x_t)
+    of_x_0 = earlier**0.5 * _quotient(_tables(schedule)[1], noise2(schedule), 1.0)
+    of_x_t = kept(schedule) ** 0.5 * _quotient(noise2_earlier, noise2(schedule), 0.0)
+    return of_x_0, of_x_t
 
 
 def q_posterior(schedule: Schedule, x_0: Sample, x_t: Sample, t: Steps) -> tuple[Sample, Sample]:

@@ -275,11 +275,12 @@ def sample_heun(
     """
     few = respace(schedule, steps, spacing)
     phi = angle(few)
-    h = (jnp if isinstance(phi, jax.Array) else np).diff(phi)
+    numpy = jnp if isinstance(phi, jax.Array) else np
+    h = numpy.append(0.0, numpy.diff(phi))  # from level i - 1 to level i
 
     def one(x, number):
         i = jnp.full(len(x), number)
-        step = -at(h, i - 1, x)
+        step = -at(h, i, x)
         first = velocity(few, eps_fn, x, i, prediction, clip)
         second = velocity(few, eps_fn, x + step * first, i - 1, prediction, clip)
         return x + step * (first + second) / 2, None
