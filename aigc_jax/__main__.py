@@ -216,7 +216,7 @@ def info(run_folder: Folder, /) -> None:
     source = record["data"]["source"] or "arrays"
     print(f"model    {'.'.join(record['make'])}")
     print(f"config   {json.dumps(record['config'])}")
-    print(f"data     {json.dumps(source)}, {record['data']['examples'] or 'endless'} examples")
+    print(f"data     {json.dumps(source)}, {record['data'].get('examples') or 'endless'} examples")
     print(f"run      seed {record['run']['seed']}, batch {record['run']['batch_size']}, {record['run']['steps']} steps")
     print(f"made on  {', '.join(f'{k} {v}' for k, v in record['environment'].items() if v)}")
     for kind, line in last.items():
@@ -240,7 +240,11 @@ def _source(run_folder: Path, which: str, folder: str | None, split: str | None 
             f"{run_folder} was made with arrays, which no name brings back: give them to train.replay or train.evaluate"
         )
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
-    found = data.load(source["name"], split or source["split"], folder=folder, **options)
+    try:
+        found = data.load(source["name"], split or source["split"], folder=folder, **options)
+    except (AttributeError, KeyError, TypeError, ArithmeticError, MemoryError) as e:
+        said = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise train.Refused(f"{run_folder}/run.json does not describe a data set that can be loaded: {said}") from e
     if split in (None, source["split"]) and found.info.fingerprint != record["fingerprint"]:
         raise train.Refused(
             f"{source['name']} {source['split']} is not what {run_folder} was made with: its fingerprint is "
