@@ -404,7 +404,11 @@ def _source(run_folder: Path, which: str, folder: str | None, split: str | None 
     if not isinstance(source, dict) or not all(isinstance(source.get(name), str) for name in ("name", "split")):
         raise train.Refused(f"{run_folder}/run.json is damaged: a data source has a name and a split, not {source!r}")
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
-    found = data.load(source["name"], source["split"] if split is None else split, folder=folder, **options)
+    try:
+        found = data.load(source["name"], source["split"] if split is None else split, folder=folder, **options)
+    except (AttributeError, KeyError, TypeError, ArithmeticError, MemoryError) as e:
+        said = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise train.Refused(f"{run_folder}/run.json does not describe a data set that can be loaded: {said}") from e
     if split in (None, source["split"]) and found.info.fingerprint != record["fingerprint"]:
         raise train.Refused(
             f"{source['name']} {source['split']} is not what {run_folder} was made with: its fingerprint is "

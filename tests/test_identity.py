@@ -111,7 +111,7 @@ MAKE = "from aigc_jax.vae import Config, make as original\ndef make(cfg: Config)
 
 def test_a_module_is_imported_only_where_the_user_says_so(tmp_path, elsewhere):
     record = recorded(tmp_path / "r")
-    (elsewhere / "mine.py").write_text(MAKE + f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (elsewhere / "mine.py").write_text(MAKE + f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     changed(tmp_path / "r", record, make=["mine", "make"])
     with pytest.raises(train.Refused, match="--import mine") as refused:
         loaded(tmp_path / "r")
@@ -328,7 +328,7 @@ def test_an_edited_record_is_loaded_or_refused_in_one_line(tmp_path, family):
     refused = 0
     for at in places(record):
         for wrong in WRONG:
-            folders.write_json(tmp_path / "r" / "run.json", with_changed(record, at, wrong))
+            (tmp_path / "r" / "run.json").write_text(json.dumps(with_changed(record, at, wrong)))
             try:
                 *_, read = folders.rebuild(tmp_path / "r")
                 folders.identify(tmp_path / "r", record)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..data import Info
 from .checkpoints import say
-from .record import Refused, build, config_of, model_of, short, value_of
+from .record import Refused, build, config_of, model_of, one_line, short, value_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -171,7 +171,7 @@ def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dic
 
 
 def _differences(old, new, at: str = ""):
-    if isinstance(old, dict) and isinstance(new, dict):
+    if isinstance(old, dict) and isinstance(new, dict) and ("object" in old) == ("object" in new):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
     elif old != new:
@@ -313,13 +313,11 @@ def rebuild(folder: str | Path, trust=()) -> tuple:
     record = read(folder)
     make, cfg = model_of(record, folder, trust)
     tokenizer = folder / "tokenizer.json"
-    try:
+    with one_line(f"{folder}/run.json does not describe a run of this version"):
         info = build(Info, record["data"])
         if tokenizer.is_file():
             info = dataclasses.replace(info, tokenizer=tokenizer.read_bytes().decode())
         return make, cfg, build(Run, record["run"]), info, record
-    except (TypeError, ValueError) as e:
-        raise Refused(f"{folder}/run.json does not describe a run of this version: {e}") from e
 
 
 def lock(folder: Path) -> filelock.BaseFileLock:
