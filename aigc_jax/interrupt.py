@@ -18,7 +18,8 @@ _once = threading.Lock()
 def leave(number: int = signal.SIGINT, frame=None) -> None:
     """Ends the process with one line; a handler of SIGINT."""
     if _once.acquire(blocking=False):
-        os.write(2, b"interrupted\n")
+        shown = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor
+        os.write(2, shown + b"interrupted\n")
         os._exit(130)
 
 
@@ -38,7 +39,8 @@ def on_command_line() -> None:
     """Takes over Ctrl-C where this process is `python -m aigc_jax` or `python -m experiments.NAME`, and only there."""
     words = sys.orig_argv
     module = next((after for word, after in zip(words, words[1:], strict=False) if word == "-m"), "")
-    ours = module.split(".")[0] in ("aigc_jax", "experiments")
+    # While `python -m` imports the packages above its module, argv[0] is "-m".
+    ours = sys.argv[:1] == ["-m"] and module.split(".")[0] in ("aigc_jax", "experiments")
     if not ours or os.name != "posix" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
     reading, writing = os.pipe()
