@@ -214,6 +214,8 @@ def _source(run_folder: Path, which: str, folder: str | None, split: str | None 
             f"{run_folder} was made with arrays, which no name brings back: give them to train.replay or train.evaluate"
         )
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
+    if options.get("tokenizer", "char") != "char":  # the run keeps it, wherever its file went since
+        options["tokenizer"] = str(run_folder / "tokenizer.json")
     found = data.load(source["name"], split or source["split"], folder=folder, **options)
     if split in (None, source["split"]) and found.info.fingerprint != record["fingerprint"]:
         raise train.Refused(
