@@ -404,6 +404,8 @@ def _source(run_folder: Path, which: str, folder: str | None, split: str | None 
     if not isinstance(source, dict) or not all(isinstance(source.get(name), str) for name in ("name", "split")):
         raise train.Refused(f"{run_folder}/run.json is damaged: a data source has a name and a split, not {source!r}")
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
+    if options.get("tokenizer", "char") != "char":  # the run keeps it, wherever its file went since
+        options["tokenizer"] = str(run_folder / "tokenizer.json")
     try:
         found = data.load(source["name"], source["split"] if split is None else split, folder=folder, **options)
     except (AttributeError, KeyError, TypeError, ArithmeticError, MemoryError) as e:
