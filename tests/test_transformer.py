@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from scipy import special, stats
 from aigc_jax import transformer
 from aigc_jax.core import Optim
 from aigc_jax.transformer import Config, Sampling
+
+from .golden import small_gpt2 as small
 
 SMALL = Config(vocab=11, context=24, layers=2, heads=2, width=8)
 LLAMA = dataclasses.replace(
@@ -245,7 +249,9 @@ def test_sequences_beyond_the_context_are_refused():
         transformer.apply(SMALL, params, tokens(1, 25))
     for T, new, words in (
         (0, 5, "the prompt is empty"),
-        (20, 5, "a prompt of 20 tokens and 5 new ones exceed the context of 24: .* at most 4"),
+        (20, 6, "a prompt of 20 tokens and 6 new ones exceed the context of 24: .* at most 5"),
+        (24, 2, "a prompt of 24 tokens and 2 new ones exceed the context of 24: .* at most 1"),
+        (25, 1, "a prompt of 25 tokens and 1 new ones exceed the context of 24: cut the prompt$"),
         (5, 0, "max_new_tokens must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -401,9 +407,10 @@ def test_beam_search_with_all_beams_is_enumeration():
     exact = probabilities(cfg, params, [1, 3], 2, 1.0)
     best = sorted(exact, key=exact.get, reverse=True)[:4]
     search = jax.jit(partial(transformer.beam_search, cfg, beams=4, max_new_tokens=2))
-    got, log_p = search(params, jnp.array([[0, 2], [1, 3]]))
-    assert [tuple(t) for t in got[1].tolist()] == best
-    np.testing.assert_allclose(log_p[1], [math.log(exact[t]) for t in best], atol=1e-5)
+    for penalty in (0.0, 1.0, -2.0):
+        got, scores = search(params, jnp.array([[0, 2], [1, 3]]), length_penalty=penalty)
+        assert [tuple(t) for t in got[1].tolist()] == best
+        np.testing.assert_allclose(scores[1], [math.log(exact[t]) / 2**penalty for t in best], rtol=1e-5)
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=5))
     greedy = generate(params, jnp.array([[1, 3]]), key(0), sampling=Sampling(0.0))
     [[one]], _ = jax.jit(partial(transformer.beam_search, cfg, beams=1, max_new_tokens=5))(params, jnp.array([[1, 3]]))
@@ -419,12 +426,326 @@ def test_beams_that_ended_keep_their_probability():
         at = tail.index(2) if 2 in tail else 2
         cut = tail[: at + 1] + (tail[at],) * (2 - at)
         exact[cut] = exact.get(cut, 0.0) + p
-    search = jax.jit(partial(transformer.beam_search, cfg, beams=3, max_new_tokens=3, stop=(2,)))
+    search = jax.jit(partial(transformer.beam_search, cfg, beams=3, max_new_tokens=3, stop=(2,), length_penalty=0.0))
     got, log_p = search(params, jnp.array([[1]]))
     for tail, value in zip(got[0].tolist(), log_p[0].tolist(), strict=True):
         np.testing.assert_allclose(value, math.log(exact[tuple(tail)]), atol=1e-5)
     assert log_p[0].tolist() == sorted(log_p[0].tolist(), reverse=True)
     assert any(2 in tail[:2] for tail in got[0].tolist())
+
+
+# ----------------------------------------------------------------------------------------- transformers, token by token
+
+
+RECORDED = json.loads((Path(__file__).parent / "golden" / "generation.json").read_text())  # by make_generation.py
+
+
+def from_seed(folder, seed, vocab):
+    """(Config, params) of a model whose weights follow from a seed, through the files of Hugging Face's layout."""
+    from safetensors.numpy import save_file
+
+    save_file(small.tensors(seed, vocab), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(small.config(vocab, None)))
+    return transformer.load_gpt2(folder)
+
+
+def filled(rows):
+    """Prompts side by side, filled up on the right with what must not matter."""
+    longest = max(map(len, rows))
+    return jnp.array([row + [7] * (longest - len(row)) for row in rows]), jnp.array([len(row) for row in rows])
+
+
+def cut(row, eos):
+    return row[: row.index(eos) + 1] if eos in row else row
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="size")
+def greedy(cfg, params, prompt, lengths, stop, repetition, *, size):
+    sampling = Sampling(0.0, repetition=repetition, stop=stop)
+    return transformer.generate(cfg, params, prompt, key(0), max_length=50, lengths=lengths, sampling=sampling,
+                                no_repeat_ngram_size=size)  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("beams", "early", "size"))
+def search(cfg, params, prompt, lengths, stop, penalty, *, beams, early, size):
+    return transformer.beam_search(
+        cfg, params, prompt, beams=beams, max_length=50, lengths=lengths, stop=stop, length_penalty=penalty,
+        early_stopping=early, no_repeat_ngram_size=size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(len(small.SEEDS)))
+def test_greedy_tokens_are_those_of_transformers(tmp_path, seed):
+    recorded = RECORDED["deterministic"][seed]
+    cfg, params = from_seed(tmp_path, recorded["seed"], small.VOCAB)
+    prompt, lengths = filled(small.prompts(recorded["seed"], small.VOCAB, small.LENGTHS))
+    for case in recorded["cases"]:
+        for how, expected in zip(small.GREEDY, case["greedy"], strict=True):
+            got = greedy(cfg, params, prompt, lengths, (case["eos"],), how["repetition_penalty"],
+                         size=how["no_repeat_ngram_size"])  # fmt: skip
+            assert [cut(row, case["eos"]) for row in got.tolist()] == expected, how
+
+
+@pytest.mark.parametrize("seed", range(len(small.SEEDS)))
+def test_beams_and_scores_are_those_of_transformers(tmp_path, seed):
+    """Several texts of each prompt, all of them compared: num_return_sequences takes the first of them."""
+    recorded = RECORDED["deterministic"][seed]
+    cfg, params = from_seed(tmp_path, recorded["seed"], small.VOCAB)
+    prompt, lengths = filled(small.prompts(recorded["seed"], small.VOCAB, small.LENGTHS))
+    for case in recorded["cases"]:
+        for how, (expected, scores) in zip(small.BEAMS, case["beams"], strict=True):
+            got, value = search(
+                cfg, params, prompt, lengths, (case["eos"],), how["length_penalty"], beams=how["num_beams"],
+                early=how["early_stopping"], size=how["no_repeat_ngram_size"],
+            )  # fmt: skip
+            assert [cut(row, case["eos"]) for row in got.reshape(-1, got.shape[-1]).tolist()] == expected, how
+            np.testing.assert_allclose(value.reshape(-1), scores, rtol=1e-4, err_msg=str(how))
+
+
+@pytest.mark.parametrize("case", range(len(small.SAMPLES)))
+def test_the_law_of_a_drawn_token_is_that_of_transformers(tmp_path, case):
+    """Along texts that it drew: which tokens can be drawn, and how likely each is."""
+    how, recorded = small.SAMPLES[case], RECORDED["drawn"][case]
+    cfg, params = from_seed(tmp_path, 7, small.SAMPLES_VOCAB)
+    [prompt] = small.prompts(7, small.SAMPLES_VOCAB, [5])
+    sampling = Sampling(how["temperature"], how["top_k"], how["top_p"], how.get("min_p", 0.0))
+
+    @jax.jit
+    def law(params, texts, at):
+        logits = jnp.take(transformer.apply(cfg, params, texts), at - 1, axis=1)
+        written = jnp.where(jnp.arange(texts.shape[1])[None] < at, texts, -1)
+        logits = transformer.penalise(
+            logits, transformer.sampling.occurred(written, cfg.vocab), how.get("repetition_penalty", 1.0)
+        )
+        padded = jnp.pad(written, ((0, 0), (1, 0)), constant_values=-1)
+        logits = transformer.ban_repeats(logits, padded, at + 1, how.get("no_repeat_ngram_size", 0))
+        return jax.nn.softmax(transformer.filter_logits(logits, sampling))
+
+    texts = jnp.array([prompt + text for text in recorded["texts"]])
+    for step, rows in enumerate(recorded["steps"]):
+        for got, expected in zip(law(params, texts, len(prompt) + step), rows, strict=True):
+            assert np.flatnonzero(got).tolist() == sorted(map(int, expected))
+            np.testing.assert_allclose(
+                got[np.flatnonzero(got)], [expected[k] for k in sorted(expected, key=int)], atol=1e-5
+            )
+
+
+@pytest.mark.soak
+def test_transformers_itself_agrees_on_new_models(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from .golden import make_generation
+
+    for seed in (100, 101):
+        vocab = 50 + seed
+        cfg, params = from_seed(tmp_path, seed, vocab)
+        net, rows = make_generation.model(seed, vocab), small.prompts(seed, vocab, [2, 5, 4])
+        prompt, lengths = filled(rows)
+        for beams, early in ((1, False), (2, True), (4, False), (3, "never")):
+            how = {"max_length": 50, "do_sample": False, "no_repeat_ngram_size": 2}
+            if beams > 1:
+                how |= {"num_beams": beams, "num_return_sequences": beams, "early_stopping": early}
+            expected, scores, _ = make_generation.ask(net, rows, 3, **how)
+            if beams == 1:
+                got = greedy(cfg, params, prompt, lengths, (3,), 1.0, size=2)
+            else:
+                got, value = search(cfg, params, prompt, lengths, (3,), 1.0, beams=beams, early=early, size=2)
+                np.testing.assert_allclose(value.reshape(-1), scores, rtol=1e-4)
+            assert [cut(row, 3) for row in got.reshape(-1, got.shape[-1]).tolist()] == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 9, 40])
+def test_an_ngram_is_banned_where_it_would_occur_again(size):
+    rng = np.random.default_rng(size)
+    for length in (1, 2, 5, 12):
+        rows = [rng.integers(0, 4, rng.integers(1, length + 1)).tolist() for _ in range(6)]
+        pad, new = max(0, size - 1), 3
+        text = np.full((6, pad + length + new), -1, np.int32)
+        for row, tokens in zip(text, rows, strict=True):
+            row[pad + length - len(tokens) : pad + length] = tokens
+        got = transformer.ban_repeats(jnp.zeros((6, 5)), jnp.asarray(text), pad + length, size)
+        for logits, tokens in zip(got, rows, strict=True):
+            seen = {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)}
+            ends = tuple(tokens[len(tokens) - size + 1 :])
+            banned = [size > 0 and len(ends) == size - 1 and (*ends, token) in seen for token in range(5)]
+            np.testing.assert_array_equal(np.isinf(logits), banned)
+
+
+def check_law(counts, exact, n):
+    """Chi-square of counts {outcome: how often} against {outcome: probability}; nothing of probability 0 occurs."""
+    assert abs(sum(exact.values()) - 1) < 1e-6 and set(counts) <= {x for x in exact if exact[x] > 0}
+    common = [x for x in exact if exact[x] * n >= 5]
+    seen, due = [counts.get(x, 0) for x in common], [exact[x] * n for x in common]
+    assert len(common) > 3
+    assert stats.chisquare([*seen, n - sum(seen) + 1e-9], [*due, n - sum(due) + 1e-9]).pvalue > 1e-3
+
+
+def test_samples_without_repeats_have_their_law():
+    cfg = dataclasses.replace(SMALL, vocab=4)
+    params, n, exact = parameters(cfg), 4000, {}
+    for tail in itertools.product(range(4), repeat=3):
+        p, text = 1.0, [1, 3]
+        for token in tail:
+            logits = plain(cfg, params, np.array(text))[-1] / 0.9
+            banned = [b for a, b in zip(text, text[1:], strict=False) if a == text[-1]]
+            logits[banned] = -np.inf
+            p *= special.softmax(logits)[token]
+            text.append(token)
+        exact[tail] = p
+    generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=3, n=n, no_repeat_ngram_size=2))
+    got = generate(params, [[1, 3, 0]], key(4), sampling=Sampling(0.9), lengths=[2]).tolist()
+    check_law({tail: got.count(list(tail)) for tail in set(map(tuple, got))}, exact, n)
+
+
+def test_drawn_beams_have_their_law():
+    """Four of six tokens drawn one after another without replacement, the two likeliest of them kept."""
+    cfg = dataclasses.replace(SMALL, vocab=6)
+    params, n, exact = parameters(cfg), 4000, {}
+    log_p = special.log_softmax(plain(cfg, params, np.array([1, 3]))[-1]) / 0.7
+    p = special.softmax(log_p)
+    for four in itertools.permutations(range(6), 4):
+        chance = np.prod([p[t] / (1 - sum(p[list(four[:i])])) for i, t in enumerate(four)])
+        best = tuple(sorted(four, key=lambda t: -log_p[t])[:2])
+        exact[best] = exact.get(best, 0.0) + chance
+    how = {"beams": 2, "max_new_tokens": 1, "sampling": Sampling(0.7), "length_penalty": 0.0}
+    draw = jax.jit(jax.vmap(lambda k: transformer.beam_search(cfg, params, jnp.array([[1, 3]]), k, **how)))
+    tokens, scores = draw(jax.random.split(key(5), n))
+    got = list(map(tuple, tokens[:, 0, :, 0].tolist()))
+    check_law({pair: got.count(pair) for pair in set(got)}, exact, n)
+    np.testing.assert_allclose(scores[:, 0], log_p[np.array(got)], atol=1e-5)  # of filtered log p, as there
+    # Filters leave as many tokens as must be drawn.
+    greedily = transformer.filter_logits(
+        jnp.asarray(log_p, jnp.float32)[None], Sampling(top_k=1, top_p=0.1, min_p=1.0), least=3
+    )
+    assert np.flatnonzero(np.isfinite(greedily[0])).tolist() == sorted(np.argsort(-log_p)[:3].tolist())
+
+
+def test_prompts_are_taken_in_every_context():
+    """Eager, jit, scan, lax.map and vmap, with prompts of JAX, of numpy and lists, closed over or passed in."""
+    params = parameters(SMALL)
+    rows, lengths = [[1, 2, 3], [4, 5, 0]], [3, 2]
+    how = {"max_new_tokens": 2}
+    expected = transformer.generate(SMALL, params, jnp.array(rows), key(0), lengths=jnp.array(lengths), **how)
+    beams = transformer.beam_search(SMALL, params, jnp.array(rows), beams=2, lengths=jnp.array(lengths), **how)[0]
+    for kind in (jnp.array, np.array, list, partial(np.array, dtype=np.uint8), partial(jnp.array, dtype=jnp.int16)):
+        prompt, long = kind(rows), kind(lengths)
+
+        def ask(k, prompt=prompt, long=long):
+            return transformer.generate(SMALL, params, prompt, k, lengths=long, **how)
+
+        np.testing.assert_array_equal(jax.jit(ask)(key(0)), expected)
+    concrete = jnp.array(rows)
+    for got in (
+        jax.lax.scan(lambda c, k: (c, ask(k, concrete, np.array(lengths))), 0, key(0)[None])[1],
+        jax.lax.map(lambda k: ask(k, concrete, jnp.array(lengths)), key(0)[None]),
+        jax.vmap(lambda p: ask(key(0), p, jnp.array(lengths)))(concrete[None]),
+    ):
+        np.testing.assert_array_equal(got[0], expected)
+    search = jax.jit(lambda: transformer.beam_search(SMALL, params, concrete, beams=2, lengths=lengths, **how))
+    np.testing.assert_array_equal(search()[0], beams)
+    with pytest.raises(ValueError, match="tokens of a prompt lie in 0..10, got 1..11"):
+        jax.jit(lambda: ask(key(0), jnp.array([[1, 11]]), None))()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "say either max_new_tokens or max_length"),
+        ({"max_new_tokens": 2, "max_length": 9}, "say either max_new_tokens or max_length"),
+        ({"max_length": 3}, "max_length 3 leaves no new token after a prompt of 3"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, got 2.0"),
+        ({"max_length": 30}, "a prompt of 3 tokens and 27 new ones exceed the context of 24"),
+        ({"max_new_tokens": 2, "no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0, got -1"),
+        ({"max_new_tokens": 2, "lengths": [3]}, "lengths are one number for each of 2 prompts"),
+        ({"max_new_tokens": 2, "lengths": [3.0, 2.0]}, "lengths of a prompt are whole numbers, got float64"),
+        ({"max_new_tokens": 2, "prompt": [[1.0]]}, "tokens of a prompt are whole numbers, got float64"),
+        ({"max_new_tokens": 2, "prompt": [[True]]}, "tokens of a prompt are whole numbers, got bool"),
+        ({"max_new_tokens": 2, "prompt": [[1], [1, 2]]}, "a prompt is tokens .B, T."),
+        ({"max_new_tokens": 2, "prompt": [1, 2]}, "a prompt is tokens .B, T."),
+        ({"max_new_tokens": 2, "n": 0}, "n must be at least 1, got 0"),
+        ({"max_new_tokens": 2, "beams": 0}, "beams must be at least 1, got 0"),
+        (
+            {"max_new_tokens": 2, "early_stopping": "always"},
+            "early_stopping must be True, False or .never., got 'always'",
+        ),
+        ({"max_new_tokens": 2, "length_penalty": math.inf}, "length_penalty must be finite, got inf"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_in_one_line(options, words):
+    prompt = options.pop("prompt", [[1, 2, 3], [1, 2, 3]])
+    own = {"n": transformer.generate, "beams": transformer.beam_search, "early_stopping": transformer.beam_search,
+           "length_penalty": transformer.beam_search}  # fmt: skip
+    for ask in {own[name] for name in options if name in own} or {transformer.generate, transformer.beam_search}:
+        rest = {"beams": 2, **options} if ask is transformer.beam_search else options
+        with pytest.raises(ValueError, match=words) as refused:
+            ask.__wrapped__(SMALL, {}, prompt, key(0), **rest)
+        assert "\n" not in str(refused.value)
+
+
+def test_the_last_token_of_a_full_context_needs_no_position():
+    params, x = parameters(SMALL), tokens(1, 24)
+    [[one]] = transformer.generate(SMALL, params, x, key(0), max_new_tokens=1, sampling=Sampling(0.0))
+    assert one == np.argmax(plain(SMALL, params, np.asarray(x[0]))[-1])
+    [two] = transformer.generate(SMALL, params, x[:, :23], key(0), max_length=25, sampling=Sampling(0.0))
+    assert two.tolist() == greedy_without_cache(SMALL, params, np.asarray(x[0, :23]), 1) + [
+        int(np.argmax(plain(SMALL, params, np.array([*x[0, :23].tolist(), int(two[0])]))[-1]))
+    ]
+    best, score = transformer.beam_search(SMALL, params, x, beams=1, max_new_tokens=1)
+    assert best[0, 0, 0] == one
+    np.testing.assert_allclose(
+        score[0, 0], special.log_softmax(plain(SMALL, params, np.asarray(x[0]))[-1])[one], atol=1e-4
+    )
+
+
+def test_stop_tokens_are_the_configs_where_none_are_named():
+    cfg = dataclasses.replace(SMALL, vocab=4, eos=(2, 99))  # what the vocabulary has not never occurs
+    params, x = parameters(cfg), tokens(2, 3, vocab=4)
+    generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=9, n=4))
+    named = generate(params, x, key(0), sampling=Sampling(stop=(2,)))
+    np.testing.assert_array_equal(generate(params, x, key(0)), named)
+    free = generate(params, x, key(0), sampling=Sampling(stop=()))
+    assert (free != named).any()
+    np.testing.assert_array_equal(generate(params, x, key(0), sampling=Sampling(stop=3)),
+                                  generate(params, x, key(0), sampling=Sampling(stop=np.array([3, 3]))))  # fmt: skip
+    search = jax.jit(partial(transformer.beam_search, cfg, beams=2, max_new_tokens=6))
+    np.testing.assert_array_equal(search(params, x)[0], search(params, x, stop=(2, 99))[0])
+    with pytest.raises(ValueError, match="model.eos and model.bos must not be negative, got -1"):
+        dataclasses.replace(SMALL, eos=(3, -1))
+
+
+def test_searches_at_the_edge():
+    """One token in all, weights that are NaN, fewer texts than beams, all tokens forbidden."""
+    one = dataclasses.replace(SMALL, vocab=1)
+    for stop in ((), (0,)):
+        got, score = transformer.beam_search(one, parameters(one), [[0]], beams=1, max_new_tokens=3, stop=stop)
+        assert got.tolist() == [[[0, 0, 0]]] and score.tolist() == [[0.0]]
+    assert (
+        transformer.generate(one, parameters(one), [[0]], key(0), max_new_tokens=3, no_repeat_ngram_size=1) == 0
+    ).all()
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), parameters(SMALL))
+    got, score = transformer.beam_search(SMALL, broken, [[1, 2]], beams=2, max_new_tokens=3)
+    assert (got == -1).all() and jnp.isnan(score).all()
+    two = dataclasses.replace(SMALL, vocab=2)  # of two tokens one may follow, and nothing after it
+    got, score = transformer.beam_search(two, parameters(two), [[1]], beams=2, max_new_tokens=1, no_repeat_ngram_size=1)
+    assert got.tolist() == [[[0], [-1]]] and np.isfinite(score[0, 0]) and score[0, 1] == -jnp.inf
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_with_64_bits_is_that_with_32(dtype):
+    cfg = dataclasses.replace(SMALL, dtype=dtype)
+    params, x = parameters(cfg), np.asarray(tokens(2, 3))
+    how = {"max_new_tokens": 3, "no_repeat_ngram_size": 2}
+
+    def ask(x):
+        drawn = transformer.generate(cfg, params, x, key(0), sampling=Sampling(0.0), lengths=[3, 2], **how)
+        return drawn, *transformer.beam_search(cfg, params, x, beams=2, stop=(5,), lengths=[3, 2], **how)
+
+    narrow = jax.jit(ask)(x)
+    with jax.enable_x64(True):
+        wide = jax.jit(ask)(x.astype(np.int64))
+        assert (transformer.generate(cfg, params, x, key(0), sampling=Sampling(0.7, 5, 0.9), **how) >= 0).all()
+    for a, b in zip(narrow, wide, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5 if dtype == "float32" else 0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -515,6 +836,39 @@ def test_a_draw_survives_the_largest_uniform_number(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("sampling", "left"),
+    [
+        (Sampling(1e-6), [2]),
+        (Sampling(1e-37), [2]),
+        (Sampling(1e-45), [2]),  # zero to the processor
+        (Sampling(1e-300), [2]),
+        (Sampling(1e300), [0, 1, 2, 4]),
+        (Sampling(top_p=1e-50), [2]),
+        (Sampling(top_p=1e-300, top_k=3), [2]),
+        (Sampling(min_p=1.0), [2]),
+        (Sampling(min_p=1e-300), [0, 1, 2, 4]),
+        (Sampling(top_k=2**40), [0, 1, 2, 4]),
+        (Sampling(np.float32(1e-6), np.int64(3), np.float32(0.9)), [2]),
+    ],
+)
+def test_extreme_numbers_keep_a_distribution(sampling, left):
+    for shift in (0.0, -900.0, 900.0):
+        logits = jnp.array([[1.0, 0.0, 3.0, -jnp.inf, -2.0]]) + shift
+        got = jax.jit(transformer.filter_logits)(logits, sampling)
+        p = jax.nn.softmax(got)[0]
+        assert np.flatnonzero(p).tolist() == left and not jnp.isnan(p).any()
+        drawn = jax.jit(transformer.draw)(jnp.repeat(logits, 50, 0), key(0), sampling)
+        assert set(drawn.tolist()) <= set(left)
+    only = jnp.array([[-jnp.inf, -jnp.inf, 5.0]])
+    assert transformer.draw(only, key(0), sampling).tolist() == [2]
+    assert transformer.draw(only.astype(jnp.float16), key(0), sampling).tolist() == [2]
+    huge = transformer.penalise(
+        jnp.array([[0.0, 2.0, -2.0]]), jnp.ones((1, 3), bool), Sampling(repetition=1e300).repetition
+    )
+    assert not jnp.isnan(huge).any()
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"temperature": -1.0}, "sampling.temperature must be at least 0, got -1.0"),
@@ -550,6 +904,23 @@ def test_masked_positions_do_not_count():
     np.testing.assert_allclose(each[0, 3], -special.log_softmax(logits[3])[x[0, 4]], rtol=1e-4)
 
 
+def test_a_family_samples_n_rows_whatever_the_prompt():
+    family = transformer.make(SMALL)
+    state = jax.jit(family.init)(key(0))
+    one, three = np.array([1, 2, 3]), tokens(3, 3)
+    for prompt in (one, one[None], one.tolist(), jnp.asarray(one), three):
+        sample = jax.jit(partial(family.sample, n=3, prompt=prompt, max_new_tokens=4))
+        assert sample(state, key(1)).shape == (3, 4)
+    each = sample(state, key(1), sampling=Sampling(0.0))
+    generate = jax.jit(partial(transformer.generate, SMALL, max_new_tokens=4))
+    np.testing.assert_array_equal(each, generate(state.params, three, key(1), sampling=Sampling(0.0)))
+    assert family.sample(state, key(1), n=2).shape == (2, 23)
+    assert family.sample(state, key(1), n=2, prompt=np.zeros(24, int)).shape == (2, 1)  # a full context
+    assert family.sample(state, key(1), n=2, prompt=[1], max_length=5, no_repeat_ngram_size=1).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"a prompt is tokens .T., .1, T. or .n, T. with n = 2, got .3, 3."):
+        family.sample(state, key(1), n=2, prompt=three)
+
+
 def test_a_small_model_learns_a_repeating_text():
     """Every third token is the one three before: the loss falls to nothing but for the first three."""
     cfg = dataclasses.replace(SMALL, optim=Optim(lr=1e-2))
@@ -577,8 +948,12 @@ def test_gpt2_gives_the_logits_of_transformers():
     logits = jax.jit(partial(transformer.apply, cfg))(params, jnp.asarray(golden["tokens"]))
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=golden["greedy"].shape[1]))
-    got = generate(params, jnp.asarray(golden["tokens"][:, :4]), key(0), sampling=Sampling(0.0))
+    prompt = jnp.asarray(golden["tokens"][:, :4])
+    got = generate(params, prompt, key(0), sampling=Sampling(0.0, stop=()))
     np.testing.assert_array_equal(got, golden["greedy"])
+    assert cfg.eos == (60,) and 60 in golden["greedy"][1]  # by default it ends a text
+    stopped = generate(params, prompt, key(0), sampling=Sampling(0.0))
+    np.testing.assert_array_equal(stopped, np.where(np.arange(3)[:, None] == 1, 60, golden["greedy"]))
 
 
 def test_gpt2_is_written_as_it_was_read(tmp_path):
@@ -654,3 +1029,231 @@ def test_a_folder_that_is_no_gpt2_is_refused_in_one_line(folder, spoil, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
         transformer.load_gpt2(folder)
     assert "\n" not in str(refused.value)
+
+
+def rewrite(folder, change, **metadata):
+    """The tensors of a folder after `change(tensors)`."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors) or tensors, folder / "model.safetensors")
+
+
+def renamed(name):
+    return lambda tensors: {name(n): x for n, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        renamed(lambda n: f"_orig_mod.{n}"),
+        renamed(lambda n: f"module._orig_mod.{n}"),
+        renamed(lambda n: n.replace(".h.", ".h._orig_mod.").replace("transformer.", "gpt.", 1)),
+        renamed(lambda n: n.removeprefix("transformer.")),
+        renamed(lambda n: n.replace("transformer.wte.weight", "lm_head.weight")),
+        renamed(lambda n: f"module.{n}".replace("transformer.wte.weight", "lm_head.weight")),
+        lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"], "transformer.h.0.attn.bias": np.ones(3, bool)},
+        lambda t: {n: x.astype(np.float64) for n, x in t.items()},
+    ],
+)
+def test_weights_are_read_under_the_names_that_pytorch_gives(folder, change):
+    rewrite(folder, lambda t: change({n: x for n, x in t.items() if n != "lm_head.weight"}))
+    cfg, params = transformer.load_gpt2(folder)
+    jax.tree.map(np.testing.assert_array_equal, params, transformer.load_gpt2(GOLDEN)[1])
+    shapes = jax.eval_shape(partial(transformer.init, cfg), key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(shapes)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_weights_are_read(folder, dtype):
+    rewrite(folder, lambda t: {n: x.astype(jnp.dtype(dtype)) for n, x in t.items()})
+    _, params = transformer.load_gpt2(folder)
+    whole = transformer.load_gpt2(GOLDEN)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype).astype(jnp.float32)), params, whole)
+
+
+def as_dtype(folder, dtype, size):
+    """A file of zeros, of `size` bytes each, whose header says another type."""
+    raw = (folder / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    header.pop("__metadata__", None)
+    end = 0
+    for tensor in header.values():
+        begin, end = end, end + math.prod(tensor["shape"]) * size
+        tensor |= {"dtype": dtype, "data_offsets": [begin, end]}
+    said = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(said).to_bytes(8, "little") + said + bytes(end))
+
+
+def index(folder, piece):
+    (folder / "model.safetensors").rename(folder / "piece.safetensors")
+    places = piece if isinstance(piece, dict) else {"weight_map": {"transformer.wte.weight": piece}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(places))
+
+
+def generation(folder, said):
+    (folder / "generation_config.json").write_text(said)
+
+
+def without(folder, name):
+    said = json.loads((folder / "config.json").read_text())
+    del said[name]
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def nan(tensors):
+    tensors["transformer.h.1.ln_1.bias"][0] = np.nan
+
+
+def large(tensors):
+    return {n: np.full(x.shape, 1e300) if n.endswith("ln_f.bias") else x for n, x in tensors.items()}
+
+
+def other_head(tensors):
+    return {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: change(f, n_embd=8.0), "config.json says n_embd = 8.0; it must be a whole number from 1 to"),
+        (lambda f: change(f, n_layer="2"), "says n_layer = '2'; it must be a whole number"),
+        (lambda f: change(f, n_layer=-2), "says n_layer = -2; it must be a whole number"),
+        (lambda f: change(f, n_head=True), "says n_head = True; it must be a whole number"),
+        (lambda f: change(f, n_inner=[4]), r"says n_inner = \[4\]; it must be a whole number"),
+        (lambda f: change(f, vocab_size=10**13), "says vocab_size = 10000000000000; it must be a whole number"),
+        (lambda f: change(f, vocab_size=1e13), "says vocab_size = 10000000000000.0; it must be a whole number"),
+        (lambda f: change(f, vocab_size=2**31 - 1), "config.json asks for .2147483647, 8"),
+        (lambda f: change(f, n_layer=10**9), "has no tensor h.2.ln_1.weight"),
+        (lambda f: change(f, n_inner=10**9), r"h.0.mlp.c_fc.weight is \(8, 32\), config.json asks for \(8, 1000000000"),
+        (lambda f: change(f, layer_norm_epsilon=[1e-5]), "says layer_norm_epsilon = .1e-05.; only 1e-05"),
+        (lambda f: change(f, model_type=["x\ny" * 999]), "describes a .*; only gpt2"),
+        (lambda f: change(f, eos_token_id="<|endoftext|>"), "eos_token_id = '<.endoftext.>'; it must be a whole"),
+        (lambda f: generation(f, '{"eos_token_id": -1}'), "generation_config.json says eos_token_id = -1"),
+        (lambda f: generation(f, "{"), "generation_config.json is damaged"),
+        (lambda f: without(f, "n_positions"), "config.json does not describe a GPT-2: it has no n_positions"),
+        (lambda f: without(f, "model_type"), "describes a None; only gpt2"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is damaged .RecursionError"),
+        (lambda f: (f / "config.json").write_text('{"a":' * 10**5), "config.json is damaged .RecursionError"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged .*holds no named values but a"),
+        (lambda f: (f / "config.json").write_bytes(b'{"model_type": "gpt2\xff"}'), "config.json is damaged .Unicode"),
+        (lambda f: (f / "config.json").write_bytes(bytes(100)), "config.json is damaged"),
+        (lambda f: as_dtype(f, "F8_E4M3", 1), ": transformer.*is F8_E4M3, where F32, F16, BF16, F64 are read"),
+        (lambda f: as_dtype(f, "F8_E5M2", 1), "is F8_E5M2, where F32"),
+        (lambda f: as_dtype(f, "I8", 1), "is I8, where F32"),
+        (lambda f: as_dtype(f, "BOOL", 1), "is BOOL, where F32"),
+        (lambda f: as_dtype(f, "Q4_K", 1), "model.safetensors cannot be read"),
+        (lambda f: rewrite(f, nan), "transformer.h.1.ln_1.bias holds NaN or infinity"),
+        (lambda f: rewrite(f, large), "transformer.ln_f.bias holds NaN or infinity"),
+        (lambda f: rewrite(f, other_head), "lm_head.weight is not wte.weight; only tied weights"),
+        (lambda f: rewrite(f, lambda t: {**t, **renamed(lambda n: f"module.{n}")(t)}), "two tensors for"),
+        (lambda f: rewrite(f, lambda t: {**t, **renamed(lambda n: f"b.{n}")(t)}), "which a GPT-2 of 2|two tensors"),
+        (lambda f: index(f, "../piece.safetensors"), "index.json names '../piece.safetensors': pieces lie in"),
+        (lambda f: index(f, "/etc/passwd"), "index.json names '/etc/passwd': pieces lie in the folder itself"),
+        (lambda f: index(f, "gone.safetensors"), "has no 'gone.safetensors', which model.safetensors.index.json names"),
+        (lambda f: index(f, 3), "index.json is damaged: its weight_map must name a file for each tensor"),
+        (lambda f: index(f, {"weight_map": [1]}), "index.json is damaged: its weight_map must name a file"),
+        (lambda f: index(f, {}), "index.json is damaged: its weight_map must name a file"),
+    ],
+)  # fmt: skip
+def test_malformed_weights_are_refused_in_one_line(folder, spoil, words):
+    spoil(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
+        transformer.load_gpt2(folder)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_every_bit_of_a_header_may_be_wrong(folder):
+    """Whatever a byte of the files' first part becomes: the model, or one line."""
+    for name in ("config.json", "model.safetensors"):
+        whole = (folder / name).read_bytes()
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            spoilt = bytearray(whole)
+            spoilt[rng.integers(min(len(whole), 3000))] = rng.integers(256)
+            (folder / name).write_bytes(spoilt)
+            try:
+                transformer.load_gpt2(folder)
+            except (ValueError, FileNotFoundError) as e:
+                assert "\n" not in str(e)
+        (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "eos", "bos"),
+    [
+        ({"eos_token_id": 5, "bos_token_id": 4}, None, (5,), 4),
+        ({"eos_token_id": [5, 6], "bos_token_id": None}, None, (5, 6), None),
+        ({"eos_token_id": None, "bos_token_id": None}, None, None, None),
+        ({"eos_token_id": 5}, {"eos_token_id": 7, "bos_token_id": 8}, (7,), 8),
+        ({"eos_token_id": 5}, {}, None, None),  # as transformers: the file decides alone
+        ({"eos_token_id": 50256}, None, (50256,), 60),
+    ],
+)
+def test_eos_and_bos_are_read_and_written(folder, config, generation_config, eos, bos):
+    change(folder, **config)
+    if generation_config is not None:
+        generation(folder, json.dumps(generation_config))
+    cfg, params = transformer.load_gpt2(folder)
+    assert (cfg.eos, cfg.bos) == (eos, bos)
+    transformer.save_gpt2(folder / "copy", cfg, params)
+    assert transformer.load_gpt2(folder / "copy")[0] == cfg
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((folder / "copy" / name).read_text())["eos_token_id"]
+        assert said == (eos[0] if eos and len(eos) == 1 else eos and list(eos))
+
+
+def test_a_model_of_gpt2s_vocabulary_ends_with_its_token(tmp_path):
+    cfg = Config(context=2, layers=1, heads=1, width=1)
+    params = jax.tree.map(
+        lambda s: np.zeros(s.shape, np.float32), jax.eval_shape(partial(transformer.init, cfg), key(0))
+    )
+    transformer.save_gpt2(tmp_path, cfg, params)
+    assert transformer.load_gpt2(tmp_path)[0].eos == (50256,)
+    transformer.save_gpt2(tmp_path, dataclasses.replace(cfg, eos=(3,), bos=2), params)
+    cfg, _ = transformer.load_gpt2(tmp_path)
+    assert (cfg.eos, cfg.bos) == ((3,), 2)
+
+
+def test_parameters_of_another_model_are_not_written(tmp_path):
+    for change, words in (
+        ({"layers": 3}, "params do not fit this Config: blocks_2.norm_attention.scale is missing, not .8,."),
+        ({"layers": 1}, "params do not fit this Config: it has no blocks_1"),
+        ({"vocab": 12}, r"params do not fit this Config: wte.embedding is \(11, 8\), not \(12, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            transformer.save_gpt2(tmp_path / "a", dataclasses.replace(SMALL, **change), parameters(SMALL))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("room", [0, 900, 30_000])
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, room):
+    """In a process whose files may not grow past `room` bytes: a new folder is not made, an old one stays whole."""
+    code = (
+        "import resource, signal, sys\n"
+        "from aigc_jax import transformer\n"
+        "cfg, params = transformer.load_gpt2(sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
+        "for folder in sys.argv[2:3] + [sys.argv[1]]:\n"
+        "    try:\n"
+        "        transformer.save_gpt2(folder, cfg, params)\n"
+        "        print('wrote')\n"
+        "    except OSError as e:\n"
+        "        print(e)\n"
+    )
+    old = tmp_path / "old"
+    transformer.save_gpt2(old, *transformer.load_gpt2(GOLDEN))
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    ran = subprocess.run([sys.executable, "-c", code, str(old), str(tmp_path / "new"), str(room)], capture_output=True,
+                         text=True, cwd=Path(__file__).parent.parent, timeout=300)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 2
+    if room < 30_000:
+        assert all("cannot be written" in line and "nothing was changed" in line for line in lines), lines
+        assert not (tmp_path / "new").exists()
+    else:
+        assert lines == ["wrote", "wrote"] and transformer.load_gpt2(tmp_path / "new")

@@ -66,7 +66,7 @@ def ban_repeats(logits: Float[Array, "B V"], text: Int[Array, "B S"], at: Any, s
     if not 0 < size <= text.shape[1]:
         return logits
     width = text.shape[1] - size + 1  # n-grams of the text, one starting in each column
-    end = jax.lax.dynamic_slice_in_dim(text, at - (size - 1), size - 1, 1)
+    end = jax.lax.dynamic_slice_in_dim(text, at - (size - 1), max(1, size - 1), 1)  # of a size of 1 it is not read
 
     def compare(j, same):
         began = jax.lax.dynamic_slice_in_dim(text, j, width, 1)
@@ -99,7 +99,9 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling, least: int = 
     """
     greedy = _greedy(sampling)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    temperature, largest = jnp.where(greedy, 1.0, sampling.temperature), logits.max(-1, keepdims=True)
+    # Above 1e30 its inverse is 0 to the processor, and 0 times -inf is NaN.
+    temperature = jnp.where(greedy, 1.0, jnp.minimum(sampling.temperature, 1e30))
+    largest = logits.max(-1, keepdims=True)
     overflows = jnp.isfinite(largest) & ~jnp.isfinite(largest / temperature)
     logits = jnp.where(overflows, logits - largest, logits) / temperature
     # As unsigned integers in the order of the logits, with one zero for two.
