@@ -6,10 +6,13 @@
 --family is vae (the default), gan or ddpm. The nets are chosen by the size of the pictures. Measured seconds of
 one core per update: VAE .13 at 32x32 in colour, GAN about .4, diffusion about .6 at 16x16. Seen were 1,500 updates of
 the VAE on 320 emoji, soft but of their shapes and colours; GAN and diffusion were seen for a few hundred updates only,
-as blots of the right colours. A folder of pictures of all sizes is resized and cut by --data.size; sub-folders are classes, which --model.classes N gives to the
-model; train/, validation/ and test/ are splits, without which a tenth of the pictures is watched while training and
-another is measured. The samples stand beside what training images score (oracle) and beside their nearest training
-images. These measures are of pixels: they need no classifier, and compare only with numbers of the same pictures.
+as blots of the right colours.
+
+A folder of pictures of all sizes is resized and cut by --data.size; sub-folders are classes, which --model.classes N
+gives to the model; train/, validation/ and test/ are splits, without which a tenth of the pictures is watched while
+training and another is measured. The samples stand beside what training images score (oracle) and beside their
+nearest training images. These measures are of pixels: they need no classifier, and compare only with numbers of the
+same pictures.
 """
 
 from __future__ import annotations
