@@ -33,6 +33,7 @@ from rich.table import Table
 
 from . import data, ddpm, figures, metrics, train, transformer
 from .data import music
+from .data.images import picture_splits
 from .data.text import Tokenizer
 from .train import folder as folders
 from .train.checkpoints import Checkpoints
@@ -540,8 +541,8 @@ def _pictures(folder: Path) -> data.Data:
         if not (folder / "samples").is_dir():
             raise train.Refused(f"{folder} is a run: draw its samples first, with python -m aigc_jax sample {folder}")
         folder = folder / "samples"
-    splits = [part for part in ("train", "validation", "test") if (folder / part).is_dir()]
-    return data.load(f"images:{folder}", "+".join(splits) or "train")
+    name = f"images:{folder}"
+    return data.load(name, "+".join(picture_splits(name)))
 
 
 def compare(

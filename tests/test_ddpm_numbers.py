@@ -103,6 +103,16 @@ def test_steps_lie_evenly_in_what_they_are_named_after():
         process.spaced(10, 3, "karras")
 
 
+@pytest.mark.parametrize("spacing", ["uniform", "karras"])
+def test_ancestral_sampling_and_inpainting_respace_themselves(spacing):
+    schedule, x_T = SCHEDULES["cosine"], standardised(8)
+    few, fn = ddpm.respace(schedule, 5, spacing), exact(schedule)
+    given = {"known": x_T, "mask": jnp.arange(8)[:, None] < 4}
+    for sample, options in ((ddpm.sample_ddpm, {}), (ddpm.inpaint, given)):
+        by_itself = sample(schedule, fn, x_T, key(1), steps=5, spacing=spacing, **options)
+        np.testing.assert_array_equal(by_itself, sample(few, fn, x_T, key(1), **options))
+
+
 def test_a_family_takes_its_samplers_spacing():
     cfg = ddpm.Config(shape=(2,), T=50, schedule="cosine", ema=0.0, net=ddpm.Net("mlp", (8,), dropout=0.0))
     family = ddpm.make(cfg)

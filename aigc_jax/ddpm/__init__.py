@@ -468,8 +468,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         k_start, k_way = jax.random.split(key)
         x_T = spread(jax.random.normal(k_start, (n, *cfg.shape), jnp.float32))
         if sampler == "ddpm":
-            few = respace(schedule, steps, spacing)
-            x_0 = sample_ddpm(few, fn, x_T, k_way, sigma2=cfg.variance, **how)
+            x_0 = sample_ddpm(schedule, fn, x_T, k_way, steps=steps, spacing=spacing, sigma2=cfg.variance, **how)
         elif sampler == "ddim":
             x_0 = sample_ddim(schedule, fn, x_T, k_way, steps=steps, eta=eta, spacing=spacing, **how)
         elif sampler in ("dpm_solver", "heun"):

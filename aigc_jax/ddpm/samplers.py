@@ -123,18 +123,22 @@ def sample_ddpm(
     x_T: Sample,
     key: Key[Array, ""],
     *,
+    steps: int | None = None,
+    spacing: str = "uniform",
     sigma2="beta",
     clip: float | None = None,
     start: int | None = None,
     path: bool = False,
     prediction: str = "eps",
 ):
-    """Ancestral sampling (DDPM, algorithm 2) through every level of the schedule; give a respaced one for fewer.
+    """Ancestral sampling (DDPM, algorithm 2) through `steps` levels of the schedule, by default through every one.
 
+    spacing: which levels, see `respace`.
     sigma2: see `variance`. clip: x_0_hat is held within +-clip, as the authors' code does with images (1.0).
     start: levels that x_T is above, for an x_t in the middle of the process; by default all.
     path: also all x_t and x_0_hat on the way, [S, B, ...], the noisiest first (progressive generation, DDPM eq. 15).
     """
+    schedule = schedule if steps is None else respace(schedule, steps, spacing)
 
     def body(i, x, number):
         mean, sigma, x_0_hat = _ancestral(
@@ -299,17 +303,21 @@ def inpaint(
     known: Shaped[Array | np.ndarray, "B ..."],
     mask: Array | np.ndarray,
     repeats: int = 1,
+    steps: int | None = None,
+    spacing: str = "uniform",
     sigma2="beta",
     clip: float | None = None,
     prediction: str = "eps",
 ) -> Sample:
     """Fills in where mask is 0, given `known` where it is 1 (RePaint, Lugmayr et al. 2022, algorithm 1).
 
+    steps, spacing: which levels are visited, by default every one; see `respace`.
     repeats: how often each step is taken, going back to its noise in between, so that what is filled in comes to agree
         with what is known; the paper takes 10 and jumps over 10 steps, ours over one.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    schedule = schedule if steps is None else respace(schedule, steps, spacing)
     known, mask = jnp.asarray(known, precise(x_T).dtype), jnp.asarray(mask) != 0
 
     def body(i, x, number):
