@@ -302,8 +302,8 @@ def theta_of(state):
 @pytest.mark.parametrize(
     "loss, unrolled, optim, packing, n_critic",
     [*((loss, 2, adam(0.1), 1, 1) for loss in LOSSES), *((loss, 1, Optim("sgd", lr=0.3), 1, 1) for loss in LOSSES),
-     ("non_saturating", 0, adam(0.1), 1, 1), ("minimax", 0, Optim("sgd", lr=0.3), 2, 2),
-     ("non_saturating", 3, adam(0.1), 2, 2), ("hinge", 2, Optim("sgd", lr=0.3), 4, 3)],
+     ("non_saturating", 0, adam(0.1), 1, 1), ("minimax", 0, Optim("sgd", lr=0.3), 1, 1),
+     ("minimax", 3, adam(0.1), 2, 2), ("least_squares", 2, Optim("sgd", lr=0.3), 4, 3)],
 )  # fmt: skip
 def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packing, n_critic):
     """d/dc of minus D's whole loss at (theta_K(c), c), by finite differences of the written updates."""
