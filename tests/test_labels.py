@@ -175,3 +175,17 @@ def test_evaluation_looks_at_the_labels():
         train.evaluate(trained, wrong)
     with pytest.raises(train.Refused, match="batch_size must be a whole number and at least 1, got 0"):
         train.evaluate(trained, source, batch_size=0)
+
+
+def test_predictions_of_diffusion_refuse_labels_that_are_no_class():
+    cfg = ROWS["ddpm"][1](classes=3)
+    params = jax.jit(ddpm.make(cfg).init)(key(0)).params
+    x, t = jnp.zeros((2, 4, 4, 1)), jnp.zeros(2, int)
+    nobody = ddpm.predict(cfg, params, x, t)[0]
+    np.testing.assert_array_equal(ddpm.predict(cfg, params, x, t, jnp.full(2, 3))[0], nobody)  # 3 stands for none
+    for label, words in ((7, r"label must lie in 0\.\.3, got 7\.\.7"), (-1, r"label must lie in 0\.\.3, got -1")):
+        with pytest.raises(ValueError, match=words):
+            ddpm.eps_fn_of(cfg, params, jnp.full(2, label))(x, t)
+    plain = ROWS["ddpm"][1]()
+    with pytest.raises(ValueError, match="takes no labels"):
+        ddpm.predict(plain, jax.jit(ddpm.make(plain).init)(key(0)).params, x, t, jnp.zeros(2, int))

@@ -220,9 +220,10 @@ def predict(
     """
     if cfg.classes and label is None:
         label = jnp.full(len(x_t), cfg.classes)
+    label = labels(label, cfg.classes + 1 if cfg.classes else 0, (len(x_t),))  # one more class: none
     time = 1000.0 * t / (1 if cfg.schedule == "learned" else cfg.T)
     rngs = None if key is None else {"dropout": key}
-    out = _net(cfg).apply({"params": params["net"]}, x_t, time, label if cfg.classes else None, rngs=rngs)
+    out = _net(cfg).apply({"params": params["net"]}, x_t, time, label, rngs=rngs)
     value, *raw = jnp.split(out.reshape(len(x_t), *out.shape[1:]), 2, -1) if cfg.variance == "learned" else [out]
     return value.reshape(x_t.shape), raw[0].reshape(x_t.shape) if raw else None
 
