@@ -478,6 +478,7 @@ def test_info_passes_over_what_is_pruned_meanwhile(tmp_path, finished, monkeypat
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # lost tasks of Orbax, see _hush
 def test_four_hundred_loads_of_a_run_that_trains(tmp_path, start):
     """keep = 1, a save every two updates: not one fails."""
     folder = tmp_path / "run"

@@ -459,7 +459,7 @@ def test_what_was_edited_by_hand_is_refused_by_name(tmp_path):
         ("run", "seed", 3),
         ("run", "batch_size", 8),
     ):
-        edited(folder, **{part: {**record[part], name: value}})
+        edited(folder, **{**record, part: {**record[part], name: value}})
         with pytest.raises(train.Refused, match=rf"^{part} in .*run.json does not fit the sha256.*: undo the edit"):
             load(folder)
         if name != "fingerprint":
@@ -467,7 +467,7 @@ def test_what_was_edited_by_hand_is_refused_by_name(tmp_path):
                 train.replay(folder, DIGITS, step=1)
         with pytest.raises(train.Refused, match=f"^{part} in"):
             fit(vae.make, CFG, run(folder, 4), DIGITS)
-    edited(folder, make=["tests.trainee", "make_nan"], **{part: record[part] for part in ("config", "data", "run")})
+    edited(folder, **{**record, "make": ["tests.trainee", "make_nan"]})
     with pytest.raises(train.Refused, match="^make in"):
         load(folder)
     free = {"run": {**record["run"], "steps": 9, "keep": 7, "folder": "moved", "log_every": 3, "devices": 2}}

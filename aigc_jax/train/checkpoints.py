@@ -116,9 +116,21 @@ def _durable(path: Path) -> None:
 
 
 def _hush(told) -> None:
-    """After a failed save tensorstore's threads still call an event loop that Orbax closed: noise after our line."""
-    if not (isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)):
+    """Threads and tasks of a failed save or restore call an event loop that Orbax closed: noise after our line."""
+    late = isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)
+    code = getattr(told.object, "cr_code", None)
+    if not late and not (code and "orbax" in code.co_filename):
         sys.__unraisablehook__(told)
+
+
+def _hush_tasks() -> None:
+    """The same for what they log, which comes when they are collected."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_nothing)
+
+
+def _nothing(record) -> bool:
+    return False
 
 
 class Checkpoints:
@@ -194,8 +206,7 @@ class Checkpoints:
             say(f"warning: old checkpoints in {self.folder} cannot be removed: {e}")
 
     def _fail(self, step: int, cause: Exception):
-        for name in ("absl", "asyncio"):  # threads and tasks of the failed save, which speak when it is over
-            logging.getLogger(name).addFilter(lambda record: False)
+        _hush_tasks()
         self._failed = True
         self.clear()
         reason = next((part for part in reversed(str(cause).splitlines()) if part.strip()), type(cause).__name__)
@@ -319,6 +330,7 @@ class Checkpoints:
         try:
             state = self.restore(step, template)
         except Exception as e:  # of files that vanish meanwhile Orbax raises anything
+            _hush_tasks()
             return None, e
         leaf = not_finite(state)
         return state, leaf and f"holds numbers in {leaf} that are not finite"
