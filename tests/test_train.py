@@ -146,6 +146,11 @@ def test_under_pmap_every_device_has_its_rows_and_its_own_noise():
     assert {r for r, _ in seen} == set(map(tuple, rows.tolist())) and len({noise for _, noise in seen}) == 8
 
 
+def test_pmap_without_jit_is_refused():
+    with jax.disable_jit(), pytest.raises(train.Refused, match="run.pmap does not work under jax.disable_jit"):
+        fit(vae.make, CFG, run(steps=1, devices=8, pmap=True), DIGITS)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
     cfg = dataclasses.replace(CFG, micro=2)

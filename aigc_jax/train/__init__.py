@@ -118,6 +118,8 @@ def _door(make, cfg, run: Run, data: Data, valid: Data | None, on_eval, params) 
         raise Refused(f"run.devices is {run.devices}, this machine has {len(jax.devices())}")
     if run.pmap and jax.process_count() > 1:
         raise Refused("run.pmap is for one process: several train over a mesh")
+    if run.pmap and jax.config.jax_disable_jit:
+        raise Refused("run.pmap does not work under jax.disable_jit: leave one of them out")
     cuts = {"devices": run.devices or len(jax.devices())}
     cuts |= getattr(cfg, "cuts", {"micro-batches": getattr(cfg, "micro", 1)})
     if run.batch_size % math.prod(cuts.values()):
