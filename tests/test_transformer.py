@@ -643,8 +643,9 @@ def test_prompts_are_taken_in_every_context():
         np.testing.assert_array_equal(got[0], expected)
     search = jax.jit(lambda: transformer.beam_search(SMALL, params, concrete, beams=2, lengths=lengths, **how))
     np.testing.assert_array_equal(search()[0], beams)
+    beyond = jnp.array([[1, 11]])
     with pytest.raises(ValueError, match="tokens of a prompt lie in 0..10, got 1..11"):
-        jax.jit(lambda: ask(key(0), jnp.array([[1, 11]]), None))()
+        jax.jit(lambda: ask(key(0), beyond, None))()
 
 
 @pytest.mark.parametrize(
