@@ -621,30 +621,37 @@ def test_drawn_beams_have_their_law():
 
 
 def test_prompts_are_taken_in_every_context():
-    """Eager, jit, scan, lax.map and vmap, with prompts of JAX, of numpy and lists, closed over or passed in."""
-    params = parameters(SMALL)
-    rows, lengths = [[1, 2, 3], [4, 5, 0]], [3, 2]
+    """jit, scan, lax.map and vmap, with prompts of JAX, of numpy and lists, closed over or passed in."""
+    params, rows, lengths = parameters(SMALL), [[1, 2, 3], [4, 5, 0]], [3, 2]
     how = {"max_new_tokens": 2}
-    expected = transformer.generate(SMALL, params, jnp.array(rows), key(0), lengths=jnp.array(lengths), **how)
-    beams = transformer.beam_search(SMALL, params, jnp.array(rows), beams=2, lengths=jnp.array(lengths), **how)[0]
-    for kind in (jnp.array, np.array, list, partial(np.array, dtype=np.uint8), partial(jnp.array, dtype=jnp.int16)):
-        prompt, long = kind(rows), kind(lengths)
+
+    @jax.jit
+    def passed(prompt, lengths):
+        return transformer.generate(SMALL, params, prompt, key(0), lengths=lengths, **how)
+
+    expected = passed(jnp.array(rows), jnp.array(lengths))
+    np.testing.assert_array_equal(passed(rows, lengths), expected)
+    concrete, beyond = jnp.array(rows), jnp.array([[1, 11]])
+    for prompt, long in (
+        (concrete, jnp.array(lengths)),
+        (rows, lengths),
+        (np.array(rows, np.uint8), np.array(lengths)),
+    ):
 
         def ask(k, prompt=prompt, long=long):
             return transformer.generate(SMALL, params, prompt, k, lengths=long, **how)
 
-        np.testing.assert_array_equal(jax.jit(ask)(key(0)), expected)
-    concrete = jnp.array(rows)
-    for got in (
-        jax.lax.scan(lambda c, k: (c, ask(k, concrete, np.array(lengths))), 0, key(0)[None])[1],
-        jax.lax.map(lambda k: ask(k, concrete, jnp.array(lengths)), key(0)[None]),
-        jax.vmap(lambda p: ask(key(0), p, jnp.array(lengths)))(concrete[None]),
-    ):
+        got = jax.jit(lambda: jax.lax.map(ask, key(0)[None]))()  # noqa: B023
         np.testing.assert_array_equal(got[0], expected)
-    search = jax.jit(lambda: transformer.beam_search(SMALL, params, concrete, beams=2, lengths=lengths, **how))
-    np.testing.assert_array_equal(search()[0], beams)
+    write = partial(transformer.generate, SMALL, params, **how)
+    scanned = jax.jit(lambda: jax.lax.scan(lambda c, k: (c, write(concrete, k, lengths=lengths)), 0, key(0)[None])[1])
+    mapped = jax.jit(jax.vmap(lambda p: write(p, key(0), lengths=lengths)))
+    for got in (scanned(), mapped(concrete[None])):
+        np.testing.assert_array_equal(got[0], expected)
+    search = partial(transformer.beam_search, SMALL, params, beams=2, lengths=lengths, **how)
+    np.testing.assert_array_equal(jax.jit(lambda: search(concrete))()[0], jax.jit(search)(concrete)[0])
     with pytest.raises(ValueError, match="tokens of a prompt lie in 0..10, got 1..11"):
-        jax.jit(lambda: ask(key(0), jnp.array([[1, 11]]), None))()
+        jax.jit(lambda: write(beyond, key(0)))()
 
 
 @pytest.mark.parametrize(

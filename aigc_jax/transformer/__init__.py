@@ -276,8 +276,9 @@ def _whole(name: str, x: Whole, shape: tuple, low: int, high: int, words: str) -
 
     What is traced has no values to look at; of what is compiled, the caller keeps count.
     """
-    try:
-        x = x if isinstance(x, jax.Array) else np.asarray(x)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    try:  # a list that jit was given holds tracers
+        x = x if isinstance(x, jax.Array) else jnp.asarray(x) if traced else np.asarray(x)
     except (ValueError, TypeError) as e:  # rows of unequal lengths
         raise ValueError(words) from e
     if x.ndim != len(shape) or any(size not in (None, got) for size, got in zip(shape, x.shape, strict=True)):
@@ -286,7 +287,7 @@ def _whole(name: str, x: Whole, shape: tuple, low: int, high: int, words: str) -
         raise ValueError("the prompt is empty: a model continues at least one token")
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} of a prompt are whole numbers, got {x.dtype}")
-    if not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True):
+    if not traced and getattr(x, "is_fully_addressable", True):
         values = np.asarray(x)  # operations on x itself would be traced inside of jit
         if not low <= values.min() <= values.max() <= high:
             raise ValueError(f"{name} of a prompt lie in {low}..{high}, got {values.min()}..{values.max()}")
