@@ -139,13 +139,23 @@ class Denoise:
         return asdict(self)
 
 
+def _prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The prompt's tokens. A vocabulary without a line break, the default, begins with its first token instead."""
+    try:
+        return tokenizer.encode(text)
+    except ValueError:
+        if text != Continue.prompt:
+            raise
+        return np.zeros(1, np.int32)
+
+
 def _continue(result: train.Result, how: Continue, n: int, seed: int) -> None:
     """n continuations of a prompt, one after another, each token printed when it is drawn."""
     if not result.info.tokenizer:
         raise train.Refused(f"{result.folder} was trained on tokens without a tokenizer: use transformer.generate")
     cfg, tokenizer = result.config, Tokenizer(result.info.tokenizer)
     params = result.state.params if result.state.ema is None else result.state.ema
-    prompt = tokenizer.encode(how.prompt)
+    prompt = _prompt(tokenizer, how.prompt)
     stop, end = tokenizer.encode(how.stop), () if how.stop else cfg.eos or ()
     if n < 1 or how.new < 1:
         raise train.Refused(f"n and text.new must be at least 1, got {n} and {how.new}")
@@ -173,14 +183,14 @@ def _continue(result: train.Result, how: Continue, n: int, seed: int) -> None:
     for i in range(n):
         if n > 1:
             print(f"--- {i + 1} of {n}", flush=True)
-        tokens = prompt.tolist()
+        tokens, key = prompt.tolist(), keys[i]
         print(shown := tokenizer.decode(tokens), end="", flush=True)
         logits, cache = prefill(params, prompt[None])
         used = np.isin(np.arange(cfg.vocab), prompt)[None]
         written = np.full((1, begin + new), -1, np.int32)
         written[0, begin - len(prompt) : begin] = prompt
         for j in range(new):
-            [token] = draw(logits, used, written, begin + j, jax.random.fold_in(keys[i], j), sampling)
+            [token] = draw(logits, used, written, begin + j, jax.random.fold_in(key, j), sampling)
             if int(token) in end:
                 break
             tokens.append(int(token))

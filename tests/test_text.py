@@ -456,6 +456,15 @@ def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_fold
     assert write(prompt="the the ", no_repeat_ngram_size=2) == "the the " + tokenizer.decode(tokens[0])
 
 
+def test_a_vocabulary_without_line_breaks_has_a_default_prompt():
+    from aigc_jax.__main__ import Continue, _prompt
+
+    assert _prompt(Tokenizer.characters("ab"), Continue.prompt).tolist() == [0]
+    assert _prompt(Tokenizer.characters("a\n"), Continue.prompt).tolist() == [0]
+    with pytest.raises(ValueError, match="the vocabulary has no 'z'"):
+        _prompt(Tokenizer.characters("ab"), "z")
+
+
 def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
     """A vocabulary is often rounded up: the rest is no token of any text."""
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
