@@ -459,11 +459,15 @@ def load(folder: str | Path, *, at_most: int | None = None, trust: str | Sequenc
 def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **options) -> np.ndarray:
     """n samples, made in chunks of equal size (chunk i with fold_in(key, i)); they depend on the chunk.
 
-    Options are those of the family's `sample`; arrays, such as label [n], lead with one entry a sample. The classes in
-    turn, which a conditional model draws by default, are counted over all n. Raises Refused for anything else.
+    Options are those of the family's `sample`; arrays, such as label [n], lead with one entry a sample. One prompt, [T]
+    or [1, T], is that of all samples. The classes in turn, which a conditional model draws by default, are counted over
+    all n. Raises Refused for anything else.
     """
     if not all(isinstance(count, (int, np.integer)) and count >= 1 for count in (n, chunk)):
         raise Refused(f"n and chunk must be whole numbers and at least 1, got n={n}, chunk={chunk}")
+    prompt = options.get("prompt")
+    if prompt is not None and (np.ndim(prompt) == 1 or np.shape(prompt)[:1] == (1,)):
+        options["prompt"] = np.repeat(np.reshape(prompt, (1, -1)), n, 0)
     each = {name: np.asarray(value) for name, value in options.items() if np.ndim(value)}
     for name, value in each.items():
         if len(value) != n:
@@ -473,7 +477,7 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     if unknown and not any(option.kind is option.VAR_KEYWORD for option in takes.values()):
         known = ", ".join(name for name in takes if name not in ("state", "key", "n")) or "no options"
         raise Refused(f"this model's sample takes {known}, not {', '.join(sorted(unknown))}")
-    if "label" in takes:
+    if "label" in takes and type(result.config).__module__.startswith("aigc_jax."):  # a user's family knows its own
         try:
             label = labels(options.get("label"), getattr(result.config, "classes", 0), (n,), in_turn=True)
         except ValueError as e:

@@ -176,6 +176,14 @@ def _check_length(cfg: Config, T: int, *, tokens: bool = True) -> None:
         raise ValueError(f"sequences must have 1 to {cfg.context} positions (model.context), got {T}")
 
 
+def _check_tokens(cfg: Config, tokens) -> None:
+    if not cfg.vocab or isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
+        return
+    values = np.asarray(tokens)  # operations on tokens itself would be traced inside of jit
+    if values.size and not 0 <= values.min() <= values.max() < cfg.vocab:
+        raise ValueError(f"tokens lie in 0..{cfg.vocab - 1} (model.vocab), got {values.min()}..{values.max()}")
+
+
 def init(cfg: Config, key: Key[Array, ""]) -> Params:
     """First parameters: N(0, std^2), the kernels that write to the stream / sqrt(2 layers) (GPT-2, section 2.3)."""
     x = jnp.zeros((1, 1), jnp.int32) if cfg.vocab else jnp.zeros((1, 1, cfg.width))
@@ -185,8 +193,12 @@ def init(cfg: Config, key: Key[Array, ""]) -> Params:
 def apply(
     cfg: Config, params: Params, tokens_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
 ) -> Float[Array, "B T V"]:
-    """Logits of the next token at every position. With a key, dropout is on. Raises ValueError where T > context."""
+    """Logits of the next token at every position. With a key, dropout is on.
+
+    Raises ValueError where T > context, and for tokens that are not in the vocabulary where they are not traced.
+    """
     _check_length(cfg, tokens_BT.shape[1])
+    _check_tokens(cfg, tokens_BT)
     return _call(cfg, params, "__call__", tokens_BT, rngs=None if key is None else {"dropout": key})
 
 
@@ -213,9 +225,15 @@ def attention(cfg: Config, params: Params, tokens_BT: Int[Array, "B T"]) -> Floa
 def nll(
     cfg: Config, params: Params, tokens: Int[Array, "B T1"], key: Key[Array, ""] | None = None
 ) -> Float[Array, "B T"]:
-    """-log p(token t+1 | tokens 0 .. t), nats, from T+1 tokens a row. With a key, dropout is on."""
-    logits = apply(cfg, params, tokens[:, :-1], key)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    """-log p(token t+1 | tokens 0 .. t), nats, from T+1 tokens a row. With a key, dropout is on.
+
+    Raises ValueError for tokens that are not in the vocabulary. Traced ones cannot be refused: they give NaN.
+    """
+    _check_tokens(cfg, tokens)
+    wrong = (tokens < 0) | (tokens >= cfg.vocab)
+    tokens = jnp.where(wrong, 0, tokens)  # a NaN here would reach all positions
+    each = optax.softmax_cross_entropy_with_integer_labels(apply(cfg, params, tokens[:, :-1], key), tokens[:, 1:])
+    return jnp.where(wrong[:, :-1] | wrong[:, 1:], jnp.nan, each)
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -492,11 +510,11 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def loss(params, state, batch, key):
         each, mask = nll(cfg, params, batch["tokens"], key if cfg.dropout else None), counted(batch)
         count = mask.sum()
-        return (each * mask).sum() / jnp.maximum(count, 1.0), (state.extra, {"weight": count})
+        return jnp.where(mask > 0, each * mask, 0.0).sum() / jnp.maximum(count, 1.0), (state.extra, {"weight": count})
 
     def evaluate(state, batch, key):
         mask = counted(batch)
-        each = nll(cfg, ema.read(state), batch["tokens"]) * mask
+        each = jnp.where(mask > 0, nll(cfg, ema.read(state), batch["tokens"]) * mask, 0.0)
         return {"nll_nats": each.sum(-1), "tokens": mask.sum(-1)}
 
     def sample(

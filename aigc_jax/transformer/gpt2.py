@@ -57,6 +57,9 @@ def _json(path: Path) -> dict:
     return said
 
 
+GPT2_END = 50256  # <|endoftext|>
+
+
 def _number(path: Path, name: str, value: Any, least: int) -> int:
     if type(value) is not int or not least <= value <= LARGEST:
         raise ValueError(f"{path} says {name} = {value!r:.60}; it must be a whole number from {least} to {LARGEST}")
@@ -66,7 +69,11 @@ def _number(path: Path, name: str, value: Any, least: int) -> int:
 def _ends(folder: Path, said: dict) -> dict:
     """eos and bos, from generation_config.json, or where there is none from config.json, as `transformers` does it."""
     path = folder / "generation_config.json"
-    path, said = (path, _json(path)) if path.is_file() else (folder / "config.json", said)
+    if path.is_file():
+        said = _json(path)
+    else:  # GPT2Config's own ids hold where config.json names none
+        path, own = folder / "config.json", GPT2_END if said["vocab_size"] > GPT2_END else None
+        said = {"eos_token_id": own, "bos_token_id": own, **said}
     eos, bos = said.get("eos_token_id"), said.get("bos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     eos = tuple(_number(path, "eos_token_id", token, 0) for token in eos) or None
