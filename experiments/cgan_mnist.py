@@ -46,6 +46,8 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "cgan_mnist", conditional=True, own=True)
+        if self.samples < 6:
+            raise ValueError(f"samples must be at least 6, which coverage needs, got {self.samples} (--samples)")
 
 
 SCALES = {

@@ -45,6 +45,8 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "gan_mnist", conditional=False, own=True)
+        if self.samples < 40:
+            raise ValueError(f"samples must be at least 40, which the figure shows, got {self.samples} (--samples)")
 
 
 SCALES = {
