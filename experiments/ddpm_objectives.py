@@ -52,11 +52,16 @@ class Setup:
     images: int = 360  # test digits whose bound is taken
 
     def __post_init__(self):
-        if self.seeds < 1 or not 2 <= self.samples <= 1437 or not 1 <= self.images <= 360:
-            raise ValueError("seeds must be at least 1, samples lie in 2..1437 and images in 1..360")
-        if self.data.name != "digits":
-            instead = "; for own pictures: python -m experiments.own_pictures" if self.data.pictures else ""
-            raise ValueError(f"ddpm_objectives measures by our classifier of digits, not of {self.data.name}{instead}")
+        check(self, "ddpm_objectives")
+
+
+def check(setup, script: str) -> None:
+    """Refuses flags that the measurements after the training could not take."""
+    if setup.seeds < 1 or not 2 <= setup.samples <= 1437 or not 1 <= setup.images <= 360:
+        raise ValueError("seeds must be at least 1, samples lie in 2..1437 and images in 1..360")
+    if setup.data.name != "digits":
+        instead = "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
+        raise ValueError(f"{script} measures by our classifier of digits, not of {setup.data.name}{instead}")
 
 
 SCALES = {

@@ -54,7 +54,7 @@ class Setup:
     draws: int = 200  # batches over which the variance of a loss is taken
 
     def __post_init__(self):
-        ddpm_objectives.Setup(self.model, self.run, self.data, self.seeds, self.samples, self.images)
+        ddpm_objectives.check(self, "schedules")
         if self.draws < 2 or self.model.T < 10:
             raise ValueError("draws must be at least 2 and model.T at least 10")
 
