@@ -19,6 +19,7 @@ from experiments import (
     iwae_table,
     mode_collapse,
     parzen_table,
+    vae_digits,
     vae_elbo_curves,
     vae_samples,
     wgan_gp_toys,
@@ -195,6 +196,31 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
     ):
         with pytest.raises(ValueError, match=words):
             replace(script.SCALES["cpu"], **change)
+
+
+@pytest.mark.parametrize(
+    "script, kept",
+    [(vae_digits, [vae_digits.BOUND]), (vae_samples, ["2 latents: negative bound", "2 latents: its KL"])],
+)
+def test_what_is_measured_outlasts_what_fails_later(script, kept, tmp_path, monkeypatch):
+    """The per-pixel marginal of vae_digits fails, and the second size of vae_samples."""
+    begun = []
+
+    def fit(make, cfg, run, *args, **options):
+        if begun and script is vae_samples:
+            raise train.NonFinite("step 7: loss = nan")
+        begun.append(run.folder)
+
+    def marginal(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "load", lambda folder: None)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"nll_nats": 20.0, "kl_nats": 5.0})
+    monkeypatch.setattr(vae_digits, "marginal_nats", marginal)
+    found, failed = _cli.measured(script, script.SCALES["smoke"], tmp_path)
+    assert isinstance(failed, MemoryError | train.NonFinite) and len(found) == len(kept)
+    assert all(row.quantity.startswith(name) for row, name in zip(found, kept, strict=True))
 
 
 def test_seeds_follow_the_first_in_folders_of_their_own():

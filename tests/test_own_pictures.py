@@ -165,12 +165,12 @@ def test_a_size_reaches_the_data(name, classes, tmp_path, monkeypatch):
 
 
 def test_the_script_that_measures_first_has_its_pictures_before(flat, tmp_path, monkeypatch):
-    """vdm_invariance trains after minutes of other work: what it would refuse comes before."""
+    """vdm_invariance trains before minutes of other work, so that what fit would refuse is said at once."""
 
-    def entropy_and_ends():
+    def fit(*args, **options):
         raise Reached
 
-    monkeypatch.setattr(vdm_invariance, "entropy_and_ends", entropy_and_ends)
+    monkeypatch.setattr(train, "fit", fit)
     setup = vdm_invariance.SCALES["smoke"]
     with pytest.raises(Reached):
         vdm_invariance.rows(replace(setup, data=Source(flat)), tmp_path)
