@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import data, ddpm, figures, metrics, train, transformer
 from .data import music
@@ -627,14 +628,14 @@ def _scores(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, tuple[fl
 
 
 def _show_scores(columns: list[dict], title: str, features: str) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # Text: brackets in a folder's name are no markup
     for head in ("quantity", "value", "floor: the reference against itself"):
         table.add_column(head)
     for name in columns[0]:
         shown = (
             f"fid_{features.removesuffix('_mnist')}" if name.startswith("Frechet") and features != "pixels" else name
         )
-        table.add_row(shown, *(" +- ".join(f"{x:.4g}" for x in column[name]) for column in columns))
+        table.add_row(Text(shown), *(" +- ".join(f"{x:.4g}" for x in column[name]) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

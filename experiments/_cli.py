@@ -36,6 +36,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from aigc_jax import data, train
 from aigc_jax.__main__ import quiet_pipe, write_traceback
@@ -186,7 +187,8 @@ def _git(*words: str) -> str:
 
 
 def _show(name: str, scale: str, rows: list[Row], verdicts: list[str], difference: str) -> None:
-    table = Table(title=f"{name} ({scale}{': ' + difference if difference else ''})", title_justify="left")
+    title = f"{name} ({scale}{': ' + difference if difference else ''})"
+    table = Table(title=Text(title), title_justify="left")  # Text: what stands in brackets is no markup
     columns = {
         "quantity": [row.quantity for row in rows],
         "paper": [number(row.paper) for row in rows],
@@ -199,7 +201,7 @@ def _show(name: str, scale: str, rows: list[Row], verdicts: list[str], differenc
     for column in shown:
         table.add_column(column)
     for cells in zip(*shown.values(), strict=True):
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -320,7 +322,6 @@ def main(name: str) -> None:
     # Flags that change what is compared; the record says the data set and the seeds by themselves.
     changed = without(flags, "--run.folder", "--folder", "--data.folder", "--data.name", "--seeds")
     difference = "; but with ".join(words for words in (script.DIFFERENCE[scale], " ".join(changed)) if words)
-    _show(name, scale, rows, verdicts, difference)
     result = {
         "name": name,
         "title": script.__doc__.splitlines()[0],
@@ -335,7 +336,10 @@ def main(name: str) -> None:
         "rows": [as_json(row, said) for row, said in zip(rows, verdicts, strict=True)],
     }  # fmt: skip
     errors = [row.reason for row in rows if isinstance(row.reason, Exception)] + ([failed] if failed else [])
-    _leave(folder, result, errors)
+    try:
+        _leave(folder, result, errors)
+    finally:
+        _show(name, scale, rows, verdicts, difference)
     print(f"{seconds} s; figures and rows in {folder}/")
     serious = [e for e in errors if e is failed or not isinstance(e, ValueError)]  # a ValueError is said in its row
     if serious:

@@ -73,7 +73,9 @@ def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | N
 
 def three(source: Source, training: int | None, otherwise: int) -> list[data.Data]:
     """`parts`: the first `training` examples, by default 1,237 digits or `otherwise`; those after them; test."""
-    n = training or (1237 if source.name == "digits" else otherwise)
+    if training is not None and training < 1:
+        raise ValueError(f"training must be at least 1, got {training}")
+    n = training if training is not None else 1237 if source.name == "digits" else otherwise
     return parts(source, f"train[:{n}]", f"train[{n}:]", "test", training=training)
 
 
@@ -195,11 +197,11 @@ def in_pixels(fake: np.ndarray, real: np.ndarray, seen: np.ndarray) -> list[Row]
 
 
 def caption(found: list[Row]) -> str:
-    """Class accuracy, where it was measured, and coverage."""
+    """Class accuracy and coverage, where they were measured."""
     accuracy = [f"class accuracy {row.ours:.1f} %" for row in found if row.quantity == ACCURACY]
     coverage = [row for row in found if row.quantity.startswith(COVERAGE)]
-    of = " of pixels" if "of pixels" in coverage[0].quantity else ""
-    return ", ".join([*accuracy, f"coverage{of} {coverage[0].ours:.2f}"])
+    covered = [f"coverage{' of pixels' if 'of pixels' in row.quantity else ''} {row.ours:.2f}" for row in coverage[:1]]
+    return ", ".join([*accuracy, *covered])
 
 
 def by_class(images: np.ndarray, label: np.ndarray, columns: int, *, most: int = 20) -> np.ndarray:

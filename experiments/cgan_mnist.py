@@ -46,6 +46,8 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "cgan_mnist", conditional=True, own=True)
+        if self.samples < 6:
+            raise ValueError(f"samples must be at least 6, which coverage needs, got {self.samples} (--samples)")
 
 
 SCALES = {
@@ -64,6 +66,8 @@ DIFFERENCE = {
     "separate first layers for label and input), no early stopping",
 }
 COVERAGE = f"{_pictures.COVERAGE}; oracle: training images"
+NEAR = "median distance of a sample to its nearest training image, over that of test images"
+COPIES = "smallest distance of a sample to a training image (pixels in [0, 1])"
 PARZEN = "Parzen log-likelihood (nats; +- s.e. over test)"
 CRITERIA = {
     _pictures.ACCURACY: (">= 90", lambda ours: ours >= 90),
@@ -82,14 +86,15 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     # As many of each class as the test set has: an even mixture would be another distribution.
     label = test.resident[0]["label"][np.arange(setup.samples) % test.info.examples]
     fake = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=500, label=label)
-    found = _pictures.distances(setup.data.name, fake, real, seen, label)
-    near, copies = _pictures.neighbours(fake, seen, real)
-    value, error, _ = metrics.parzen_log_likelihood(fake, _pictures.pixels(held, 1000), real)
-    found += [
-        Row("median distance of a sample to its nearest training image, over that of test images", near),
-        Row("smallest distance of a sample to a training image (pixels in [0, 1])", copies),
-        Row(PARZEN, value, paper=132.0 if setup.data.name == "mnist" else None, error=error),
-    ]
+    found = _cli.kept()
+    with _cli.costs(_pictures.ACCURACY, COVERAGE):
+        found += _pictures.distances(setup.data.name, fake, real, seen, label)
+    with _cli.costs(NEAR, COPIES):
+        near, copies = _pictures.neighbours(fake, seen, real)
+        found += [Row(NEAR, near), Row(COPIES, copies)]
+    with _cli.costs(PARZEN):
+        value, error, _ = metrics.parzen_log_likelihood(fake, _pictures.pixels(held, 1000), real)
+        found.append(Row(PARZEN, value, paper=132.0 if setup.data.name == "mnist" else None, error=error))
     draw(setup, folder, result, found)
     return found
 

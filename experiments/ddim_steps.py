@@ -171,23 +171,25 @@ def digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
 
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
-    """The grid, then the digits, a figure of both."""
-    cells, back, found = grid(setup)
+    """Trains, measures the grid, then the digits, draws both."""
     result = ddpm_digits.fitted(setup)
+    found = _cli.kept()
+    cells, back, of_grid = grid(setup)
+    found += of_grid
+    found += [Row(within(name, S), value, oracle=TRUTH) for (name, S), value in cells.items()]
+    found += [Row(f"grid, there and back, S = {S}: mean squared error (paper: CIFAR-10 in [0, 1])", error, BACK[S])
+              for S, error in back.items()]  # fmt: skip
     of_digits, shown = digits(setup, result)
     ratio = min(of_digits["sigma-hat", S] / of_digits[name, S] for name in ETAS if name != "sigma-hat"
                 for S in setup.digit_steps if S <= 20)  # fmt: skip
-    draw(setup, folder, cells, back, of_digits, shown)
-    return [
-        *found,
+    found += [
         Row(DIGITS_WORST, ratio, min(PUBLISHED["sigma-hat"][i] / PUBLISHED["eta 1"][i] for i in range(2))),  # S <= 20
-        *(Row(within(name, S), value, oracle=TRUTH) for (name, S), value in cells.items()),
-        *(Row(f"grid, there and back, S = {S}: mean squared error (paper: CIFAR-10 in [0, 1])", error, BACK[S])
-          for S, error in back.items()),
         *(Row(f"digits, {name}, S = {S}: fid_digits to training", value) for (name, S), value in of_digits.items()),
         *(Row(f"paper, CIFAR-10, {name}, S = 10, 20, 50, 100, 1000: FID", "-", ", ".join(f"{v:g}" for v in values))
           for name, values in PUBLISHED.items()),
     ]  # fmt: skip
+    draw(setup, folder, cells, back, of_digits, shown)
+    return found
 
 
 @_cli.costs("ddim_steps.png")

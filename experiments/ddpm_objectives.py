@@ -52,11 +52,16 @@ class Setup:
     images: int = 360  # test digits whose bound is taken
 
     def __post_init__(self):
-        if self.seeds < 1 or not 2 <= self.samples <= 1437 or not 1 <= self.images <= 360:
-            raise ValueError("seeds must be at least 1, samples lie in 2..1437 and images in 1..360")
-        if self.data.name != "digits":
-            instead = "; for own pictures: python -m experiments.own_pictures" if self.data.pictures else ""
-            raise ValueError(f"ddpm_objectives measures by our classifier of digits, not of {self.data.name}{instead}")
+        check(self, "ddpm_objectives")
+
+
+def check(setup, script: str) -> None:
+    """Refuses flags that the measurements after the training could not take."""
+    if setup.seeds < 1 or not 2 <= setup.samples <= 1437 or not 1 <= setup.images <= 360:
+        raise ValueError("seeds must be at least 1, samples lie in 2..1437 and images in 1..360")
+    if setup.data.name != "digits":
+        instead = "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
+        raise ValueError(f"{script} measures by our classifier of digits, not of {setup.data.name}{instead}")
 
 
 SCALES = {
@@ -102,9 +107,9 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": test["image"][: setup.images]}))
     net = metrics.load_classifier("digits")
     _, real = net.apply(training.resident[0]["image"] / (setup.model.levels - 1))
-    found = {arm: [] for arm in ARMS}
+    found, table = {arm: [] for arm in ARMS}, _cli.kept()
     shown, prior = {}, 0.0
-    for arm, (change, _) in ARMS.items():
+    for arm, (change, (paper_score, paper_fid, paper_bits)) in ARMS.items():
         run = replace(setup.run, folder=str(folder / arm.replace(", ", "-").replace(" ", "-")))
         for seeded in _cli.seeded(run, setup.seeds):
             result = train.fit(ddpm.make, replace(setup.model, **change), seeded, training)
@@ -116,27 +121,25 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             found[arm].append((terms.sum(), metrics.frechet_distance(real, features), score))
             prior = float(terms[-1])
             shown.setdefault(arm, (x[:20], terms))
-    means = {arm: np.mean(values, 0) for arm, values in found.items()}
-    difference = [a[0] - b[0] for a, b in zip(found["eps, simple"], found["eps, bound"], strict=True)]
-    mean, error = _cli.mean_and_error(difference)
-    fids = {arm: means[arm][1] for arm in list(ARMS)[:4]}
-    least = min(value for arm, value in fids.items() if arm != "eps, simple")
-    draw(setup, folder, means, shown)
-    table = []
-    for arm, (_, (paper_score, paper_fid, paper_bits)) in ARMS.items():
         each = [_cli.mean_and_error([v[i] for v in found[arm]]) for i in range(3)]
         table += [
             Row(bits(arm), each[0][0], paper_bits, each[0][1]),
             Row(distance(arm), each[1][0], paper_fid, each[1][1]),
             Row(f"{arm}: classifier score (paper: IS; +- s.e. over seeds)", each[2][0], paper_score, each[2][1]),
         ]
-    return [
-        *table,
+    means = {arm: np.mean(values, 0) for arm, values in found.items()}
+    difference = [a[0] - b[0] for a, b in zip(found["eps, simple"], found["eps, bound"], strict=True)]
+    mean, error = _cli.mean_and_error(difference)
+    fids = {arm: means[arm][1] for arm in list(ARMS)[:4]}
+    least = min(value for arm, value in fids.items() if arm != "eps, simple")
+    table += [
         Row(BETTER_BOUND, float(mean), 0.05, error),
         Row(BEST_PICTURES, float(least - fids["eps, simple"]), 10.05),
         Row(WORST, max(fids, key=fids.get)),
         Row(PRIOR, prior, 1e-5),
-    ]  # fmt: skip
+    ]
+    draw(setup, folder, means, shown)
+    return table
 
 
 @_cli.costs("ddpm_objectives.png")

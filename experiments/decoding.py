@@ -179,11 +179,15 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         each = transformer.nll(cfg, params, jnp.concatenate([prompts, new], 1))
         return each[:, setup.prompt - 1 :].mean()
 
-    values = {}
+    quantities = ("perplexity", "self-BLEU-4 (words)", "Zipf's exponent (words)", "repetition (%)")
+    values, found = {}, _cli.kept()
     for name, tokens in said.items():
         words = [WORDS.findall(tokenizer.decode(row)) for row in tokens]
         share = 100 * np.mean([repeats(row) for row in tokens.tolist()])
         values[name] = math.exp(nats(tokens)), self_bleu(words), zipf(words), float(share)
+        if name in PUBLISHED:
+            each = zip(quantities, values[name], PUBLISHED[name], strict=True)
+            found += [Row(f"{name}: {quantity}", value, paper) for quantity, value, paper in each]
     with _cli.costs("texts.txt"):
         (folder / "texts.txt").write_text(
             "".join(
@@ -192,7 +196,6 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             ),
             encoding="utf-8",
         )
-    quantities = ("perplexity", "self-BLEU-4 (words)", "Zipf's exponent (words)", "repetition (%)")
     measured = {name: dict(zip(("ppl", "bleu", "zipf", "rep"), value, strict=True)) for name, value in values.items()}
     human, fair = measured["human"]["ppl"], ("top-k, small", "top-k, small, t .7", "nucleus .95", "pure")
     bleu = {name: v["bleu"] for name, v in measured.items() if name != "human"}
@@ -200,10 +203,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     def rep(name):
         return measured[name]["rep"]
 
-    draw(setup, folder, measured, {name: tokenizer.decode(said[name][0]) for name in ("greedy", "nucleus .95")})
-    return [
-        *(Row(f"{name}: {quantity}", value, paper) for name in PUBLISHED
-          for quantity, value, paper in zip(quantities, values[name], PUBLISHED[name], strict=True)),
+    found += [
         Row(FIRST, rep("greedy") - rep("beam search")),
         Row(SECOND, rep("beam search") - rep("top-k, small, t .7")),
         Row(THIRD, rep("top-k, small, t .7") - max(rep("nucleus .95"), rep("pure"))),
@@ -212,7 +212,9 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row(CLOSEST, min(fair, key=lambda name: abs(measured[name]["ppl"] - human))),
         Row(ALIKE, bleu.pop("greedy") - max(bleu.values())),
         Row(MOST, measured["greedy"]["ppl"]),
-    ]  # fmt: skip
+    ]
+    draw(setup, folder, measured, {name: tokenizer.decode(said[name][0]) for name in ("greedy", "nucleus .95")})
+    return found
 
 
 @_cli.costs("decoding.png")

@@ -89,8 +89,15 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         train.Result(family, state, cfg, training.info, None), valid, batch_size=setup.run.batch_size
     )
     train.fit(transformer.make, cfg, setup.run, training, valid=valid, params=params)
-    best = train.load(setup.run.folder)
+    found = _cli.kept()
     lowest = min(values["nll_nats_per_token"] for values in _text.validations(folder))
+    found += [
+        Row(BEFORE, first["nll_nats_per_token"]),
+        Row(AFTER, lowest),
+        Row(GAIN, first["nll_nats_per_token"] - lowest),
+        Row("before (bits per byte)", first["nll_bits_per_byte"]),
+    ]
+    best = train.load(setup.run.folder)
     with _cli.costs("gpt2/"):
         transformer.save_gpt2(folder / "gpt2", cfg, best.state.params)
         tokenizer.save(folder / "gpt2" / "tokenizer.json")
@@ -103,12 +110,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         at, values = np.array([0, *step]), np.array([first["nll_nats_per_token"], *value])
         caption = f"{setup.run.batch_size} x {setup.length} tokens an update, rate {setup.optim.lr:g}"
         _text.draw(folder / "finetune.png", {"GPT-2": (at, values)}, {}, text, ylabel="nats per token", caption=caption)
-    return [
-        Row(BEFORE, first["nll_nats_per_token"]),
-        Row(AFTER, lowest),
-        Row(GAIN, first["nll_nats_per_token"] - lowest),
-        Row("before (bits per byte)", first["nll_bits_per_byte"]),
-    ]
+    return found
 
 
 if __name__ == "__main__":

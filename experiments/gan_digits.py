@@ -70,7 +70,9 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
     label = test.resident[0]["label"]
     fake = train.sample(result, jax.random.key(setup.run.seed), n=len(label), label=label)
-    found = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), _pictures.pixels(training), label)
+    found = _cli.kept()
+    with _cli.costs(_pictures.ACCURACY, COVERAGE):
+        found += _pictures.distances(setup.data.name, fake, _pictures.pixels(test), _pictures.pixels(training), label)
     draw(setup, folder, result, found)
     return found
 

@@ -45,6 +45,8 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "gan_mnist", conditional=False, own=True)
+        if self.samples < 40:
+            raise ValueError(f"samples must be at least 40, which the figure shows, got {self.samples} (--samples)")
 
 
 SCALES = {
@@ -79,18 +81,22 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     result = train.fit(gan.make, setup.model, setup.run, training, valid=held, on_eval=_pictures.health(training))
     seen, real = _pictures.pixels(training), _pictures.pixels(test)
     fake = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=500)
-    near, copies = _pictures.neighbours(fake, seen, real)
     last = [line["valid"] for line in train.metrics(result.folder) if "valid" in line][-1]
-    found = [
-        *_pictures.distances(setup.data.name, fake, real, seen),
-        Row(NEAR, near),
-        Row(COPIES, copies),
-        *classes(setup.data, fake),
-        *(Row(f"D's accuracy on {who} (%)", 100 * last[name])
-          for who, name in (("training images", "seen_real_accuracy"), ("held-out images", "real_accuracy"),
-                            ("samples", "fake_accuracy")) if name in last),
+    found = _cli.kept()
+    with _cli.costs("distances"):
+        found += _pictures.distances(setup.data.name, fake, real, seen)
+    score = found[0] if found else None
+    with _cli.costs(NEAR, COPIES):
+        near, copies = _pictures.neighbours(fake, seen, real)
+        found += [Row(NEAR, near), Row(COPIES, copies)]
+    with _cli.costs(CLASSES):
+        found += classes(setup.data, fake)
+    found += [
+        Row(f"D's accuracy on {who} (%)", 100 * last[name])
+        for who, name in (("training images", "seen_real_accuracy"), ("held-out images", "real_accuracy"),
+                          ("samples", "fake_accuracy")) if name in last
     ]  # fmt: skip
-    draw(setup, folder, result, fake, seen, found[0])
+    draw(setup, folder, result, fake, seen, score)
     return found
 
 
@@ -103,7 +109,9 @@ def classes(source: Source, fake: np.ndarray) -> list[Row]:
 
 
 @_cli.costs("gan_mnist.png")
-def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, score: Row) -> None:
+def draw(
+    setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, score: Row | None
+) -> None:
     """Fig. 2: five samples a row and the last one's nearest training image; fig. 3: straight lines between codes; D."""
     cfg, variables = result.config, gan.generator_of(result.config, result.state)
     fig, (axes,) = figures.figure(1, 3, size=(13.5, 4.8))
@@ -125,10 +133,10 @@ def draw(setup: Setup, folder: Path, result: train.Result, fake: np.ndarray, see
     caption = (
         f"{setup.data.name}, {cfg.loss}, penalty {cfg.penalty}, {setup.run.steps} updates of {setup.run.batch_size}"
     )
-    name = score.quantity.split(",")[0]
-    figures.save(
-        fig, folder / "gan_mnist.png", f"{caption}; {name} {score.ours:.3g}, of training images {score.oracle:.3g}"
-    )
+    if score is not None:
+        name = score.quantity.split(",")[0]
+        caption = f"{caption}; {name} {score.ours:.3g}, of training images {score.oracle:.3g}"
+    figures.save(fig, folder / "gan_mnist.png", caption)
 
 
 if __name__ == "__main__":

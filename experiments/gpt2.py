@@ -81,7 +81,7 @@ def parameters(cfg: transformer.Config) -> int:
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Counts, scores the text, continues the prompt."""
-    found = []
+    found = _cli.kept()
     for name, (layers, heads, width, paper) in SIZES.items():
         cfg = transformer.Config(layers=layers, heads=heads, width=width)
         found.append(Row(counted(name), parameters(cfg), oracle=paper))
@@ -105,6 +105,11 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     state = jax.eval_shape(family.init, jax.random.key(0))._replace(params=params, opt_state=())
     result = train.Result(family, state, cfg, text.info, None)
     value = train.evaluate(result._replace(state=state._replace(step=np.int32(0))), text, batch_size=2)
+    found += [
+        Row(f"nats per token, {setup.data.name} {setup.split}", value["nll_nats_per_token"]),
+        Row("perplexity per token", math.exp(value["nll_nats_per_token"])),
+        Row(BITS, value["nll_bits_per_byte"]),
+    ]
     with _cli.costs("sample.txt"):
         generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
         sampling = transformer.Sampling(setup.temperature, top_p=0.95, stop=())  # `new` tokens, whatever ends in them
@@ -112,12 +117,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         said = setup.prompt + tokenizer.decode(np.asarray(tokens)[np.asarray(tokens) < tokenizer.size])
         (folder / "sample.txt").write_text(said + "\n", encoding="utf-8")
         print(said)
-    return [
-        *found,
-        Row(f"nats per token, {setup.data.name} {setup.split}", value["nll_nats_per_token"]),
-        Row("perplexity per token", math.exp(value["nll_nats_per_token"])),
-        Row(BITS, value["nll_bits_per_byte"]),
-    ]
+    return found
 
 
 def random_model(folder: Path) -> str:

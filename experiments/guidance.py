@@ -148,10 +148,12 @@ def digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
 
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
-    """The normals, then the digits, a figure of both."""
-    found, clouds = toy(setup)
-    measured, shown = digits(setup, ddpm_digits.fitted(setup))
-    draw(setup, folder, clouds, measured, shown)
+    """Trains, measures the normals, then the digits, draws both."""
+    result = ddpm_digits.fitted(setup)
+    found = _cli.kept()
+    of_toy, clouds = toy(setup)
+    found += of_toy
+    measured, shown = digits(setup, result)
     fid, score = ({w: values[i] for w, values in measured.items()} for i in (0, 1))
     found.append(Row(LEAST, min(fid, key=fid.get), 0.1))
     if 1.0 in score:
@@ -164,6 +166,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             Row(f"digits, w = {w:g}: classifier score (paper: IS)", inception, IS.get(w)),
             Row(f"digits, w = {w:g}: class accuracy (%)", accuracy),
         ]
+    draw(setup, folder, clouds, measured, shown)
     return found
 
 

@@ -257,8 +257,11 @@ def roll_rows(setup: Setup) -> tuple[list[Row], dict, train.Result]:
 
 def rows(setup: Setup, folder: Path) -> list[Row]:
     """Both sets, and a figure in the form of the paper's figure 1."""
-    found, sequences = heartbeat_rows(setup)
-    more, clouds, result = roll_rows(setup)
+    found = _cli.kept()
+    of_beat, sequences = heartbeat_rows(setup)
+    found += of_beat
+    of_roll, clouds, result = roll_rows(setup)
+    found += of_roll
     with _cli.costs("heartbeat_and_swiss_roll.png"):
         fig, (axes,) = figures.figure(1, 4, size=(15, 3.9))
         axes[0].imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
@@ -277,11 +280,11 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         arrows = np.asarray(seen(result.state, jnp.asarray(at)))
         axes[3].quiver(*at.T, *arrows.T, color=figures.COLOURS[0])
         axes[3].set(title=f"x_0 seen less x_t, step {step} of {cfg.T}", xlabel="x_1", ylabel="x_2")
-        K = {row.quantity: row.ours for row in (*found, *more)}
+        K = {row.quantity: row.ours for row in found}
         figures.save(fig, folder / "heartbeat_and_swiss_roll.png",
                      f"heartbeat: T = {setup.beat.T}, K = {K[K_BEAT]:.2f} bits (truth {TRUE:.2f}); roll: T = {cfg.T}, "
                      f"noise {cfg.width}, K = {K[K_ROLL]:.2f} bits (truth {K[K_ROLL] + K[LESS]:.2f})")  # fmt: skip
-    return [*found, *more]
+    return found
 
 
 if __name__ == "__main__":

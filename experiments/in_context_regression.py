@@ -187,12 +187,28 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     error, deviation = squares.mean(0), squares.std(0, ddof=1) / len(x) ** 0.5
     k = np.arange(cfg.points)
     exact = np.maximum(d - k, 0) / d
+    found = _cli.kept()
+    found += [
+        Row(f"error after {i} examples (of the variance; +- s.e. over prompts)", float(error[i]), None,
+            float(deviation[i]), float(exact[i])) for i in range(last + 1)
+    ]  # fmt: skip
+    found += [
+        Row(AWAY, float(np.abs(error - exact)[: d + 1].max())),
+        Row(AFTER, float(error[last])),
+        Row(ZERO, float((y**2 / d).mean())),
+    ]
     others = {
         name: np.array([((f(x[:, :i], y[:, :i], x[:, i]) - y[:, i]) ** 2).mean() / d if i >= least else np.nan
                         for i in k])
         for name, f, least in (("least squares", least_squares, 0), ("3 nearest neighbours", neighbours, 3),
                                ("averaging", averaging, 1))
     }  # fmt: skip
+    found += [
+        Row(NEIGHBOURS, float((others["3 nearest neighbours"] - error)[3:].min())),
+        Row(AVERAGING, float((others["averaging"] - error)[3:].min())),
+        Row("|sampled least squares - its exact risk|, largest (of the variance)",
+            float(np.abs(others["least squares"] - exact)[:d].max())),
+    ]  # fmt: skip
 
     rng = np.random.default_rng(2)
     scale = 1.0 / np.arange(1, d + 1)  # eigenvalues as 1 / i^2, their sum as before
@@ -207,19 +223,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     for name, (x_new, y_new) in changed.items():
         clean = np.einsum("bnd,bd->bn", x_new, w)
         away[name] = float(((ours(x_new, y_new) - clean) ** 2)[:, last].mean() / d)
-    found = [
-        *(Row(f"error after {i} examples (of the variance; +- s.e. over prompts)", float(error[i]), None,
-              float(deviation[i]), float(exact[i])) for i in range(last + 1)),
-        Row(AWAY, float(np.abs(error - exact)[: d + 1].max())),
-        Row(AFTER, float(error[last])),
-        Row(NEIGHBOURS, float((others["3 nearest neighbours"] - error)[3:].min())),
-        Row(AVERAGING, float((others["averaging"] - error)[3:].min())),
-        Row(ZERO, float((y**2 / d).mean())),
-        Row("|sampled least squares - its exact risk|, largest (of the variance)",
-            float(np.abs(others["least squares"] - exact)[:d].max())),
-        *(Row(f"error after {last} examples, {name} (of the variance)", value) for name, value in away.items()),
-        Row(OUT, max(away.values())),
-    ]  # fmt: skip
+    found += [Row(f"error after {last} examples, {name} (of the variance)", value) for name, value in away.items()]
+    found.append(Row(OUT, max(away.values())))
     with _cli.costs("in_context_regression.png"):
         fig, ((ax,),) = figures.figure(1, 1, size=(6.5, 4.4))
         figures.curves(ax, {"transformer": (k, error), "least squares (exact)": (k, exact),

@@ -170,12 +170,16 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             first = best
             shown = {"validation": ("valid", "nll_nats_per_frame"), "training batches": ("train", "loss")}
             for name, (kind, value) in shown.items():
-                found = [(line["step"], line[kind][value]) for line in lines if kind in line]
-                curves[name] = tuple(np.array(column) for column in zip(*found, strict=True))
+                pairs = [(line["step"], line[kind][value]) for line in lines if kind in line]
+                curves[name] = tuple(np.array(column) for column in zip(*pairs, strict=True))
+    found = _cli.kept()
+    mean, error = _cli.mean_and_error(ends)
+    found.append(Row(TEST, mean, 8.10, error))
+    found += [Row(f"{name} of the paper (nats per frame)", "-", value) for name, value in PUBLISHED.items()]
     seen, other = training.resident[0], test.resident[0]
     p = np.clip(seen["roll"][seen["mask"] == 1].mean(0, dtype=np.float64), 1e-4, 1 - 1e-4)
     frames = other["roll"][:, 1:][other["mask"][:, 1:] == 1].astype(np.float64)
-    marginal = float(-(frames * np.log(p) + (1 - frames) * np.log(1 - p)).sum(-1).mean())
+    found.append(Row(MARGINAL, float(-(frames * np.log(p) + (1 - frames) * np.log(1 - p)).sum(-1).mean())))
     with _cli.costs("chorale.mid", "jsb_chorales.png"):
         opening = other["roll"][:1, :8]
         [chorale] = train.sample(first, jax.random.key(setup.run.seed), n=1, frames=64, start=opening)
@@ -194,12 +198,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         figures.save(fig, folder / "jsb_chorales.png",
                      f"{setup.model.net.layers} layers of {setup.model.net.width}, dropout {setup.model.net.dropout}, "
                      f"batches of {setup.run.batch_size} pieces")  # fmt: skip
-    mean, error = _cli.mean_and_error(ends)
-    return [
-        Row(TEST, mean, 8.10, error),
-        *(Row(f"{name} of the paper (nats per frame)", "-", value) for name, value in PUBLISHED.items()),
-        Row(MARGINAL, marginal),
-    ]
+    return found
 
 
 if __name__ == "__main__":

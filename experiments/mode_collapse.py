@@ -77,8 +77,10 @@ class Setup:
     samples: int = 2500
 
     def __post_init__(self):
-        if min(self.seeds, self.unrolled_seeds, self.samples) < 1:
-            raise ValueError("seeds, unrolled_seeds and samples must be at least 1")
+        if min(self.seeds, self.unrolled_seeds) < 1:
+            raise ValueError("seeds and unrolled_seeds must be at least 1")
+        if self.samples < 2:
+            raise ValueError(f"samples must be at least 2, got {self.samples} (--samples)")
 
 
 SCALES = {

@@ -164,8 +164,6 @@ def rows(setup, folder: Path) -> list[Row]:
     with _cli.door():
         if setup.samples < _pictures.LEAST:
             raise ValueError(f"samples must be at least {_pictures.LEAST}, got {setup.samples}")
-        if not 1 <= setup.run.eval_every <= setup.run.steps:
-            raise ValueError("run.eval_every must lie in 1..run.steps: the held-out pictures are watched there")
         training, held, test = _pictures.parts(setup.data, "train[:90%]", "train[90%:]", "test")
         setup = _pictures.adopt(sized(setup, training.info), scales(family), training.info)
     seen, real = _pictures.pixels(training), _pictures.pixels(test)
@@ -174,24 +172,29 @@ def rows(setup, folder: Path) -> list[Row]:
     if setup.run.best:
         result = train.load(setup.run.folder)
 
-    n = max(64, min(setup.samples, len(real)))
-    label = {"label": np.arange(n) % setup.model.classes} if setup.model.classes else {}
-    fake = train.sample(result, jax.random.key(setup.run.seed), n=n, **label)
-    near, copies = _pictures.neighbours(fake, seen, real)
-    found = [
-        Row("parameters", sum(leaf.size for leaf in jax.tree.leaves(result.state.params))),
-        Row(NEAR, near),
-        Row(COPIES, copies),
-        Row(SPREAD, float(fake.var(0).mean() / real.var(0).mean())),
-        *_pictures.in_pixels(fake, real, seen),
-    ]
+    found = _cli.kept()
+    found.append(Row("parameters", sum(leaf.size for leaf in jax.tree.leaves(result.state.params))))
     if family in SCORES:
         name, words = SCORES[family]
-        found.append(Row(words, train.evaluate(result, test)[name]))
-    draw(setup, folder, result, fake, seen, found)
+        with _cli.costs(words):
+            found.append(Row(words, train.evaluate(result, test)[name]))
+    count = min(setup.samples, len(real))
+    n = max(64, count)  # the figure shows 64
+    label = {"label": np.arange(n) % setup.model.classes} if setup.model.classes else {}
+    drawn = train.sample(result, jax.random.key(setup.run.seed), n=n, **label)
+    fake = drawn[:count]
+    with _cli.costs(NEAR, COPIES):
+        near, copies = _pictures.neighbours(fake, seen, real)
+        found += [Row(NEAR, near), Row(COPIES, copies)]
+    with _cli.costs(SPREAD):
+        found.append(Row(SPREAD, float(fake.var(0).mean() / real.var(0).mean())))
+    with _cli.costs("distances of pixels"):
+        found += _pictures.in_pixels(fake, real, seen)
+    draw(setup, folder, result, drawn, seen, found)
     return found
 
 
+@_cli.costs("own_pictures.png")
 def draw(setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, found: list[Row]) -> None:
     """Samples beside training images; samples above their nearest training images; the run."""
     fig, ((a, b), (c, d)) = figures.figure(2, 2, size=(10, 10.4))

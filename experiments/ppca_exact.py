@@ -133,9 +133,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     def se(difference):
         return difference.std(ddof=1) / np.sqrt(len(difference))
 
-    draw(setup, folder, levels)
-    left = levels["log p"] - levels[f"L_{setup.k}"]
-    return [
+    left, found = levels["log p"] - levels[f"L_{setup.k}"], _cli.kept()
+    found += [
         Row("log p(x), mean over the examples (nats)", levels[f"L_{setup.k}"].mean(), oracle=truth.mean()),
         Row(CONSTANT, float(np.abs(exact - truth).max()), oracle=0.0),
         Row(GAP, float(abs(gap.mean())), error=float(gap_se), oracle=0.0),
@@ -144,6 +143,8 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row(GAIN, float(gaps[0].mean()), error=float(se(gaps[0]))),
         Row(LEFT, float(abs(left.mean())), error=float(se(left)), oracle=0.0),
     ]
+    draw(setup, folder, levels)
+    return found
 
 
 @_cli.costs("ppca_exact.png")

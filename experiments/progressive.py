@@ -154,11 +154,22 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     at, error_at = rate[[s - 1 for s in taken]], error[[s - 1 for s in taken]]
     slope = np.diff(error_at) / np.maximum(np.diff(at), 1e-12)
     bad = int((np.diff(error_at) >= 0).sum() + (np.diff(slope) < 0).sum())
-    bits = rate[-1]
+    bits, fraction, found = rate[-1], np.array([row[1] for row in TABLE]), _cli.kept()
+    found += [
+        Row(RATE, float(bits), 1.78),
+        Row(DISTORTION, decoder, 1.97),
+        Row(LATE, float(100 * (1 - rate[taken[8] - 1] / bits)), float(100 * (1 - fraction[1] / fraction[0]))),
+        Row(CONVEX, bad),
+        *(Row(f"after {s} of {T} steps: rate (bits per dim; paper: CIFAR-10)", float(r), paper[1])
+          for s, r, paper in zip(taken, at, reversed(TABLE), strict=True)),
+        *(Row(f"after {s} of {T} steps: RMSE (of 255; paper: CIFAR-10)", float(255 * e**0.5), paper[2])
+          for s, e, paper in zip(taken, error_at, reversed(TABLE), strict=True)),
+    ]  # fmt: skip
 
     seen = setup.data.load(f"train[:{setup.training}]").resident[0]
     mean = np.stack([seen["image"][seen["label"] == c].mean(0) for c in range(10)])[label] / (setup.model.levels - 1)
     around = np.sqrt((((x_0 + 1) / 2 - mean) ** 2).mean())
+    found.append(Row(START, float(np.sqrt(error[0]) / around)))
 
     n = setup.pairs
     a, b = x_0[:n], x_0[n : 2 * n]
@@ -171,27 +182,17 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         )
         for shift in (0, 1)
     )
+    found.append(Row(BLEND, float(np.abs(between[0] - blend).max())))
+    found.append(Row(FREE, float(own.mean() / other.mean())))
     shared = {t: decodings(result, x_0[:10], label[:10], k_shared, t=t) for t in times[1:]}
     spread = [float(x.var(0).mean()) for x in shared.values()]
-    draw(setup, folder, (rate, error), between, shared, _diffusion.way(result, k_way, n=10, label=np.arange(10)))
-    fraction = np.array([row[1] for row in TABLE])
-    return [
-        Row(RATE, float(bits), 1.78),
-        Row(DISTORTION, decoder, 1.97),
-        Row(LATE, float(100 * (1 - rate[taken[8] - 1] / bits)), float(100 * (1 - fraction[1] / fraction[0]))),
-        Row(CONVEX, bad),
-        Row(START, float(np.sqrt(error[0]) / around)),
-        Row(BLEND, float(np.abs(between[0] - blend).max())),
-        Row(FREE, float(own.mean() / other.mean())),
-        Row(SPREAD, min(b - a for a, b in zip(spread, spread[1:], strict=False))),
-        *(Row(f"after {s} of {T} steps: rate (bits per dim; paper: CIFAR-10)", float(r), paper[1])
-          for s, r, paper in zip(taken, at, reversed(TABLE), strict=True)),
-        *(Row(f"after {s} of {T} steps: RMSE (of 255; paper: CIFAR-10)", float(255 * e**0.5), paper[2])
-          for s, e, paper in zip(taken, error_at, reversed(TABLE), strict=True)),
-    ]  # fmt: skip
+    found.append(Row(SPREAD, min(b - a for a, b in zip(spread, spread[1:], strict=False))))
+    with _cli.costs("progressive.png"):
+        way = _diffusion.way(result, k_way, n=10, label=np.arange(10))
+        draw(setup, folder, (rate, error), between, shared, way)
+    return found
 
 
-@_cli.costs("progressive.png")
 def draw(setup: Setup, folder: Path, code: tuple, between: dict, shared: dict, way: tuple) -> None:
     """Rate and distortion; the x_0 seen on the way; interpolations by t; decodings of one x_t."""
     fig, axes = figures.figure(2, 3, size=(14, 8))

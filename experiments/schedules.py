@@ -54,7 +54,7 @@ class Setup:
     draws: int = 200  # batches over which the variance of a loss is taken
 
     def __post_init__(self):
-        ddpm_objectives.Setup(self.model, self.run, self.data, self.seeds, self.samples, self.images)
+        ddpm_objectives.check(self, "schedules")
         if self.draws < 2 or self.model.T < 10:
             raise ValueError("draws must be at least 2 and model.T at least 10")
 
@@ -145,6 +145,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": test["image"][: setup.images]}))
     net = metrics.load_classifier("digits")
     _, real = net.apply(training.resident[0]["image"] / (setup.model.levels - 1))
+    table = _cli.kept()
     found, strided, shown, steady = {arm: [] for arm in ARMS}, {}, {}, None
     few = max(1, setup.model.T // 10)
     for arm, change in ARMS.items():
@@ -162,27 +163,25 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             shown.setdefault(arm, (terms, tuple(np.array(lines).T)))
             if arm == "cosine, vlb" and steady is None:
                 steady = variances(setup, result)
-    means = {arm: np.mean(values, 0) for arm, values in found.items()}
-    strided = {arm: values[2] / values[1] for arm, values in means.items()}
-    best = means["cosine, vlb, importance"][0]
-    hybrid, simple = means["cosine, hybrid"][0], means["cosine, simple"][0]
-    draw(setup, folder, x_0, shown)
-    table = []
-    for arm, values in found.items():
-        each = [_cli.mean_and_error([v[i] for v in values]) for i in range(3)]
+        each = [_cli.mean_and_error([v[i] for v in found[arm]]) for i in range(3)]
         paper = PUBLISHED.get(arm, (None, None))
         table += [
+            *(exact if not table else ()),
             Row(f"{arm}: bound, test (bits per dim)", each[0][0], paper[0], each[0][1]),
             Row(f"{arm}: fid_digits to training, T steps (paper: FID)", each[1][0], paper[1], each[1][1]),
             Row(f"{arm}: the same, T/10 steps", each[2][0], None, each[2][1]),
         ]
-    return [
-        *exact,
-        *table,
+    means = {arm: np.mean(values, 0) for arm, values in found.items()}
+    strided = {arm: values[2] / values[1] for arm, values in means.items()}
+    best = means["cosine, vlb, importance"][0]
+    hybrid, simple = means["cosine, hybrid"][0], means["cosine, simple"][0]
+    table += [
         Row(ORDER, float(min(simple - hybrid, hybrid - best))),
         Row(STEADY, steady[0] / steady[1]),
         Row(STRIDED, float(strided["cosine, simple"] / strided["cosine, hybrid"])),
     ]
+    draw(setup, folder, x_0, shown)
+    return table
 
 
 @_cli.costs("schedules.png")

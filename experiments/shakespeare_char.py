@@ -117,24 +117,32 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             raise train.Refused(str(e)) from e
     each = _text.tokens_per_character(valid)
     estimate = _text.crops_nats(crops, setup.batches, setup.run.batch_size)
-    ends = []
+    found, ends = _cli.kept(), []
     for run in _cli.seeded(replace(setup.run, folder=str(folder / "nanogpt")), setup.seeds):
         result = train.fit(transformer.make, model, run, training, valid=valid, on_eval=estimate)
         lines = _text.validations(result.folder)
         ends.append(min(lines, key=lambda v: v["crops_nats"]) if run.best else lines[-1])
         first = result.folder
+    shakespeare = setup.data.name == "tiny_shakespeare"
+    published = 1.88 if setup.model.context == 64 else 1.4697
+    published = published if shakespeare and training.info.levels == 65 else None
+    crop_mean, crop_error = _cli.mean_and_error([end["crops_nats"] * each for end in ends])
+    mean, error = _cli.mean_and_error([end["nll_nats_per_token"] * each for end in ends])
+    found += [Row(CROPS, crop_mean, published, crop_error), Row(STRIDED, mean, error=error)]
     family = transformer.make(model)
     start = estimate(family, jax.jit(family.init)(jax.random.split(jax.random.key(setup.run.seed), 4)[0]), 0)
+    found.insert(1, Row(START, float(start["crops_nats"]) * each))
     run = replace(setup.ours_run, folder=str(folder / "ours"))
     result = train.fit(transformer.make, ours, run, longer, valid=valid_longer)
     own = _text.validations(result.folder)[-1]
+    found += [Row(OWN, own["nll_nats_per_token"] * each), Row("the same (bits per byte)", own["nll_bits_per_byte"])]
 
     grams = {n: value * each for n, value in _text.ngrams(training, valid, gram).items()}
+    found += [Row(gram(n), value) for n, value in grams.items()]
     text = ""
     with _cli.costs("sample.txt"):
         text = _text.written(result, prompt, 700)
         (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    shakespeare = setup.data.name == "tiny_shakespeare"
     with _cli.costs("shakespeare_char.png"):
         best = min(grams, key=grams.get)
         curves = {"nanoGPT's configuration": _text.curve(first, "nll_nats_per_token", each),
@@ -147,18 +155,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             f"{setup.ours_run.steps} of {setup.ours_run.batch_size} x {setup.ours_length}; sample of ours at "
             "temperature 1",
         )  # fmt: skip
-    published = 1.88 if setup.model.context == 64 else 1.4697
-    published = published if shakespeare and training.info.levels == 65 else None
-    crop_mean, crop_error = _cli.mean_and_error([end["crops_nats"] * each for end in ends])
-    mean, error = _cli.mean_and_error([end["nll_nats_per_token"] * each for end in ends])
-    return [
-        Row(CROPS, crop_mean, published, crop_error),
-        Row(START, float(start["crops_nats"]) * each),
-        Row(STRIDED, mean, error=error),
-        Row(OWN, own["nll_nats_per_token"] * each),
-        Row("the same (bits per byte)", own["nll_bits_per_byte"]),
-        *(Row(gram(n), v) for n, v in grams.items()),
-    ]
+    return found
 
 
 if __name__ == "__main__":

@@ -39,8 +39,6 @@ class Setup:
         _pictures.check(self, "unet_or_dit", conditional=True, own=True)
         if self.dit.kind != "dit" or self.model.net.kind != "unet":
             raise ValueError("dit.kind must be dit and model.net.kind unet")
-        if not 1 <= self.run.eval_every <= self.run.steps:
-            raise ValueError("run.eval_every must lie in 1..run.steps: the bound is measured there")
 
 
 SCALES = {
@@ -89,25 +87,26 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         lines = [(line["step"], line["valid"]) for line in train.metrics(result.folder) if "valid" in line]
         step, minutes, bound = np.array([(s, v["minutes"], v["nll_bits_per_dim"]) for s, v in lines]).T
         by_step[net], by_minute[net] = (step, bound), (minutes, bound)
-        k_bound, k_draw = jax.random.split(jax.random.key(setup.run.seed))
-        fake = train.sample(result, k_draw, n=len(label), label=label)
-        shown.append(_pictures.by_class(fake, label, 10))
         count = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
-        seen = training.resident[0]["image"] / (setup.model.levels - 1)
-        measured = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
+        k_bound, k_draw = jax.random.split(jax.random.key(setup.run.seed))
         found += [
             Row(f"{net}: parameters", count),
             Row(f"{net}: minutes of training, compiling and evaluating included", float(minutes[-1])),
             Row(bits(net), float(ddpm_digits.bound(result, x_0, label, k_bound).sum())),
-            *(row._replace(quantity=f"{net}: {row.quantity}") for row in measured),
         ]
-    fig, (axes,) = figures.figure(1, 4, size=(16, 4.2))
-    for ax, curves, xlabel in ((axes[0], by_step, "updates"), (axes[1], by_minute, "minutes of two cores")):
-        figures.curves(ax, curves, xlabel=xlabel, ylabel="bound, held-out images (bits per dim)")
-    for ax, net, pictures in zip(axes[2:], NETS, shown, strict=True):
-        figures.images(ax, pictures, 10, title=f"{net}: samples, not chosen")
-    caption = f"T = {setup.model.T}, {setup.run.steps} updates of {setup.run.batch_size} images, equal rates"
-    figures.save(fig, folder / "unet_or_dit.png", caption)
+        fake = train.sample(result, k_draw, n=len(label), label=label)
+        shown.append(_pictures.by_class(fake, label, 10))
+        seen = training.resident[0]["image"] / (setup.model.levels - 1)
+        measured = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
+        found += [row._replace(quantity=f"{net}: {row.quantity}") for row in measured]
+    with _cli.costs("unet_or_dit.png"):
+        fig, (axes,) = figures.figure(1, 4, size=(16, 4.2))
+        for ax, curves, xlabel in ((axes[0], by_step, "updates"), (axes[1], by_minute, "minutes of two cores")):
+            figures.curves(ax, curves, xlabel=xlabel, ylabel="bound, held-out images (bits per dim)")
+        for ax, net, pictures in zip(axes[2:], NETS, shown, strict=True):
+            figures.images(ax, pictures, 10, title=f"{net}: samples, not chosen")
+        caption = f"T = {setup.model.T}, {setup.run.steps} updates of {setup.run.batch_size} images, equal rates"
+        figures.save(fig, folder / "unet_or_dit.png", caption)
     return found
 
 

@@ -70,7 +70,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             raise ValueError(f"seeds must be at least 1, got {setup.seeds}")
         training, valid, test = _pictures.parts(setup.data, "train[:1237]", "train[1237:]", "test")
         setup = _pictures.adopt(setup, SCALES, training.info)
-    results = []
+    found, results = _cli.kept(), []
     for run in _cli.seeded(setup.run, setup.seeds):
         train.fit(vae.make, setup.model, run, training, valid=valid)
         results.append(train.load(run.folder))  # the best checkpoint on the validation digits
@@ -78,11 +78,13 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     bounds = [train.evaluate(result, test)["nll_nats"] for result in results]
     bound, error = _cli.mean_and_error(bounds)
     levels, shape = setup.model.levels - 1, setup.model.shape
-    marginal = marginal_nats(training.resident[0]["image"] / levels, test.resident[0]["image"] / levels)
-    draw(setup, folder, results[0], test, bounds[0], marginal)
     dims = np.prod(shape) * np.log(2)
     bits_error = None if error is None else error / dims
-    return [Row(BOUND, bound, error=error), Row(MARGINAL, marginal), Row(BITS, bound / dims, error=bits_error)]
+    found.append(Row(BOUND, bound, error=error))
+    marginal = marginal_nats(training.resident[0]["image"] / levels, test.resident[0]["image"] / levels)
+    found += [Row(MARGINAL, marginal), Row(BITS, bound / dims, error=bits_error)]
+    draw(setup, folder, results[0], test, bounds[0], marginal)
+    return found
 
 
 @_cli.costs("vae_digits.png")

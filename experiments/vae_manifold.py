@@ -66,31 +66,32 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         setup = _pictures.adopt(setup, SCALES, training.info)
     result = train.fit(vae.make, setup.model, setup.run, training, valid=valid)
     scores = train.evaluate(result, test)
-    levels = setup.model.levels - 1
-    marginal = marginal_nats(training.resident[0]["image"] / levels, test.resident[0]["image"] / levels)
     found = _cli.kept()
     found += [
         Row("negative bound, test (nats, -ELBO)", scores["nll_nats"]),
         Row("its KL term (nats)", scores["kl_nats"]),
-        Row("per-pixel marginal, test (nats)", marginal),
-        Row(BELOW, marginal - scores["nll_nats"]),
     ]
-
-    cfg, params = result.config, EMA(result.config.ema).read(result.state)
-    batch = test.batch(0, 0, min(2000, test.info.examples))
-    mu = np.asarray(vae.encode(cfg, params, vae.preprocess(cfg, batch, jax.random.key(0)))[0])
-    grid = vae.manifold(cfg, params, side=20)
-    fig, ((a, b),) = figures.figure(1, 2, size=(12, 6))
-    figures.images(
-        a, grid.reshape(-1, *cfg.shape), 20, title="mean of p(x|z), z through the inverse Gaussian CDF of a grid"
-    )
-    by_class = ", by class" if "label" in batch else ""
-    title = f"posterior means of {len(mu):,} test images{by_class}"
-    figures.points(b, mu, batch.get("label"), title=title, axes=("z_1", "z_2"))
-    caption = f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of {setup.run.batch_size}"
-    figures.save(
-        fig, folder / "vae_manifold.png", f"{caption}; test: {scores['nll_nats']:.1f} nats (-ELBO, grey-level targets)"
-    )
+    levels = setup.model.levels - 1
+    marginal = marginal_nats(training.resident[0]["image"] / levels, test.resident[0]["image"] / levels)
+    found += [Row("per-pixel marginal, test (nats)", marginal), Row(BELOW, marginal - scores["nll_nats"])]
+    with _cli.costs("vae_manifold.png"):
+        cfg, params = result.config, EMA(result.config.ema).read(result.state)
+        batch = test.batch(0, 0, min(2000, test.info.examples))
+        mu = np.asarray(vae.encode(cfg, params, vae.preprocess(cfg, batch, jax.random.key(0)))[0])
+        grid = vae.manifold(cfg, params, side=20)
+        fig, ((a, b),) = figures.figure(1, 2, size=(12, 6))
+        figures.images(
+            a, grid.reshape(-1, *cfg.shape), 20, title="mean of p(x|z), z through the inverse Gaussian CDF of a grid"
+        )
+        by_class = ", by class" if "label" in batch else ""
+        title = f"posterior means of {len(mu):,} test images{by_class}"
+        figures.points(b, mu, batch.get("label"), title=title, axes=("z_1", "z_2"))
+        caption = f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of {setup.run.batch_size}"
+        figures.save(
+            fig,
+            folder / "vae_manifold.png",
+            f"{caption}; test: {scores['nll_nats']:.1f} nats (-ELBO, grey-level targets)",
+        )
     return found
 
 

@@ -66,20 +66,19 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
     with _cli.door():
         training, test = _pictures.parts(setup.data, "train", "test")
         setup = _pictures.adopt(setup, SCALES, training.info)
-    results, scores = {}, {}
+    found, results, scores = _cli.kept(), {}, {}
     for latents in setup.latents:
         run = replace(setup.run, folder=str(folder / f"{latents}"))
         results[latents] = train.fit(vae.make, replace(setup.model, latent_dim=latents), run, training)
-        scores[latents] = train.evaluate(results[latents], test)
-    found = []
-    for latents, score in scores.items():
+        scores[latents] = score = train.evaluate(results[latents], test)
         found += [
             Row(f"{latents} latents: negative bound, test (nats, -ELBO)", score["nll_nats"]),
             Row(f"{latents} latents: its KL term (nats)", score["kl_nats"]),
         ]
-    draw(setup, folder, results, scores)
     gains = np.diff([-score["nll_nats"] for score in scores.values()])
-    return [*found, Row(ORDER, float(min(gains, default=np.nan)))]
+    found.append(Row(ORDER, float(min(gains, default=np.nan))))
+    draw(setup, folder, results, scores)
+    return found
 
 
 @_cli.costs("vae_samples.png")

@@ -60,6 +60,12 @@ class Setup:
     width: int = 128
     deep_steps: int = 2000
 
+    def __post_init__(self):
+        for field, least in (("depth", 3), ("width", 1), ("deep_steps", 1)):  # a slope needs two hidden layers
+            if getattr(self, field) < least:
+                flag = field.replace("_", "-")
+                raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)} (--{flag})")
+
 
 SCALES = {
     "smoke": Setup(run=replace(RUN, folder="runs/wgan_gp_toys-smoke", steps=300), deep_steps=100),

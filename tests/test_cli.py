@@ -689,6 +689,20 @@ def test_a_row_that_cannot_be_measured_says_why_and_costs_no_other(toy, tmp_path
     assert toy(rows, "--scale", "smoke")[0] == 1  # in CI nothing may be missing
 
 
+def test_brackets_in_a_table_are_no_markup(toy, capfd, tmp_path):
+    """Of rich's markup [/INST] would be an error and [red] a colour."""
+
+    def rows(setup, folder):
+        begun(folder)
+        return [_cli.Row("a", 1.0), _cli.Row("b", 1), _cli.Row("[red]c", None, reason="the text has no [/INST]")]
+
+    code, out, err = toy(rows)
+    assert code == 0 and err == "" and "[red]c" in out and "[/INST]" in out
+    assert verdicts(tmp_path / "toy")["[red]c"] == "not measured: the text has no [/INST]"
+    commands._show_scores([{"recall": (1.0,)}], "a[red]/b against c[/x]", "pixels")
+    assert "a[red]/b against c[/x]" in capfd.readouterr().out
+
+
 def test_a_fault_in_a_measurement_keeps_its_traceback_in_the_folder(toy, tmp_path):
     def rows(setup, folder):
         begun(folder)

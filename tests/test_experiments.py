@@ -17,7 +17,9 @@ from experiments import (
     gan_digits,
     gan_mnist,
     iwae_table,
+    mode_collapse,
     parzen_table,
+    vae_digits,
     vae_elbo_curves,
     vae_samples,
     wgan_gp_toys,
@@ -183,11 +185,42 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
         ),
         (cgan_mnist, {"data": _cli.Source("grid")}, "data.name must be one of digits, fashion_mnist, mnist"),
         (gan_digits, {"model": replace(gan_digits.MODEL, classes=0, condition="concat")}, "trains a conditional model"),
+        (gan_mnist, {"samples": 39}, "samples must be at least 40, .*got 39"),
+        (cgan_mnist, {"samples": 5}, "samples must be at least 6, .*got 5"),
+        (mode_collapse, {"samples": 1}, "samples must be at least 2, got 1"),
+        (wgan_gp_toys, {"depth": 2}, "depth must be at least 3, got 2"),
+        (wgan_gp_toys, {"width": 0}, "width must be at least 1, got 0"),
+        (wgan_gp_toys, {"deep_steps": 0}, "deep_steps must be at least 1, got 0 .--deep-steps"),
         (parzen_table, {"marks": (200_000,)}, "no mark of .* lies within run.steps"),
         (parzen_table, {"run": replace(parzen_table.RUN, eval_every=0)}, "run.eval_every must be at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(script.SCALES["cpu"], **change)
+
+
+@pytest.mark.parametrize(
+    "script, kept",
+    [(vae_digits, [vae_digits.BOUND]), (vae_samples, ["2 latents: negative bound", "2 latents: its KL"])],
+)
+def test_what_is_measured_outlasts_what_fails_later(script, kept, tmp_path, monkeypatch):
+    """The per-pixel marginal of vae_digits fails, and the second size of vae_samples."""
+    begun = []
+
+    def fit(make, cfg, run, *args, **options):
+        if begun and script is vae_samples:
+            raise train.NonFinite("step 7: loss = nan")
+        begun.append(run.folder)
+
+    def marginal(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "load", lambda folder: None)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"nll_nats": 20.0, "kl_nats": 5.0})
+    monkeypatch.setattr(vae_digits, "marginal_nats", marginal)
+    found, failed = _cli.measured(script, script.SCALES["smoke"], tmp_path)
+    assert isinstance(failed, MemoryError | train.NonFinite) and len(found) == len(kept)
+    assert all(row.quantity.startswith(name) for row, name in zip(found, kept, strict=True))
 
 
 def test_seeds_follow_the_first_in_folders_of_their_own():

@@ -165,12 +165,12 @@ def test_a_size_reaches_the_data(name, classes, tmp_path, monkeypatch):
 
 
 def test_the_script_that_measures_first_has_its_pictures_before(flat, tmp_path, monkeypatch):
-    """vdm_invariance trains after minutes of other work: what it would refuse comes before."""
+    """vdm_invariance trains before minutes of other work, so that what fit would refuse is said at once."""
 
-    def entropy_and_ends():
+    def fit(*args, **options):
         raise Reached
 
-    monkeypatch.setattr(vdm_invariance, "entropy_and_ends", entropy_and_ends)
+    monkeypatch.setattr(train, "fit", fit)
     setup = vdm_invariance.SCALES["smoke"]
     with pytest.raises(Reached):
         vdm_invariance.rows(replace(setup, data=Source(flat)), tmp_path)
@@ -221,7 +221,8 @@ def test_scripts_about_one_set_refuse_own_pictures_and_say_what_takes_them(name,
         ("vae_digits", ["--model.channels", "16", "16", "16"], "halve H and W 3 times.*--data.size 8 makes"),
         ("own_pictures", ["--family", "gan", "--model.classes", "3"], "the examples have no labels"),
         ("own_pictures", ["--samples", "3"], "samples must be at least 10, got 3"),
-        ("own_pictures", ["--run.eval-every", "0"], "run.eval_every must lie in 1..run.steps"),
+        ("gan_digits", ["--training", "0"], "training must be at least 1, got 0"),
+        ("ddpm_digits", ["--training", "-5"], "training must be at least 1, got -5"),
         ("own_pictures", ["--family", "ddpm", "--data.folder", "nowhere"], "there is no folder"),
     ],
 )
@@ -271,8 +272,8 @@ def test_halvings():
 
 def smallest(family, source, tmp_path, **change):
     setup = own_pictures.scales(family)["smoke"]
-    run = replace(setup.run, folder=str(tmp_path / "run"), steps=4, eval_every=2, batch_size=8, devices=1)
-    return own_pictures.rows(replace(setup, run=run, data=source, samples=20, **change), tmp_path)
+    run = replace(setup.run, folder=str(tmp_path / "run"), steps=4, eval_every=5, batch_size=8, devices=1)
+    return own_pictures.rows(replace(setup, run=run, data=source, samples=12, **change), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +286,7 @@ def test_own_pictures_are_trained_drawn_and_measured(family, classes, tmp_path):
     assert all(np.isfinite(row.ours) for row in found)
     measured = [row for row in found if "of pixels" in row.quantity]
     assert len(measured) == 4 and all(0 <= row.oracle <= 2 for row in measured)
+    assert all(", n = 12;" in row.quantity for row in measured)  # of the 64 that are drawn
     with Image.open(tmp_path / "own_pictures.png") as picture:
         assert picture.size[0] > 1000 and np.asarray(picture.convert("L")).std() > 10
     result = train.load(tmp_path / "run")
