@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 import warnings
 from collections import defaultdict
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import Data, from_arrays, from_source
-from .prepare import cuts, prepared
+from .prepare import SPLITS, cuts, prepared
 
 # Larger sets of pictures are read while training instead of being held.
 RESIDENT_BYTES = 2**31
@@ -24,15 +25,11 @@ PICTURES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm"
 )  # fmt: skip
 EMPTY, KNOWN = "without pictures in it", "linked to a folder that is read anyway"
-# Folders that are read as splits, whatever their capitals.
-SPLITS = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-# What file managers, archives and file systems leave; so is whatever begins with a dot.
+HIDDEN = "hidden or of the system"
+# What file managers, archives, synchronisers and file systems leave: see _is_hidden.
 SYSTEM = {
-    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "__pycache__", "_gsdata_",
+    "network trash folder", "temporary items", "thumbnails", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
 
 
@@ -172,8 +169,8 @@ def _walk(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             continue
         known.add(identity)
         for path in sorted(at.iterdir(), key=os.fsencode):
-            if path.name.startswith(".") or path.name.lower() in SYSTEM:
-                left["hidden or of the system"].append(path)
+            if _is_hidden(path):
+                left[HIDDEN].append(path)
             elif os.path.isdir(path):
                 (links if path.is_symlink() else folders).append(path)
             elif not os.path.isfile(path):
@@ -185,10 +182,17 @@ def _walk(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     return sorted(found, key=lambda path: [os.fsencode(part) for part in path.parts]), left
 
 
+def _is_hidden(path: Path) -> bool:
+    """Whether a file or folder is hidden or of the system: Unix's, Windows', macOS's or a network drive's (@, #)."""
+    name = path.name.lower()
+    if name.startswith(".") or name in SYSTEM or re.fullmatch(r"found\.\d{3}", name):
+        return True
+    return name.startswith(("@", "#")) and os.path.isdir(path)
+
+
 def _folders(root: Path) -> list[Path]:
     """The folders in a folder that may be classes or splits."""
-    usual = (p for p in root.iterdir() if not p.name.startswith(".") and p.name.lower() not in SYSTEM)
-    return sorted((p for p in usual if os.path.isdir(p)), key=os.fsencode)
+    return sorted((p for p in root.iterdir() if os.path.isdir(p) and not _is_hidden(p)), key=os.fsencode)
 
 
 def _listed(top: Path, files: list[Path], left: dict) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
@@ -214,9 +218,23 @@ def _listed(top: Path, files: list[Path], left: dict) -> tuple[list[tuple[Path, 
                 f"images: {_printable(top)} holds nothing but {name}/, and {', '.join(nested)} is read as a split only "
                 f"at the top: name the folder above it, as images:{top if name in nested else top / name}"
             )
+        at, inner = _common(files)
+        if at != top and len(inner) > 1:
+            raise ValueError(
+                f"images: {_printable(top)} holds nothing but {_printable(at.relative_to(top))}/, whose folders "
+                f"{_printable(Path(inner[0]))}, {_printable(Path(inner[1]))}{', ...' * (len(inner) > 2)} would be one "
+                f"class: for a class each, name images:{_printable(at)}"
+            )
     labels = [(file, i) for i, found in enumerate(classes.values()) for file in found] or [(file, 0) for file in loose]
     bits = np.random.Philox(key=[0, 0]).random_raw(len(labels))
     return [labels[i] for i in np.argsort(bits, kind="stable")], tuple(classes)
+
+
+def _common(files: list[Path]) -> tuple[Path, list[str]]:
+    """The lowest folder that holds all files, and its folders with some in them; none where it holds files itself."""
+    at = Path(os.path.commonpath([file.parent for file in files]))
+    inner = {file.parts[len(at.parts)]: None for file in files}
+    return at, [] if any(file.parent == at for file in files) else list(inner)
 
 
 def _printable(path: Path) -> str:
@@ -236,12 +254,19 @@ def _left_out(root: Path, left: dict[str, list[Path]], word: str = "left out ") 
 def _line(root: Path, left: dict, notes: dict, classes: tuple[str, ...]) -> str:
     """What was left out, or taken otherwise than it is; empty: nothing."""
     said = [_left_out(root, left)] if any(left.values()) else []
-    if left[EMPTY] and classes:
+    shift = [path for why in (KNOWN, HIDDEN) for path in left[why] if os.path.isdir(path) and _at_classes(root, path)]
+    if classes and (left[EMPTY] or shift):
         numbered = [f"{i} {_printable(Path(name))}" for i, name in enumerate(classes[:10])]
         shown = ", ".join(numbered) + ", ..." * (len(classes) > 10)
         said.append(f"the classes are {shown}")
     said += [_left_out(root, {why: paths}, "") for why, paths in notes.items() if paths]
     return f"images: {_printable(root)}: {'; '.join(said)}" if said else ""
+
+
+def _at_classes(root: Path, path: Path) -> bool:
+    """Whether a folder lies where the classes do: at the top, or at the top of a split."""
+    above = path.parent
+    return above == root or (above.parent == root and above.name.lower() in SPLITS)
 
 
 @functools.lru_cache(maxsize=1000)  # once: a run loads several slices of a folder
