@@ -460,7 +460,7 @@ def test_slices_take_the_other_names_of_a_split(tmp_path):
         ("val", "validation"), ("Valid[:2]", "validation[:2]"), ("training[:50%]+val[1:]", "train[:50%]+validation[1:]")
     ):  # fmt: skip
         assert data.load(name, said).info.fingerprint == data.load(name, own).info.fingerprint
-    with pytest.raises(ValueError, match=r"'val\[:9\]' asks for more .* a share like validation\[:50%\]"):
+    with pytest.raises(ValueError, match=r"'validation\[:9\]' asks for more .* a share like validation\[:50%\]"):
         data.load(name, "val[:9]")
     with pytest.raises(ValueError, match=r"no split 'testing'; it has train, validation, .*train\+validation \("):
         data.load(name, "testing")

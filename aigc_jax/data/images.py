@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import Data, from_arrays, from_source
-from .prepare import SPLITS, cuts, prepared
+from .prepare import cuts, prepared
 
 # Larger sets of pictures are read while training instead of being held.
 RESIDENT_BYTES = 2**31
@@ -25,6 +26,11 @@ PICTURES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm"
 )  # fmt: skip
 EMPTY, KNOWN = "without pictures in it", "linked to a folder that is read anyway"
+# Folders that are read as splits, and what their slices may be called, whatever their capitals.
+SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 HIDDEN = "hidden or of the system"
 # What file managers, archives, synchronisers and file systems leave: see _is_hidden.
 SYSTEM = {
@@ -62,7 +68,13 @@ def cifar10(split: str, *, folder: str | None = None) -> Data:
 
 
 def pictures(
-    name: str, split: str, *, folder: str | None = None, size: int | None = None, stream: bool | None = None
+    name: str,
+    split: str,
+    *,
+    folder: str | None = None,
+    size: int | None = None,
+    stream: bool | None = None,
+    labels: bool = True,
 ) -> Data:
     """images:FOLDER, your own pictures; sub-folders are classes, in the order of their names.
 
@@ -76,13 +88,15 @@ def pictures(
         all pictures must have one size.
     stream: read pictures while training; by default where they would take more than 2 GiB. Each load reads every file
         once, to know the set again.
+    labels: False takes every picture, wherever it lies, as one split, train, without labels.
 
     Raises ValueError, with the file's name, for what cannot be read as a picture.
     """
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"images: size must be a whole number of at least 1, got {size!r}")
-    root, found, names, left = _found(name, folder)
-    chosen_cuts = cuts(name, split, {part: len(files) for part, files in found.items()})
+    root, found, names, left = _found(name, folder, labels)
+    own = re.sub(r"(?:(?<=\+)|^)\s*\w+", lambda word: _own_name(word.group(), found), split)
+    chosen_cuts = cuts(name, own, {part: len(files) for part, files in found.items()})
     chosen = [found[part][i] for part, start, stop in chosen_cuts for i in range(start, stop)]
     if not chosen:
         raise ValueError(f"{name}: the split {split!r} is empty")
@@ -91,7 +105,7 @@ def pictures(
         warnings.simplefilter("ignore")
         source = _Pictures(root, every, chosen, names, size)
         _say(_line(root, left, source.notes, names))
-        given = {"size": size, "stream": stream}
+        given = {"size": size, "stream": stream, "labels": None if labels else False}
         info = {
             "classes": len(names) or None,
             "source": {"name": name, "split": split, **{key: v for key, v in given.items() if v is not None}},
@@ -106,12 +120,18 @@ def pictures(
     return from_arrays({key: np.stack([e[key] for e in examples]) for key in examples[0]}, **info)
 
 
+def _own_name(word: str, splits: Iterable[str]) -> str:
+    """The split that a word stands for (val: validation); the word itself where there is no such split."""
+    meant = SPLITS.get(word.strip().lower())
+    return meant if meant in splits else word
+
+
 def picture_splits(name: str, *, folder: str | None = None) -> dict[str, int]:
     """{split: number of pictures} of images:FOLDER; opens no file."""
     return {part: len(files) for part, files in _found(name, folder)[1].items()}
 
 
-def _found(name: str, folder: str | None):
+def _found(name: str, folder: str | None, labels: bool = True):
     """The folder; {split: its (file, label), in their order for ever}; the names of the classes; {why: left out}.
 
     The label is 0 where there are no classes.
@@ -124,6 +144,8 @@ def _found(name: str, folder: str | None):
         what = "is a file, not a folder" if root.exists() else "does not exist: there is no folder of this name"
         raise FileNotFoundError(f"images: {_printable(root)} {what}")
     files, left = _walk(root)
+    if not labels:
+        return root, {"train": _mixed([(file, 0) for file in _some(root, files, left)])}, (), left
     of_top = defaultdict(list)
     for file in files:
         of_top[file.parts[len(root.parts)]].append(file)
@@ -207,9 +229,7 @@ def _listed(top: Path, files: list[Path], left: dict) -> tuple[list[tuple[Path, 
             f"images: {_printable(loose[0])} lies beside the class folder {_printable(top / next(iter(classes)))}: "
             "move one of them"
         )
-    if not files:
-        besides = f"; {_left_out(top, left)}" if any(left.values()) else ""
-        raise ValueError(f"images: {_printable(top)} holds no pictures ({', '.join(PICTURES)}){besides}")
+    _some(top, files, left)
     if len(classes) == 1:
         [name] = classes
         nested = [p.name for p in (*_folders(top / name), top / name) if p.name.lower() in SPLITS]
@@ -226,8 +246,21 @@ def _listed(top: Path, files: list[Path], left: dict) -> tuple[list[tuple[Path, 
                 f"class: for a class each, name images:{_printable(at)}"
             )
     labels = [(file, i) for i, found in enumerate(classes.values()) for file in found] or [(file, 0) for file in loose]
-    bits = np.random.Philox(key=[0, 0]).random_raw(len(labels))
-    return [labels[i] for i in np.argsort(bits, kind="stable")], tuple(classes)
+    return _mixed(labels), tuple(classes)
+
+
+def _some(top: Path, files: list[Path], left: dict) -> list[Path]:
+    """The files; ValueError where there are none."""
+    if not files:
+        besides = f"; {_left_out(top, left)}" if any(left.values()) else ""
+        raise ValueError(f"images: {_printable(top)} holds no pictures ({', '.join(PICTURES)}){besides}")
+    return files
+
+
+def _mixed(examples: list) -> list:
+    """The examples in their order for ever, which depends on nothing but how many there are."""
+    bits = np.random.Philox(key=[0, 0]).random_raw(len(examples))
+    return [examples[i] for i in np.argsort(bits, kind="stable")]
 
 
 def _common(files: list[Path]) -> tuple[Path, list[str]]:

@@ -8,7 +8,6 @@ import importlib
 import io
 import logging
 import os
-import re
 import sys
 import tempfile
 import urllib.request
@@ -20,41 +19,25 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_TIMES = {"train": 1504176606, "t10k": 1504176627}
 
 
-# Other names of splits, as folders and users write them, whatever their capitals.
-SPLITS = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-
-
 def cuts(name: str, split: str, sizes: dict[str, int], *, unit: str = "examples") -> list[tuple[str, int, int]]:
     """(split, start, stop) of what `split` names: a whole split, or TFDS's slices of some, joined.
-
-    Other names of a split that is there (SPLITS) stand for it: val[:5] is validation[:5].
 
     Raises ValueError with the splits' sizes, counted in `unit`, for an unknown split, a slice that reaches beyond what
     there is, and an empty one.
     """
     there = f"in {unit}: " + ", ".join(f"{part} has {size:,}" for part, size in sizes.items())
-    own = re.sub(r"(?:(?<=\+)|^)\s*\w+", lambda word: _own_name(word.group(), sizes), split)
-    found = [(own, 0, sizes[own])] if own in sizes else _slices(name, split, own, sizes, there)
+    found = [(split, 0, sizes[split])] if split in sizes else _slices(name, split, sizes, there)
     if not any(stop > start for _, start, stop in found):
         raise ValueError(f"{name}: {split!r} is empty ({there})")
     return found
 
 
-def _own_name(word: str, sizes: dict[str, int]) -> str:
-    """The split that a word stands for; the word itself where the set has no such split."""
-    meant = SPLITS.get(word.strip().lower())
-    return meant if word not in sizes and meant in sizes else word
-
-
-def _slices(name: str, split: str, own: str, sizes: dict[str, int], there: str) -> list[tuple[str, int, int]]:
+def _slices(name: str, split: str, sizes: dict[str, int], there: str) -> list[tuple[str, int, int]]:
     import tensorflow_datasets as tfds
 
     def absolute(sizes):
         known = {s: tfds.core.SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in sizes.items()}
-        return tfds.core.ReadInstruction.from_spec(own).to_absolute(known)
+        return tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
 
     try:
         parsed = absolute(sizes)
@@ -67,7 +50,7 @@ def _slices(name: str, split: str, own: str, sizes: dict[str, int], there: str) 
                 f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as {', '.join(slices)} "
                 f"({there})"
             ) from e
-        example = f"{next(s for s in reversed(sizes) if s in own)}[:50%]"
+        example = f"{next(s for s in reversed(sizes) if s in split)}[:50%]"
         raise ValueError(
             f"{name}: {split!r} asks for more than there is ({there}): take a smaller slice, or a share like {example}"
         ) from e
