@@ -34,7 +34,6 @@ from rich.text import Text
 
 from . import data, ddpm, figures, metrics, train, transformer
 from .data import music
-from .data.images import picture_splits
 from .data.text import Tokenizer
 from .train import folder as folders
 from .train.checkpoints import Checkpoints
@@ -546,14 +545,22 @@ def _agreement(values: dict, logged: dict | None) -> str:
 FEWEST = 50  # pictures a side; with fewer no value of `compare` says anything
 
 
-def _pictures(folder: Path) -> data.Data:
-    """Every picture of a folder, whatever splits it is sorted into; of a run folder those that `sample` wrote."""
+DataSize = Annotated[int | None, tyro.conf.arg(name="data.size")]
+
+
+def _recorded_size(folder: Path) -> int | None:
+    """The size that a run folder says its pictures were resized to; None for other folders."""
+    source = folders.read(folder)["data"]["source"] if (folder / "run.json").is_file() else None
+    return source.get("size") if isinstance(source, dict) else None
+
+
+def _pictures(folder: Path, size: int | None) -> data.Data:
+    """Every picture of a folder, however it is sorted; of a run folder those that `sample` wrote."""
     if (folder / "run.json").is_file():
         if not (folder / "samples").is_dir():
             raise train.Refused(f"{folder} is a run: draw its samples first, with python -m aigc_jax sample {folder}")
         folder = folder / "samples"
-    name = f"images:{folder}"
-    return data.load(name, "+".join(picture_splits(name)))
+    return data.load(f"images:{folder}", size=size, labels=False)
 
 
 def compare(
@@ -564,6 +571,7 @@ def compare(
     features: Literal["pixels", "mnist", "fashion_mnist", "digits"] = "pixels",
     n: int | None = None,
     seed: int = 0,
+    data_size: DataSize = None,
 ) -> None:
     """Says how far a folder of pictures is from a reference, beside how far the reference is from itself.
 
@@ -576,9 +584,11 @@ def compare(
         features: the pixels in [0, 1], or the 64 features of that set's classifier (28x28 or 8x8, grey).
         n: pictures a side; by default half of the reference, or all of the other where those are fewer.
         seed: which pictures, and the random directions.
+        data_size: the side that all pictures are resized and cut to; by default what the run OTHER was trained with.
     """
     _check_seed(seed)
-    real, fake = _pictures(reference), _pictures(other)
+    size = _recorded_size(other) if data_size is None else data_size
+    real, fake = _pictures(reference, size), _pictures(other, size)
     shape = real.info.shape
     if fake.info.shape != shape:
         one, two = (" x ".join(map(str, found.info.shape)) for found in (real, fake))

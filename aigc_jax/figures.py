@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def save_images(path: str | Path, images: Images, columns: int | None = None, *,
     pixels = np.clip(sheet * 255 + 0.5, 0, 255).astype(np.uint8)
     times = max(1, smallest // max(pixels.shape[:2]))
     pixels = pixels.repeat(times, 0).repeat(times, 1)
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(os.path.expanduser(path), "PNG")
 
 
 def save_image(path: str | Path, image: Num[Array | np.ndarray, "H W C"]) -> None:
@@ -80,7 +81,7 @@ def save_image(path: str | Path, image: Num[Array | np.ndarray, "H W C"]) -> Non
     from PIL import Image
 
     pixels = np.clip(np.asarray(image) * 255 + 0.5, 0, 255).astype(np.uint8)
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(os.path.expanduser(path), "PNG")
 
 
 def save_animation(path: str | Path, frames, columns: int | None = None, *, smallest: int = 512, ms: int = 80) -> None:
@@ -95,7 +96,7 @@ def save_animation(path: str | Path, frames, columns: int | None = None, *, smal
         # 32 colours for each frame: whole pixels compress well, their noise does not.
         sheets.append(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).quantize(32))
     durations = [ms] * (len(sheets) - 1) + [2000]
-    sheets[0].save(path, "GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+    sheets[0].save(os.path.expanduser(path), "GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
 
 
 @_in_our_look
@@ -219,4 +220,4 @@ def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> Non
     said = fig.supxlabel(caption, fontsize=7, parse_math=False)
     if note := _spell(fig):
         said.set_text(f"{said.get_text()}\n{note}")
-    fig.savefig(path, format=kind)
+    fig.savefig(os.path.expanduser(path), format=kind)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from math import log, log2, prod
 from pathlib import Path
@@ -402,7 +403,7 @@ def load_classifier(name: str | Path) -> Pretrained:
     Draw the samples of a floor at random: the two halves of MNIST's test split are by other writers, and at n = 5,000
     fid_mnist is 31 between them, 2.7 between two sets from its training split (1.1 for fid_fashion, in both).
     """
-    path = Path(name) if str(name).endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
+    path = Path(os.path.expanduser(name)) if str(name).endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
     if path.parent == WEIGHTS and not path.is_file():
         shipped = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
         raise ValueError(f"no classifier {path.stem!r}; there are {', '.join(shipped)}")

@@ -42,10 +42,17 @@ def unit(source: Source) -> str:
     return "characters" if source.tokenizer in ("", "char", "characters") else "tokens"
 
 
-def tokens_per_character(valid: data.Data) -> float:
-    """What turns nats per token into nats per character, which compare between tokenizers."""
-    tokens = valid.resident[0]["text"]
-    return len(tokens) / len(Tokenizer(valid.info.tokenizer).decode(tokens))
+def tokens_per_character(valid: data.Data, folder: str | None = None) -> float:
+    """What turns nats per token into nats per character, which compare between tokenizers.
+
+    The characters are those of the text itself, which a tokenizer may lose. folder: where the file is, as in data.load.
+    """
+    tokens, info = valid.resident[0]["text"], valid.info
+    back = Tokenizer(info.tokenizer).decode(tokens)
+    if info.source is None or len(back.encode()) == round(info.bytes_per_token * len(tokens)):  # nothing is lost
+        return len(tokens) / len(back)
+    name, split = info.source["name"], info.source["split"]
+    return len(tokens) / sum(stop - start for _, start, stop in cuts(name, split, sizes(name, folder)))
 
 
 def ngrams(training: data.Data, valid: data.Data, quantity: Callable[[int], str], most: int = 6) -> dict[int, float]:
@@ -97,13 +104,13 @@ def crops_nats(valid: data.Data, batches: int, size: int):
 
 
 def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
-    """Tokens to go on from: `wish` where the text has its characters, else how the held-out text begins."""
+    """Tokens to go on from: `wish` where the tokenizer has tokens for it, else how the held-out text begins."""
     text = valid.resident[0]["text"]
     try:
         tokens = Tokenizer(valid.info.tokenizer).encode(wish)
     except ValueError:
-        tokens = text[:4]
-    return tokens[: max(1, context - 1)]
+        tokens = text[:0]
+    return (tokens if len(tokens) else text[:4])[: max(1, context - 1)]
 
 
 def written(result: train.Result, prompt: np.ndarray, new: int, seed: int = 0, **sampling) -> str:

@@ -17,7 +17,8 @@ from PIL import Image
 from aigc_jax import __main__ as commands
 from aigc_jax import data, ddpm, figures, gan, metrics, train, transformer, vae
 from aigc_jax.core import Optim
-from aigc_jax.data import prepare
+from aigc_jax.data import music, prepare
+from aigc_jax.data.text import Tokenizer
 from aigc_jax.train import progress
 from experiments import __main__ as experiments
 from experiments import _cli, jsb_chorales, vae_digits
@@ -356,6 +357,32 @@ def test_mistakes_of_compare_are_one_line(call, folders, flags, words):
     assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and words.format(root=folders) in err
 
 
+def test_compare_takes_pictures_of_all_sizes_as_a_run_took_them(call, digits_run, tmp_path):
+    """Splits of other classes and a picture beside folders: `compare` needs no labels."""
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        place = tmp_path / "own" / ("train/cat", "train/dog", "test/owl", "")[min(i % 40, 3)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9 + i % 3, 8 + i % 5), dtype=np.uint8)).save(place / f"{i}.png")
+    training = data.load(f"images:{tmp_path}/own", size=8, labels=False)
+    assert training.info.classes is None and training.info.examples == 120
+    assert training.info.source["labels"] is False
+    record = json.loads((digits_run / "run.json").read_text())
+    record["data"]["source"] = training.info.source
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    for i in range(50):
+        figures.save_image(tmp_path / "run" / "samples" / f"{i}.png", rng.random((8, 8, 1)))
+    code, said, err = call("aigc_jax", "compare", "own", "run")
+    assert code == 0 and "50 pictures a side, 64 features" in said, err
+    code, _, err = call("aigc_jax", "compare", "own", "run/samples", "--data.size", 4, "--features", "mnist")
+    assert code == 2 and "these are 4 x 4 x 1" in err
+    code, _, err = call("aigc_jax", "compare", "own", "run/samples")  # says nothing of a size
+    assert code == 2 and "(--data.size 32) makes all of them 32 x 32" in err and len(err.splitlines()) == 1
+    code, _, err = call("aigc_jax", "compare", "own", "run", "--data.size", 0)
+    assert code == 2 and "size must be a whole number of at least 1, got 0" in err
+
+
 # --------------------------------------------------------------------------------------------- what `sample` writes
 
 
@@ -538,6 +565,28 @@ def test_a_home_is_found_where_the_shell_does_not_see_it(call, digits_run, tmp_p
 
 
 # -------------------------------------------------------------------------------------------------- doors of both lines
+
+
+def test_every_function_that_reads_or_writes_a_file_finds_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    images = np.zeros((2, 4, 4, 1))
+    figures.save_images("~/grid.png", images)
+    figures.save_image("~/one.png", images[0])
+    figures.save_animation("~/moving.gif", [images, images + 1])
+    figures.save(figures.figure(1, 1, size=(2, 2))[0], "~/figure.png", "caption")
+    music.write_midi("~/notes.mid", np.zeros((3, 88)))
+    made = Tokenizer.bpe("some text", 256)
+    made.save("~/tokenizer.json")
+    assert Tokenizer.load("~/tokenizer.json").content == Tokenizer.gpt2("~").content == made.content
+    cfg, params = transformer.load_gpt2(Path(__file__).parent / "golden" / "gpt2")
+    transformer.save_gpt2("~/gpt2", cfg, params)
+    assert transformer.load_gpt2(Path("~/gpt2"))[0] == cfg
+    shutil.copy(metrics.WEIGHTS / "digits.safetensors", tmp_path / "home" / "mine.safetensors")
+    assert metrics.load_classifier("~/mine.safetensors").shape == (8, 8, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert {"grid.png", "one.png", "moving.gif", "figure.png", "notes.mid", "gpt2"} <= set(os.listdir("home"))
 
 
 def test_a_folder_of_runs_names_them(call, tmp_path):

@@ -305,11 +305,23 @@ def test_mnist_itself(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "shape",
+    [(4, 8, 6), (4, 8, 5), (3, 3, 3), (1, 1, 1), (3, 8, 3), (1, 5, 3), (3, 5, 1), (4, 4, 4), (8, 8, 4), (2, 2, 1)],
+)
+def test_small_images_with_channels_last_are_taken(shape):
+    assert data.from_arrays({"image": np.zeros((5, *shape), np.uint8)}).info.shape == shape
+
+
+@pytest.mark.parametrize(
     "image, words",
     [
         (np.zeros((3, 3, 32, 32), np.uint8), r"got uint8 .*, 3, 32, 32\]; channels come last: x.transpose"),
         (np.zeros((3, 1, 28, 28), np.uint8), "channels come last"),
-        (np.zeros((3, 4, 8, 5), np.uint8), "channels come last"),
+        (np.zeros((3, 4, 8, 8), np.uint8), "channels come last"),
+        (np.zeros((5, 3, 4, 4), np.uint8), "channels come last"),
+        (np.zeros((5, 1, 2, 2), np.uint8), "channels come last"),
+        (np.zeros((5, 1, 3, 3), np.uint8), "channels come last"),
+        (np.zeros((5, 3, 1, 1), np.uint8), "channels come last"),
         (np.zeros((3, 3, 32, 32), np.float32), r"channels come last.*\(x \* 255\).round\(\)"),
         (np.zeros((3, 28, 28), np.uint8), r"x\[..., None\]"),
         (np.zeros((3, 28, 28, 1), np.float16), r"got float16 .*, 28, 28, 1\]; of floats"),

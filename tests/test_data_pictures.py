@@ -232,7 +232,11 @@ def test_nothing_left_out_is_nothing_said(folder, capfd):
     assert said(capfd, folder)[1] == ""
 
 
-@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", ".git"])
+@pytest.mark.parametrize("name", [
+    ".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", ".git", "#snapshot", "@tmp", "RECYCLER",
+    "FOUND.000", "found.017", "_gsdata_", "Network Trash Folder", "Temporary Items", "Thumbnails",
+    "System Volume Information",
+])  # fmt: skip
 def test_folders_of_the_system_are_no_classes(folder, capfd, name):
     before = data.load(f"images:{folder}").info
     for at in (folder / name, folder / "ant" / name):
@@ -241,6 +245,13 @@ def test_folders_of_the_system_are_no_classes(folder, capfd, name):
     source, line = said(capfd, folder)
     assert source.info == before
     assert f"left out 2 hidden or of the system ({name}, ant/{name})" in line
+    assert "the classes are 0 ant, 1 bee" in line
+
+
+def test_a_picture_whose_name_begins_with_a_hash_is_one(folder, capfd):
+    for name in ("#1.png", "@2.png"):
+        picture(90).save(folder / "ant" / name)
+    assert said(capfd, folder)[0].info.examples == 42
 
 
 def test_what_is_no_picture_is_counted_by_its_reason(folder, capfd):
@@ -294,7 +305,9 @@ def test_a_class_linked_twice_is_read_once(folder, capfd):
     (folder / "aaa").symlink_to(folder / "bee")
     source, line = said(capfd, folder)
     assert source.info.classes == 2 and "1 linked to a folder that is read anyway (aaa)" in line
-    assert "without pictures" not in line
+    assert "without pictures" not in line and "the classes are 0 ant, 1 bee" in line
+    (folder / "aaa").rename(folder / "ant" / "aaa")
+    assert "the classes" not in said(capfd, folder)[1]  # no class is missing
 
 
 def tiff(*entries):
@@ -419,6 +432,40 @@ def test_a_split_that_lies_deeper_is_no_class(tmp_path, inner):
     above = tmp_path / inner.split("/")[0]
     with pytest.raises(ValueError, match=f"holds nothing but .*name the folder above it, as images:{above}$"):
         data.load(f"images:{tmp_path}")
+
+
+@pytest.mark.parametrize("above", ["PetImages", "zip/PetImages"])
+def test_classes_that_lie_deeper_are_not_one_class(tmp_path, above):
+    for i in range(4):
+        at = tmp_path / "top" / above / ("Cat", "Dog")[i % 2]
+        at.mkdir(parents=True, exist_ok=True)
+        picture(i).save(at / f"{i}.png")
+    with pytest.raises(ValueError) as refused:
+        data.load(f"images:{tmp_path / 'top'}")
+    line = str(refused.value)
+    assert f"holds nothing but {above}/, whose folders Cat, Dog would be one class" in line and "\n" not in line
+    named = line.split()[-1]
+    assert named == f"images:{tmp_path / 'top' / above}" and data.load(named).info.classes == 2
+    (tmp_path / "top" / above / "Dog").rename(tmp_path / "dogs")  # a single class may lie at any depth
+    assert data.load(f"images:{tmp_path / 'top'}").info.classes == 1
+
+
+def test_slices_take_the_other_names_of_a_split(tmp_path):
+    for part, numbers in (("training", range(6)), ("val", range(6, 9))):
+        (tmp_path / part).mkdir()
+        for i in numbers:
+            picture(i).save(tmp_path / part / f"{i}.png")
+    name = f"images:{tmp_path}"
+    for said, own in (
+        ("val", "validation"), ("Valid[:2]", "validation[:2]"), ("training[:50%]+val[1:]", "train[:50%]+validation[1:]")
+    ):  # fmt: skip
+        assert data.load(name, said).info.fingerprint == data.load(name, own).info.fingerprint
+    with pytest.raises(ValueError, match=r"'validation\[:9\]' asks for more .* a share like validation\[:50%\]"):
+        data.load(name, "val[:9]")
+    with pytest.raises(ValueError, match=r"no split 'testing'; it has train, validation, .*train\+validation \("):
+        data.load(name, "testing")
+    with pytest.raises(ValueError, match=r"slices such as train\[:50%\] \(in examples: train has 6\)$"):
+        data.load(f"{name}/training", "val")
 
 
 def test_a_class_named_as_a_split_keeps_its_label(tmp_path):

@@ -280,16 +280,26 @@ def test_a_tokenizer_is_chosen_and_recorded(own, tmp_path):
     Tokenizer.bpe(POEM, 270).save(tmp_path / "tokenizer.json")
     for which, recorded, levels in (
         ("", "char", len(set(POEM))), ("char", "char", len(set(POEM))), ("characters", "char", len(set(POEM))),
-        ("bpe:300", "bpe:300", 300), (str(tmp_path), str(tmp_path), 270),
+        ("bpe:300", "bpe:300", 300), ("BPE:300", "bpe:300", 300), (str(tmp_path), str(tmp_path), 270),
         (str(tmp_path / "tokenizer.json"), str(tmp_path / "tokenizer.json"), 270),
     ):  # fmt: skip
         info = _cli.Source(name, tokenizer=which).load("train", length=8).info
         assert (info.source["tokenizer"], info.levels) == (recorded, levels)
-    for which, words in (("bpe:", "tokenizer must be char, bpe:N"), ("bpe:99", "at least 256"), ("gpt9", "'gpt9'")):
+    for which, words in (
+        ("bpe:", r"tokenizer must be char \(or characters\), bpe:N"),
+        ("bpe:99", "at least 256"),
+        ("gpt9", "'gpt9'"),
+    ):
         with pytest.raises(ValueError, match=words):
             _cli.Source(name, tokenizer=which).load("train", length=8)
-    with pytest.raises(ValueError, match="digits has no option 'tokenizer'; it takes none"):
+    with pytest.raises(
+        ValueError, match="digits has no option 'tokenizer'; it takes none: --data.tokenizer is for text:"
+    ):
         _cli.Source("digits", tokenizer="char").load("train")
+    with pytest.raises(ValueError, match="digits has no option 'size'; it takes none: --data.size is for images:FOL"):
+        data.load("digits", size=32)
+    with pytest.raises(ValueError, match="text: name a file, as in text:FILE"):
+        data.load("text:", length=8)
     for script in (finetune, gpt2):
         with pytest.raises(ValueError, match="the weights come with their tokenizer: leave --data.tokenizer out"):
             replace(script.SCALES["smoke"], data=_cli.Source(name, tokenizer="char"))
@@ -309,6 +319,27 @@ def test_nats_per_character_compare_between_tokenizers(own):
     assert _text.tokens_per_character(one) == 1.0
     np.testing.assert_allclose(_text.tokens_per_character(two), len(two.resident[0]["text"]) / 200)
     assert _text.tokens_per_character(two) < 0.6
+
+
+def words_of(known, file):
+    """A tokenizer.json of whole words, in which others are [UNK] or, without it, nothing."""
+    import tokenizers
+
+    unknown = {"unk_token": "[UNK]"} if "[UNK]" in known else {}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(known)}, **unknown))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(file))
+    return str(file)
+
+
+def test_characters_that_a_tokenizer_loses_count(own, tmp_path):
+    name = own("night and morning come\n" * 100)
+    lossy = words_of(["[UNK]", "night", "and"], tmp_path / "words.json")
+    for split, characters in (("validation", 230), ("validation[:115]", 115), ("validation[50%:]", 115)):
+        scored = data.load(name, split, length=4, stride=4, tokenizer=lossy)
+        assert _text.tokens_per_character(scored) == len(scored.resident[0]["text"]) / characters
+    moved = (tmp_path / "own.txt").rename(tmp_path / "moved.txt")
+    assert _text.tokens_per_character(scored, str(moved)) == len(scored.resident[0]["text"]) / 115
 
 
 # ----------------------------------------------------------------------------------------------- yardsticks and prompts
@@ -342,6 +373,7 @@ def test_a_prompt_is_of_the_texts_own_characters(own):
     np.testing.assert_array_equal(_text.prompt("def ", code, 3), asked[:2])
     np.testing.assert_array_equal(_text.prompt("def ", code, 1), asked[:1])
     np.testing.assert_array_equal(_text.prompt("def ", poem, 64), poem.resident[0]["text"][:4])
+    np.testing.assert_array_equal(_text.prompt("", code, 64), code.resident[0]["text"][:4])  # no tokens
 
 
 def test_words_are_split_at_spaces_and_chinese_at_characters():

@@ -318,7 +318,11 @@ def test_line_ends_are_characters(tmp_path):
         ("text:nowhere.txt", {}, "text: there is no file nowhere.txt"),
         ("text:latin.txt", {}, "latin.txt is not UTF-8 .byte 3."),
         ("text:short.txt", {}, "train: the text has 9 tokens, a length of 256 needs at least 257"),
-        ("text:short.txt", {"length": 2, "tokenizer": "words"}, "tokenizer must be char, bpe:N, a tokenizer.json or"),
+        (
+            "text:short.txt",
+            {"length": 2, "tokenizer": "words"},
+            r"tokenizer must be char \(or characters\), bpe:N, a tokenizer.json or",
+        ),
         ("text:short.txt", {"length": 2, "tokenizer": "none.json"}, "there is no tokenizer none.json"),
         ("text:short.txt", {"length": 2, "lengths": 3}, "has no option 'lengths'; it takes length, stride, tokenizer"),
         ("python_source", {"folder": "."}, "python_source needs no files, so it takes no folder"),

@@ -85,7 +85,9 @@ def from_arrays(
     counts if not all does.
 
     Images and tokens are whole numbers in 0..levels-1. `classes` defaults to the largest label + 1, `fingerprint` to
-    the sha256 of the arrays. Raises ValueError for anything that does not fit this description.
+    the sha256 of the arrays. Raises ValueError for anything that does not fit this description, and for images that
+    look like PyTorch's [N, C, H, W]: [N, 1 or 3, H, W] unless W is 1 or 3, as channels are (where H = W = 1 or 3 too,
+    they must be as many as axis 1); [N, 4, S, S] with S above 4.
     """
     kinds = [kind for kind in ("image", "points", "tokens", "roll") if kind in arrays]
     if len(kinds) != 1:
@@ -150,8 +152,13 @@ def from_arrays(
 
 
 def _channels_first(shape: tuple[int, ...]) -> bool:
-    """Whether the images are [N, C, H, W], as PyTorch has them: no picture has as many channels as pixels."""
-    return len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] > 4
+    """Whether images look like [N, C, H, W], as PyTorch has them: see from_arrays."""
+    if len(shape) != 4:
+        return False
+    _, first, second, last = shape
+    if first in (1, 3):
+        return last not in (1, 3) or (second == last != first)
+    return first == 4 < second == last
 
 
 def _advice(x: np.ndarray) -> str:
@@ -245,8 +252,8 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         train and validation.
     folder: where the original files of a downloaded set lie (else AIGC_DATA/<name>, else a prepared copy, else the
         network). Files are known by their checksums, whatever their names. For images: and text:, where they are now.
-    options: the set's own (synthetic: std, examples ...; text: length, stride, tokenizer; images: size, stream);
-        unknown ones are refused.
+    options: the set's own (synthetic: std, examples ...; text: length, stride, tokenizer; images: size, stream,
+        labels); unknown ones are refused.
 
     Raises ValueError for a name, split, option or file that does not fit, FileNotFoundError where files are missing.
     """
@@ -277,5 +284,7 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
     for option in options:
         if option not in known or option in ("split", "folder"):
             own = [p for p in known if p not in ("split", "folder")]
-            raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(own) or 'none'}")
+            flags = {"size": "images:FOLDER", "tokenizer": "text:FILE, python_source and tiny_shakespeare"}
+            hint = f": --data.{option} is for {flags[option]}" if option in flags else ""
+            raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(own) or 'none'}{hint}")
     return sets[name](split, **({"folder": folder} if downloaded else {}), **options)

@@ -6,9 +6,11 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,15 +26,16 @@ PICTURES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm"
 )  # fmt: skip
 EMPTY, KNOWN = "without pictures in it", "linked to a folder that is read anyway"
-# Folders that are read as splits, whatever their capitals.
+# Folders that are read as splits, and what their slices may be called, whatever their capitals.
 SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-# What file managers, archives and file systems leave; so is whatever begins with a dot.
+HIDDEN = "hidden or of the system"
+# What file managers, archives, synchronisers and file systems leave: see _is_hidden.
 SYSTEM = {
-    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "__pycache__", "_gsdata_",
+    "network trash folder", "temporary items", "thumbnails", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
 
 
@@ -65,7 +68,13 @@ def cifar10(split: str, *, folder: str | None = None) -> Data:
 
 
 def pictures(
-    name: str, split: str, *, folder: str | None = None, size: int | None = None, stream: bool | None = None
+    name: str,
+    split: str,
+    *,
+    folder: str | None = None,
+    size: int | None = None,
+    stream: bool | None = None,
+    labels: bool = True,
 ) -> Data:
     """images:FOLDER, your own pictures; sub-folders are classes, in the order of their names.
 
@@ -79,13 +88,15 @@ def pictures(
         all pictures must have one size.
     stream: read pictures while training; by default where they would take more than 2 GiB. Each load reads every file
         once, to know the set again.
+    labels: False takes every picture, wherever it lies, as one split, train, without labels.
 
     Raises ValueError, with the file's name, for what cannot be read as a picture.
     """
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"images: size must be a whole number of at least 1, got {size!r}")
-    root, found, names, left = _found(name, folder)
-    chosen_cuts = cuts(name, split, {part: len(files) for part, files in found.items()})
+    root, found, names, left = _found(name, folder, labels)
+    own = re.sub(r"(?:(?<=\+)|^)\s*\w+", lambda word: _own_name(word.group(), found), split)
+    chosen_cuts = cuts(name, own, {part: len(files) for part, files in found.items()})
     chosen = [found[part][i] for part, start, stop in chosen_cuts for i in range(start, stop)]
     if not chosen:
         raise ValueError(f"{name}: the split {split!r} is empty")
@@ -94,7 +105,7 @@ def pictures(
         warnings.simplefilter("ignore")
         source = _Pictures(root, every, chosen, names, size)
         _say(_line(root, left, source.notes, names))
-        given = {"size": size, "stream": stream}
+        given = {"size": size, "stream": stream, "labels": None if labels else False}
         info = {
             "classes": len(names) or None,
             "source": {"name": name, "split": split, **{key: v for key, v in given.items() if v is not None}},
@@ -109,12 +120,18 @@ def pictures(
     return from_arrays({key: np.stack([e[key] for e in examples]) for key in examples[0]}, **info)
 
 
+def _own_name(word: str, splits: Iterable[str]) -> str:
+    """The split that a word stands for (val: validation); the word itself where there is no such split."""
+    meant = SPLITS.get(word.strip().lower())
+    return meant if meant in splits else word
+
+
 def picture_splits(name: str, *, folder: str | None = None) -> dict[str, int]:
     """{split: number of pictures} of images:FOLDER; opens no file."""
     return {part: len(files) for part, files in _found(name, folder)[1].items()}
 
 
-def _found(name: str, folder: str | None):
+def _found(name: str, folder: str | None, labels: bool = True):
     """The folder; {split: its (file, label), in their order for ever}; the names of the classes; {why: left out}.
 
     The label is 0 where there are no classes.
@@ -127,6 +144,8 @@ def _found(name: str, folder: str | None):
         what = "is a file, not a folder" if root.exists() else "does not exist: there is no folder of this name"
         raise FileNotFoundError(f"images: {_printable(root)} {what}")
     files, left = _walk(root)
+    if not labels:
+        return root, {"train": _mixed([(file, 0) for file in _some(root, files, left)])}, (), left
     of_top = defaultdict(list)
     for file in files:
         of_top[file.parts[len(root.parts)]].append(file)
@@ -172,8 +191,8 @@ def _walk(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             continue
         known.add(identity)
         for path in sorted(at.iterdir(), key=os.fsencode):
-            if path.name.startswith(".") or path.name.lower() in SYSTEM:
-                left["hidden or of the system"].append(path)
+            if _is_hidden(path):
+                left[HIDDEN].append(path)
             elif os.path.isdir(path):
                 (links if path.is_symlink() else folders).append(path)
             elif not os.path.isfile(path):
@@ -185,10 +204,17 @@ def _walk(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     return sorted(found, key=lambda path: [os.fsencode(part) for part in path.parts]), left
 
 
+def _is_hidden(path: Path) -> bool:
+    """Whether a file or folder is hidden or of the system: Unix's, Windows', macOS's or a network drive's (@, #)."""
+    name = path.name.lower()
+    if name.startswith(".") or name in SYSTEM or re.fullmatch(r"found\.\d{3}", name):
+        return True
+    return name.startswith(("@", "#")) and os.path.isdir(path)
+
+
 def _folders(root: Path) -> list[Path]:
     """The folders in a folder that may be classes or splits."""
-    usual = (p for p in root.iterdir() if not p.name.startswith(".") and p.name.lower() not in SYSTEM)
-    return sorted((p for p in usual if os.path.isdir(p)), key=os.fsencode)
+    return sorted((p for p in root.iterdir() if os.path.isdir(p) and not _is_hidden(p)), key=os.fsencode)
 
 
 def _listed(top: Path, files: list[Path], left: dict) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
@@ -203,9 +229,7 @@ def _listed(top: Path, files: list[Path], left: dict) -> tuple[list[tuple[Path, 
             f"images: {_printable(loose[0])} lies beside the class folder {_printable(top / next(iter(classes)))}: "
             "move one of them"
         )
-    if not files:
-        besides = f"; {_left_out(top, left)}" if any(left.values()) else ""
-        raise ValueError(f"images: {_printable(top)} holds no pictures ({', '.join(PICTURES)}){besides}")
+    _some(top, files, left)
     if len(classes) == 1:
         [name] = classes
         nested = [p.name for p in (*_folders(top / name), top / name) if p.name.lower() in SPLITS]
@@ -214,9 +238,36 @@ def _listed(top: Path, files: list[Path], left: dict) -> tuple[list[tuple[Path, 
                 f"images: {_printable(top)} holds nothing but {name}/, and {', '.join(nested)} is read as a split only "
                 f"at the top: name the folder above it, as images:{top if name in nested else top / name}"
             )
+        at, inner = _common(files)
+        if at != top and len(inner) > 1:
+            raise ValueError(
+                f"images: {_printable(top)} holds nothing but {_printable(at.relative_to(top))}/, whose folders "
+                f"{_printable(Path(inner[0]))}, {_printable(Path(inner[1]))}{', ...' * (len(inner) > 2)} would be one "
+                f"class: for a class each, name images:{_printable(at)}"
+            )
     labels = [(file, i) for i, found in enumerate(classes.values()) for file in found] or [(file, 0) for file in loose]
-    bits = np.random.Philox(key=[0, 0]).random_raw(len(labels))
-    return [labels[i] for i in np.argsort(bits, kind="stable")], tuple(classes)
+    return _mixed(labels), tuple(classes)
+
+
+def _some(top: Path, files: list[Path], left: dict) -> list[Path]:
+    """The files; ValueError where there are none."""
+    if not files:
+        besides = f"; {_left_out(top, left)}" if any(left.values()) else ""
+        raise ValueError(f"images: {_printable(top)} holds no pictures ({', '.join(PICTURES)}){besides}")
+    return files
+
+
+def _mixed(examples: list) -> list:
+    """The examples in their order for ever, which depends on nothing but how many there are."""
+    bits = np.random.Philox(key=[0, 0]).random_raw(len(examples))
+    return [examples[i] for i in np.argsort(bits, kind="stable")]
+
+
+def _common(files: list[Path]) -> tuple[Path, list[str]]:
+    """The lowest folder that holds all files, and its folders with some in them; none where it holds files itself."""
+    at = Path(os.path.commonpath([file.parent for file in files]))
+    inner = {file.parts[len(at.parts)]: None for file in files}
+    return at, [] if any(file.parent == at for file in files) else list(inner)
 
 
 def _printable(path: Path) -> str:
@@ -236,12 +287,19 @@ def _left_out(root: Path, left: dict[str, list[Path]], word: str = "left out ") 
 def _line(root: Path, left: dict, notes: dict, classes: tuple[str, ...]) -> str:
     """What was left out, or taken otherwise than it is; empty: nothing."""
     said = [_left_out(root, left)] if any(left.values()) else []
-    if left[EMPTY] and classes:
+    shift = [path for why in (KNOWN, HIDDEN) for path in left[why] if os.path.isdir(path) and _at_classes(root, path)]
+    if classes and (left[EMPTY] or shift):
         numbered = [f"{i} {_printable(Path(name))}" for i, name in enumerate(classes[:10])]
         shown = ", ".join(numbered) + ", ..." * (len(classes) > 10)
         said.append(f"the classes are {shown}")
     said += [_left_out(root, {why: paths}, "") for why, paths in notes.items() if paths]
     return f"images: {_printable(root)}: {'; '.join(said)}" if said else ""
+
+
+def _at_classes(root: Path, path: Path) -> bool:
+    """Whether a folder lies where the classes do: at the top, or at the top of a split."""
+    above = path.parent
+    return above == root or (above.parent == root and above.name.lower() in SPLITS)
 
 
 @functools.lru_cache(maxsize=1000)  # once: a run loads several slices of a folder

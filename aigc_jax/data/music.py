@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def jsb_chorales(split: str, *, folder: str | None = None) -> Data:
     return from_arrays({"roll": roll, "mask": mask}, source={"name": "jsb_chorales", "split": split})
 
 
-def write_midi(path: Path, roll: np.ndarray, *, beats_per_minute: int = 80) -> None:
+def write_midi(path: str | Path, roll: np.ndarray, *, beats_per_minute: int = 80) -> None:
     """A piano roll of quarter notes [T, keys] as a MIDI file; a key held over several frames is struck once."""
     import mido
 
@@ -49,7 +50,7 @@ def write_midi(path: Path, roll: np.ndarray, *, beats_per_minute: int = 80) -> N
                 track.append(mido.Message(message, note=int(key) + LOWEST, velocity=64, time=waited))
                 waited = 0
         held, waited = frame, waited + 480
-    file.save(path)
+    file.save(os.path.expanduser(path))
 
 
 def joined(rolls: np.ndarray, *, rest: int = 4) -> np.ndarray:

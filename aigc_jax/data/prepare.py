@@ -45,9 +45,10 @@ def _slices(name: str, split: str, sizes: dict[str, int], there: str) -> list[tu
         try:
             absolute(dict.fromkeys(sizes, 1 << 62))
         except (ValueError, AssertionError, KeyError):
+            slices = [f"{next(iter(sizes))}[:50%]", *["+".join(sizes)] * (len(sizes) > 1)]
             raise ValueError(
-                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as "
-                f"{next(iter(sizes))}[:50%], {'+'.join(sizes)} ({there})"
+                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as {', '.join(slices)} "
+                f"({there})"
             ) from e
         example = f"{next(s for s in reversed(sizes) if s in split)}[:50%]"
         raise ValueError(

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -99,7 +100,7 @@ class Tokenizer:
         """GPT-2's own, from a folder with its vocab.json and merges.txt, or tokenizer.json."""
         import tokenizers
 
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         if (folder / "tokenizer.json").is_file():
             return cls.load(folder / "tokenizer.json")
         files = [folder / "vocab.json", folder / "merges.txt"]
@@ -116,7 +117,7 @@ class Tokenizer:
     @classmethod
     def load(cls, file: str | Path) -> Tokenizer:
         """What `save` wrote, or any tokenizer.json of the `tokenizers` library."""
-        file = Path(file)
+        file = Path(os.path.expanduser(file))
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer {file}")
         try:
@@ -128,7 +129,7 @@ class Tokenizer:
 
     def save(self, file: str | Path) -> None:
         """One JSON file."""
-        Path(file).write_bytes(self.content.encode())
+        Path(os.path.expanduser(file)).write_bytes(self.content.encode())
 
     def encode(self, text: str | Iterable[str]) -> np.ndarray:
         """int32 [T] of a string, or of its pieces in order. Raises ValueError for a character of no token."""
@@ -353,6 +354,8 @@ def load_text(
     border = {"train": 0, "validation": parts["train"]}
     chosen = cuts(name, split, parts, unit="characters")
     text = functools.partial(_read, name, folder)
+    if re.fullmatch(r"(?i)bpe:\d+", tokenizer):
+        tokenizer = tokenizer.lower()
     made = _tokenizer(tokenizer, text, parts["train"])
     size = 0
 
@@ -395,18 +398,22 @@ def _tokenizer(which: str, text: Callable[..., Iterator[str]], train: int) -> To
         if key not in _learnt:
             _learnt[key] = Tokenizer.bpe(text(0, train), int(which[4:]))
         return _learnt[key]
-    path = Path(which).expanduser()
+    path = Path(os.path.expanduser(which))
     if path.is_dir():
         return Tokenizer.gpt2(path)
     if which.endswith(".json") or path.is_file():
         return Tokenizer.load(path)
     raise ValueError(
-        f"tokenizer must be char, bpe:N, a tokenizer.json or a folder with GPT-2's files that exist, got {which!r}"
+        f"tokenizer must be char (or characters), bpe:N, a tokenizer.json or a folder with GPT-2's files that exist, "
+        f"got {which!r}"
     )
 
 
 def _file(name: str, folder: str | None) -> Path:
-    return Path(folder or name.removeprefix("text:")).expanduser()
+    given = folder or name.removeprefix("text:")
+    if not given:
+        raise ValueError("text: name a file, as in text:FILE")
+    return Path(os.path.expanduser(given))
 
 
 def _read(name: str, folder: str | None, start: int = 0, stop: int | None = None) -> Iterator[str]:

@@ -200,7 +200,7 @@ def load_gpt2(folder: str | Path) -> tuple[Config, Any]:
     Raises ValueError or FileNotFoundError, in one line, for another architecture, a file that is cut off, and tensors
     that are missing, of another shape or dtype, or not finite.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     cfg = _config(folder)
     stored = _stored(folder)
     head = stored.pop("lm_head.weight", None)
@@ -295,7 +295,7 @@ def save_gpt2(folder: str | Path, cfg: Config, params: Any) -> None:
         "resid_pdrop": cfg.dropout, "embd_pdrop": cfg.dropout, "attn_pdrop": cfg.dropout, **ends,
     }  # fmt: skip
     _write(
-        Path(folder),
+        Path(os.path.expanduser(folder)),
         {
             "model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
             "config.json": lambda path: path.write_text(json.dumps(said, indent=1) + "\n"),
