@@ -1,20 +1,24 @@
 """`python -m aigc_jax sample | evaluate | export | info | replay | compare`: what to do with a run or its samples."""
 
+import os  # imported by Python itself already
 import sys
 
-# Python puts the current directory first. That may be a run folder, and no file of a run folder is ever imported.
-if HERE := not sys.flags.safe_path and __name__ == "__main__":
-    sys.path.pop(0)
+# Python looks in the current directory first. That may be a run folder, and no file of a run folder is ever imported.
+if HERE := __name__ == "__main__":
+    here = os.path.realpath(".")
+    others = [p for p in sys.path if os.path.realpath(p or ".") != here]
+    HERE = others != sys.path
+    if here != os.path.dirname(os.path.dirname(os.path.realpath(__file__))):  # the checkout may stay
+        sys.path[:] = others
 
 from . import interrupt
 
 if __name__ == "__main__":
-    interrupt.on_command_line()  # before JAX, whose import takes seconds
+    interrupt.on_command_line(main=True)  # before JAX, whose import takes seconds
 
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -36,6 +40,7 @@ from . import data, ddpm, figures, metrics, train, transformer
 from .data import music
 from .data.text import Tokenizer
 from .train import folder as folders
+from .train import record as records
 from .train.checkpoints import Checkpoints
 from .train.engine import compilation_cache
 
@@ -56,6 +61,9 @@ Folder = tyro.conf.Positional[Place]
 @contextlib.contextmanager
 def quiet_pipe() -> Iterator[None]:
     """Ends without a word where nobody reads what is printed any more (`... | head`), as other programs do."""
+    if sys.stdout is None:  # `>&-`
+        print("error: the standard output is closed: redirect it to /dev/null", file=sys.stderr)
+        raise SystemExit(2)
     try:
         try:
             yield
@@ -68,6 +76,13 @@ def quiet_pipe() -> Iterator[None]:
             with contextlib.suppress(OSError):
                 os.dup2(nowhere, stream.fileno())
         raise SystemExit(128 + 13) from None  # what a shell reports of a program that SIGPIPE ended
+    except OSError as e:  # a full disk
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e.__context__, SystemExit) and e.__context__.code:  # said already
+            raise SystemExit(e.__context__.code) from None
+        print(f"error: the output cannot be written: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def write_traceback(errors: Sequence[BaseException], file: Path | None = None) -> Path:
@@ -90,8 +105,7 @@ def _load(run_folder: Path, trust: tuple[str, ...]) -> train.Result:
 
 def _trusted(modules: tuple[str, ...]) -> tuple[str, ...]:
     """Modules that the user named; they may lie in the current directory."""
-    if modules and HERE:
-        sys.path.insert(0, os.getcwd())
+    records.BESIDE[:] = [os.getcwd()] if modules and HERE else []
     return modules
 
 

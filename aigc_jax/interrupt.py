@@ -8,6 +8,7 @@ is in force while JAX is imported.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,9 +19,11 @@ _once = threading.Lock()
 def leave(number: int = signal.SIGINT, frame=None) -> None:
     """Ends the process with one line; a handler of SIGINT."""
     if _once.acquire(blocking=False):
-        shown = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor
-        os.write(2, shown + b"interrupted\n")
-        os._exit(130)
+        try:
+            shown = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor
+            os.write(2, shown + b"interrupted\n")
+        finally:  # nobody may read stderr any more
+            os._exit(130)
 
 
 def _watch(pipe: int) -> None:
@@ -35,12 +38,20 @@ def _watch(pipe: int) -> None:
                     leave()
 
 
-def on_command_line() -> None:
-    """Takes over Ctrl-C where this process is `python -m aigc_jax` or `python -m experiments.NAME`, and only there."""
-    words = sys.orig_argv
-    module = next((after for word, after in zip(words, words[1:], strict=False) if word == "-m"), "")
-    # While `python -m` imports the packages above its module, argv[0] is "-m".
-    ours = sys.argv[:1] == ["-m"] and module.split(".")[0] in ("aigc_jax", "experiments")
+def _module(words: list[str]) -> str:
+    """NAME of `python -m NAME`, `python -mNAME` or `python -um NAME`; empty where there is none."""
+    for word, after in zip(words[1:], [*words[2:], ""], strict=True):
+        if found := re.fullmatch("-[a-zA-VY]*?m(.*)", word):
+            return found[1] or after
+    return ""
+
+
+def on_command_line(main: bool = False) -> None:
+    """Takes over Ctrl-C where this process is `python -m aigc_jax` or `python -m experiments.NAME`, and only there.
+
+    main: the caller is the module `__main__` itself. In a package above it argv[0] is still "-m".
+    """
+    ours = main or (sys.argv[:1] == ["-m"] and _module(sys.orig_argv).split(".")[0] in ("aigc_jax", "experiments"))
     if not ours or os.name != "posix" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
     reading, writing = os.pipe()

@@ -46,6 +46,8 @@ from aigc_jax.train.folder import environment, write_json
 
 NOT_REACHED = "not reached"
 PLACES = ("folder", "init", "weights", "name", "tokenizer")  # flags, by their last part, whose values may be paths
+# What a user can mend in the flags, as long as no training has begun.
+MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TABLE = ROOT / "results", ROOT / "docs" / "reproduction.md"
 
@@ -269,8 +271,8 @@ def _begun(folder: Path) -> dict:
 def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
     """The rows of a script, and what ended it before its end, if anything did.
 
-    What is refused before a training has begun is one line and exit code 2; anything else that goes wrong there is one
-    line and exit code 1.
+    What is refused before a training has begun is one line and exit code 2, and so is a path that is wrong. Anything
+    else that goes wrong there is one line and exit code 1.
     """
     before, made, failed = _begun(folder), [], None
     token = _made.set(made)
@@ -280,7 +282,7 @@ def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
         raise
     except Exception as e:
         if not any(made) and _begun(folder) == before:
-            raise SystemExit(_fault(e) if _is_bug(e) else _error(_why(e), 2 if isinstance(e, ValueError) else 1)) from e
+            raise SystemExit(_fault(e) if _is_bug(e) else _error(_why(e), 2 if isinstance(e, MISTAKES) else 1)) from e
         rows, failed = [], e
     finally:
         _made.reset(token)

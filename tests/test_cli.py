@@ -629,6 +629,26 @@ def test_a_reader_who_leaves_is_no_error():
         assert process.communicate()[1] == "" and process.returncode == 141
 
 
+@pytest.mark.parametrize("code, wanted", [(None, 2), (0, 2), (1, 1)])
+def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys, code, wanted):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended, commands.quiet_pipe():
+            print("a result")
+            if code is not None:
+                sys.exit(code)
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == wanted and len(said) == (code != 1)  # what failed before has been said
+
+
+def test_without_a_standard_output_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended, commands.quiet_pipe():
+        raise AssertionError("nothing begins")
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(said) == 1 and "closed" in said[0]
+
+
 def test_what_is_compiled_is_kept_for_both_command_lines(call, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     old = jax.config.jax_compilation_cache_dir
@@ -807,7 +827,16 @@ def test_what_ends_a_script_after_training_leaves_its_rows(toy, tmp_path, error,
     assert len(json.loads((tmp_path / "toy" / "rows.json").read_text())["rows"]) == 4 and "lost" in out
 
 
-@pytest.mark.parametrize("error, code", [(train.Refused("no"), 2), (OSError("no"), 1), (TypeError("no"), 1)])
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (train.Refused("no"), 2),
+        (FileNotFoundError(2, "no"), 2),
+        (PermissionError(13, "no"), 2),
+        (OSError("no"), 1),
+        (TypeError("no"), 1),
+    ],
+)
 def test_what_ends_a_script_before_training_leaves_nothing(toy, tmp_path, error, code):
     def rows(setup, folder):
         raise error

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import __main__ as commands
-from aigc_jax import data, gan, train, vae
+from aigc_jax import data, gan, interrupt, train, vae
 from aigc_jax.core import State
 from aigc_jax.train import checkpoints
 
@@ -766,3 +766,108 @@ def test_parameters_that_are_not_finite_start_nothing(tmp_path, finished):
     with pytest.raises(train.Refused, match="params.* not finite"):
         train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS, params=params)
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------- validations, and what they raise
+
+TINY = vae.Config(shape=(8, 8, 1), levels=17, latent_dim=2, hidden=(4,))
+FEW = data.load("digits", "train[:40]")
+
+
+def tiny(folder, **options):
+    return train.Run(**{"folder": str(folder), "steps": 2, "batch_size": 20, "devices": 1, **options})
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no such file"), RuntimeError("odd"), SystemExit(3)])
+def test_what_on_eval_raises_loses_no_training_and_is_made_up_for(tmp_path, error):
+    raising = [True]
+
+    def on_eval(family, state, step):
+        if raising:
+            raise error
+        return {"seen": float(step)}
+
+    with pytest.raises(type(error)) as raised:
+        train.fit(vae.make, TINY, tiny(tmp_path), FEW, on_eval=on_eval)
+    assert raised.value is error
+    assert int(train.load(tmp_path).state.step) == 2
+    raising.clear()
+    for _ in range(2):  # the second has nothing to do
+        train.fit(vae.make, TINY, tiny(tmp_path), FEW, on_eval=on_eval)
+        lines = [line for line in train.metrics(tmp_path) if "valid" in line]
+        assert lines == [{"step": 2, "valid": {"seen": 2.0}}]
+
+
+def test_the_lock_is_held_until_the_last_save_is_written(tmp_path, monkeypatch):
+    close, held = checkpoints.Checkpoints.close, []
+
+    def closing(self):
+        try:
+            train.folders.lock(self.folder.parent).release()
+        except train.Refused as e:
+            held.append(str(e))
+        close(self)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "close", closing)
+    train.fit(vae.make, TINY, tiny(tmp_path), FEW)
+    assert len(held) == 1 and "another process is training" in held[0]
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    for seed in (0, 1):
+        train.fit(vae.make, TINY, tiny(tmp_path / str(seed), seed=seed), FEW)
+    longer = tiny(tmp_path / "0", steps=3, keep=3, eval_every=1)
+    assert int(train.fit(vae.make, TINY, longer, FEW).state.step) == 3  # a change that is no other run
+    shutil.rmtree(tmp_path / "1" / "checkpoints")
+    shutil.copytree(tmp_path / "0" / "checkpoints", tmp_path / "1" / "checkpoints")
+    for use in (
+        lambda: train.load(tmp_path / "1"),
+        lambda: train.fit(vae.make, TINY, tiny(tmp_path / "1", steps=4, seed=1), FEW),
+    ):
+        with pytest.raises(train.Refused, match="step 3 in .* is of another run than the run.json beside it"):
+            use()
+    for step in (2, 3):  # those of older versions say nothing
+        folder = tmp_path / "1" / "checkpoints" / str(step)
+        (folder / checkpoints.RUN).unlink()
+        (folder / checkpoints.SUMS).write_text(checkpoints._sums(folder))
+    assert int(train.load(tmp_path / "1").state.step) == 3
+
+
+@pytest.mark.parametrize("file", ["_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"])
+def test_an_intact_checkpoint_that_orbax_cannot_read_is_passed_over(tmp_path, capfd, file):
+    train.fit(vae.make, TINY, tiny(tmp_path, save_every=1), FEW)
+    folder = tmp_path / "checkpoints" / "2"
+    (folder / file).write_text("{}")
+    (folder / checkpoints.SUMS).write_text(checkpoints._sums(folder))
+    loaded, said = train.load(tmp_path), capfd.readouterr().err
+    if file == "_CHECKPOINT_METADATA":  # holds nothing that is needed
+        assert int(loaded.state.step) in (1, 2)
+    else:
+        assert int(loaded.state.step) == 1 and "step 2" in said and "cannot be read" in said
+
+
+def test_a_number_beyond_every_float_in_the_log_is_dropped(tmp_path):
+    lines = ({"step": 1, "valid": {"a": 10**400}}, {"step": 10**400, "valid": {"a": 1}}, {"step": 2, "valid": {"a": 7}})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train.metrics(tmp_path) == [{"step": 2, "valid": {"a": 7}}]
+    assert train.folders.ranked([{"step": 1, "valid": {"a": 10**400}}], "a", [1]) == []
+
+
+def test_a_folder_in_which_another_process_begins_meanwhile(tmp_path, monkeypatch):
+    listdir = os.listdir
+
+    def begun(folder):
+        (tmp_path / "run.json").touch()
+        (tmp_path / "metrics.jsonl").touch()
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", begun)
+    train.folders.vacant(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option", [["-m", "aigc_jax"], ["-maigc_jax"], ["-um", "aigc_jax"], ["-X", "dev", "-bmaigc_jax"]]
+)
+def test_the_module_of_a_command_is_found(option):
+    assert interrupt._module(["python", *option, "-m", "other"]) == "aigc_jax"
+    assert interrupt._module(["python", "-Wmodule", "--check-hash-based-pycs", "script.py"]) == ""

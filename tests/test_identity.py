@@ -685,3 +685,25 @@ def test_a_gan_trains_without_jit(tmp_path):
     assert int(eager.state.step) == 2
     for a, b in zip(arrays(compiled.state.params), arrays(eager.state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_an_interrupt_is_no_fault_of_a_record():
+    with pytest.raises(KeyboardInterrupt), records.one_line("a run"):
+        raise KeyboardInterrupt
+
+
+def test_the_folder_of_the_command_line_is_on_the_path_only_for_trusted_modules(tmp_path, monkeypatch):
+    """At the end of it, and never where it lies inside the run folder."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "mine_alone.py").write_text("import sys\nPATH = list(sys.path)\n")
+    before = list(sys.path)
+    monkeypatch.setattr(records, "BESIDE", [str(tmp_path / "beside")])
+    with pytest.raises(train.Refused, match="not of aigc_jax"):
+        records._imported("mine_alone", tmp_path / "run", ())
+    with pytest.raises(train.Refused, match="no module named"):
+        records._imported("mine_alone", tmp_path, ("mine_alone",))
+    try:
+        module = records._imported("mine_alone", tmp_path / "run", ("mine_alone",))
+        assert module.PATH[-1] == str(tmp_path / "beside") and sys.path == before
+    finally:
+        sys.modules.pop("mine_alone", None)

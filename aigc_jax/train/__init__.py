@@ -70,7 +70,7 @@ class Run:
 
     def __post_init__(self):
         for field in ("folder", "init"):
-            object.__setattr__(self, field, os.path.expanduser(getattr(self, field)))
+            object.__setattr__(self, field, os.path.expanduser(getattr(self, field) or ""))
         lowest = {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 0, "save_every": 0, "log_every": 1, "keep": 1}
         for field, low in {**lowest, "steps_per_call": 1, "devices": 0}.items():
             if getattr(self, field) < low:
@@ -263,14 +263,14 @@ def fit(
         state = _loop(engine, engine.init(_warm_start(engine.family, run, params)), None, None, None, valid, on_eval)
         return Result(engine.family, state, cfg, data.info, None)
     folder, lead = Path(run.folder), jax.process_index() == 0  # the one process that writes, beside Orbax
-    saves = Checkpoints(folder, run.keep)
-    with contextlib.ExitStack() as stack:
+    saves = Checkpoints(folder, run.keep, folders.whose(record))
+    with contextlib.ExitStack() as locked, contextlib.ExitStack() as stack:  # the lock outlasts the last save
         stack.callback(saves.close)
         folders.vacant(folder)
         fresh = not saves.steps()
         warm = _warm_start(make(cfg), run, params) if fresh else None  # refused before anything is written
         if lead:  # before anything is read: another process may be adding to it
-            stack.callback(folders.lock(folder).release)
+            locked.callback(folders.lock(folder).release)
         record = folders.identify(folder, record)
         engine = Engine(make, cfg, run, data)
         last, state = _first(saves, newest, engine.template) or (None, None)
@@ -286,9 +286,9 @@ def fit(
                 raise Refused(f"run.folder {folder} cannot be written: {e}") from e
         if last is None:
             state = engine.init(warm)
-        if warm is not None:
-            saves.save(0, state)  # a replay, or a start after a crash, then needs the other folder no more
-            last = 0
+            if warm is not None:
+                saves.save(0, state)  # a replay, or a start after a crash, then needs the other folder no more
+                last = 0
         try:
             log = folders.Log(folder, last or 0, lead)
         except OSError as e:
@@ -296,7 +296,7 @@ def fit(
         stack.callback(log.close)
         if last:
             say(f"{folder}: {'complete' if last == run.steps else 'continuing'} at step {last} of {run.steps}")
-        if last != run.steps:
+        if last != run.steps or _unseen(run, last, [*log.lines, *saves.scores()], valid, on_eval):
             state = _loop(engine, state, last, saves, log, valid, on_eval)
     return Result(engine.family, state, cfg, data.info, folder)
 
@@ -307,6 +307,14 @@ def _first(saves: Checkpoints, order: Callable, template: State) -> tuple | None
         return saves.first(order, template)
     except ValueError as e:
         raise Refused(str(e)) from e
+
+
+def _unseen(run: Run, step: int, lines: list[dict], valid, on_eval) -> bool:
+    """Whether a validation is due after `step` updates and none of the lines reports it."""
+    due = step == run.steps or (run.eval_every and step % run.eval_every == 0)
+    if not step or not due or (valid is None and on_eval is None):
+        return False
+    return not any(line["step"] == step and line.get("valid") for line in lines)
 
 
 def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on_eval) -> State:
@@ -332,8 +340,15 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
             if (start + i + 1) % run.log_every == 0 or start + i + 1 == run.steps:
                 values = {name: float(v[i]) for name, v in metrics.items()}
                 progress.show(start + i + 1, values)
-                if log:
-                    log.write(start + i + 1, "train", values)
+                write(start + i + 1, "train", values)
+
+    def write(at, kind, values):
+        try:
+            if log:
+                log.write(at, kind, values)
+        except OSError as e:  # the disk is full
+            saves.wait()  # a save that failed too says so first
+            raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; {saves.stands()}") from e
 
     def save():
         nonlocal saved
@@ -347,13 +362,33 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
             saves.save(step, seen, best, next((line["valid"] for line in scores if line["step"] == step), None))
             saved = step
 
+    def keep():
+        # Before an exception that is not ours leaves the loop. Of several processes the others still train.
+        if jax.process_count() == 1:
+            save()
+            if saves:
+                saves.wait()
+
+    def measure(seen):
+        try:
+            values = score(seen) if score else {}
+            if on_eval:
+                values |= {name: float(v) for name, v in (on_eval(engine.family, seen, step) or {}).items()}
+            return values
+        except ReadFailed:
+            raise
+        except (Exception, SystemExit) as e:
+            try:
+                keep()
+            except SaveFailed as failed:
+                raise failed from e
+            raise
+
     def look():
         nonlocal best
         fetch()
         seen = engine.view(state)
-        values = score(seen) if score else {}
-        if on_eval:
-            values |= {name: float(v) for name, v in (on_eval(engine.family, seen, step) or {}).items()}
+        values = measure(seen)
         if not values:
             return
         scores.append({"step": step, "valid": folders.finite(values)})
@@ -361,14 +396,16 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
             save()  # what was trained is not lost for a name
             _check_best(run.best, values)
         progress.note(step, values)
+        write(step, "valid", values)
         if log:
-            log.write(step, "valid", values)
             if run.best and folders.ranked([*log.lines, *scores], run.best, {best, step})[:1] == [step]:
                 best = step
                 save()
 
     with _signals() as caught, Progress(run.steps, step) as progress:
         try:
+            if _unseen(run, step, [*(log.lines if log else ()), *scores], valid, on_eval):
+                look()  # it failed, or the process was killed, after this checkpoint was saved
             while step < run.steps:
                 marks = (run.steps_per_call, *(e - step % e for e in (run.eval_every, run.save_every) if e))
                 count = min(run.steps - step, *marks)
@@ -376,7 +413,7 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
                 fetch()
                 pending, step = (step, count, metrics), step + count
                 progress.step(step)
-                if (score or on_eval) and (step == run.steps or (run.eval_every and step % run.eval_every == 0)):
+                if _unseen(run, step, [], valid, on_eval):
                     look()
                 if step == run.steps or (run.save_every and step % run.save_every == 0):
                     save()
@@ -389,20 +426,10 @@ def _loop(engine: Engine, state: State, saved: int | None, saves, log, valid, on
             fetch()
             if saves:
                 saves.wait()
-        except SaveFailed:
-            raise
         except ReadFailed as e:  # raised before the state is donated: it still stands
-            if jax.process_count() == 1:  # of several, the others still train: a save would wait for them
-                save()
-                if saves:
-                    saves.wait()
+            keep()
             stands = saves.stands() if saves else "nothing was saved"
             raise ReadFailed(f"after step {step} the data cannot be read: {e}; {stands}") from e
-        except OSError as e:  # the disk is full: metrics.jsonl or an event could not be written
-            if not saves:
-                raise
-            saves.wait()  # a save that failed too says so first
-            raise SaveFailed(f"step {step}: {folder} cannot be written: {e}; {saves.stands()}") from e
     if caught:  # asked here, where its own handlers are back: no signal falls between
         raise SystemExit(f"stopped by {caught[0]} at step {step}, the last: {folder or 'nothing was saved'}")
     return engine.view(state)
@@ -437,7 +464,7 @@ def load(folder: str | Path, *, at_most: int | None = None, trust: str | Sequenc
     family, shapes = _family(make, cfg, folder)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-    saves = Checkpoints(folder, run.keep)
+    saves = Checkpoints(folder, run.keep, folders.whose(record))
 
     def best_first(steps):
         ranked = folders.ranked([*metrics(folder), *saves.scores()], run.best, steps)
@@ -538,7 +565,7 @@ def replay(
         raise Refused(f"{folder} drew its noise on {run.devices} devices (pmap), this machine has {len(jax.devices())}")
     folders.warn_of_environment(record, folders.environment())
     run = replace(run, devices=min(run.devices, len(jax.devices())))
-    saves = Checkpoints(folder, run.keep)
+    saves = Checkpoints(folder, run.keep, folders.whose(record))
     try:
         engine = Engine(make, cfg, run, data)
         found = _first(saves, partial(newest, at_most=step - 1), engine.template)

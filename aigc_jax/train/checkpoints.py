@@ -28,12 +28,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 SUMS = "SHA256SUMS"  # the format of coreutils: `sha256sum -c SHA256SUMS` inside the folder agrees
+RUN = "run.sha256"  # whose checkpoint this is, see folder.whose
 SCORES = "valid.json"  # what the validation at this step reported
 LISTINGS = 1000  # how often a reader lists again where every checkpoint it began to read was pruned meanwhile
 
 
 class SaveFailed(OSError):
     """A checkpoint could not be written; the message names the last one that stands."""
+
+
+class _Misfit(ValueError):
+    """A checkpoint of another model or another run."""
 
 
 def say(line: str) -> None:
@@ -134,10 +139,13 @@ def _nothing(record) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints under `folder`; one save at a time, in the background."""
+    """The checkpoints under `folder`; one save at a time, in the background.
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder / "checkpoints", keep
+    run: the sha256 that each checkpoint of this run holds; where it is empty, none is written or compared.
+    """
+
+    def __init__(self, folder: Path, keep: int, run: str = ""):
+        self.folder, self.keep, self.run = folder / "checkpoints", keep, run
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = _hush
         # Made in the background, a folder that cannot be made leaves threads that wait 300 s for it.
@@ -182,6 +190,8 @@ class Checkpoints:
             try:
                 self._orbax.wait_until_finished()
                 if jax.process_index() == 0:
+                    if self.run:
+                        (raw / RUN).write_text(self.run + "\n")
                     if scores:
                         (raw / SCORES).write_text(json.dumps(scores))
                     with open(raw / SUMS, "w") as file:
@@ -297,7 +307,7 @@ class Checkpoints:
 
         order: gives steps, each with its name in a warning: one that is passed over is said in a line. Where a process
         that trains prunes the one being read, the folder is listed again. Raises ValueError for a checkpoint that does
-        not fit the template.
+        not fit the template, and for that of another run.
         """
         passed: set[int] = set()
         for _ in range(LISTINGS):
@@ -328,19 +338,31 @@ class Checkpoints:
         if not self.intact(step):
             return None, "is damaged"
         try:
+            self._check_run(step)
             state = self.restore(step, template)
-        except Exception as e:  # of files that vanish meanwhile Orbax raises anything
+        except (_Misfit, MemoryError, jax.errors.JaxRuntimeError) as e:  # no damage
             _hush_tasks()
             return None, e
+        except Exception as e:  # of odd files, or of those that vanish meanwhile, Orbax raises anything
+            _hush_tasks()
+            return None, f"cannot be read ({' '.join(f'{type(e).__name__}: {e}'.split())[:200]})"
         leaf = not_finite(state)
         return state, leaf and f"holds numbers in {leaf} that are not finite"
+
+    def _check_run(self, step: int) -> None:
+        path = self.folder / str(step) / RUN  # versions before this one wrote none
+        if self.run and path.exists() and path.read_text().strip() != self.run:
+            raise _Misfit("is of another run than the run.json beside it: put back the one that belongs to the other")
 
     def restore(self, step: int, template):
         """The state of an intact checkpoint, placed as the template says; ValueError where it does not fit."""
         path = (self.folder / str(step)).absolute()
         with quiet():
-            if words := difference(template, self._orbax.metadata(path).item_metadata.tree):
-                raise ValueError(f"does not fit this version's model: {words}")
+            tree = self._orbax.metadata(path).item_metadata.tree
+            if not jax.tree.leaves(tree):
+                raise OSError("it lists no arrays")
+            if words := difference(template, tree):
+                raise _Misfit(f"does not fit this version's model: {words}")
             return self._orbax.restore(path, template)
 
 

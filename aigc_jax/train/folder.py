@@ -183,17 +183,46 @@ def _noise(run: dict) -> dict:
     return {"pmap": run.get("pmap", False), "devices": run.get("devices") if run.get("pmap") else None}
 
 
+def _identity(record: dict) -> dict:
+    """What must be the same where a run goes on."""
+    return {
+        "make": ".".join(record["make"]),
+        "model": record["config"],
+        "data": {"fingerprint": record["data"]["fingerprint"]},
+        "run": {key: record["run"][key] for key in ("seed", "batch_size", "init")} | _noise(record["run"]),
+        "params": record.get("params"),
+    }
+
+
+def _said(value):
+    """A value without what is None: a field that a later version adds is None in an old record."""
+    if isinstance(value, dict):
+        return {name: _said(inner) for name, inner in value.items() if inner is not None}
+    return [_said(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def whose(record: dict) -> str:
+    """sha256 of what makes a run this run and no other; each of its checkpoints holds it."""
+    one = _said(_identity(record))
+    one["run"].pop("init", None)  # a path: the folder may be moved
+    return hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()
+
+
 def vacant(folder: Path) -> None:
     """Refuses a folder without run.json that holds more than what a start leaves which was killed at once."""
     if folder.exists() and not folder.is_dir():
         raise Refused(f"run.folder {folder} is a file")
-    if not folder.exists() or (folder / "run.json").exists():
+    if not folder.exists():
         return
-    ours = (".lock", "run.json.new", "tokenizer.json", "tokenizer.json.new", "checkpoints")
-    if any(p.name not in ours for p in folder.iterdir()):
+    saved, ours = folder / "checkpoints", (".lock", "run.json.new", "tokenizer.json", "tokenizer.json.new")
+    names = os.listdir(folder)
+    kept = os.listdir(saved) if saved.is_dir() else [""] if saved.exists() else []
+    # After the lists: another process that begins here meanwhile writes run.json before anything else.
+    if (folder / "run.json").exists():
+        return
+    if any(name not in (*ours, "checkpoints") for name in names):
         raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
-    saved = folder / "checkpoints"
-    if saved.exists() and (not saved.is_dir() or any(not p.name.startswith("saving-") for p in saved.iterdir())):
+    if any(not name.startswith("saving-") for name in kept):
         raise Refused(
             f"{folder} holds checkpoints and no run.json, which says whose: put it back, or choose a new folder"
         )
@@ -211,15 +240,9 @@ def identify(folder: Path, record: dict) -> dict:
     unedited(folder, old)
 
     def identity(r):
-        return {
-            "make": ".".join(r["make"]),
-            "model": r["config"],
-            "data": {"fingerprint": r["data"]["fingerprint"]},
-            "run": {key: r["run"][key] for key in ("seed", "batch_size", "init")} | _noise(r["run"]),
-            "params": r.get("params"),
-            # Lowest values are comparable on one set only.
-            "valid": {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None,
-        }
+        # Lowest values are comparable on one set only.
+        valid = {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None
+        return {**_identity(r), "valid": valid}
 
     for name, was, now in _differences(identity(old), identity(record)):
         if name.endswith("fingerprint"):
@@ -315,7 +338,7 @@ def rebuild(folder: str | Path, trust=()) -> tuple:
     tokenizer = folder / "tokenizer.json"
     with one_line(f"{folder}/run.json does not describe a run of this version"):
         info = build(Info, record["data"])
-        if tokenizer.is_file():
+        if info.kind == "text" and tokenizer.is_file():
             info = dataclasses.replace(info, tokenizer=tokenizer.read_bytes().decode())
         return make, cfg, build(Run, record["run"]), info, record
 
@@ -406,10 +429,16 @@ def ranked(lines: list[dict], name: str, among) -> list[int]:
     """The steps, of those `among`, for which a validation value was reported, the lowest value first."""
     seen = [line for line in lines if isinstance(line.get("valid"), dict) and line["step"] in among]
     at = {line["step"]: line["valid"].get(name) for line in seen}
-    at = {step: value for step, value in at.items() if isinstance(value, int | float) and math.isfinite(value)}
+    at = {step: value for step, value in at.items() if _number(value) and math.isfinite(value)}
     return sorted(at, key=lambda step: (at[step], step))
+
+
+def _number(value) -> bool:
+    """Whether a value is a number, and no whole one that exceeds every float."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _numbers(line: dict) -> bool:
     parts = [part for kind, part in line.items() if kind != "step"]
-    return all(isinstance(p, dict) and all(v is None or isinstance(v, int | float) for v in p.values()) for p in parts)
+    known = all(isinstance(p, dict) and all(v is None or _number(v) for v in p.values()) for p in parts)
+    return known and _number(line["step"])

@@ -24,7 +24,8 @@ def counted(what: str, items: Sequence[T]) -> Iterator[T]:
         yield item
         if time.monotonic() - said > SECONDS and jax.process_index() == 0:
             said = time.monotonic()
-            print(f"{what}: {done}/{len(items)}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody watches any more
+                print(f"{what}: {done}/{len(items)}", file=sys.stderr, flush=True)
 
 
 def _words(values: dict) -> str:

@@ -35,7 +35,7 @@ def one_line(what: str):
     """Code that a record names: whatever it raises, an exit included, becomes Refused, in one line."""
     try:
         yield
-    except Refused:
+    except (Refused, KeyboardInterrupt):
         raise
     except BaseException as e:
         said = " ".join("".join(traceback.format_exception_only(e)).split())
@@ -194,11 +194,14 @@ def _inside(path: str | Path, folder: str | Path) -> bool:
     return any(Path(way(path)).is_relative_to(other(folder)) for way in ways for other in ways)
 
 
+BESIDE: list[str] = []  # where modules that the user trusts may lie besides sys.path; the command line's own folder
+
+
 @contextlib.contextmanager
-def _path_outside(folder: str | Path):
-    """sys.path without the folder and what lies in it."""
+def _path_outside(folder: str | Path, more=()):
+    """sys.path, and `more` behind it, without the folder and what lies in it."""
     before = list(sys.path)
-    kept = [entry for entry in before if not _inside(entry or ".", folder)]
+    kept = [entry for entry in (*before, *more) if not _inside(entry or ".", folder)]
     if kept == before:
         yield
         return
@@ -206,7 +209,7 @@ def _path_outside(folder: str | Path):
     try:
         yield
     finally:
-        sys.path[:] = before + [entry for entry in sys.path if entry not in before]
+        sys.path[:] = before + [entry for entry in sys.path if entry not in before and entry not in more]
 
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"  # beside aigc_jax, in a checkout
@@ -238,7 +241,10 @@ def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
             f"or say so (--import {name} on the command line, trust={name!r} in Python)"
         )
     steps = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    with one_line(f"{folder} was made by {name}, which cannot be imported"), _path_outside(folder):
+    with (
+        one_line(f"{folder} was made by {name}, which cannot be imported"),
+        _path_outside(folder, BESIDE if trusted else ()),
+    ):
         for part in steps[-1:] if sys.modules.get(name) else steps:
             module = sys.modules.get(part)
             spec = getattr(module, "__spec__", None) if module else _spec(part, trusted)
