@@ -115,7 +115,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
             cfg.check(source.info)
         except ValueError as e:
             raise train.Refused(str(e)) from e
-    each = _text.tokens_per_character(valid)
+    each = _text.tokens_per_character(valid, folder=setup.data.folder)
     estimate = _text.crops_nats(crops, setup.batches, setup.run.batch_size)
     found, ends = _cli.kept(), []
     for run in _cli.seeded(replace(setup.run, folder=str(folder / "nanogpt")), setup.seeds):

@@ -63,7 +63,7 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         training = setup.data.load("train", length=setup.length)
         valid = setup.data.load(split, length=setup.length, stride=max(1, setup.length // 2))
         prompt = _text.prompt("def ", valid, setup.model.context)
-    each = _text.tokens_per_character(valid)
+    each = _text.tokens_per_character(valid, folder=setup.data.folder)
     model = replace(setup.model, vocab=training.info.levels)
     result = train.fit(transformer.make, model, setup.run, training, valid=valid)
     last = _text.validations(folder)[-1]
