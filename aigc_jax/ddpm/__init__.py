@@ -166,11 +166,11 @@ def init_gamma(key: Key[Array, ""], *, levels: int = 256) -> Params:
     """
     k_first, k_places, k_last = jax.random.split(key, 3)
     return {
-        "ends": jnp.array([2 * math.log(2 / 6 / (levels - 1)), 5.0]),
-        "line": jnp.zeros(()),
-        "first": 0.5 + 0.25 * jax.random.normal(k_first, (1024,)),
-        "place": math.log(2) * jax.random.uniform(k_places, (1024,)),  # log 2: the line's end, softplus(0)
-        "last": jax.random.normal(k_last, (1024,)) - 6.0,
+        "ends": jnp.array([2 * math.log(2 / 6 / (levels - 1)), 5.0], jnp.float32),
+        "line": jnp.zeros((), jnp.float32),
+        "first": 0.5 + 0.25 * jax.random.normal(k_first, (1024,), jnp.float32),
+        "place": math.log(2) * jax.random.uniform(k_places, (1024,), jnp.float32),  # log 2: the line's end, softplus(0)
+        "last": jax.random.normal(k_last, (1024,), jnp.float32) - 6.0,
     }
 
 
@@ -186,7 +186,7 @@ def gamma(params: Params, u: Float[Array, "B"]) -> Float[Array, "B"]:
         h = jax.nn.sigmoid(slope[None] * (line[:, None] - params["place"][None]))
         return line + h @ jax.nn.softplus(params["last"])
 
-    low, high = rise(jnp.array([0.0, 1.0]))
+    low, high = rise(jnp.array([0.0, 1.0], jnp.float32))
     return params["ends"][0] + (params["ends"][1] - params["ends"][0]) * (rise(u) - low) / (high - low)
 
 
@@ -363,18 +363,24 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def init(key):
         k_net, k_gamma = jax.random.split(key)
         label = jnp.zeros(1, int) if cfg.classes else None
-        params = {"net": _net(cfg).init(k_net, jnp.zeros((1, *cfg.shape)), jnp.zeros(1), label)["params"]}
+        params = {
+            "net": _net(cfg).init(k_net, *(jnp.zeros((1, *shape), jnp.float32) for shape in (cfg.shape, ())), label)[
+                "params"
+            ]
+        }
         if cfg.schedule == "learned":
             params["gamma"] = init_gamma(k_gamma, levels=levels or 256)
-        extra = {"square": jnp.ones(cfg.T), "count": jnp.zeros(cfg.T, jnp.int32)} if cfg.times == "importance" else None
+        extra = None
+        if cfg.times == "importance":
+            extra = {"square": jnp.ones(cfg.T, jnp.float32), "count": jnp.zeros(cfg.T, jnp.int32)}
         return start(params, cfg.optim, extra=extra, ema=ema)
 
     def draw(extra, key, n):
         """t [n], and what makes a mean over them one over all t."""
         if cfg.times == "low_discrepancy":
-            return step_at(low_discrepancy(key, n), cfg.T), jnp.ones(n)
+            return step_at(low_discrepancy(key, n), cfg.T), jnp.ones(n, jnp.float32)
         if cfg.times == "uniform":
-            return jax.random.randint(key, (n,), 0, cfg.T), jnp.ones(n)
+            return jax.random.randint(key, (n,), 0, cfg.T), jnp.ones(n, jnp.float32)
         # p_t ~ sqrt(E[L_t^2]) once every t was seen ten times (Nichol & Dhariwal, eq. 18), a thousandth of it uniform.
         # The paper keeps the last ten losses of each t, ours a running mean.
         p = jnp.sqrt(extra["square"])
@@ -387,7 +393,10 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def remember(extra, t, each):
         if cfg.times != "importance":
             return extra
-        seen = jnp.zeros(cfg.T).at[t].add(jax.lax.stop_gradient(each) ** 2), jnp.zeros(cfg.T, jnp.int32).at[t].add(1)
+        seen = (
+            jnp.zeros(cfg.T, jnp.float32).at[t].add(jax.lax.stop_gradient(each) ** 2),
+            jnp.zeros(cfg.T, jnp.int32).at[t].add(1),
+        )
         if axis_name is not None:  # extra is equal on every device: what is recorded is gathered
             seen = jax.lax.psum(seen, axis_name)
         square, count = seen

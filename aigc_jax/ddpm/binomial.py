@@ -140,7 +140,11 @@ def make_discrete(cfg: DiscreteConfig, *, axis_name: str | None = None) -> Famil
         return lambda x, t: net.apply({"params": params}, 2 * x - 1, 1000.0 * t / cfg.T, rngs=rngs)
 
     def init(key):
-        return start(net.init(key, jnp.zeros((1, cfg.dim)), jnp.zeros(1))["params"], cfg.optim, ema=ema)
+        return start(
+            net.init(key, *(jnp.zeros(shape, jnp.float32) for shape in ((1, cfg.dim), (1,))))["params"],
+            cfg.optim,
+            ema=ema,
+        )
 
     def loss(params, state, batch, key):
         k_t, k_x, k_drop = jax.random.split(key, 3)

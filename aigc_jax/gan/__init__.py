@@ -220,7 +220,7 @@ def _nets(cfg: Config, axis_name: str | None = None) -> dict[str, nn.Module]:
 
 def _one_hot(cfg: Config, label: Label, rows: int):
     label = labels(label, cfg.classes, (rows,))
-    return jnp.zeros((rows, 0)) if label is None else jax.nn.one_hot(label, cfg.classes)
+    return jnp.zeros((rows, 0), jnp.float32) if label is None else jax.nn.one_hot(label, cfg.classes, dtype=jnp.float32)
 
 
 def generate(cfg: Config, variables: Variables, z: Float[Array, "B Z"], label: Label = None) -> Sample:
@@ -262,7 +262,7 @@ def generator_of(cfg: Config, state: State) -> Variables:
 def noise(cfg: Config, key: Key[Array, ""], n: int) -> Float[Array, "n Z"]:
     """z for n samples."""
     draw = jax.random.normal if cfg.latent == "normal" else jax.random.uniform
-    return draw(key, (n, cfg.latent_dim))
+    return draw(key, (n, cfg.latent_dim), jnp.float32)
 
 
 def preprocess(cfg: Config, batch: dict) -> Sample:
@@ -293,8 +293,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def init(key):
         k_gen, k_disc = jax.random.split(key)
-        z, y = jnp.zeros((1, cfg.latent_dim)), jnp.zeros((1, cfg.classes))
-        x = jnp.zeros((1, *cfg.shape[:-1], cfg.shape[-1] * cfg.packing))
+        z, y = (jnp.zeros((1, size), jnp.float32) for size in (cfg.latent_dim, cfg.classes))
+        x = jnp.zeros((1, *cfg.shape[:-1], cfg.shape[-1] * cfg.packing), jnp.float32)
         variables = {
             "gen": nets["gen"].init(k_gen, z, y, False),
             "disc": nets["disc"].init(k_disc, x, jnp.tile(y, cfg.packing), False),

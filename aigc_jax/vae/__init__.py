@@ -209,7 +209,11 @@ class Decoder(nn.Module):
 
 def _one_hot(cfg: Config, label, leading: tuple[int, ...]):
     label = labels(label, cfg.classes, leading)
-    return jnp.zeros((*leading, 0)) if label is None else jax.nn.one_hot(label, cfg.classes)
+    return (
+        jnp.zeros((*leading, 0), jnp.float32)
+        if label is None
+        else jax.nn.one_hot(label, cfg.classes, dtype=jnp.float32)
+    )
 
 
 def encode(cfg: Config, params: Params, x: Image, label: Label = None) -> tuple[Latent, Latent]:
@@ -263,10 +267,10 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     if cfg.binarisation == "none":
         return x
     if cfg.binarisation == "dynamic":
-        u = jax.random.uniform(key, x.shape)
+        u = jax.random.uniform(key, x.shape, jnp.float32)
     else:
         own = jax.random.key(0x57A71C)  # of no run: key(0) is what seed 0 splits
-        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(own, i), x.shape[1:]))(batch["index"])
+        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(own, i), x.shape[1:], jnp.float32))(batch["index"])
     return (u < x).astype(jnp.float32)
 
 
@@ -468,15 +472,15 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def init(key):
         k_encoder, k_decoder, *k_upper = jax.random.split(key, 4 if cfg.upper_dim else 2)
-        y, z = jnp.zeros((1, cfg.classes)), jnp.zeros((1, cfg.latent_dim))
+        y, z = (jnp.zeros((1, size), jnp.float32) for size in (cfg.classes, cfg.latent_dim))
         params = {
-            "encoder": Encoder(cfg).init(k_encoder, jnp.zeros((1, *cfg.shape)), y),
+            "encoder": Encoder(cfg).init(k_encoder, jnp.zeros((1, *cfg.shape), jnp.float32), y),
             "decoder": Decoder(cfg).init(k_decoder, z, y),
         }
         if cfg.upper_dim:
             upwards, downwards = _upper(cfg)
             params["upper_encoder"] = upwards.init(k_upper[0], z)
-            params["upper_decoder"] = downwards.init(k_upper[1], jnp.zeros((1, cfg.upper_dim)))
+            params["upper_decoder"] = downwards.init(k_upper[1], jnp.zeros((1, cfg.upper_dim), jnp.float32))
         return start(params, cfg.optim, ema=ema)
 
     def given(batch):
@@ -515,7 +519,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def sample(state: State, key, *, n: int, label=None):
         params, (k_1, k_2) = ema.read(state), jax.random.split(key)
-        z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim))
+        z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim), jnp.float32)
         if cfg.upper_dim:
             z = _normal(*decode_upper(cfg, params, z), k_2, (n, cfg.latent_dim))
         label = labels(label, cfg.classes, (n,), in_turn=True)
