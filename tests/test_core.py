@@ -347,6 +347,14 @@ def test_bad_optim_is_refused_by_name_and_value(field, value):
         EMA(1.0)
 
 
+def test_a_momentum_that_moves_asks_for_the_step():
+    optim = Optim("sgd", momentum=0.5, momentum_end=0.7, momentum_steps=4)
+    params = {"w": jnp.ones(3)}
+    chain = optim.chain()
+    with pytest.raises(ValueError, match=r"pass step=state\.step"):
+        chain.update(params, chain.init(params), params)
+
+
 SMALL = {"shape": (4, 4, 1), "levels": 17, "classes": 3}
 
 

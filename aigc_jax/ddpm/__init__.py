@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, Optimizer, State, labels, make_step, pixels, spread, start
+from ..core import EMA, Family, Optim, Optimizer, State, floats, labels, make_step, pixels, spread, start
 from .binomial import DiscreteConfig, make_discrete
 from .bounds import (
     continuous_vlb,
@@ -38,6 +38,7 @@ from .bounds import (
 )
 from .nets import MLP, DiT, Net, UNet, module
 from .process import (
+    Given,
     Sample,
     Schedule,
     at,
@@ -74,7 +75,7 @@ __all__ = [
 ]  # fmt: skip
 
 Params = Any
-Label = Int[Array, "B"] | None
+Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,13 @@ def _net(cfg: Config):
     return module(cfg.net, cfg.shape, cfg.classes, several=2 if cfg.variance == "learned" else 1)
 
 
+def _labels_or_none(cfg: Config, label: Label, n: int):
+    """`labels` of one more class, which stands for none."""
+    return labels(label, cfg.classes + 1 if cfg.classes else 0, (n,))
+
+
 def predict(
-    cfg: Config, params: Params, x_t: Sample, t: Array, label: Label = None, key: Key[Array, ""] | None = None
+    cfg: Config, params: Params, x_t: Given, t: Array, label: Label = None, key: Key[Array, ""] | None = None
 ) -> tuple[Sample, Sample | None]:
     """What the net says of x_t: its `cfg.prediction`, and of a learned variance the raw v, else None.
 
@@ -220,10 +226,12 @@ def predict(
     """
     if cfg.classes and label is None:
         label = jnp.full(len(x_t), cfg.classes)
-    label = labels(label, cfg.classes + 1 if cfg.classes else 0, (len(x_t),))  # one more class: none
+    x_t, label = floats("x_t", x_t), _labels_or_none(cfg, label, len(x_t))
     time = 1000.0 * t / (1 if cfg.schedule == "learned" else cfg.T)
     rngs = None if key is None else {"dropout": key}
     out = _net(cfg).apply({"params": params["net"]}, x_t, time, label, rngs=rngs)
+    if label is not None:
+        out = jnp.where(label.reshape(-1, *[1] * (out.ndim - 1)) < 0, jnp.nan, out)  # see core.labels
     value, *raw = jnp.split(out.reshape(len(x_t), *out.shape[1:]), 2, -1) if cfg.variance == "learned" else [out]
     return value.reshape(x_t.shape), raw[0].reshape(x_t.shape) if raw else None
 
@@ -256,8 +264,9 @@ def predict_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0
 
     def fn(x_t, t):
         if guided:
-            nobody = jnp.full_like(label, cfg.classes)
-            value, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, nobody))))
+            towards = _labels_or_none(cfg, label, len(x_t))
+            nobody = jnp.full_like(towards, cfg.classes)
+            value, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (towards, nobody))))
             value, raw = guide(*jnp.split(value, 2), w), None if raw is None else raw[: len(x_t)]
         else:
             value, raw = one(x_t, t, label)
