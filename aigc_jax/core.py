@@ -68,7 +68,9 @@ def _momentum(o):
         return optax.trace(o.momentum) if o.momentum else optax.identity()
     rise = optax.linear_schedule(o.momentum, o.momentum_end, o.momentum_steps)
 
-    def update(grads, state, params=None, *, step, **_):
+    def update(grads, state, params=None, *, step=None, **_):
+        if step is None:
+            raise ValueError("a momentum that moves needs the step of the update: pass step=state.step")
         trace = jax.tree.map(lambda g, t: g + rise(step).astype(t.dtype) * t, grads, state.trace)
         return trace, optax.TraceState(trace)
 
@@ -224,6 +226,7 @@ def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = Fal
 
     label: one class for all, or an array with the last axes of `leading`; in_turn: None is 0, 1, 2 ... over and over.
     Raises ValueError for a missing or unwanted one, another shape or type, and, where it is not traced, another class.
+    Traced, another class becomes -1, of which `one_hot` and ddpm.predict make NaN: `train.fit` then stops.
     """
     if in_turn and label is None and classes:
         label = np.arange(leading[-1]) % classes
@@ -236,7 +239,18 @@ def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = Fal
     if label.shape != leading[max(0, len(leading) - label.ndim) :]:
         said = " x ".join(map(str, leading))
         raise ValueError(f"label must be one class or have one entry for each of {said} samples, got {label.shape}")
+    if isinstance(label, jax.core.Tracer):
+        label = label.astype(jnp.promote_types(label.dtype, jnp.int32))  # where classes is no int8
+        label = jnp.where((label >= 0) & (label < classes), label.astype(jnp.int32), -1)
     return jnp.broadcast_to(jnp.asarray(label).astype(jnp.int32), leading)
+
+
+def one_hot(label, classes: int, leading: tuple[int, ...]) -> jax.Array:
+    """`labels` as float32 [*leading, classes]; a traced label that is no class gives NaN."""
+    label = labels(label, classes, leading)
+    if label is None:
+        return jnp.zeros((*leading, 0), jnp.float32)
+    return jnp.where(label[..., None] < 0, jnp.nan, jax.nn.one_hot(label, classes, dtype=jnp.float32))
 
 
 def pixels(image, levels: int) -> jax.Array:
@@ -244,6 +258,24 @@ def pixels(image, levels: int) -> jax.Array:
     traced, another level."""
     hint = ": batches hold levels (uint8), floats go to the functions that take images, such as encode or elbo"
     return jnp.asarray(_whole("image", image, levels, hint)).astype(jnp.float32)
+
+
+def floats(name: str, x, *, within: tuple[int, int] | None = None):
+    """x as it is, for functions that take images as a net sees them.
+
+    Raises ValueError for whole-number pixels. With `within`, it does so for values beyond it by more than rounding,
+    where they are not traced.
+    """
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        interval = "" if within is None else f" in [{within[0]}, {within[1]}]"
+        raise ValueError(f"{name} must be floats{interval} here, got {dtype}: `preprocess` takes whole-number pixels")
+    if within is not None and np.size(x) and not isinstance(x, jax.core.Tracer):
+        known = np.asarray(x)
+        if known.min() < within[0] - 0.01 or known.max() > within[1] + 0.01:  # bfloat16 has two digits
+            said = f"{known.min():.5g}..{known.max():.5g}"
+            raise ValueError(f"{name} must lie in [{within[0]}, {within[1]}], got {said}: see `preprocess`")
+    return x
 
 
 def _whole(name: str, x, count: int, hint: str):

@@ -52,6 +52,12 @@ def _vectors(at_least: int = 1, **samples) -> list[np.ndarray]:
     return found
 
 
+def _scaled(*sets: np.ndarray) -> tuple[int, list[np.ndarray]]:
+    """e, and the sets over 2^e, whose largest number is next to 1: squares do not vanish, and nothing is rounded."""
+    e = int(np.frexp(max(np.abs(x).max(initial=0.0) for x in sets))[1])
+    return e, [np.ldexp(x, -e) for x in sets]
+
+
 def _blocks(x: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
     return (x[i : i + chunk] for i in range(0, len(x), chunk))
 
@@ -100,6 +106,11 @@ class _Distances:
 
 def _parzen(x, centres, sigmas, chunk: int) -> np.ndarray:
     """log p(x) in nats [S, N], for every width from one pass over the distances."""
+    widths = sigmas
+    e, (x, centres) = _scaled(x, centres)
+    sigmas = np.ldexp(widths, -e)
+    if not ((sigmas > 1e-150) & (sigmas < 1e150)).all():  # whose squares are numbers
+        raise ValueError(f"sigmas {widths.tolist()} are too far from the size of the samples, {2.0**e:.3g}")
     distances, found = _Distances(x, centres), []
     for rows, squared, error in distances.blocks(chunk):
         # Differences where the bound could be felt, but for centres too far off to count.
@@ -109,7 +120,7 @@ def _parzen(x, centres, sigmas, chunk: int) -> np.ndarray:
         least = squared.min(1)
         beyond = least[:, None] - squared
         found.append([np.log(np.exp(beyond / (2 * s * s)).sum(1)) - least / (2 * s * s) for s in sigmas])
-    scale = np.log(len(centres)) + x.shape[1] * np.log(sigmas * np.sqrt(2 * np.pi))
+    scale = np.log(len(centres)) + x.shape[1] * np.log(widths * np.sqrt(2 * np.pi))
     return np.concatenate(found, 1) - scale[:, None]
 
 
@@ -243,6 +254,7 @@ def _balls(centres, x, k: int, inside: Callable) -> tuple[np.ndarray, np.ndarray
     They reach to each centre's k-th neighbour among the others (rank 0 is the centre itself). inside(distance, radius)
     says whether the border belongs to a ball.
     """
+    _, (centres, x) = _scaled(centres, x)
     radii, _ = _neighbours(centres, centres, k, CHUNK)
     distances, counts, held = _Distances(x, centres), [], np.zeros(len(centres), bool)
     for rows, squared, error in distances.blocks(CHUNK):
@@ -287,8 +299,9 @@ def _neighbourhoods(real, fake, k: int) -> list[np.ndarray]:
 def nearest(x: A, reference: B, *, chunk: int = CHUNK) -> tuple[Float[np.ndarray, " N"], Int[np.ndarray, " N"]]:
     """Distance of each x to the nearest in `reference`, and its row there, of equals the first: 0 is a copy."""
     reference, x = _vectors(reference=reference, x=x)
+    e, (x, reference) = _scaled(x, reference)
     squared, index = _neighbours(x, reference, 0, chunk)
-    return np.sqrt(squared), index
+    return np.ldexp(np.sqrt(squared), e), index
 
 
 def nearest_neighbour_error(
@@ -430,7 +443,7 @@ def load_classifier(name: str | Path) -> Pretrained:
             raise ValueError(
                 f"the classifier takes images [N, {', '.join(map(str, shape))}], got {images.shape}{advice}"
             )
-        if not np.issubdtype(images.dtype, np.floating) or not (images.min() >= -0.01 and images.max() <= 1.01):
+        if not jnp.issubdtype(images.dtype, jnp.floating) or not (images.min() >= -0.01 and images.max() <= 1.01):
             said = f"{images.dtype} in {images.min()}..{images.max()}"
             raise ValueError(f"the classifier takes floats in [0, 1], got {said}")
         pieces = [forward(params, block.astype(np.float32)) for block in _blocks(images, chunk)]

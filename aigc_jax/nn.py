@@ -59,9 +59,9 @@ class Norm(nn.Module):
         if self.kind == "layer":  # E[x^2] - E[x]^2 would lose digits where a channel is huge, as some of GPT-2's are
             h = h - _mean(h)
         h = h * jax.lax.rsqrt(_mean(h * h) + 1e-5)
-        h = h * self.param("scale", nn.initializers.ones, x.shape[-1:]).reshape(shape)
+        h = h * self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32).reshape(shape)
         if self.kind == "layer" and self.bias:
-            h = h + self.param("bias", nn.initializers.zeros, x.shape[-1:]).reshape(shape)
+            h = h + self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32).reshape(shape)
         return h.astype(self.dtype)
 
 

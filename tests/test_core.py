@@ -1,12 +1,14 @@
 """core: one update, its order and its isolation, against closed forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from aigc_jax import core
+from aigc_jax import core, ddpm, gan, transformer, vae
 from aigc_jax.core import EMA, Optim, State
 
 KEY = jax.random.key(0)
@@ -343,3 +345,56 @@ def test_bad_optim_is_refused_by_name_and_value(field, value):
         Optim(**{field: value})
     with pytest.raises(ValueError, match="ema"):
         EMA(1.0)
+
+
+def test_a_momentum_that_moves_asks_for_the_step():
+    optim = Optim("sgd", momentum=0.5, momentum_end=0.7, momentum_steps=4)
+    params = {"w": jnp.ones(3)}
+    chain = optim.chain()
+    with pytest.raises(ValueError, match=r"pass step=state\.step"):
+        chain.update(params, chain.init(params), params)
+
+
+SMALL = {"shape": (4, 4, 1), "levels": 17, "classes": 3}
+
+
+def x64_vae(**options):
+    return vae.make(vae.Config(**SMALL, binarisation="dynamic", latent_dim=2, hidden=(4,), ema=0.9, **options))
+
+
+def x64_gan(**options):
+    gen, disc = gan.Net(widths=(4,), norm="batch"), gan.Net(widths=(4,), dropout=(0.2, 0.5))
+    return gan.make(gan.Config(**SMALL, latent_dim=2, gen=gen, disc=disc, penalty="gp", ema=0.9, **options))
+
+
+def x64_ddpm(**options):
+    return ddpm.make(ddpm.Config(**SMALL, T=3, net=ddpm.Net("mlp", (4,)), micro=2, mirror=True, **options))
+
+
+X64 = {
+    "vae": x64_vae,
+    "vae of two layers": partial(x64_vae, upper_dim=2, upper_hidden=(3,), objective="dreg", k=2, kl_warmup=9, micro=2),
+    "gan": x64_gan,
+    "gan in parts": partial(x64_gan, micro=2),
+    "ddpm": partial(x64_ddpm, times="importance", schedule="cosine"),
+    "ddpm, learned variance": partial(x64_ddpm, variance="learned", objective="hybrid", schedule="cosine"),
+    "vdm": partial(x64_ddpm, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy"),
+    "binomial": lambda: ddpm.make_discrete(ddpm.DiscreteConfig(4, T=3, terms=2, net=ddpm.Net("mlp", (4,)), micro=2)),
+    "transformer": lambda: transformer.make(transformer.Config(5, 8, layers=1, heads=1, width=4, micro=2)),
+}
+
+
+@pytest.mark.parametrize("name", X64)
+def test_x64_changes_no_dtype_of_a_state_or_a_sample(name):
+    family, key = X64[name](), jax.random.key(0)
+    batch = {"image": np.zeros((4, 4, 4, 1), np.uint8), "label": np.zeros(4, np.uint8)}
+    batch = {
+        "binomial": {"points": np.zeros((4, 4), np.float32)},
+        "transformer": {"tokens": np.zeros((4, 9), int)},
+    }.get(name, batch)
+    state = jax.eval_shape(family.init, key)
+    with jax.enable_x64(True):
+        assert jax.eval_shape(family.init, key) == state
+        assert jax.eval_shape(family.step, state, batch, key)[0] == state
+        drawn = jax.eval_shape(partial(family.sample, n=2), state, key)
+    assert drawn.dtype == (jnp.int32 if name == "transformer" else jnp.float32)

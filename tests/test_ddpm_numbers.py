@@ -571,3 +571,26 @@ def test_the_target_of_v_is_not_a_quotient():
     loss = jax.jit(partial(ddpm.losses, cfg), static_argnums=4)
     got = loss(params, jnp.asarray(x_0), jnp.full(2, 999), jnp.asarray(eps), None)
     np.testing.assert_allclose(got, (a[-1] ** 0.5 - n[-1] ** 0.5 * 3e-4) ** 2 * np.ones(2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("eta", [np.float32(2.0), jnp.float32(-0.5), np.array(1.5), 1.01, float("nan")])
+def test_an_eta_that_is_none_is_refused_whatever_its_type(eta):
+    x = jnp.zeros((1, 1))
+    with pytest.raises(ValueError, match=r"eta must lie in 0\.\.1"):
+        ddpm.sample_ddim(ddpm.cosine_schedule(3), lambda x, t: x, x, key(0), steps=2, eta=eta)
+    with pytest.raises(ValueError, match="be 0 with sigma_hat"):
+        ddpm.sample_ddim(
+            ddpm.cosine_schedule(3), lambda x, t: x, x, key(0), steps=2, eta=jnp.float32(1.0), sigma_hat=True
+        )
+
+
+def test_points_that_are_no_bits_are_refused():
+    cfg = ddpm.DiscreteConfig(dim=4, T=3, net=ddpm.Net("mlp", (4,), dropout=0.0))
+    family = ddpm.make_discrete(cfg)
+    state = jax.jit(family.init)(key(0))
+    for wrong in (np.full((2, 4), 0.5, np.float32), jnp.full((2, 4), 2.0), np.full((2, 4), np.nan, np.float32)):
+        for act in (family.evaluate, family.step):
+            with pytest.raises(ValueError, match="points must be bits, 0 or 1"):
+                act(state, {"points": wrong}, key(1))
+    bits = np.eye(4, dtype=bool)[:2]
+    jax.eval_shape(family.evaluate, state, {"points": bits}, key(1))

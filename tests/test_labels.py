@@ -105,10 +105,54 @@ def test_batches_of_bad_labels_or_pixels_are_refused(families):
 
 
 def test_functions_of_images_take_floats():
-    cfg = ROWS["vae"][1]()
-    params = jax.jit(vae.make(cfg).init)(key(0)).params
-    with pytest.raises(Exception, match=r"preprocess|type"):  # in pytest the annotations speak first
-        vae.elbo(cfg, params, jnp.zeros((2, 4, 4, 1), jnp.uint8), key(1))
+    """One line for whole-number pixels, wherever images or their noisy versions go in."""
+    image, t = np.full((2, 4, 4, 1), 12, np.uint8), jnp.zeros(2, int)
+    schedule, how = ddpm.cosine_schedule(3), {"levels": 17}
+
+    def no_net(x_t, t):
+        raise AssertionError("the image went on to the net")
+
+    def params(name):
+        family, cfg = ROWS[name][0], ROWS[name][1]()
+        return cfg, jax.eval_shape(family(cfg).init, key(0)).params
+
+    cfg, of_vae = params("vae")
+    of_gan, of_ddpm = params("gan"), params("ddpm")
+    variables = {"params": of_gan[1]["disc"]}
+    calls = {
+        "elbo": lambda x: vae.elbo(cfg, of_vae, x, key(1)),
+        "iwae_bound": lambda x: vae.iwae_bound(cfg, of_vae, x, key(1), k=2),
+        "dreg_bound": lambda x: vae.dreg_bound(cfg, of_vae, x, key(1), k=2),
+        "reconstruct": lambda x: vae.reconstruct(cfg, of_vae, x),
+        "discriminate": lambda x: gan.discriminate(of_gan[0], variables, x),
+        "predict": lambda x: ddpm.predict(*of_ddpm, x, t),
+        "vlb": lambda x: ddpm.vlb(schedule, no_net, x, key(1), **how),
+        "vlb_terms": lambda x: ddpm.vlb_terms(schedule, no_net, x, key(1), **how),
+        "prior_kl": lambda x: ddpm.prior_kl(schedule, x),
+        "ode": lambda x: ddpm.ode_log_likelihood(schedule, no_net, x, key(1), steps=2),
+        "continuous_vlb": lambda x: ddpm.continuous_vlb(lambda u: u, no_net, x, key(1), **how),
+    }
+    for name, call in calls.items():
+        for wrong in (image, jnp.asarray(image, jnp.int32)):
+            with pytest.raises(ValueError, match=r"must be floats.* here, got (uint8|int32): `preprocess` takes"):
+                call(wrong)
+                pytest.fail(name)
+
+
+def test_a_traced_label_that_is_no_class_is_not_a_number(families):
+    """It has no value to refuse. It must not train as another class, or as none."""
+    (family, state), _ = families
+    bad = batch(label=np.array([0, 1, 2, -1, 3, 0], np.int8))
+    for name, values in jax.jit(family.evaluate)(state, bad, key(1)).items():
+        if name not in ("kl_nats", "real_accuracy", "fake_accuracy"):
+            np.testing.assert_array_equal(np.isfinite(values), [1, 1, 1, 0, 0, 1], err_msg=name)
+
+
+def test_one_hot_of_a_traced_label():
+    traced = jax.jit(lambda label: core.one_hot(label, 300, label.shape))
+    np.testing.assert_array_equal(traced(jnp.array([5, 299])), np.eye(300)[[5, 299]])
+    np.testing.assert_array_equal(traced(jnp.array([127], jnp.int8)), np.eye(300)[[127]])
+    assert np.isnan(traced(jnp.array([-1, 300]))).all() and np.isnan(traced(jnp.array([2**32 - 1], jnp.uint32))).all()
 
 
 # -------------------------------------------------------------------------------------------------------- train.sample
@@ -186,6 +230,12 @@ def test_predictions_of_diffusion_refuse_labels_that_are_no_class():
     for label, words in ((7, r"label must lie in 0\.\.3, got 7\.\.7"), (-1, r"label must lie in 0\.\.3, got -1")):
         with pytest.raises(ValueError, match=words):
             ddpm.eps_fn_of(cfg, params, jnp.full(2, label))(x, t)
+    for make in (ddpm.eps_fn_of, ddpm.predict_fn_of):
+        fn = jax.tree.leaves(make(cfg, params, 1, 2.0), is_leaf=callable)[0]
+        each = jax.tree.leaves(make(cfg, params, jnp.full(2, 1), 2.0), is_leaf=callable)[0]
+        np.testing.assert_array_equal(fn(x, t), each(x, t))
+        with pytest.raises(ValueError, match=r"label must lie in 0\.\.3, got 7\.\.7"):
+            jax.tree.leaves(make(cfg, params, jnp.full(2, 7), 2.0), is_leaf=callable)[0](x, t)
     plain = ROWS["ddpm"][1]()
     with pytest.raises(ValueError, match="takes no labels"):
         ddpm.predict(plain, jax.jit(ddpm.make(plain).init)(key(0)).params, x, t, jnp.zeros(2, int))

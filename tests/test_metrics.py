@@ -524,3 +524,29 @@ def test_mistakes_are_said(call, words):
     with pytest.raises(ValueError) as caught:
         call()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("width", [3, 30])
+@pytest.mark.parametrize("power", [-560, -170, 490])
+def test_no_scale_of_the_data_changes_a_neighbour(width, power):
+    """Powers of 2, which round nothing: 2^-560 is 1e-169, whose square vanishes."""
+    x, y = np.random.default_rng(0).normal(size=(2, 40, width))
+    tiny = np.ldexp(x, power), np.ldexp(y, power)
+    (distance, index), (small, same) = metrics.nearest(x, y), metrics.nearest(*tiny)
+    np.testing.assert_array_equal(index, same)
+    np.testing.assert_array_equal(np.ldexp(distance, power), small)
+    assert metrics.precision_recall(*tiny) == metrics.precision_recall(x, y)
+    assert metrics.density_coverage(*tiny) == metrics.density_coverage(x, y)
+    plain, error, sigma = metrics.parzen_log_likelihood(x, y, y, sigmas=[0.5, 1.0])
+    found = metrics.parzen_log_likelihood(*tiny, tiny[1], sigmas=np.ldexp([0.5, 1.0], power))
+    np.testing.assert_allclose(found, (plain - width * power * np.log(2), error, np.ldexp(sigma, power)), rtol=1e-9)
+    with pytest.raises(ValueError, match="too far from the size"):
+        metrics.parzen_log_likelihood(x, y, y, sigmas=[1e-170])
+
+
+def test_a_classifier_takes_floats_of_every_type():
+    images = np.linspace(0, 1, 128).reshape(2, 8, 8, 1)
+    apply = metrics.load_classifier("digits").apply
+    for dtype in (jnp.bfloat16, np.float16, np.float64):
+        given = images.astype(dtype)
+        np.testing.assert_array_equal(apply(given)[0], apply(np.asarray(given, np.float32))[0])

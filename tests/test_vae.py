@@ -256,6 +256,41 @@ def test_wild_inputs_stay_finite():
     assert jnp.isfinite(terms["kl"]).all()
 
 
+@pytest.mark.parametrize("likelihood", ["bernoulli", "logistic", "gaussian"])
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.uint8])
+def test_binarised_images_may_be_bool_or_whole_numbers(likelihood, dtype):
+    """As floats in the likelihood, its slope included; of whole numbers the encoder cannot tell levels from bits."""
+    cfg = dataclasses.replace(CFG, likelihood=likelihood)
+    params, x = params_of(cfg), np.random.default_rng(0).integers(0, 2, (3, 4, 4, 1))
+    floats, same = jnp.asarray(x, jnp.float32), x.astype(dtype)
+    decoded = vae.decode(cfg, params, jnp.ones((3, 3)))
+
+    def both(x):
+        return jax.value_and_grad(lambda decoded: vae.log_likelihood(cfg, x, decoded).sum())(decoded)
+
+    for given in (same, jnp.asarray(same)):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), both(given), both(floats))
+    if dtype is bool:
+        np.testing.assert_array_equal(vae.encode(cfg, params, same), vae.encode(cfg, params, floats))
+        for bound in (partial(vae.iwae_bound, k=3, chunk=2), partial(vae.dreg_bound, k=2)):
+            jax.eval_shape(partial(bound, cfg, params), jnp.asarray(same), key())
+    else:
+        with pytest.raises(ValueError, match=f"image must be floats.*got {np.dtype(dtype)}.*preprocess"):
+            vae.encode(cfg, params, same)
+
+
+def test_images_beyond_0_and_1_are_refused():
+    """With pixels up to 255 the cross-entropy of bernoulli is no bound: it was +137 nats."""
+    params = params_of(CFG)
+    for wrong in (255 * images(), images() - 0.5, np.full((2, 4, 4, 1), 1.1, np.float32)):
+        with pytest.raises(ValueError, match=r"image must lie in \[0, 1\], got .*preprocess"):
+            vae.elbo(CFG, params, wrong, key())
+    rounded = jnp.asarray(images(), jnp.bfloat16) * 1.004
+    assert (vae.elbo(CFG, params, rounded, key())["elbo"] < 0).all()
+    gaussian = dataclasses.replace(CFG, likelihood="gaussian", sigma=1.0)
+    assert jnp.isfinite(vae.elbo(gaussian, params, 9 * images(), key())["elbo"]).all()
+
+
 # ------------------------------------------------------------------------------------------------------- configuration
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, Optimizer, State, labels, make_step, pixels, spread, start
+from ..core import EMA, Family, Optim, Optimizer, State, floats, labels, make_step, pixels, spread, start
 from .binomial import DiscreteConfig, make_discrete
 from .bounds import (
     continuous_vlb,
@@ -38,6 +38,7 @@ from .bounds import (
 )
 from .nets import MLP, DiT, Net, UNet, module
 from .process import (
+    Given,
     Sample,
     Schedule,
     at,
@@ -74,7 +75,7 @@ __all__ = [
 ]  # fmt: skip
 
 Params = Any
-Label = Int[Array, "B"] | None
+Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,11 @@ def init_gamma(key: Key[Array, ""], *, levels: int = 256) -> Params:
     """
     k_first, k_places, k_last = jax.random.split(key, 3)
     return {
-        "ends": jnp.array([2 * math.log(2 / 6 / (levels - 1)), 5.0]),
-        "line": jnp.zeros(()),
-        "first": 0.5 + 0.25 * jax.random.normal(k_first, (1024,)),
-        "place": math.log(2) * jax.random.uniform(k_places, (1024,)),  # log 2: the line's end, softplus(0)
-        "last": jax.random.normal(k_last, (1024,)) - 6.0,
+        "ends": jnp.array([2 * math.log(2 / 6 / (levels - 1)), 5.0], jnp.float32),
+        "line": jnp.zeros((), jnp.float32),
+        "first": 0.5 + 0.25 * jax.random.normal(k_first, (1024,), jnp.float32),
+        "place": math.log(2) * jax.random.uniform(k_places, (1024,), jnp.float32),  # log 2: the line's end, softplus(0)
+        "last": jax.random.normal(k_last, (1024,), jnp.float32) - 6.0,
     }
 
 
@@ -186,7 +187,7 @@ def gamma(params: Params, u: Float[Array, "B"]) -> Float[Array, "B"]:
         h = jax.nn.sigmoid(slope[None] * (line[:, None] - params["place"][None]))
         return line + h @ jax.nn.softplus(params["last"])
 
-    low, high = rise(jnp.array([0.0, 1.0]))
+    low, high = rise(jnp.array([0.0, 1.0], jnp.float32))
     return params["ends"][0] + (params["ends"][1] - params["ends"][0]) * (rise(u) - low) / (high - low)
 
 
@@ -211,8 +212,13 @@ def _net(cfg: Config):
     return module(cfg.net, cfg.shape, cfg.classes, several=2 if cfg.variance == "learned" else 1)
 
 
+def _labels_or_none(cfg: Config, label: Label, n: int):
+    """`labels` of one more class, which stands for none."""
+    return labels(label, cfg.classes + 1 if cfg.classes else 0, (n,))
+
+
 def predict(
-    cfg: Config, params: Params, x_t: Sample, t: Array, label: Label = None, key: Key[Array, ""] | None = None
+    cfg: Config, params: Params, x_t: Given, t: Array, label: Label = None, key: Key[Array, ""] | None = None
 ) -> tuple[Sample, Sample | None]:
     """What the net says of x_t: its `cfg.prediction`, and of a learned variance the raw v, else None.
 
@@ -220,10 +226,12 @@ def predict(
     """
     if cfg.classes and label is None:
         label = jnp.full(len(x_t), cfg.classes)
-    label = labels(label, cfg.classes + 1 if cfg.classes else 0, (len(x_t),))  # one more class: none
+    x_t, label = floats("x_t", x_t), _labels_or_none(cfg, label, len(x_t))
     time = 1000.0 * t / (1 if cfg.schedule == "learned" else cfg.T)
     rngs = None if key is None else {"dropout": key}
     out = _net(cfg).apply({"params": params["net"]}, x_t, time, label, rngs=rngs)
+    if label is not None:
+        out = jnp.where(label.reshape(-1, *[1] * (out.ndim - 1)) < 0, jnp.nan, out)  # see core.labels
     value, *raw = jnp.split(out.reshape(len(x_t), *out.shape[1:]), 2, -1) if cfg.variance == "learned" else [out]
     return value.reshape(x_t.shape), raw[0].reshape(x_t.shape) if raw else None
 
@@ -256,8 +264,9 @@ def predict_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0
 
     def fn(x_t, t):
         if guided:
-            nobody = jnp.full_like(label, cfg.classes)
-            value, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (label, nobody))))
+            towards = _labels_or_none(cfg, label, len(x_t))
+            nobody = jnp.full_like(towards, cfg.classes)
+            value, raw = one(*(jnp.concatenate(pair) for pair in ((x_t, x_t), (t, t), (towards, nobody))))
             value, raw = guide(*jnp.split(value, 2), w), None if raw is None else raw[: len(x_t)]
         else:
             value, raw = one(x_t, t, label)
@@ -363,18 +372,24 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def init(key):
         k_net, k_gamma = jax.random.split(key)
         label = jnp.zeros(1, int) if cfg.classes else None
-        params = {"net": _net(cfg).init(k_net, jnp.zeros((1, *cfg.shape)), jnp.zeros(1), label)["params"]}
+        params = {
+            "net": _net(cfg).init(k_net, *(jnp.zeros((1, *shape), jnp.float32) for shape in (cfg.shape, ())), label)[
+                "params"
+            ]
+        }
         if cfg.schedule == "learned":
             params["gamma"] = init_gamma(k_gamma, levels=levels or 256)
-        extra = {"square": jnp.ones(cfg.T), "count": jnp.zeros(cfg.T, jnp.int32)} if cfg.times == "importance" else None
+        extra = None
+        if cfg.times == "importance":
+            extra = {"square": jnp.ones(cfg.T, jnp.float32), "count": jnp.zeros(cfg.T, jnp.int32)}
         return start(params, cfg.optim, extra=extra, ema=ema)
 
     def draw(extra, key, n):
         """t [n], and what makes a mean over them one over all t."""
         if cfg.times == "low_discrepancy":
-            return step_at(low_discrepancy(key, n), cfg.T), jnp.ones(n)
+            return step_at(low_discrepancy(key, n), cfg.T), jnp.ones(n, jnp.float32)
         if cfg.times == "uniform":
-            return jax.random.randint(key, (n,), 0, cfg.T), jnp.ones(n)
+            return jax.random.randint(key, (n,), 0, cfg.T), jnp.ones(n, jnp.float32)
         # p_t ~ sqrt(E[L_t^2]) once every t was seen ten times (Nichol & Dhariwal, eq. 18), a thousandth of it uniform.
         # The paper keeps the last ten losses of each t, ours a running mean.
         p = jnp.sqrt(extra["square"])
@@ -387,7 +402,10 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     def remember(extra, t, each):
         if cfg.times != "importance":
             return extra
-        seen = jnp.zeros(cfg.T).at[t].add(jax.lax.stop_gradient(each) ** 2), jnp.zeros(cfg.T, jnp.int32).at[t].add(1)
+        seen = (
+            jnp.zeros(cfg.T, jnp.float32).at[t].add(jax.lax.stop_gradient(each) ** 2),
+            jnp.zeros(cfg.T, jnp.int32).at[t].add(1),
+        )
         if axis_name is not None:  # extra is equal on every device: what is recorded is gathered
             seen = jax.lax.psum(seen, axis_name)
         square, count = seen

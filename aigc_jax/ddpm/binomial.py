@@ -26,6 +26,15 @@ Bits = Float[Array | np.ndarray, "B D"]
 LogitsFn = Callable[[Any, Any], Any]
 
 
+def _bits(x):
+    """Points of 0 and 1 as floats. Raises ValueError for others, where they are not traced."""
+    if not isinstance(x, jax.core.Tracer):
+        known = np.asarray(x)
+        if not ((known == 0) | (known == 1)).all():
+            raise ValueError(f"points must be bits, 0 or 1, got values in {known.min():.5g}..{known.max():.5g}")
+    return precise(x)
+
+
 def q_one(schedule: Schedule, x_0: Bits, t: Steps, rate: float) -> Bits:
     """P(x_t = 1 | x_0) = alpha_bar x_0 + (1 - alpha_bar) rate; x_0 may be a probability."""
     return at(schedule.alpha_bar, t, x_0) * x_0 + at(noise2(schedule), t, x_0) * rate
@@ -140,18 +149,22 @@ def make_discrete(cfg: DiscreteConfig, *, axis_name: str | None = None) -> Famil
         return lambda x, t: net.apply({"params": params}, 2 * x - 1, 1000.0 * t / cfg.T, rngs=rngs)
 
     def init(key):
-        return start(net.init(key, jnp.zeros((1, cfg.dim)), jnp.zeros(1))["params"], cfg.optim, ema=ema)
+        return start(
+            net.init(key, *(jnp.zeros(shape, jnp.float32) for shape in ((1, cfg.dim), (1,))))["params"],
+            cfg.optim,
+            ema=ema,
+        )
 
     def loss(params, state, batch, key):
         k_t, k_x, k_drop = jax.random.split(key, 3)
-        x_0 = batch["points"]
+        x_0 = _bits(batch["points"])
         t = jax.random.randint(k_t, (len(x_0),), 0, cfg.T)
         logits_fn = logits_of(params, k_drop if cfg.net.dropout else None)
         each = cfg.T * vlb_term(schedule, logits_fn, x_0, t, k_x, cfg.rate)
         return each.mean() / (cfg.dim * math.log(2)), (state.extra, {})
 
     def evaluate(state, batch, key):
-        x_0, logits_fn = batch["points"], logits_of(ema.read(state))
+        x_0, logits_fn = _bits(batch["points"]), logits_of(ema.read(state))
         if cfg.terms in (0, cfg.T):
             return {"nll_nats": vlb(schedule, logits_fn, x_0, key, rate=cfg.rate)}
         k_t, k_x = jax.random.split(key)

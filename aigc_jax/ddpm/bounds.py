@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from ..core import floats
 from .process import (
+    Given,
     Sample,
     Schedule,
     Steps,
@@ -69,7 +71,7 @@ def log_discretised(x: Sample, mean, sigma2, *, levels: int) -> PerExample:
     return _sum(log_above + jnp.where(first, 0.0, jnp.log(-jnp.expm1(jnp.minimum(gap, -1e-7)))))
 
 
-def decoder(schedule: Schedule, x_0: Sample, mean, sigma2, *, levels: int | None) -> PerExample:
+def decoder(schedule: Schedule, x_0: Given, mean, sigma2, *, levels: int | None) -> PerExample:
     """-log p(x_0 | x_t) at step 0: of grey levels, or where levels is None a density."""
     return -(log_normal(x_0, mean, sigma2) if levels is None else log_discretised(x_0, mean, sigma2, levels=levels))
 
@@ -87,7 +89,7 @@ def first_variance(schedule: Schedule, sigma2, x_t: Sample, t, raw: Sample | Non
 def vlb_term(
     schedule: Schedule,
     eps_fn: EpsFn,
-    x_0: Sample,
+    x_0: Given,
     t: Steps,
     eps: Sample,
     *,
@@ -96,7 +98,7 @@ def vlb_term(
     prediction: str = "eps",
 ) -> PerExample:
     """L_t of DDPM eq. 5 for one drawn x_t: KL(q(x_{t-1} | x_t, x_0) || p), or -log p(x_0 | x_t) at step 0."""
-    x_0 = precise(x_0)
+    x_0 = precise(floats("x_0", x_0))
     x_t = q_sample(schedule, x_0, t, jnp.asarray(eps, x_0.dtype))
     value, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[t])
     x_0_hat, _ = denoised(value, x_t, *(at(a, t, x_t) for a in roots(schedule)), given=prediction)
@@ -112,9 +114,9 @@ def vlb_term(
     )
 
 
-def prior_kl(schedule: Schedule, x_0: Sample) -> PerExample:
+def prior_kl(schedule: Schedule, x_0: Given) -> PerExample:
     """L_T: KL(q(x_T | x_0) || N(0, I))."""
-    x_0, last = precise(x_0), np.full(len(x_0), len(schedule.t) - 1)
+    x_0, last = precise(floats("x_0", x_0)), np.full(len(x_0), len(schedule.t) - 1)
     mean = at(roots(schedule)[0], last, x_0) * x_0
     return gaussian_kl(mean, at(noise2(schedule), last, x_0), 0.0, 1.0)
 
@@ -122,7 +124,7 @@ def prior_kl(schedule: Schedule, x_0: Sample) -> PerExample:
 def vlb_terms(
     schedule: Schedule,
     eps_fn: EpsFn,
-    x_0: Sample,
+    x_0: Given,
     key: Key[Array, ""],
     *,
     levels: int | None = None,
@@ -132,7 +134,7 @@ def vlb_terms(
     """Every term of the bound: L_0 (the decoder), L_1, ..., and last L_T; one draw of x_t for each."""
 
     check(schedule)
-    x_0 = precise(x_0)
+    x_0 = precise(floats("x_0", x_0))
 
     def one(_, i):
         eps = jax.random.normal(jax.random.fold_in(key, i), x_0.shape, x_0.dtype)
@@ -147,7 +149,7 @@ def vlb_terms(
 def vlb(
     schedule: Schedule,
     eps_fn: EpsFn,
-    x_0: Sample,
+    x_0: Given,
     key: Key[Array, ""],
     *,
     levels: int | None = None,
@@ -180,7 +182,7 @@ def step_at(u: Float[Array, "B"], T: int) -> Steps:
 def continuous_vlb(
     gamma: Callable,
     eps_fn: EpsFn,
-    x_0: Sample,
+    x_0: Given,
     key: Key[Array, ""],
     *,
     levels: int | None = None,
@@ -193,7 +195,7 @@ def continuous_vlb(
     alpha^2) at u = 0, of grey levels normalised over them (VDM eq. 8). u is of low discrepancy over the batch.
     prediction: what eps_fn gives, as in the samplers.
     """
-    x_0 = precise(x_0)
+    x_0 = precise(floats("x_0", x_0))
     k_u, k_eps, k_first = jax.random.split(key, 3)
     u = low_discrepancy(k_u, len(x_0)).astype(x_0.dtype)
 
@@ -226,7 +228,7 @@ def continuous_vlb(
 def ode_log_likelihood(
     schedule: Schedule,
     eps_fn: EpsFn,
-    x_0: Sample,
+    x_0: Given,
     key: Key[Array, ""],
     *,
     steps: int,
@@ -246,7 +248,7 @@ def ode_log_likelihood(
     if not 2 <= steps <= len(schedule.t):
         raise ValueError(f"steps counts levels, 2..{len(schedule.t)}, got {steps}")
     few = respace(schedule, steps, spacing)
-    phi, noise2_0, x_0 = angle(few), noise2(few)[:1], precise(x_0)
+    phi, noise2_0, x_0 = angle(few), noise2(few)[:1], precise(floats("x_0", x_0))
     h = jnp.asarray((jnp if isinstance(phi, jax.Array) else np).diff(phi), x_0.dtype)
     probe, D = jax.random.rademacher(key, x_0.shape, x_0.dtype), math.prod(x_0.shape[1:])
 

@@ -99,8 +99,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]):
         B, H, W, C = x.shape
-        scale = self.param("scale", nn.initializers.ones, (C,))
-        bias = self.param("bias", nn.initializers.zeros, (C,))
+        scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
 
         def mean(x):  # of each channel's group, [B, C]
             of_group = x.mean((1, 2)).reshape(B, self.groups, -1).mean(-1)
@@ -202,7 +202,7 @@ class DiT(nn.Module):
         condition = Condition(D, 256, self.classes, name="condition")(t, label)
         h = nn.Conv(D, (p, p), p, name="patches")(x_t).reshape(B, -1, D)
         T = h.shape[1]
-        h = h + self.param("positions", nn.initializers.normal(0.02), (1, T, D))
+        h = h + self.param("positions", nn.initializers.normal(0.02), (1, T, D), jnp.float32)
         everyone, positions = jnp.ones((1, T, T), bool), jnp.broadcast_to(jnp.arange(T)[None], (B, T))
         for i in range(len(net.widths)):
             block = Block(net.heads, 4 * D, dropout=net.dropout, name=f"block{i}")

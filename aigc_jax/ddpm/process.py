@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 PREDICTIONS = ("eps", "x_0", "v", "mu")
 
 Sample = Float[Array | np.ndarray, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
+Given = Shaped[Array | np.ndarray, "B ..."]  # a Sample, whose type `core.floats` checks
 Steps = Int[Array | np.ndarray, "B"]
 
 

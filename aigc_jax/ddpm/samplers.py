@@ -157,7 +157,7 @@ def sample_ddim(
     key: Key[Array, ""],
     *,
     steps: int,
-    eta: float = 0.0,
+    eta: Any = 0.0,
     sigma_hat: bool = False,
     spacing: str = "uniform",
     clip: float | None = None,
@@ -169,7 +169,8 @@ def sample_ddim(
     sigma_hat: the paper's last row (section 5.1): noise of the larger sqrt(1 - alpha_bar_t / alpha_bar_s) is added to
         the mean of eta = 1. spacing: see `respace`; clip and path as in `sample_ddpm`.
     """
-    if isinstance(eta, (int, float)) and (not 0 <= eta <= 1 or (sigma_hat and eta)):
+    known = None if isinstance(eta, jax.core.Tracer) else np.asarray(eta)
+    if known is not None and (not ((known >= 0) & (known <= 1)).all() or (sigma_hat and known.any())):
         raise ValueError(f"eta must lie in 0..1, and be 0 with sigma_hat, got {eta}")
     few = respace(schedule, steps, spacing)
     earlier, noise2_earlier = before(few)

@@ -23,10 +23,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
-from ..core import EMA, Family, Optim, Optimizer, State, descend, finish, labels, parts, pixels, spread, start
+from ..core import (
+    EMA,
+    Family,
+    Optim,
+    Optimizer,
+    State,
+    descend,
+    finish,
+    floats,
+    labels,
+    one_hot,
+    parts,
+    pixels,
+    spread,
+    start,
+)
 from .nets import Discriminator, Generator, Net
 
 __all__ = [
@@ -218,22 +234,20 @@ def _nets(cfg: Config, axis_name: str | None = None) -> dict[str, nn.Module]:
     }
 
 
-def _one_hot(cfg: Config, label: Label, rows: int):
-    label = labels(label, cfg.classes, (rows,))
-    return jnp.zeros((rows, 0)) if label is None else jax.nn.one_hot(label, cfg.classes)
-
-
 def generate(cfg: Config, variables: Variables, z: Float[Array, "B Z"], label: Label = None) -> Sample:
     """G(z), with the running BatchNorm statistics: images in [-1, 1], or points.
 
     `variables` of a state: `generator_of(cfg, state)`.
     """
-    return _nets(cfg)["gen"].apply(variables, z, _one_hot(cfg, label, z.shape[0]), False)
+    return _nets(cfg)["gen"].apply(variables, z, one_hot(label, cfg.classes, z.shape[:1]), False)
 
 
-def discriminate(cfg: Config, variables: Variables, x: Sample, label: Label = None) -> Logits:
+def discriminate(
+    cfg: Config, variables: Variables, x: Shaped[Array | np.ndarray, "B ..."], label: Label = None
+) -> Logits:
     """D's logits of samples, with the running statistics. A packed D judges x with the packing - 1 that follow it."""
-    y = _one_hot(cfg, label, x.shape[0])
+    x = floats("x", x)
+    y = one_hot(label, cfg.classes, x.shape[:1])
     together = [jnp.concatenate([jnp.roll(a, -i, 0) for i in range(cfg.packing)], -1) for a in (x, y)]
     return _nets(cfg)["disc"].apply(variables, *together, False)
 
@@ -262,7 +276,7 @@ def generator_of(cfg: Config, state: State) -> Variables:
 def noise(cfg: Config, key: Key[Array, ""], n: int) -> Float[Array, "n Z"]:
     """z for n samples."""
     draw = jax.random.normal if cfg.latent == "normal" else jax.random.uniform
-    return draw(key, (n, cfg.latent_dim))
+    return draw(key, (n, cfg.latent_dim), jnp.float32)
 
 
 def preprocess(cfg: Config, batch: dict) -> Sample:
@@ -293,8 +307,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def init(key):
         k_gen, k_disc = jax.random.split(key)
-        z, y = jnp.zeros((1, cfg.latent_dim)), jnp.zeros((1, cfg.classes))
-        x = jnp.zeros((1, *cfg.shape[:-1], cfg.shape[-1] * cfg.packing))
+        z, y = (jnp.zeros((1, size), jnp.float32) for size in (cfg.latent_dim, cfg.classes))
+        x = jnp.zeros((1, *cfg.shape[:-1], cfg.shape[-1] * cfg.packing), jnp.float32)
         variables = {
             "gen": nets["gen"].init(k_gen, z, y, False),
             "disc": nets["disc"].init(k_disc, x, jnp.tile(y, cfg.packing), False),
@@ -311,7 +325,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def given(batch):
         x = preprocess(cfg, batch)
-        return x, _one_hot(cfg, batch.get("label") if cfg.classes else None, x.shape[0])
+        return x, one_hot(batch.get("label") if cfg.classes else None, cfg.classes, x.shape[:1])
 
     def fakes(params, stats, y, key):
         k_z, k_dropout = jax.random.split(key)

@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
-from ..core import EMA, Family, Optim, Optimizer, State, labels, make_step, pixels, start
+from ..core import EMA, Family, Optim, Optimizer, State, floats, labels, make_step, one_hot, pixels, start
 from ..nn import pixel_shuffle
 from .likelihoods import bits_per_dim, gaussian_kl, log_likelihood, log_logistic, log_normal, mean_image
 
@@ -58,6 +59,7 @@ __all__ = [
 
 Params = dict[str, Any]  # {"encoder": ..., "decoder": ...}, of two layers also "upper_encoder", "upper_decoder"
 Image = Float[Array, "B H W C"]
+Given = Shaped[Array | np.ndarray, "B H W C"]  # floats in [0, 1], or bool; `_images` checks them
 Latent = Float[Array, "B Z"]
 Draws = tuple[Float[Array, "k B _"], ...]  # (z_1,) or (z_1, z_2): k draws for each of B images
 Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
@@ -152,6 +154,12 @@ def _float32(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _images(cfg: Config, x):
+    """Images in [0, 1], checked, in at least float32; binarised ones may be bool. A gaussian has a density anywhere."""
+    within = None if cfg.likelihood == "gaussian" else (0, 1)
+    return _float32(floats("image", _float32(x) if x.dtype == bool else x, within=within))
+
+
 class Gaussian(nn.Module):
     """A diagonal Gaussian given a vector: [..., D] -> mu, logvar, each [..., dim] (AEVB appendix C.2, one head)."""
 
@@ -207,16 +215,11 @@ class Decoder(nn.Module):
         return _float32(h)
 
 
-def _one_hot(cfg: Config, label, leading: tuple[int, ...]):
-    label = labels(label, cfg.classes, leading)
-    return jnp.zeros((*leading, 0)) if label is None else jax.nn.one_hot(label, cfg.classes)
-
-
-def encode(cfg: Config, params: Params, x: Image, label: Label = None) -> tuple[Latent, Latent]:
-    """mu and logvar of q(z_1|x), for images in [0, 1]. Raises ValueError for whole-number pixels."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"images are floats in [0, 1] here, got {x.dtype}: `preprocess` takes whole-number pixels")
-    return Encoder(cfg).apply(params["encoder"], x, _one_hot(cfg, label, x.shape[:-3]))
+def encode(cfg: Config, params: Params, x: Given, label: Label = None) -> tuple[Latent, Latent]:
+    """mu and logvar of q(z_1|x), for images in [0, 1]. Raises ValueError for whole-number pixels, and, where they are
+    not traced, for others."""
+    x = _images(cfg, x)
+    return Encoder(cfg).apply(params["encoder"], x, one_hot(label, cfg.classes, x.shape[:-3]))
 
 
 def decode(cfg: Config, params: Params, z: Float[Array, "... Z"], label=None) -> Float[Array, "... H W D"]:
@@ -224,7 +227,7 @@ def decode(cfg: Config, params: Params, z: Float[Array, "... Z"], label=None) ->
 
     For any leading axes; label [...] has the last of them (B of z [k, B, Z]).
     """
-    y = _one_hot(cfg, label, z.shape[:-1])
+    y = one_hot(label, cfg.classes, z.shape[:-1])
     if not cfg.channels or z.ndim < 3:
         return Decoder(cfg).apply(params["decoder"], z, y)
     # Convolutions take one axis of rows: with the images outermost a mesh can leave each on its device.
@@ -263,10 +266,10 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
     if cfg.binarisation == "none":
         return x
     if cfg.binarisation == "dynamic":
-        u = jax.random.uniform(key, x.shape)
+        u = jax.random.uniform(key, x.shape, jnp.float32)
     else:
         own = jax.random.key(0x57A71C)  # of no run: key(0) is what seed 0 splits
-        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(own, i), x.shape[1:]))(batch["index"])
+        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(own, i), x.shape[1:], jnp.float32))(batch["index"])
     return (u < x).astype(jnp.float32)
 
 
@@ -274,7 +277,7 @@ def _normal(mu, logvar, key, shape):
     return mu + jnp.exp(0.5 * logvar) * jax.random.normal(key, shape, mu.dtype)
 
 
-def draw(cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None) -> Draws:
+def draw(cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, label: Label = None) -> Draws:
     """k reparameterised draws of z ~ q(z|x) for each image: (z_1,), or (z_1, z_2) of two layers."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -293,7 +296,7 @@ def log_prior(cfg: Config, params: Params, z: Draws) -> Float[Array, "k B"]:
     return log_p + log_normal(z[0], *decode_upper(cfg, params, z[1])) if cfg.upper_dim else log_p
 
 
-def log_posterior(cfg: Config, params: Params, x: Image, z: Draws, label: Label = None) -> Float[Array, "k B"]:
+def log_posterior(cfg: Config, params: Params, x: Given, z: Draws, label: Label = None) -> Float[Array, "k B"]:
     """log q(z|x) in nats."""
     log_q = log_normal(z[0], *(a[None] for a in encode(cfg, params, x, label)))
     return log_q + log_normal(z[1], *encode_upper(cfg, params, z[0])) if cfg.upper_dim else log_q
@@ -306,7 +309,7 @@ def _terms(cfg, params, blind, x, z, label):
 
 
 def log_weights(
-    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None
+    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, label: Label = None
 ) -> Float[Array, "k B"]:
     """log p(x, z_i) - log q(z_i|x) for k draws z_i ~ q(z|x), in nats (IWAE eq. 8).
 
@@ -316,7 +319,7 @@ def log_weights(
 
 
 def elbo(
-    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int = 1, label: Label = None
+    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int = 1, label: Label = None
 ) -> dict[str, Nats]:
     """{"elbo", "reconstruction", "kl"} in nats, elbo = reconstruction - kl (AEVB eq. 7, 10), means over k draws of z.
 
@@ -339,14 +342,14 @@ def _log_mean_exp(log_w):
 
 
 def iwae_bound(
-    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, chunk: int | None = None, label: Label = None
+    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, chunk: int | None = None, label: Label = None
 ) -> Nats:
     """L_k = E log (1/k) sum_i w_i <= log p(x), in nats; it rises with k (IWAE eq. 8, theorem 1).
 
     chunk: draws in memory at once, default k; chunk j uses fold_in(key, j), so the draws depend on it. Compile with
         jax.jit(partial(iwae_bound, cfg, k=5000, chunk=100)).
     """
-    chunk = k if chunk is None else min(chunk, k)
+    x, chunk = _images(cfg, x), k if chunk is None else min(chunk, k)
     if chunk < 1:
         raise ValueError(f"k and chunk must be at least 1, got k={k}, chunk={chunk}")
 
@@ -385,7 +388,7 @@ _doubly.defvjp(_doubly_forward, _doubly_backward)
 
 
 def dreg_bound(
-    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int, label: Label = None, beta=1.0
+    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, label: Label = None, beta=1.0
 ) -> tuple[Nats, Float[Array, "k B"]]:
     """L_k and its log weights, with the doubly reparameterised gradient (Tucker et al. 2019, eq. 8).
 
@@ -396,13 +399,13 @@ def dreg_bound(
     beta: weight of log p(z) - log q(z|x) in the bound. Not in the paper: its identity, applied to these weights, gives
         the encoder w_i (1 - beta + beta w_i) in place of w_i^2.
     """
-    x = jax.lax.stop_gradient(x)
+    x = jax.lax.stop_gradient(_images(cfg, x))
     z = draw(cfg, params, x, key, k=k, label=label)
     return _doubly(cfg, params, jax.lax.stop_gradient(params), x, z, label, jnp.asarray(beta, x.dtype))
 
 
 def activity(
-    cfg: Config, params: Params, x: Image, key: Key[Array, ""], *, k: int = 32, label: Label = None
+    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int = 32, label: Label = None
 ) -> tuple[Float[Array, "_"], ...]:
     """A_u = Var_x E_q(u|x)[u] for each unit u of each layer; a unit is active where it exceeds .01 (IWAE, section 5.2).
 
@@ -422,13 +425,13 @@ def activity(
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def reconstruct(cfg: Config, params: Params, x: Image, label: Label = None) -> Image:
+def reconstruct(cfg: Config, params: Params, x: Given, label: Label = None) -> Image:
     """The mean image at the mean of q(z_1|x)."""
     return mean_image(cfg, decode(cfg, params, encode(cfg, params, x, label)[0], label))
 
 
 def interpolate(
-    cfg: Config, params: Params, x_a: Image, x_b: Image, *, steps: int, label: Label = None
+    cfg: Config, params: Params, x_a: Given, x_b: Given, *, steps: int, label: Label = None
 ) -> Float[Array, "B S H W C"]:
     """Mean images on the straight line between the two posterior means of z_1, both ends included."""
     z_a, z_b = encode(cfg, params, x_a, label)[0], encode(cfg, params, x_b, label)[0]
@@ -468,15 +471,15 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def init(key):
         k_encoder, k_decoder, *k_upper = jax.random.split(key, 4 if cfg.upper_dim else 2)
-        y, z = jnp.zeros((1, cfg.classes)), jnp.zeros((1, cfg.latent_dim))
+        y, z = (jnp.zeros((1, size), jnp.float32) for size in (cfg.classes, cfg.latent_dim))
         params = {
-            "encoder": Encoder(cfg).init(k_encoder, jnp.zeros((1, *cfg.shape)), y),
+            "encoder": Encoder(cfg).init(k_encoder, jnp.zeros((1, *cfg.shape), jnp.float32), y),
             "decoder": Decoder(cfg).init(k_decoder, z, y),
         }
         if cfg.upper_dim:
             upwards, downwards = _upper(cfg)
             params["upper_encoder"] = upwards.init(k_upper[0], z)
-            params["upper_decoder"] = downwards.init(k_upper[1], jnp.zeros((1, cfg.upper_dim)))
+            params["upper_decoder"] = downwards.init(k_upper[1], jnp.zeros((1, cfg.upper_dim), jnp.float32))
         return start(params, cfg.optim, ema=ema)
 
     def given(batch):
@@ -515,7 +518,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def sample(state: State, key, *, n: int, label=None):
         params, (k_1, k_2) = ema.read(state), jax.random.split(key)
-        z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim))
+        z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim), jnp.float32)
         if cfg.upper_dim:
             z = _normal(*decode_upper(cfg, params, z), k_2, (n, cfg.latent_dim))
         label = labels(label, cfg.classes, (n,), in_turn=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 
 def gaussian_kl(mu: Float[Array, "... Z"], logvar: Float[Array, "... Z"]) -> Float[Array, "..."]:
@@ -24,14 +25,17 @@ def log_bernoulli(x, logits):
     The value takes one exp and one log: optax's two log-sigmoids take 3 times as long on the CPU. Its derivative is
     written out, because those of max and abs at logit 0 are not the sigmoid's.
     """
-    slope = x - (logits > 0)
+    slope = x - (logits > 0).astype(logits.dtype)  # x may be whole numbers or bool
     return jnp.where(slope == 0, 0.0, slope * logits) - jnp.log1p(jnp.exp(-jnp.abs(logits)))
 
 
 @log_bernoulli.defjvp
 def _(primals, tangents):
     (x, logits), (dx, dlogits) = primals, tangents
-    return log_bernoulli(x, logits), logits * dx + (x - jax.nn.sigmoid(logits)) * dlogits
+    moved = (x - jax.nn.sigmoid(logits)) * dlogits
+    if dx.dtype != jax.dtypes.float0:  # whole numbers and bool do not move
+        moved = moved + logits * dx
+    return log_bernoulli(x, logits), moved
 
 
 def log_logistic(x: Float[Array, "..."], mean, log_scale, *, levels: int) -> Float[Array, "..."]:
@@ -62,7 +66,9 @@ def _mean_and_log_scale(cfg, decoded):
     return mean, jnp.minimum(floor + jax.nn.softplus(raw - floor), 20.0)
 
 
-def log_likelihood(cfg, x: Float[Array, "... H W C"], decoded: Float[Array, "... H W D"]) -> Float[Array, "..."]:
+def log_likelihood(
+    cfg, x: Shaped[Array | np.ndarray, "... H W C"], decoded: Float[Array, "... H W D"]
+) -> Float[Array, "..."]:
     """log p(x|z) in nats, summed over pixels; `decoded` is what `decode` returns.
 
     bernoulli: AEVB eq. 11. With grey levels x it is the negative cross-entropy, a bound on no discrete likelihood; the
@@ -70,6 +76,7 @@ def log_likelihood(cfg, x: Float[Array, "... H W C"], decoded: Float[Array, "...
     gaussian: a density in [0, 1] pixel units (AEVB eq. 12, whose sigma ours keeps above one grey level).
     logistic: the probability of the grey levels.
     """
+    x = jnp.asarray(x, jnp.result_type(x, decoded))  # may be whole numbers or bool
     if cfg.likelihood == "bernoulli":
         # One axis of pixels: XLA's CPU code for a sum over [..., H, W, 1] is many times slower.
         x, decoded = (a.reshape(*a.shape[:-3], -1) for a in (x, decoded))
