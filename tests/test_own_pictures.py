@@ -302,7 +302,7 @@ def test_the_family_is_a_first_flag_and_part_of_the_record(flat, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["own_pictures", *flags])
     _cli.main("own_pictures")
     record = json.loads((tmp_path / "run" / "rows.json").read_text())
-    assert "--family ddpm --model.T 9" in record["command"]
+    assert "--family=ddpm --model.T 9" in record["command"]
     assert [row["quantity"] for row in record["rows"]] == ["x"]  # no criteria: these are of the script's own set
     monkeypatch.setattr(sys, "argv", ["own_pictures", "--family", "flow"])
     with pytest.raises(SystemExit) as e:

@@ -362,8 +362,8 @@ def test_ngrams_of_a_large_vocabulary_are_those_of_a_small_one(n):
 
 def test_ngrams_stop_where_a_text_ends():
     training, valid = (text.from_tokens(np.arange(n) % 3, length=1, vocab=3) for n in (9, 4))
-    assert list(_text.ngrams(training, valid)) == [1, 2, 3, 4]
-    assert list(_text.ngrams(valid, training)) == [1, 2, 3, 4]
+    assert list(_text.ngrams(training, valid, str)) == [1, 2, 3, 4]
+    assert list(_text.ngrams(valid, training, str)) == [1, 2, 3, 4]
 
 
 def test_a_prompt_is_of_the_texts_own_characters(own):

@@ -489,8 +489,8 @@ def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
         (["--text.top-p", "0"], "sampling.top_p must be above 0 and at most 1, got 0.0"),
         (["--text.top-p", "1.5"], "sampling.top_p must be above 0 and at most 1, got 1.5"),
         (["--text.stop", "the"], "text.stop must be one token, 'the' is 3"),
-        (["--out", "a.png"], "writes text, to the terminal"),
-        (["--n", "0"], "n and text.new must be at least 1"),
+        (["--out", "a.png"], "must name a .txt or .npy file"),
+        (["--n", "0"], "n and chunk must be at least 1"),
     ],
 )
 def test_mistakes_of_sampling_text_are_one_line(run_folder, flags, words, capsys, monkeypatch):

@@ -436,10 +436,10 @@ def edited(folder, **changes):
         ({"make": ["os", "system"]}, "make or make_"),
         ({"make": ["aigc_jax.vae", "make_tea"]}, "make_tea"),
         ({"make": ["aigc_jax.nowhere", "make"]}, "cannot be imported"),
-        ({"make": ["experiments.nowhere", "make"]}, "repository's root"),
+        ({"make": ["experiments.nowhere", "make"]}, "no module named experiments.nowhere"),
         ({"config": {"latent_dimm": 3}}, "latent_dimm"),
         ({"config": {"levels": 1}}, "levels"),
-        ({"config": [1]}, "named values"),
+        ({"config": [1]}, "config must be dict"),
     ],
 )
 def test_load_refuses_what_it_does_not_know(tmp_path, changes, words):

@@ -620,6 +620,7 @@ def test_drawn_beams_have_their_law():
     assert np.flatnonzero(np.isfinite(greedily[0])).tolist() == sorted(np.argsort(-log_p)[:3].tolist())
 
 
+@pytest.mark.soak
 def test_prompts_are_taken_in_every_context():
     """jit, scan, lax.map and vmap, with prompts of JAX, of numpy and lists, closed over or passed in."""
     params, rows, lengths = parameters(SMALL), [[1, 2, 3], [4, 5, 0]], [3, 2]
@@ -689,6 +690,7 @@ def test_what_cannot_be_generated_is_refused_in_one_line(options, words):
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.soak
 def test_the_last_token_of_a_full_context_needs_no_position():
     params, x = parameters(SMALL), tokens(1, 24)
     [[one]] = transformer.generate(SMALL, params, x, key(0), max_new_tokens=1, sampling=Sampling(0.0))
@@ -720,6 +722,7 @@ def test_stop_tokens_are_the_configs_where_none_are_named():
         dataclasses.replace(SMALL, eos=(3, -1))
 
 
+@pytest.mark.soak
 def test_searches_at_the_edge():
     """One token in all, weights that are NaN, fewer texts than beams, all tokens forbidden."""
     one = dataclasses.replace(SMALL, vocab=1)
@@ -737,6 +740,7 @@ def test_searches_at_the_edge():
     assert got.tolist() == [[[0], [-1]]] and np.isfinite(score[0, 0]) and score[0, 1] == -jnp.inf
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decoding_with_64_bits_is_that_with_32(dtype):
     cfg = dataclasses.replace(SMALL, dtype=dtype)
