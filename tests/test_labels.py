@@ -188,6 +188,24 @@ def test_models_without_classes_are_given_no_label():
     assert train.sample(result(sample, classes=0), key(0), n=5, chunk=2).shape == (5,)
 
 
+@pytest.mark.parametrize("prompt", [[5, 6, 7, 8], [[5, 6, 7, 8]]])
+def test_one_prompt_is_that_of_all_samples(prompt):
+    def sample(state, key, *, n, prompt):
+        return jnp.asarray(prompt)
+
+    drawn = train.sample(result(sample, classes=0), key(0), n=4, chunk=2, prompt=prompt)
+    assert drawn.tolist() == [[5, 6, 7, 8]] * 4
+
+
+def test_a_family_of_ones_own_may_count_its_labels_another_way():
+    def sample(state, key, *, n, label=None):
+        return jnp.full(n, -1 if label is None else label)
+
+    own = result(sample, classes=0)._replace(config=SimpleNamespace(kinds=3))
+    assert train.sample(own, key(0), n=2).tolist() == [-1, -1]
+    assert train.sample(own, key(0), n=2, label=7).tolist() == [7, 7]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -504,9 +504,10 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     if unknown and not any(option.kind is option.VAR_KEYWORD for option in takes.values()):
         known = ", ".join(name for name in takes if name not in ("state", "key", "n")) or "no options"
         raise Refused(f"this model's sample takes {known}, not {', '.join(sorted(unknown))}")
-    if "label" in takes and type(result.config).__module__.startswith("aigc_jax."):  # a user's family knows its own
+    classes = getattr(result.config, "classes", None)  # a family of the user's may count its labels another way
+    if "label" in takes and isinstance(classes, int):
         try:
-            label = labels(options.get("label"), getattr(result.config, "classes", 0), (n,), in_turn=True)
+            label = labels(options.get("label"), classes, (n,), in_turn=True)
         except ValueError as e:
             raise Refused(str(e)) from e
         if label is not None:
