@@ -457,7 +457,7 @@ def test_samples_are_written_whole_or_not_at_all(call, digits_run, tmp_path, mon
             if not self.left:
                 raise OSError(28, "No space left on device")
             self.left -= 1
-            path.touch()
+            Path(path).touch()
 
     disk = Full()
     monkeypatch.setattr(Image.Image, "save", lambda *args, **options: disk.save(*args, **options))

@@ -480,8 +480,11 @@ def test_what_was_edited_by_hand_is_refused_by_name(tmp_path):
     assert int(load(folder).state.step) == 2
     (folder / "run.json").write_text(json.dumps(dict(reversed(record.items()))))  # another layout, the same record
     assert int(load(folder).state.step) == 2
-    edited(folder, config={**record["config"], "ema": 0.8}, sha256=None)  # a version that wrote no sums
+    edited(folder, sha256=None)  # a version that wrote no sums
     assert int(load(folder).state.step) == 2
+    edited(folder, config={**record["config"], "ema": 0.8}, sha256=None)
+    with pytest.raises(train.Refused, match="the checkpoint of step 2 in .* is of another run"):
+        load(folder)
 
 
 def test_an_edited_tokenizer_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import jax
@@ -17,7 +17,7 @@ SECONDS = 10.0  # between plain lines
 T = TypeVar("T")
 
 
-def counted(what: str, items: Sequence[T]) -> Iterator[T]:
+def counted(what: str, items: Iterable[T]) -> Iterator[T]:
     """Yields the items; says on stderr every SECONDS how many are done ("sampling: 3/10"). Short loops say nothing."""
     said = time.monotonic()
     for done, item in enumerate(items, 1):
