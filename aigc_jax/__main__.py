@@ -43,6 +43,7 @@ from .train import folder as folders
 from .train import record as records
 from .train.checkpoints import Checkpoints
 from .train.engine import compilation_cache
+from .train.log import finite
 
 # A path on the command line: ~ is the user's home, also where the shell has not seen it (--out=~/x).
 Place = Annotated[
@@ -544,7 +545,7 @@ def _agreement(values: dict, logged: dict | None) -> str:
     """How an update that was repeated agrees with what its run logged, in words."""
     if logged is None:
         return "metrics.jsonl holds no line of this step: nothing to compare with"
-    ours = folders.finite(values)
+    ours = finite(values)
     other = [name for name in {**logged, **ours} if ours.get(name) != logged.get(name)]
     if not other:
         return "equal to metrics.jsonl in every bit"

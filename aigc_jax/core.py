@@ -1,7 +1,7 @@
 """The contract between the families and whatever trains them.
 
-A family is four pure functions (`Family`) over a pytree of arrays (`State`). Nothing here compiles, places, saves or
-prints: `jax.jit(family.step)` is the whole interface, and `train.fit` is one user of it among others.
+A family is four pure functions (`Family`) over a pytree of arrays (`State`). Nothing here compiles,
+places, saves or prints. `jax.jit(family.step)` is the whole interface, and `train.fit` one user.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """All that the next step needs, and nothing but arrays.
+    """All arrays that the next step needs.
 
-    `extra` is what a model carries beside its parameters (BatchNorm statistics, a codebook, a history of losses),
-    equal on every device. A model of several nets keeps `{"gen": ..., "disc": ...}` in params, opt_state and extra.
+    `extra` holds what a model carries beside its parameters, equal on every device: BatchNorm
+    statistics, a codebook, a history of losses. A model of several nets keeps
+    `{"gen": ..., "disc": ...}` in params, opt_state and extra.
     """
 
     step: jax.Array  # int32 scalar: updates done so far
     params: PyTree
     opt_state: PyTree
     extra: PyTree = None
-    ema: PyTree = None  # what EMA.of picks, averaged; None without an average
+    ema: PyTree = None  # the average of what EMA.of picks; None: no average
 
 
 class Family(NamedTuple):
-    """A generative model as pure, un-jitted functions; `make(cfg)` at the end of a family file builds it.
+    """A generative model as pure, un-jitted functions; `make(cfg)` ends a family file and builds it.
 
     init(key) -> State
-    step(state, batch, key) -> (State, metrics): scalars, among them the loss, the gradient norm before the clip, the
-        learning rate
+    step(state, batch, key) -> (State, metrics): scalars, among them the loss, the gradient norm
+        before clipping and the learning rate
     evaluate(state, batch, key) -> {name: [B]}: one value per example
-    sample(state, key, *, n, ...) -> [n, ...]: float32 in [0, 1] for images, data units for points, int32 tokens
+    sample(state, key, *, n, ...) -> [n, ...]: float32 in [0, 1] for images, data units for points,
+        int32 tokens for text
     rules: ((regex searched in a State leaf's path, PartitionSpec), ...), tried in order; see train
     """
 
@@ -52,7 +54,7 @@ class Family(NamedTuple):
 
 
 def _clip(norm: float):
-    """optax.clip_by_global_norm, with a derivative where the whole gradient is 0."""
+    """Like optax.clip_by_global_norm, but differentiable where the whole gradient is 0."""
 
     def clipped(grads, params):
         square = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
@@ -70,7 +72,9 @@ def _momentum(o):
 
     def update(grads, state, params=None, *, step=None, **_):
         if step is None:
-            raise ValueError("a momentum that moves needs the step of the update: pass step=state.step")
+            raise ValueError(
+                "a momentum that moves needs the step of the update: pass step=state.step"
+            )
         trace = jax.tree.map(lambda g, t: g + rise(step).astype(t.dtype) * t, grads, state.trace)
         return trace, optax.TraceState(trace)
 
@@ -78,11 +82,13 @@ def _momentum(o):
 
 
 def _scaled(o, first, accumulate):
-    """Gradients over sqrt(v + eps_root) + eps, where v is what `accumulate(v, grad^2)` keeps: torch's rule."""
+    """Returns grad / (sqrt(v + eps_root) + eps) with v = accumulate(v, grad^2), as torch does."""
 
     def update(grads, state, params=None):
         v = jax.tree.map(lambda v, g: accumulate(v, jnp.square(g)), state[0], grads)
-        return jax.tree.map(lambda g, v: g / (jnp.sqrt(v + o.eps_root) + o.eps), grads, v), type(state)(v)
+        return jax.tree.map(lambda g, v: g / (jnp.sqrt(v + o.eps_root) + o.eps), grads, v), type(
+            state
+        )(v)
 
     return optax.GradientTransformation(first.init, update)
 
@@ -90,7 +96,9 @@ def _scaled(o, first, accumulate):
 _DIRECTIONS = {
     "sgd": _momentum,
     "adam": lambda o: optax.scale_by_adam(o.b1, o.b2, o.eps, o.eps_root),
-    "rmsprop": lambda o: _scaled(o, optax.scale_by_rms(), lambda v, square: o.b2 * v + (1 - o.b2) * square),
+    "rmsprop": lambda o: _scaled(
+        o, optax.scale_by_rms(), lambda v, square: o.b2 * v + (1 - o.b2) * square
+    ),
     "adagrad": lambda o: _scaled(o, optax.scale_by_rss(0.0), lambda v, square: v + square),
 }
 _CURVES = {
@@ -102,30 +110,41 @@ _CURVES = {
 
 @dataclass(frozen=True)
 class Optim:
-    """An optimizer as data. Any object with `chain()` and `rate(step)` serves in its place."""
+    """An optimizer as data. Any object with `chain()` and `rate(step)` can replace it."""
 
     name: str = "adam"  # sgd | adam | rmsprop | adagrad
     lr: float = 1e-3  # peak learning rate
     b1: float = 0.9  # adam: decay of the first moment
     b2: float = 0.999  # adam, rmsprop: decay of the second moment
-    eps: float = 1e-8  # adam, rmsprop, adagrad: added to the square root of the second moment, as in torch
+    eps: float = 1e-8  # adam, rmsprop, adagrad: added to the root of the second moment, as in torch
     momentum: float = 0.0  # sgd
-    momentum_end: float | None = None  # sgd: what momentum moves to, linearly over momentum_steps of State.step
-    momentum_steps: int = 0
+    momentum_end: float | None = None  # sgd: the end of a linear change over momentum_steps
+    momentum_steps: int = 0  # counted by State.step
     eps_root: float = 0.0  # added inside the square root: a derivative through the update needs it
     weight_decay: float = 0.0  # decoupled (AdamW), on leaves named kernel or embedding only
     clip: float = 0.0  # largest global norm of the gradient; 0: none
     warmup: int = 0  # steps of linear rise from 0 to lr
     decay: int = 0  # steps from the end of the warm-up to the floor; 0: constant
     curve: str = "cosine"  # cosine | linear | exponential
-    floor: float = 0.0  # the last rate as a share of lr
+    floor: float = 0.0  # the last rate divided by lr
 
     def __post_init__(self):
         if self.name not in _DIRECTIONS:
-            raise ValueError(f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}")
+            raise ValueError(
+                f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}"
+            )
         if self.curve not in _CURVES:
             raise ValueError(f"optim.curve must be one of {', '.join(_CURVES)}, not {self.curve!r}")
-        for field in ("lr", "eps", "eps_root", "weight_decay", "clip", "warmup", "decay", "momentum_steps"):
+        for field in (
+            "lr",
+            "eps",
+            "eps_root",
+            "weight_decay",
+            "clip",
+            "warmup",
+            "decay",
+            "momentum_steps",
+        ):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"optim.{field} must not be negative, got {getattr(self, field)}")
         for field in ("b1", "b2", "momentum", "momentum_end"):
@@ -134,12 +153,18 @@ class Optim:
         if (self.momentum_end is None) != (self.momentum_steps == 0):
             raise ValueError("optim.momentum_end and optim.momentum_steps go together")
         if self.name != "sgd" and not self.eps + self.eps_root:
-            raise ValueError(f"optim.eps is {self.eps}, as is eps_root: without a gradient the update would be 0 / 0")
-        if not 0 <= self.floor <= 1 or (self.curve == "exponential" and self.decay and not self.floor):
-            raise ValueError(f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}")
+            raise ValueError(
+                f"optim.eps is {self.eps}, as is eps_root: without a gradient the update would be 0 / 0"
+            )
+        if not 0 <= self.floor <= 1 or (
+            self.curve == "exponential" and self.decay and not self.floor
+        ):
+            raise ValueError(
+                f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}"
+            )
 
     def chain(self) -> optax.GradientTransformation:
-        """Clip, direction, weight decay. `descend` multiplies by `rate`, and gives `update` the State's step."""
+        """The transformation: clip, direction, weight decay. `descend` multiplies it by `rate`."""
 
         def decays(params):
             return jax.tree_util.tree_map_with_path(
@@ -149,19 +174,27 @@ class Optim:
         return optax.chain(
             _clip(self.clip) if self.clip else optax.identity(),
             _DIRECTIONS[self.name](self),
-            optax.add_decayed_weights(self.weight_decay, decays) if self.weight_decay else optax.identity(),
+            optax.add_decayed_weights(self.weight_decay, decays)
+            if self.weight_decay
+            else optax.identity(),
         )
 
     def rate(self, step: ArrayLike) -> jax.Array:
-        """The learning rate at `State.step`. A critic's own count would run n_critic times too fast."""
-        after = _CURVES[self.curve](self.lr, self.decay, self.floor) if self.decay else lambda _: self.lr
+        """The learning rate at `State.step`; a critic's own count would run n_critic times too fast."""
+        after = (
+            _CURVES[self.curve](self.lr, self.decay, self.floor)
+            if self.decay
+            else lambda _: self.lr
+        )
         if self.warmup:
-            after = optax.join_schedules([optax.linear_schedule(0.0, self.lr, self.warmup), after], [self.warmup])
+            after = optax.join_schedules(
+                [optax.linear_schedule(0.0, self.lr, self.warmup), after], [self.warmup]
+            )
         return jnp.asarray(after(step), jnp.float32)
 
 
-# What a Config's `optim` may be: Optim, a chain of optax, or an object with `chain()` and `rate(step)`. The annotation
-# says Any, because no type names all three; the record of a run and the command line read the Optim in it.
+# What a Config's `optim` may be: an Optim, a chain of optax, or an object with `chain()` and
+# `rate(step)`. No type names all three, so it is Any. run.json and the command line read the Optim.
 Optimizer = Annotated[Any, Optim]
 
 
@@ -170,15 +203,17 @@ def _has_rate(optim) -> bool:
 
 
 def is_optimizer(optim) -> bool:
-    """Whether it is an Optim, a chain of optax, or an object with `chain()` and `rate(step)`."""
-    return not isinstance(optim, type) and (_has_rate(optim) or (hasattr(optim, "init") and hasattr(optim, "update")))
+    """Whether this is an Optim, a chain of optax, or an object with `chain()` and `rate(step)`."""
+    return not isinstance(optim, type) and (
+        _has_rate(optim) or (hasattr(optim, "init") and hasattr(optim, "update"))
+    )
 
 
 def transformation(optim) -> optax.GradientTransformation:
-    """The transformation of optax in an optimizer; ValueError for what is none.
+    """The optax transformation of an optimizer; raises ValueError for anything else.
 
-    A chain of optax holds its learning rate itself and counts its own updates: a critic's schedule then runs n_critic
-    times as fast as that of `Optim`, which is read at `State.step`.
+    A chain of optax holds its learning rate and counts its own updates. So a critic's schedule runs
+    n_critic times as fast as that of an `Optim`, which is read at `State.step`.
     """
     if not is_optimizer(optim):
         known = "an Optim, a chain of optax or an object with chain() and rate(step)"
@@ -188,15 +223,17 @@ def transformation(optim) -> optax.GradientTransformation:
 
 @dataclass(frozen=True)
 class EMA:
-    """An exponential moving average of what `of` picks from a State: parameters, and the statistics that go with them.
+    """An exponential moving average of what `of` picks from a State.
 
-    Update t, counted from 0 by State.step, has decay min(decay, (1 + t) / (10 + t)), as TensorFlow and diffusers warm
-    up: a short run's average holds no first parameters. DDPM's code drops them at once, then has a constant 0.9999.
+    `of` picks parameters and the statistics that belong to them. It must not pick a history of
+    losses or an image pool, whose average means nothing.
 
-    Never a history of losses or an image pool: their average means nothing.
+    Update t (State.step, from 0) has decay min(decay, (1 + t) / (10 + t)), the warm-up of TensorFlow
+    and diffusers. So the average of a short run forgets the first parameters. DDPM's code copies the
+    parameters at first and then uses a constant 0.9999.
     """
 
-    decay: float = 0.0  # the largest; 0: no average is kept
+    decay: float = 0.0  # its largest value; 0: no average
     of: Callable[[State], PyTree] = lambda state: state.params
 
     def __post_init__(self):
@@ -204,12 +241,12 @@ class EMA:
             raise ValueError(f"ema must lie in [0, 1), got {self.decay}")
 
     def read(self, state: State) -> PyTree:
-        """What sampling and evaluation use: the average where there is one, else the values themselves."""
+        """The average if there is one, else the values themselves: used by sampling and evaluation."""
         return state.ema if self.decay else self.of(state)
 
 
 def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> State:
-    """The State before step 0. `optim` is one optimizer, or one a net as `{net: optim}`."""
+    """The State before step 0. `optim` is one optimizer, or `{net: optim}`."""
     if isinstance(optim, dict):
         opt_state = {net: transformation(o).init(params[net]) for net, o in optim.items()}
     else:
@@ -217,16 +254,21 @@ def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> S
     state = State(jnp.zeros((), jnp.int32), params, opt_state, extra)
     if not ema.decay:
         return state
-    # A copy: the same buffer under two names cannot be donated.
+    # A copy, because a buffer under two names cannot be donated.
     return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
 
 
-def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = False) -> jax.Array | None:
-    """Classes 0..classes-1 as int32 [*leading]; None for a model without classes.
+def labels(
+    label, classes: int, leading: tuple[int, ...], *, in_turn: bool = False
+) -> jax.Array | None:
+    """Returns classes 0..classes-1 as int32 [*leading]; None for a model without classes.
 
-    label: one class for all, or an array with the last axes of `leading`; in_turn: None is 0, 1, 2 ... over and over.
-    Raises ValueError for a missing or unwanted one, another shape or type, and, where it is not traced, another class.
-    Traced, another class becomes -1, of which `one_hot` and ddpm.predict make NaN: `train.fit` then stops.
+    label: one class for all, or an array whose shape is the last axes of `leading`.
+    in_turn: None means the classes 0, 1, 2 ... in turn.
+
+    Raises ValueError for a missing or unwanted label, a wrong shape or type, and a class out of
+    range. A traced class out of range cannot raise: it becomes -1, from which `one_hot` and
+    ddpm.predict make NaN, and `train.fit` stops.
     """
     if in_turn and label is None and classes:
         label = np.arange(leading[-1]) % classes
@@ -237,8 +279,10 @@ def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = Fal
         return None
     label = _whole("label", label, classes, "")
     if label.shape != leading[max(0, len(leading) - label.ndim) :]:
-        said = " x ".join(map(str, leading))
-        raise ValueError(f"label must be one class or have one entry for each of {said} samples, got {label.shape}")
+        samples = " x ".join(map(str, leading))
+        raise ValueError(
+            f"label must be one class or have one entry for each of {samples} samples, got {label.shape}"
+        )
     if isinstance(label, jax.core.Tracer):
         label = label.astype(jnp.promote_types(label.dtype, jnp.int32))  # where classes is no int8
         label = jnp.where((label >= 0) & (label < classes), label.astype(jnp.int32), -1)
@@ -246,35 +290,44 @@ def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = Fal
 
 
 def one_hot(label, classes: int, leading: tuple[int, ...]) -> jax.Array:
-    """`labels` as float32 [*leading, classes]; a traced label that is no class gives NaN."""
+    """`labels` as float32 [*leading, classes]; a traced class out of range gives NaN."""
     label = labels(label, classes, leading)
     if label is None:
         return jnp.zeros((*leading, 0), jnp.float32)
-    return jnp.where(label[..., None] < 0, jnp.nan, jax.nn.one_hot(label, classes, dtype=jnp.float32))
+    return jnp.where(
+        label[..., None] < 0, jnp.nan, jax.nn.one_hot(label, classes, dtype=jnp.float32)
+    )
 
 
 def pixels(image, levels: int) -> jax.Array:
-    """A batch's whole-number pixels 0..levels-1 as float32. Raises ValueError for another type, and, where it is not
-    traced, another level."""
+    """Returns a batch's whole-number pixels 0..levels-1 as float32.
+
+    Raises ValueError for another type and, unless traced, for a level out of range.
+    """
     hint = ": batches hold levels (uint8), floats go to the functions that take images, such as encode or elbo"
     return jnp.asarray(_whole("image", image, levels, hint)).astype(jnp.float32)
 
 
 def floats(name: str, x, *, within: tuple[int, int] | None = None):
-    """x as it is, for functions that take images as a net sees them.
+    """Returns x unchanged, for functions that take images as a net sees them.
 
-    Raises ValueError for whole-number pixels. With `within`, it does so for values beyond it by more than rounding,
-    where they are not traced.
+    Raises ValueError for whole-number pixels and, unless traced, for values outside `within`.
     """
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         interval = "" if within is None else f" in [{within[0]}, {within[1]}]"
-        raise ValueError(f"{name} must be floats{interval} here, got {dtype}: `preprocess` takes whole-number pixels")
+        raise ValueError(
+            f"{name} must be floats{interval} here, got {dtype}: `preprocess` takes whole-number pixels"
+        )
     if within is not None and np.size(x) and not isinstance(x, jax.core.Tracer):
         known = np.asarray(x)
-        if known.min() < within[0] - 0.01 or known.max() > within[1] + 0.01:  # bfloat16 has two digits
-            said = f"{known.min():.5g}..{known.max():.5g}"
-            raise ValueError(f"{name} must lie in [{within[0]}, {within[1]}], got {said}: see `preprocess`")
+        if (
+            known.min() < within[0] - 0.01 or known.max() > within[1] + 0.01
+        ):  # bfloat16 rounds to two digits
+            got = f"{known.min():.5g}..{known.max():.5g}"
+            raise ValueError(
+                f"{name} must lie in [{within[0]}, {within[1]}], got {got}: see `preprocess`"
+            )
     return x
 
 
@@ -290,39 +343,47 @@ def _whole(name: str, x, count: int, hint: str):
 
 
 def step_key(key: jax.Array, step: ArrayLike, axis_name: str | None = None) -> jax.Array:
-    """The key of one step, a pure function of its number: a resumed run draws the noise of an unbroken one.
+    """The key of one step, a pure function of its number, so that a resumed run draws the same noise.
 
-    With `axis_name` (the per-device view) every device has its own.
+    With `axis_name` (the per-device view) every device has its own key.
     """
     key = jax.random.fold_in(key, step)
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
-def spread(x: PyTree) -> PyTree:
-    """Rows that a model draws itself, such as a generator's noise, laid over the devices as the batch is.
+def shard_rows(x: PyTree) -> PyTree:
+    """Shards arrays that the model creates (such as noise) over the devices, like the batch.
 
-    Nothing else ties them to the batch, so on a mesh every device would otherwise make all of them. Without a mesh, and
-    in the per-device view, it does nothing.
+    Otherwise every device of a mesh would create all rows. Without a mesh, and in the per-device
+    view, this returns x.
     """
     if "data" not in jax.sharding.get_abstract_mesh().auto_axes:
         return x
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec("data"))
 
 
+spread = shard_rows
+
+
 def _part(batch: PyTree, n: int, i) -> PyTree:
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % n:
             raise ValueError(f"a batch of {leaf.shape[0]} does not divide into {n} equal parts")
-    # The new axis goes behind the rows: with rows spread over devices each device then cuts its own. As [n, B/n] the
+    # The new axis goes behind the rows, so that each device splits its own rows. As [n, B/n] the
     # batch would be gathered, and every device would do all the work.
     return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False),
+        lambda x: jax.lax.dynamic_index_in_dim(
+            x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False
+        ),
         batch,
     )
 
 
 def parts(batch: PyTree, n: int) -> list[PyTree]:
-    """n equal batches; part i holds the rows i, i + n, i + 2n ... A remainder raises ValueError."""
+    """Splits a batch into n equal ones; part i holds the rows i, i + n, i + 2n ...
+
+    Raises ValueError if rows are left over.
+    """
     return [_part(batch, n, i) for i in range(n)]
 
 
@@ -337,21 +398,20 @@ def descend(
     micro: int = 1,
     axis_name: str | None = None,
 ) -> tuple[State, dict]:
-    """One update of `params` (or `params[net]`), its opt_state and `extra`; never of step or ema.
+    """Updates `params` (or `params[net]`), its opt_state and `extra`; never step or ema.
 
-    `loss(params, state, batch, key) -> (scalar, (extra, metrics))` returns the whole new `extra`. In the state that it
-    sees, None stands for the parameters under training: read there, they would silently have no gradient.
+    loss: `loss(params, state, batch, key) -> (scalar, (extra, metrics))` returns the whole new
+        `extra`. The state that it gets has None in place of the parameters under training: read
+        there, they would have no gradient. A loss that averages over a varying number of things,
+        such as tokens, reports this number as `metrics["weight"]`. Parts and devices are then
+        averaged by it, and the update equals that of the whole batch.
+    optim: an `Optimizer`. A chain of optax gives params + updates, and reports no learning rate.
+    micro: the batch is split into this many parts, one after another, to save memory. Part i gets
+        `fold_in(key, i)` and the `extra` of the part before it. Gradients and metrics are means.
+    axis_name: the per-device view. Gradients and metrics are means over the devices.
 
-    micro: the batch is cut into so many parts, one after another, for memory; part i gets `fold_in(key, i)` and the
-        `extra` of the part before it. Gradients and metrics are means over the parts.
-    axis_name: the per-device view; gradients and metrics are means over the devices.
-    A loss that is a mean over an unequal number of things, such as the tokens that count, says how many in
-        `metrics["weight"]`: parts and devices are then averaged by it, and the update is that of the whole batch.
-
-    optim: an `Optimizer`. A chain of optax is taken as optax takes it, params + updates; of its learning rate, which is
-        inside, there is no metric.
-
-    Returns the new State and `loss, grad_norm, lr` (`<net>_loss ...` for a named net) beside the loss's own metrics.
+    Returns the new State and the metrics of the loss, with `loss, grad_norm, lr` (`<net>_loss ...`
+    for a named net).
     """
 
     def pick(tree):
@@ -361,60 +421,77 @@ def descend(
         return value if net is None else {**tree, net: value}
 
     params = pick(state.params)
-    blind = state._replace(params=put(state.params, None))
-    gradient = jax.value_and_grad(loss, has_aux=True)
-
-    def weighed(extra, batch, key):
-        (value, (extra, metrics)), grads = gradient(params, blind._replace(extra=extra), batch, key)
-        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
-        return extra, weight, (grads, value, {name: x for name, x in metrics.items() if name != "weight"})
-
-    def share(weight, total):
-        return weight / jnp.where(total > 0, total, 1.0)  # where nothing counts at all, nothing moves
-
-    if micro == 1:
-        extra, weight, means = weighed(state.extra, batch, key)
-    else:
-
-        def one(carry, i):
-            extra, total, sums = carry
-            extra, weight, means = weighed(extra, _part(batch, micro, i), jax.random.fold_in(key, i))
-            return (extra, total + weight, jax.tree.map(lambda a, x: a + weight * x, sums, means)), None
-
-        # Rolled, because memory is its purpose.
-        like = jax.eval_shape(weighed, state.extra, _part(batch, micro, 0), key)[2]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), like)
-        (extra, weight, sums), _ = jax.lax.scan(one, (state.extra, jnp.float32(0), zeros), jnp.arange(micro))
-        means = jax.tree.map(lambda x: x * share(1.0, weight), sums)
-
+    hidden = state._replace(params=put(state.params, None))
+    extra, weight, means = _gradient(loss, params, hidden, batch, key, micro)
     if axis_name is not None:
-        part = share(weight, jax.lax.pmean(weight, axis_name))
+        part = _share(weight, jax.lax.pmean(weight, axis_name))
         means = jax.lax.pmean(jax.tree.map(lambda x: x * part, means), axis_name)
     grads, value, metrics = means
     own = {"loss": value, "grad_norm": optax.tree.norm(grads)}
     chain = optax.with_extra_args_support(transformation(optim))
-    direction, opt_state = chain.update(grads, pick(state.opt_state), params, value=value, step=state.step)
+    direction, opt_state = chain.update(
+        grads, pick(state.opt_state), params, value=value, step=state.step
+    )
     if _has_rate(optim):
         lr = own["lr"] = optim.rate(state.step)
         params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)
     else:
         params = optax.apply_updates(params, direction)
 
-    new = state._replace(params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra)
-    return new, {**metrics, **{name if net is None else f"{net}_{name}": x for name, x in own.items()}}
+    new = state._replace(
+        params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra
+    )
+    named = {name if net is None else f"{net}_{name}": x for name, x in own.items()}
+    return new, {**metrics, **named}
+
+
+def _share(weight, total):
+    return weight / jnp.where(total > 0, total, 1.0)  # where nothing counts, nothing moves
+
+
+def _gradient(loss: Callable, params, state: State, batch, key, micro: int) -> tuple:
+    """(extra, weight, (gradients, loss, metrics)) of a batch: means over its `micro` parts."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def weighted(extra, batch, key):
+        (value, (extra, metrics)), grads = gradient(params, state._replace(extra=extra), batch, key)
+        weight = jnp.asarray(metrics.get("weight", 1.0), jnp.float32)
+        rest = {name: x for name, x in metrics.items() if name != "weight"}
+        return extra, weight, (grads, value, rest)
+
+    if micro == 1:
+        return weighted(state.extra, batch, key)
+
+    def add_part(carry, i):
+        extra, total, sums = carry
+        extra, weight, means = weighted(extra, _part(batch, micro, i), jax.random.fold_in(key, i))
+        sums = jax.tree.map(lambda a, x: a + weight * x, sums, means)
+        return (extra, total + weight, sums), None
+
+    shapes = jax.eval_shape(weighted, state.extra, _part(batch, micro, 0), key)[2]
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), shapes
+    )
+    start = (state.extra, jnp.float32(0), zeros)
+    (extra, weight, sums), _ = jax.lax.scan(add_part, start, jnp.arange(micro))  # saves memory
+    return extra, weight, jax.tree.map(lambda x: x * _share(1.0, weight), sums)
 
 
 def finish(state: State, ema: EMA) -> State:
-    """The end of a step, once, however many updates it made: the average moves, the count goes up."""
+    """Ends a step, once for all of its updates: moves the average and counts the step."""
     if ema.decay:
         weight = jnp.maximum(1 - ema.decay, 9 / (10 + state.step))
-        moved = jax.tree.map(lambda a, x: a + weight.astype(a.dtype) * (x - a), state.ema, ema.of(state))
+        moved = jax.tree.map(
+            lambda a, x: a + weight.astype(a.dtype) * (x - a), state.ema, ema.of(state)
+        )
         state = state._replace(ema=moved)
     return state._replace(step=state.step + 1)
 
 
-def make_step(loss: Callable, optim, *, ema: EMA = EMA(), micro: int = 1, axis_name: str | None = None) -> Callable:
-    """The step of a model with one loss: `descend`, then `finish`. A GAN composes `descend` calls itself."""
+def make_step(
+    loss: Callable, optim, *, ema: EMA = EMA(), micro: int = 1, axis_name: str | None = None
+) -> Callable:
+    """Returns the step of a model with one loss: `descend`, then `finish`."""
 
     def step(state, batch, key):
         state, metrics = descend(loss, optim, state, batch, key, micro=micro, axis_name=axis_name)

@@ -510,7 +510,7 @@ def test_two_processes_of_two_seeds_begin_at_once(tmp_path, start):
 
 LIMITED = """
 import resource, sys, runpy, pathlib
-from aigc_jax.train import Checkpoints
+from aigc_jax.train.checkpoints import Checkpoints
 save = Checkpoints.save
 def limited(self, step, *rest, **named):
     if step == 10:
@@ -568,7 +568,7 @@ def test_a_log_that_cannot_be_written_says_what_stands(tmp_path, monkeypatch):
         if step >= at:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.folders.Log, "write", full)
+    monkeypatch.setattr(train.log.Log, "write", full)
     for at, stands in ((4, "there is no checkpoint"), (14, "the checkpoint of step 10 stands")):
         with pytest.raises(train.SaveFailed, match=f"No space left on device; {stands}$"):
             train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / str(at), log_every=1), DIGITS)
@@ -806,7 +806,7 @@ def test_the_lock_is_held_until_the_last_save_is_written(tmp_path, monkeypatch):
 
     def closing(self):
         try:
-            train.folders.lock(self.folder.parent).release()
+            train.folder.lock(self.folder.parent).release()
         except train.Refused as e:
             held.append(str(e))
         close(self)
@@ -853,7 +853,7 @@ def test_a_number_beyond_every_float_in_the_log_is_dropped(tmp_path):
     lines = ({"step": 1, "valid": {"a": 10**400}}, {"step": 10**400, "valid": {"a": 1}}, {"step": 2, "valid": {"a": 7}})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert train.metrics(tmp_path) == [{"step": 2, "valid": {"a": 7}}]
-    assert train.folders.ranked([{"step": 1, "valid": {"a": 10**400}}], "a", [1]) == []
+    assert train.log.ranked([{"step": 1, "valid": {"a": 10**400}}], "a", [1]) == []
 
 
 def test_a_folder_in_which_another_process_begins_meanwhile(tmp_path, monkeypatch):
@@ -865,7 +865,7 @@ def test_a_folder_in_which_another_process_begins_meanwhile(tmp_path, monkeypatc
         return listdir(folder)
 
     monkeypatch.setattr(os, "listdir", begun)
-    train.folders.vacant(tmp_path)
+    train.folder.vacant(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -541,7 +541,7 @@ def test_configs_that_cannot_work_are_refused(change, words):
     ],
 )
 def test_data_that_does_not_fit_is_refused_before_anything_compiles(change, run, source, words, monkeypatch):
-    monkeypatch.setattr(train.Engine, "__init__", lambda *_: pytest.fail("it went on to compile"))
+    monkeypatch.setattr(train.engine.Engine, "__init__", lambda *_: pytest.fail("it went on to compile"))
     with pytest.raises(train.Refused, match=words):
         train.fit(gan.make, replace(SMALL, **change), train.Run(batch_size=16, devices=1, **run), source)
 

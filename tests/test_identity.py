@@ -84,7 +84,7 @@ def changed(folder, record, **changes):
 def loaded(folder, trust=()):
     """What `load` does before it reads a checkpoint."""
     make, cfg, *rest = folders.rebuild(folder, trust)
-    return make, cfg, *rest, train._family(make, cfg, folder)
+    return make, cfg, *rest, train.inference._family(make, cfg, folder)
 
 
 def one_line(refused):

@@ -114,13 +114,13 @@ def main() -> None:
     p.add_argument("--keep", type=int, default=2)
     args = p.parse_args()
     seen = []
-    advance = train.Engine.advance
+    advance = train.engine.Engine.advance
 
     def counted(self, state, step, count):
         seen.extend(range(step, step + count))
         return advance(self, state, step, count)
 
-    train.Engine.advance = counted
+    train.engine.Engine.advance = counted
     run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
                     steps_per_call=args.steps_per_call, seed=args.seed, keep=args.keep)  # fmt: skip
     model = (vae.make, CFG if args.steps_per_call == 1 else ACCUMULATING) if args.family == "vae" else (gan.make, GAN)

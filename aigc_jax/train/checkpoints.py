@@ -1,11 +1,11 @@
-"""Checkpoints of one run folder: Orbax writes them, sha256 sums guard them, the last few and the best are kept.
+"""Checkpoints of one run: Orbax writes them, sha256 sums guard them, the last few and the best stay.
 
-A finished checkpoint is the folder checkpoints/<step>, renamed into place once its sums are written; whatever else lies
-there is what a crash left, and is cleared away. Orbax itself restores a flipped bit as wrong weights without a word,
-so the sums are checked before it is asked.
+A finished checkpoint is the folder checkpoints/<step>. It is renamed into place once its sums are
+written. Anything else there is left from a crash and is removed. Orbax restores a flipped bit as
+wrong weights without an error, so the sums are checked first.
 
-Other processes read while one trains. A checkpoint leaves its number by a rename before its files are deleted, so a
-reader whose folder is still the same one at the end has read it whole.
+Other processes read while one trains. Before the files of a checkpoint are deleted, its folder is
+renamed. So a reader whose folder is still the same one at the end has read all of it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 SUMS = "SHA256SUMS"  # the format of coreutils: `sha256sum -c SHA256SUMS` inside the folder agrees
-RUN = "run.sha256"  # whose checkpoint this is, see folder.whose
+RUN = "run.sha256"  # the identity of its run, see folder.whose
 SCORES = "valid.json"  # what the validation at this step reported
-LISTINGS = 1000  # how often a reader lists again where every checkpoint it began to read was pruned meanwhile
+LISTINGS = 1000  # how often a reader lists again when the checkpoint that it reads is pruned
 
 
 class SaveFailed(OSError):
@@ -42,7 +42,7 @@ class _Misfit(ValueError):
 
 
 def say(line: str) -> None:
-    """One line for the person who watches; where nobody does (a closed terminal), nothing."""
+    """Prints one line on stderr; a closed terminal is no error."""
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
@@ -50,10 +50,10 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """Orbax reports through absl, and its lost tasks through asyncio, what our own one-line messages say better."""
+    """Silences absl and asyncio, through which Orbax reports what our own messages say better."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
 
-    def nothing(record):  # one filter a use: saves in the background overlap with restores
+    def nothing(record):  # one filter per use: background saves overlap with restores
         return False
 
     for logger in loggers:
@@ -66,7 +66,7 @@ def quiet():
 
 
 def difference(here, there) -> str | None:
-    """The first leaf in which two trees differ in shape, in words; None where they fit."""
+    """Says which leaf is the first whose shape differs between two trees; None where all agree."""
     shapes = [
         {
             jax.tree_util.keystr(path, simple=True, separator="."): tuple(x.shape)
@@ -84,8 +84,9 @@ def difference(here, there) -> str | None:
 def not_finite(state) -> str | None:
     """The path of the first array of a State that holds NaN or infinity; None where there is none.
 
-    Infinity counts in params and ema only: in opt_state and extra it may be a first value, as of a running minimum. On
-    the host, because XLA compiles 600 reductions for half a minute. All processes of several get the same answer.
+    Infinity counts only in params and ema: a running minimum in opt_state or extra may start at
+    infinity. Computed on the host, because XLA takes half a minute to compile 600 reductions. With
+    several processes all get the same answer.
     """
     found = [
         (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
@@ -95,7 +96,9 @@ def not_finite(state) -> str | None:
 
     def bad(name, leaf):
         strict = name.split(".")[0] in ("params", "ema")
-        parts = (np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0)
+        parts = (
+            np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0
+        )
         return any(not np.isfinite(x).all() if strict else np.isnan(x).any() for x in parts)
 
     first = next((i for i, (name, leaf) in enumerate(found) if bad(name, leaf)), len(found))
@@ -109,27 +112,31 @@ def not_finite(state) -> str | None:
 def _sums(folder: Path) -> str:
     lines = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS):
-        lines.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n")
+        lines.append(
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
+        )
     return "".join(lines)
 
 
 def _durable(path: Path) -> None:
-    """The names in a folder survive a power cut only once the folder itself is written."""
+    """Syncs a folder, so that the names in it survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
 
 
 def _hush(told) -> None:
-    """Threads and tasks of a failed save or restore call an event loop that Orbax closed: noise after our line."""
-    late = isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)
+    """An unraisable hook that drops errors of threads that outlive a failed save or restore."""
+    late = isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(
+        told.exc_value
+    )
     code = getattr(told.object, "cr_code", None)
     if not late and not (code and "orbax" in code.co_filename):
         sys.__unraisablehook__(told)
 
 
 def _hush_tasks() -> None:
-    """The same for what they log, which comes when they are collected."""
+    """Silences what these threads log when they are collected."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_nothing)
 
@@ -141,14 +148,14 @@ def _nothing(record) -> bool:
 class Checkpoints:
     """The checkpoints under `folder`; one save at a time, in the background.
 
-    run: the sha256 that each checkpoint of this run holds; where it is empty, none is written or compared.
+    run: the sha256 that each checkpoint of this run holds. "": none is written or compared.
     """
 
     def __init__(self, folder: Path, keep: int, run: str = ""):
         self.folder, self.keep, self.run = folder / "checkpoints", keep, run
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = _hush
-        # Made in the background, a folder that cannot be made leaves threads that wait 300 s for it.
+        # If the folder is made in the background and cannot be made, threads wait 300 s for it.
         self._orbax = ocp.StandardCheckpointer(
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
         )
@@ -157,22 +164,27 @@ class Checkpoints:
         self._failed = False
 
     def steps(self) -> list[int]:
-        """Finished checkpoints, oldest first; not yet checked."""
+        """The steps of the finished checkpoints, oldest first; their sums are not checked."""
 
         def listing():
-            return sorted((p.name, p.is_dir()) for p in os.scandir(self.folder)) if self.folder.is_dir() else []
+            return (
+                sorted((p.name, p.is_dir()) for p in os.scandir(self.folder))
+                if self.folder.is_dir()
+                else []
+            )
 
-        # A listing may miss both of two folders that are renamed meanwhile: it holds when it comes out twice.
+        # A listing may miss folders that are renamed meanwhile: two equal listings are valid.
         listed = listing()
         while (again := listing()) != listed:
             listed = again
         return sorted(int(name) for name, is_dir in listed if is_dir and name.isdecimal())
 
     def save(self, step: int, state, best: int | None = None, scores: dict | None = None) -> None:
-        """Copies the state to the host and writes it in the background; `best` names a step that is kept besides.
+        """Copies the state to the host and writes it in the background.
 
-        `scores` are what a validation at this step reported: they stay with the checkpoint. Raises SaveFailed, here or
-        in `wait`, where this or the save before it could not be written.
+        best: a step whose checkpoint is kept too. scores: what a validation at this step reported;
+        the checkpoint keeps it. Raises SaveFailed, here or in `wait`, if this save or the one
+        before it could not be written.
         """
         self.wait()
         raw = self.folder / f"saving-{step}"
@@ -208,7 +220,10 @@ class Checkpoints:
     def _prune(self, best: int | None) -> None:
         try:
             for old in self.steps()[: -self.keep]:
-                if old not in (0, best):  # 0: a warm start, without which no update could be replayed
+                if old not in (
+                    0,
+                    best,
+                ):  # 0: a warm start, without which no update could be replayed
                     gone = self.folder / f"saving-{old}-old"  # first out of the numbers, then away
                     (self.folder / str(old)).rename(gone)
                     shutil.rmtree(gone)
@@ -219,7 +234,10 @@ class Checkpoints:
         _hush_tasks()
         self._failed = True
         self.clear()
-        reason = next((part for part in reversed(str(cause).splitlines()) if part.strip()), type(cause).__name__)
+        reason = next(
+            (part for part in reversed(str(cause).splitlines()) if part.strip()),
+            type(cause).__name__,
+        )
         raise SaveFailed(
             f"step {step} could not be saved in {self.folder}: {reason[:200]}; {self._stands()}"
         ) from cause
@@ -229,7 +247,11 @@ class Checkpoints:
             last = next((step for step in reversed(self.steps()) if self.intact(step)), None)
         except OSError as e:
             return f"what stands there cannot be read ({e})"
-        return f"the checkpoint of step {last} stands" if last is not None else "there is no checkpoint"
+        return (
+            f"the checkpoint of step {last} stands"
+            if last is not None
+            else "there is no checkpoint"
+        )
 
     def stands(self) -> str:
         """What there is to go on from when training ends early, in words; waits for the save under way."""
@@ -249,9 +271,14 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            with quiet(), contextlib.suppress(Exception):  # what failed has been said, what is renamed stands
+            with (
+                quiet(),
+                contextlib.suppress(Exception),
+            ):  # what failed has been said, what is renamed stands
                 self._orbax.close()
-            for _ in range(20 if self._failed else 0):  # tensorstore's threads outlive it, and may still write
+            for _ in range(
+                20 if self._failed else 0
+            ):  # tensorstore's threads outlive it, and may still write
                 self.clear()
                 if not list(self.folder.glob("saving-*")):
                     break
@@ -317,14 +344,18 @@ class Checkpoints:
                 if before is None or self._identity(step) != before:
                     break  # pruned meanwhile: whatever was read of it means nothing
                 if isinstance(wrong, Exception):
-                    raise ValueError(f"the checkpoint of step {step} in {self.folder} {wrong}") from wrong
+                    raise ValueError(
+                        f"the checkpoint of step {step} in {self.folder} {wrong}"
+                    ) from wrong
                 if wrong is None:
                     return step, state
                 say(f"warning: {name} of step {step} in {self.folder} {wrong}; trying the next")
                 passed.add(step)
             else:
                 return None
-        raise ValueError(f"the checkpoints in {self.folder} are replaced faster than they can be read: try again")
+        raise ValueError(
+            f"the checkpoints in {self.folder} are replaced faster than they can be read: try again"
+        )
 
     def _identity(self, step: int) -> tuple[int, int] | None:
         try:
@@ -343,7 +374,9 @@ class Checkpoints:
         except (_Misfit, MemoryError, jax.errors.JaxRuntimeError) as e:  # no damage
             _hush_tasks()
             return None, e
-        except Exception as e:  # of odd files, or of those that vanish meanwhile, Orbax raises anything
+        except (
+            Exception
+        ) as e:  # of odd files, or of those that vanish meanwhile, Orbax raises anything
             _hush_tasks()
             return None, f"cannot be read ({' '.join(f'{type(e).__name__}: {e}'.split())[:200]})"
         leaf = not_finite(state)
@@ -352,7 +385,9 @@ class Checkpoints:
     def _check_run(self, step: int) -> None:
         path = self.folder / str(step) / RUN  # versions before this one wrote none
         if self.run and path.exists() and path.read_text().strip() != self.run:
-            raise _Misfit("is of another run than the run.json beside it: put back the one that belongs to the other")
+            raise _Misfit(
+                "is of another run than the run.json beside it: put back the one that belongs to the other"
+            )
 
     def restore(self, step: int, template):
         """The state of an intact checkpoint, placed as the template says; ValueError where it does not fit."""
@@ -368,4 +403,6 @@ class Checkpoints:
 
 def newest(steps: list[int], at_most: int | None = None) -> list[tuple[int, str]]:
     """The order of `Checkpoints.first` from the newest on, or from the newest up to a step."""
-    return [(step, "the checkpoint") for step in reversed(steps) if at_most is None or step <= at_most]
+    return [
+        (step, "the checkpoint") for step in reversed(steps) if at_most is None or step <= at_most
+    ]

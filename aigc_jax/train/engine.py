@@ -1,4 +1,4 @@
-"""A family compiled for a mesh of devices: where arrays lie, how batches reach them, what one call runs."""
+"""A family compiled for a mesh: where arrays lie, how batches get there, what one call runs."""
 
 from __future__ import annotations
 
@@ -20,27 +20,32 @@ from ..core import Family, State, step_key
 from ..data import Data, Info
 from .progress import counted
 
-# A parameter smaller than this is copied to every device rather than cut: gathering it in every layer of every step
-# would cost more than the memory it saves.
+# A parameter smaller than this is copied to every device rather than split. To gather it in every
+# layer of every step would cost more than the memory that it saves.
 CUT_FROM = 2**20
 
-# On the CPU jaxlib 0.10.2 sends convolutions to YNNPACK, where they are slower than on its older path: the step of a
-# convolutional VAE took 40 ms, and 29 with YNNPACK for products and reductions only (a VAE of dense layers the same in
-# both). Other versions and other devices compile with their defaults.
+# On the CPU jaxlib 0.10.2 sends convolutions to YNNPACK, which is slower than its older path. The
+# step of a convolutional VAE took 40 ms, and 29 ms with YNNPACK for products and reductions only. A
+# VAE of dense layers takes the same in both. Other versions and devices compile with defaults.
 COMPILER_OPTIONS = {
     ("0.10.2", "cpu"): {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+        "xla_cpu_experimental_ynn_fusion_type": (
+            "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+        )
     }
 }
 
 
 def compiler_options(device) -> dict | None:
-    """What `jax.jit` is told for this device; None: nothing."""
+    """The compiler_options of `jax.jit` for this device; None: the defaults."""
     return COMPILER_OPTIONS.get((jaxlib.__version__, device.platform))
 
 
 def compilation_cache() -> None:
-    """Keeps what XLA compiles on disk, so that a second start compiles nothing; a cache of the user's own stays."""
+    """Keeps compiled programs on disk, so that a second start compiles nothing.
+
+    A cache that the user has set stays.
+    """
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aigc_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -55,7 +60,11 @@ def mesh_of(devices: int) -> jax.sharding.Mesh:
 
 
 def shardings_of(family: Family, template: State, mesh) -> State:
-    """Where each leaf lies: the family's rules first, then large leaves cut along their largest divisible axis."""
+    """The sharding of each leaf.
+
+    The family's rules come first. Other large leaves are split along their largest axis that
+    divides by the number of devices.
+    """
 
     def spec(path, leaf):
         name = jax.tree_util.keystr(path)
@@ -68,7 +77,26 @@ def shardings_of(family: Family, template: State, mesh) -> State:
         axis = max(axes, key=lambda i: leaf.shape[i])
         return P(*[None] * axis, "data")
 
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template
+    )
+
+
+def ratios(total: dict[str, float], info: Info) -> dict[str, float]:
+    """What is reported of text and music beside the means: nll per token, per frame, per byte.
+
+    Each is a total divided by a total: the mean of per-row ratios would overweight short rows.
+    """
+    found = {}
+    for unit in ("token", "frame"):
+        if count := total.get(f"{unit}s"):
+            found[f"nll_nats_per_{unit}"] = total["nll_nats"] / count
+        elif f"{unit}s" in total:
+            found[f"nll_nats_per_{unit}"] = math.nan
+    if "tokens" in total and info.bytes_per_token:
+        bits_per_token = found["nll_nats_per_token"] / math.log(2)
+        found["nll_bits_per_byte"] = bits_per_token / info.bytes_per_token
+    return found
 
 
 class ReadFailed(OSError):
@@ -76,173 +104,194 @@ class ReadFailed(OSError):
 
 
 class Feed:
-    """A data set's batches on a mesh, each process and device with its own contiguous rows of every global batch."""
+    """The batches of a data set on a mesh; each device holds its own contiguous rows of a batch.
+
+    A set that fits into memory lies on the devices (`arrays`), and the host sends row numbers. Of
+    any other set the host sends the batches.
+    """
 
     def __init__(self, data: Data, mesh):
         self.data, self.mesh = data, mesh
-        self.arrays, self._ahead = {}, None
+        self.arrays, self._prefetcher = {}, None
         if data.resident:
             arrays, self._rows, self._take = data.resident
             self.arrays = jax.device_put(arrays, NamedSharding(mesh, P()))
 
-    def host(self, seed: int, i: int, size: int, stop: int):
-        """What the host sends for batch i: the row numbers of a resident set, else the batch itself.
+    def from_host(self, seed: int, i: int, size: int, stop: int):
+        """What the host sends for batch i: row numbers of a resident set, else the batch itself.
 
-        `stop` is the number of batches that will be asked for. Raises ReadFailed where the set cannot be read.
+        stop: the number of batches that will be asked for. Raises ReadFailed where the set cannot
+        be read.
         """
         if self.data.resident:
             return self._rows(seed, i, size)
         if self.data.info.examples is None:
             return self.data.batch(seed, i, size)
         try:
-            if self._ahead is None or self._ahead.asked != (seed, size) or i not in (self._ahead.i, self._ahead.i + 1):
-                self._ahead = _Ahead(self.data, seed, i, size, stop)
-            return self._ahead.batch(i)
+            if self._prefetcher is None or not self._prefetcher.has(seed, i, size):
+                self._prefetcher = Prefetcher(self.data, seed, i, size, stop)
+            return self._prefetcher.batch(i)
         except (OSError, ValueError) as e:
-            self._ahead = None
+            self._prefetcher = None
             raise ReadFailed(str(e)) from e
 
     def place(self, x, axis: int = 0):
-        """Host arrays on the mesh, cut along `axis`."""
+        """Puts host arrays on the mesh, with `axis` split over the devices."""
         sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
-        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda cut: a[cut]), x)
+        return jax.tree.map(
+            lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), x
+        )
 
     def take(self, arrays, x):
-        """Inside the compiled step: the batch."""
+        """Returns the batch that `from_host` stands for; runs inside the compiled step."""
         return self._take(arrays, x) if self.data.resident else x
 
-    def batch(self, arrays, x):
-        """The same, spread over the devices."""
-        return jax.lax.with_sharding_constraint(self.take(arrays, x), NamedSharding(self.mesh, P("data")))
+    def sharded_batch(self, arrays, x):
+        """Returns the same batch, its rows split over the devices of the mesh."""
+        rows = NamedSharding(self.mesh, P("data"))
+        return jax.lax.with_sharding_constraint(self.take(arrays, x), rows)
 
 
-def ratios(total: dict[str, float], info: Info) -> dict[str, float]:
-    """What is reported of text and music beside the means: sums over sums, as means of ratios weigh short rows more."""
-    found = {}
-    for per in ("token", "frame"):
-        if f"{per}s" in total:
-            found[f"nll_nats_per_{per}"] = total["nll_nats"] / total[f"{per}s"] if total[f"{per}s"] else math.nan
-    if "tokens" in total and info.bytes_per_token:
-        found["nll_bits_per_byte"] = found["nll_nats_per_token"] / math.log(2) / info.bytes_per_token
-    return found
-
-
-class _Ahead:
-    """The batches i, i + 1, ... of a set that is read from disk, made in threads (grain) before they are asked for."""
+class Prefetcher:
+    """Reads the batches i, i + 1, ... of a set on disk in threads (grain), ahead of their use."""
 
     def __init__(self, data: Data, seed: int, i: int, size: int, stop: int):
         import grain
 
-        self.asked, self.i = (seed, size), i
+        self._asked, self._i = (seed, size), i
         batches = grain.MapDataset.range(i, stop).map(lambda j: data.batch(seed, j, size))
         cores = os.cpu_count() or 1
-        self._left = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=cores, prefetch_buffer_size=2 * cores)))
-        self._now = next(self._left)
+        options = grain.ReadOptions(num_threads=cores, prefetch_buffer_size=2 * cores)
+        self._left = iter(batches.to_iter_dataset(options))
+        self._batch = next(self._left)
+
+    def has(self, seed: int, i: int, size: int) -> bool:
+        """Whether batch i is the last one that was given, or the one after it."""
+        return self._asked == (seed, size) and i in (self._i, self._i + 1)
 
     def batch(self, i: int) -> dict:
-        """Batch i, the last one again or the one after it."""
-        if i != self.i:
-            self.i, self._now = i, next(self._left)
-        return self._now
+        """Batch i, for which `has` is true."""
+        if i != self._i:
+            self._i, self._batch = i, next(self._left)
+        return self._batch
 
 
 class Engine:
-    """A family compiled for a mesh, or for pmap over the same devices: its first state, its steps, its scores.
+    """A family compiled for a mesh of devices: its first state, its updates, its scores.
 
-    `init`, restored checkpoints, scores and `view` speak of one State. What `advance` takes and gives is
-    `enter(state)`: that State itself on a mesh, for pmap a copy a device, stacked.
+    With run.pmap every device runs the update on its own rows with its own noise (jax.shard_map),
+    as jax.pmap did. Else one compiled update sees the whole batch, and XLA splits the work.
     """
 
     def __init__(self, make, cfg, run, data: Data):
         self.run, self.mesh, self.family = run, mesh_of(run.devices), make(cfg)
         k_init, self.k_step, self.k_eval, _ = jax.random.split(jax.random.key(run.seed), 4)
         self.feed = Feed(data, self.mesh)
+        self._options = compiler_options(self.mesh.devices.flat[0])
+
         init = partial(self.family.init, k_init)
         shapes = jax.eval_shape(init)
         shardings = shardings_of(self.family, shapes, self.mesh)
+        if run.pmap:  # every device holds the whole state
+            shardings = jax.tree.map(lambda _: NamedSharding(self.mesh, P()), shapes)
         self.template = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            shapes,
+            shardings,
         )
-        step = make(cfg, axis_name="data").step if run.pmap else self.family.step
-
-        def one(state, arrays, x, key):
-            if run.pmap:  # this device's rows, its own key, gradients averaged over the axis
-                return step(state, self.feed.take(arrays, x), step_key(key, state.step, "data"))
-            # core.spread finds the mesh here. Under jax.disable_jit it would refuse the arrays, which are concrete.
-            eager = jax.config.jax_disable_jit
-            with contextlib.nullcontext() if eager else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return step(state, self.feed.batch(arrays, x), step_key(key, state.step))
-
-        def several(state, arrays, xs, key, count):
-            # The loop's length is a traced number: whatever is left to do before the next save runs through the same
-            # compiled code, so where a run is cut into calls never changes a bit.
-            def body(i, carry):
-                state, log = carry
-                state, metrics = one(state, arrays, jax.tree.map(lambda x: x[i], xs), key)
-                return state, jax.tree.map(lambda a, m: a.at[i].set(m), log, metrics)
-
-            log = jax.eval_shape(one, state, arrays, jax.tree.map(lambda x: x[0], xs), key)[1]
-            log = jax.tree.map(lambda m: jnp.zeros((run.steps_per_call, *m.shape), m.dtype), log)
-            return jax.lax.fori_loop(0, count, body, (state, log))
-
-        self._options = compiler_options(self.mesh.devices.flat[0])
         self._init = jax.jit(init, out_shardings=shardings)
-        if run.pmap:  # it takes no compiler options
-            devices = list(self.mesh.devices.flat)
-            compiled = partial(jax.pmap, axis_name="data", out_axes=(0, None), devices=devices, donate_argnums=0)
-            self._one = compiled(one, in_axes=(0, 0, 0, None))
-            self._several = compiled(several, in_axes=(0, 0, 0, None, None))
-            stacked = NamedSharding(self.mesh, P("data"))
-            copy = jax.jit(
-                lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x[None], (len(devices), *x.shape)), tree),
-                out_shardings=stacked,
-            )
-            self.enter, self.feed.arrays = copy, copy(self.feed.arrays)
-            self.view = jax.jit(lambda state: jax.tree.map(lambda x: x[0], state), out_shardings=shardings)
-        else:
-            out = (shardings, NamedSharding(self.mesh, P()))
-            compiled = partial(jax.jit, donate_argnums=0, out_shardings=out, compiler_options=self._options)
-            self._one, self._several = compiled(one), compiled(several)
-            self.enter = self.view = lambda state: state
+
+        update = self._per_device(make(cfg, axis_name="data").step) if run.pmap else self._global()
+        updates = partial(self._updates, update)
+        if run.pmap:
+            replicated, rows = P(), P("data")
+            place = partial(jax.shard_map, mesh=self.mesh, out_specs=P(), check_vma=False)
+            update = place(update, in_specs=(replicated, replicated, rows, replicated))
+            stacked = P(None, "data")
+            updates = place(updates, in_specs=(P(), P(), stacked, P(), P()))
+        compiled = partial(
+            jax.jit,
+            donate_argnums=0,
+            out_shardings=(shardings, NamedSharding(self.mesh, P())),
+            compiler_options=self._options,
+        )
+        self._update, self._update_many = compiled(update), compiled(updates)
+
+    def _per_device(self, step):
+        """One update of this device's rows, with its own key; `step` averages over the devices."""
+
+        def update(state, arrays, x, key):
+            return step(state, self.feed.take(arrays, x), step_key(key, state.step, "data"))
+
+        return update
+
+    def _global(self):
+        """One update of the whole batch, which XLA splits over the mesh."""
+
+        def update(state, arrays, x, key):
+            # core.shard_rows finds the mesh here. Under jax.disable_jit it would refuse the
+            # arrays, which are concrete.
+            eager = jax.config.jax_disable_jit
+            mesh = self.mesh.abstract_mesh
+            with contextlib.nullcontext() if eager else jax.sharding.use_abstract_mesh(mesh):
+                batch = self.feed.sharded_batch(arrays, x)
+                return self.family.step(state, batch, step_key(key, state.step))
+
+        return update
+
+    def _updates(self, update, state, arrays, xs, key, count):
+        """`count` updates; batch i lies at index i of the first axis of xs.
+
+        The loop's length is a traced number: whatever is left before the next save runs through
+        the same compiled code. So where a run is cut into calls never changes a bit.
+        """
+
+        def body(i, carry):
+            state, log = carry
+            state, metrics = update(state, arrays, jax.tree.map(lambda x: x[i], xs), key)
+            return state, jax.tree.map(lambda a, m: a.at[i].set(m), log, metrics)
+
+        first = jax.tree.map(lambda x: x[0], xs)
+        shapes = jax.eval_shape(update, state, arrays, first, key)[1]
+        most = self.run.steps_per_call
+        log = jax.tree.map(lambda m: jnp.zeros((most, *m.shape), m.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, log))
 
     def init(self, warm: State | None = None) -> State:
-        """The state before step 0, from the seed; with the parameters of `warm` where that is given."""
+        """The state before step 0, from the seed; with the parameters of `warm` if given."""
         state = self._init()
         if warm is None:
             return state
         for name in ("params", "extra", "ema"):
             if getattr(state, name) is not None:
-                placed = jax.tree.map(lambda t: t.sharding, getattr(self.template, name))
-                state = state._replace(**{name: jax.device_put(getattr(warm, name), placed)})
+                sharding = jax.tree.map(lambda t: t.sharding, getattr(self.template, name))
+                state = state._replace(**{name: jax.device_put(getattr(warm, name), sharding)})
         return state
 
-    def _place(self, x, axis: int):
-        """A batch's rows, which lie along `axis`, on the devices; for pmap as [devices, ..., rows of one, ...]."""
-        if not self.run.pmap:
-            return self.feed.place(x, axis)
-        n = self.mesh.size
-
-        def cut(a):
-            return np.moveaxis(a.reshape(*a.shape[:axis], n, a.shape[axis] // n, *a.shape[axis + 1 :]), axis, 0)
-
-        return self.feed.place(jax.tree.map(cut, x))
-
     def advance(self, state, step: int, count: int):
-        """`count` updates from `step` on, at most steps_per_call; metrics have a leading axis where that is above 1."""
-        k, size = self.run.steps_per_call, self.run.batch_size
+        """`count` updates from `step` on, at most run.steps_per_call; donates the state.
+
+        Returns the new state and the metrics, which have a leading axis where steps_per_call is
+        above 1.
+        """
+        run, k = self.run, self.run.steps_per_call
         if k == 1:
-            x = self._place(self.feed.host(self.run.seed, step, size, self.run.steps), 0)
-            return self._one(state, self.feed.arrays, x, self.k_step)
-        hosts = [self.feed.host(self.run.seed, step + min(i, count - 1), size, self.run.steps) for i in range(k)]
-        xs = self._place(jax.tree.map(lambda *x: np.stack(x), *hosts), 1)
-        return self._several(state, self.feed.arrays, xs, self.k_step, count)
+            x = self.feed.place(self.feed.from_host(run.seed, step, run.batch_size, run.steps))
+            return self._update(state, self.feed.arrays, x, self.k_step)
+        steps = [step + min(i, count - 1) for i in range(k)]  # the loop reads the first `count`
+        sent = [self.feed.from_host(run.seed, i, run.batch_size, run.steps) for i in steps]
+        xs = self.feed.place(jax.tree.map(lambda *x: np.stack(x), *sent), 1)
+        return self._update_many(state, self.feed.arrays, xs, self.k_step, count)
 
     def scorer(self, feed: Feed):
-        """score(state) -> means of `family.evaluate` over a finite set, every example once, always the same noise."""
+        """Returns score(state): means of `family.evaluate` over a finite set.
+
+        Every example counts once, and the noise is always the same.
+        """
 
         @partial(jax.jit, compiler_options=self._options)
         def sums(state, arrays, x, weight, key):
-            values = self.family.evaluate(state, feed.batch(arrays, x), key)
+            values = self.family.evaluate(state, feed.sharded_batch(arrays, x), key)
             return {name: jnp.sum(v * weight) for name, v in values.items()}
 
         n, size = feed.data.info.examples, self.run.batch_size
@@ -251,11 +300,12 @@ class Engine:
             total: dict[str, float] = {}
             batches = -(-n // size)
             for i in counted("evaluating", range(batches)):
-                # The last batch is filled up with examples of weight 0, so that no example counts twice.
+                # The last batch is filled up with examples of weight 0, which do not count.
                 weight = feed.place((i * size + np.arange(size) < n).astype(np.float32))
-                x, key = feed.place(feed.host(0, i, size, batches)), jax.random.fold_in(self.k_eval, i)
+                x = feed.place(feed.from_host(0, i, size, batches))
+                key = jax.random.fold_in(self.k_eval, i)
                 for name, value in jax.device_get(sums(state, feed.arrays, x, weight, key)).items():
                     total[name] = total.get(name, 0.0) + float(value)
-            return ratios(total, feed.data.info) | {name: value / n for name, value in total.items()}
+            return ratios(total, feed.data.info) | {name: v / n for name, v in total.items()}
 
         return score

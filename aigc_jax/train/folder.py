@@ -1,17 +1,14 @@
-"""What a run folder says of its run: run.json (who it is), metrics.jsonl and TensorBoard events (how it went)."""
+"""run.json: which run a folder holds, in which environment it began, and who trains there now."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
-import time
 import typing
 from pathlib import Path
 
@@ -27,24 +24,30 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def _commit() -> str:
-    """The commit of the checkout that this code lies in, marked where it was changed since; "" outside of git."""
+    """The commit of this checkout, marked if it has changes; "" outside of git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"], capture_output=True).returncode
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ":/*.py"], capture_output=True
+        ).returncode
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + (" with changes" if changed else "")
 
 
 def environment() -> dict:
-    """What the last bits of a run depend on."""
+    """The versions, device and flags on which the last bits of a run depend."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
@@ -55,7 +58,7 @@ def home(path: str | Path) -> Path:
 
 
 def _plain(value):
-    """A value as JSON gives it back: tuples are lists, numbers of numpy are Python's, paths are text."""
+    """A value as JSON gives it back: tuples become lists, paths text, NumPy numbers Python's."""
 
     def other(x):
         if isinstance(x, np.generic):
@@ -66,7 +69,7 @@ def _plain(value):
 
 
 def _write(path: Path, content: str) -> None:
-    """Whole or not at all."""
+    """Writes a file whole or not at all."""
     new = path.with_name(path.name + ".new")
     with open(new, "wb") as file:
         file.write(content.encode())
@@ -92,26 +95,28 @@ def write(folder: Path, record: dict, info: Info) -> None:
 
 
 def _digests(record: dict, tokenizer: str | None) -> dict:
-    """sha256 of those parts of a record that its checkpoints depend on.
+    """sha256 of those parts of a record on which its checkpoints depend.
 
-    How long a run is, how often it looks up, what it keeps and where its data lie may be changed by hand.
+    The user may edit the rest: the length, how often it reports and saves, where its data lie.
     """
     parts = {
         "make": record["make"],
         "config": record["config"],
-        "run": {name: record["run"].get(name) for name in ("seed", "batch_size", "init")} | _noise(record["run"]),
+        "run": {name: record["run"].get(name) for name in ("seed", "batch_size", "init")}
+        | _noise(record["run"]),
         "data": {name: value for name, value in record["data"].items() if name != "source"},
         **({} if tokenizer is None else {"tokenizer": tokenizer}),
     }
     return {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in parts.items()
     }
 
 
 def edited(folder: str | Path, record: dict) -> str | None:
-    """What of a run folder is not what the run wrote, in words; None where nothing is.
+    """Says what in a run folder was edited by hand; None where nothing was.
 
-    Runs of versions before these sums are taken as they are.
+    Older versions wrote no sums; their runs pass.
     """
     folder, sums = Path(folder), record.get("sha256")
     if not isinstance(sums, dict):
@@ -119,7 +124,9 @@ def edited(folder: str | Path, record: dict) -> str | None:
     tokenizer = folder / "tokenizer.json"
     if "tokenizer" in sums and not tokenizer.is_file():
         return f"{tokenizer} is missing: put it back"
-    now = _digests(record, tokenizer.read_bytes().decode(errors="replace") if "tokenizer" in sums else None)
+    now = _digests(
+        record, tokenizer.read_bytes().decode(errors="replace") if "tokenizer" in sums else None
+    )
     for name in now:
         if sums.get(name) != now[name]:
             what = tokenizer if name == "tokenizer" else f"{name} in {folder / 'run.json'}"
@@ -128,7 +135,7 @@ def edited(folder: str | Path, record: dict) -> str | None:
 
 
 def unedited(folder: str | Path, record: dict) -> None:
-    """Raises Refused where a run folder was edited by hand."""
+    """Raises Refused if a run folder was edited by hand."""
     if words := edited(folder, record):
         raise Refused(words)
 
@@ -143,10 +150,12 @@ def _sha256(params) -> str:
 
 
 def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dict:
-    """The content of run.json. Refuses a make that another process could not import."""
+    """Returns the content of run.json; refuses a make that another process could not import."""
     module, name = getattr(make, "__module__", "?"), getattr(make, "__qualname__", repr(make))
     if module == "__main__" or "." in name or "<" in name:
-        raise Refused(f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module")
+        raise Refused(
+            f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module"
+        )
     if run.pmap:
         run = dataclasses.replace(run, devices=run.devices or len(jax.devices()))
     if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
@@ -162,11 +171,15 @@ def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dic
     }
     found, back = model_of(record, run.folder)
     if found is not make or type(back) is not type(cfg):
-        raise Refused(f"{module}.{name} does not come back from its record: annotate its config with its class")
+        raise Refused(
+            f"{module}.{name} does not come back from its record: annotate its config with its class"
+        )
     for field in dataclasses.fields(cfg):
         given, kept = getattr(cfg, field.name), getattr(back, field.name)
         if given is not kept and given != kept:
-            raise Refused(f"config.{field.name} is {short(given)} and would come back from run.json as {short(kept)}")
+            raise Refused(
+                f"config.{field.name} is {short(given)} and would come back from run.json as {short(kept)}"
+            )
     return record
 
 
@@ -179,45 +192,54 @@ def _differences(old, new, at: str = ""):
 
 
 def _noise(run: dict) -> dict:
-    """Under pmap every device draws its own noise, so their number belongs to what a run is."""
-    return {"pmap": run.get("pmap", False), "devices": run.get("devices") if run.get("pmap") else None}
+    """With pmap every device draws its own noise: the number of devices is part of the identity."""
+    return {
+        "pmap": run.get("pmap", False),
+        "devices": run.get("devices") if run.get("pmap") else None,
+    }
 
 
 def _identity(record: dict) -> dict:
-    """What must be the same where a run goes on."""
+    """What must be equal for a run to continue."""
     return {
         "make": ".".join(record["make"]),
         "model": record["config"],
         "data": {"fingerprint": record["data"]["fingerprint"]},
-        "run": {key: record["run"][key] for key in ("seed", "batch_size", "init")} | _noise(record["run"]),
+        "run": {key: record["run"][key] for key in ("seed", "batch_size", "init")}
+        | _noise(record["run"]),
         "params": record.get("params"),
     }
 
 
-def _said(value):
-    """A value without what is None: a field that a later version adds is None in an old record."""
+def _without_none(value):
+    """A value without its fields that are None: a field of a later version is missing here."""
     if isinstance(value, dict):
-        return {name: _said(inner) for name, inner in value.items() if inner is not None}
-    return [_said(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(inner) for inner in value]
+    return value
 
 
 def whose(record: dict) -> str:
-    """sha256 of what makes a run this run and no other; each of its checkpoints holds it."""
-    one = _said(_identity(record))
+    """sha256 of the identity of a run; each of its checkpoints holds it."""
+    one = _without_none(_identity(record))
     one["run"].pop("init", None)  # a path: the folder may be moved
     return hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()
 
 
 def vacant(folder: Path) -> None:
-    """Refuses a folder without run.json that holds more than what a start leaves which was killed at once."""
+    """Refuses a folder without run.json, unless it holds only what a killed start leaves."""
     if folder.exists() and not folder.is_dir():
         raise Refused(f"run.folder {folder} is a file")
     if not folder.exists():
         return
-    saved, ours = folder / "checkpoints", (".lock", "run.json.new", "tokenizer.json", "tokenizer.json.new")
+    saved, ours = (
+        folder / "checkpoints",
+        (".lock", "run.json.new", "tokenizer.json", "tokenizer.json.new"),
+    )
     names = os.listdir(folder)
     kept = os.listdir(saved) if saved.is_dir() else [""] if saved.exists() else []
-    # After the lists: another process that begins here meanwhile writes run.json before anything else.
+    # Checked after the listings: another process that begins here writes run.json first.
     if (folder / "run.json").exists():
         return
     if any(name not in (*ours, "checkpoints") for name in names):
@@ -229,9 +251,9 @@ def vacant(folder: Path) -> None:
 
 
 def identify(folder: Path, record: dict) -> dict:
-    """Refuses a folder that holds another run, both values named; warns where last bits may differ.
+    """Refuses a folder that holds another run and names both values; warns of another environment.
 
-    Returns the record to keep: of the environments, the one in which the run began.
+    Returns the record to keep, with the environment in which the run began.
     """
     vacant(folder)
     if not (folder / "run.json").exists():
@@ -240,27 +262,39 @@ def identify(folder: Path, record: dict) -> dict:
     unedited(folder, old)
 
     def identity(r):
-        # Lowest values are comparable on one set only.
-        valid = {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None
+        # The lowest value is comparable only on one validation set.
+        valid = (
+            {"fingerprint": (r["valid"] or {}).get("fingerprint")}
+            if record["run"]["best"]
+            else None
+        )
         return {**_identity(r), "valid": valid}
 
     for name, was, now in _differences(identity(old), identity(record)):
         if name.endswith("fingerprint"):
-            sets = [(r[name.split(".")[0]] or {}).get("source") or "other arrays" for r in (old, record)]
-            was, now = (f"{source} ({str(f)[:8]})" for source, f in zip(sets, (was, now), strict=True))
-        raise Refused(f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder")
+            sets = [
+                (r[name.split(".")[0]] or {}).get("source") or "other arrays" for r in (old, record)
+            ]
+            was, now = (
+                f"{source} ({str(f)[:8]})" for source, f in zip(sets, (was, now), strict=True)
+            )
+        raise Refused(
+            f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder"
+        )
     warn_of_environment(old, record["environment"])
     return {**record, "environment": old["environment"]}
 
 
 def warn_of_environment(record: dict, here: dict) -> None:
-    """Says in a line each what differs from the environment in which a run began."""
+    """Prints one line for each difference from the environment in which a run began."""
     for name, was, now in _differences(record["environment"], here):
-        say(f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run")
+        say(
+            f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run"
+        )
 
 
 def _no_run(folder: Path) -> str:
-    """Why a folder is no run folder; names the runs inside, where there are any."""
+    """Says why a folder is no run folder, and names the runs inside it."""
     if not folder.is_dir():
         return f"{folder} is no run folder: {'it is a file' if folder.exists() else 'there is no such folder'}"
     inside = []
@@ -269,8 +303,10 @@ def _no_run(folder: Path) -> str:
         run = "run.json" in files
         if run:
             inside.append(str(Path(at).relative_to(folder)))
-        # A run holds no other runs, and a run of an experiment lies at most four folders deep.
-        below[:] = [] if run or depth == 4 else sorted(name for name in below if not name.startswith("."))
+        # A run holds no other runs. An experiment puts its runs at most four folders deep.
+        below[:] = (
+            [] if run or depth == 4 else sorted(name for name in below if not name.startswith("."))
+        )
     if not inside:
         return f"{folder} is no run folder: it has no run.json"
     more = f" and {len(inside) - 20} more" if len(inside) > 20 else ""
@@ -278,7 +314,7 @@ def _no_run(folder: Path) -> str:
 
 
 def read(folder: str | Path) -> dict:
-    """run.json of a run folder; Refused where there is none, or a broken one."""
+    """Reads run.json of a run folder; raises Refused if it is missing or broken."""
     path = Path(folder) / "run.json"
     if not path.is_file():
         raise Refused(_no_run(Path(folder)))
@@ -286,10 +322,15 @@ def read(folder: str | Path) -> dict:
         record = json.loads(path.read_text())
         _well_formed(record)
         module, name = record["make"]
-        for part, keys in (("run", ("seed", "batch_size", "init", "steps")), ("data", ("fingerprint", "source"))):
+        for part, keys in (
+            ("run", ("seed", "batch_size", "init", "steps")),
+            ("data", ("fingerprint", "source")),
+        ):
             for key in keys:
                 record[part][key]
-        if not all(isinstance(record[part], dict) for part in ("config", "run", "data", "environment")):
+        if not all(
+            isinstance(record[part], dict) for part in ("config", "run", "data", "environment")
+        ):
             raise TypeError("config, run, data and environment must hold named values")
         if not (isinstance(module, str) and isinstance(name, str)):
             raise TypeError("make must hold two names")
@@ -300,7 +341,7 @@ def read(folder: str | Path) -> dict:
 
 
 _SET = {"fingerprint": str, "source": dict[str, typing.Any] | None}
-_RECORD = {  # what a record holds at least, whoever wrote it
+_RECORD = {  # the fields that every record must hold, and their kinds
     "make": tuple[str, str],
     "config": dict,
     "run": {"seed": int, "batch_size": int, "init": str, "steps": int},
@@ -312,8 +353,8 @@ _RECORD = {  # what a record holds at least, whoever wrote it
 
 
 def _well_formed(values, wanted=_RECORD, at: str = "run.json") -> None:
-    """TypeError or KeyError where a record's values are of other kinds than they must be."""
-    if values is None and "" in wanted:  # may be missing as a whole
+    """Raises TypeError or KeyError where a value of a record is missing or of a wrong kind."""
+    if values is None and "" in wanted:  # optional as a whole
         return
     if not isinstance(values, dict):
         raise TypeError(f"{at} must hold named values, got {short(values)}")
@@ -326,11 +367,12 @@ def _well_formed(values, wanted=_RECORD, at: str = "run.json") -> None:
 
 
 def rebuild(folder: str | Path, trust=()) -> tuple:
-    """(make, cfg, run, data info, record) of a run folder.
+    """Returns (make, cfg, run, data info, record) of a run folder.
 
-    Calls nothing but the class of the config, which must take the recorded fields. `trust` as for `train.load`.
+    Calls only the class of the config, which must accept the recorded fields. `trust`: as for
+    `train.load`.
     """
-    from . import Run
+    from .config import Run
 
     folder = home(folder)
     record = read(folder)
@@ -344,9 +386,9 @@ def rebuild(folder: str | Path, trust=()) -> tuple:
 
 
 def lock(folder: Path) -> filelock.BaseFileLock:
-    """Keeps a second process out of the folder, which is made where it is missing, until the lock is released.
+    """Makes the folder if needed and locks it against other processes.
 
-    It goes with the process, however that ends.
+    The lock ends with the process, however that ends.
     """
     vacant(folder)  # a folder that is refused gets no file from us
     try:
@@ -358,87 +400,3 @@ def lock(folder: Path) -> filelock.BaseFileLock:
     except (OSError, NotImplementedError) as e:
         raise Refused(f"run.folder {folder} cannot be written or locked: {e}") from e
     return held
-
-
-def finite(values: dict) -> dict:
-    """The same numbers, None in place of those that are not finite: JSON has no word for them."""
-    return {name: v if math.isfinite(v) else None for name, v in values.items()}
-
-
-class Log:
-    """metrics.jsonl and TensorBoard events; both forget what lies past the step that a run resumes from."""
-
-    def __init__(self, folder: Path, step: int, lead: bool):
-        # tensorboardX's own SummaryWriter writes in a thread that dies of a full disk and then blocks the training.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
-
-        path = folder / "metrics.jsonl"
-        self.lines = [line for line in metrics(folder) if line["step"] <= step]
-        self._lead = lead  # other processes keep the lines in mind and write none
-        if not lead:
-            return
-        new = path.with_name("metrics.jsonl.new")
-        new.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        new.replace(path)
-        self._file = open(path, "a")
-        (folder / "events").mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events" / "events"), f".{step}")
-        self._event = lambda step, **content: self._events.write_event(
-            Event(wall_time=time.time(), step=step, **content)
-        )
-        self._scalar = scalar
-        if step:  # TensorBoard then drops what an earlier process wrote beyond this step
-            self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, step: int, kind: str, values: dict) -> None:
-        """One line {"step", kind: values}; kind is train or valid. Values that are not finite are written as null."""
-        self.lines.append({"step": step, kind: finite(values)})
-        if not self._lead:
-            return
-        self._file.write(json.dumps(self.lines[-1]) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._event(step, summary=self._scalar(f"{kind}/{name}", value))
-        if kind == "valid":
-            self._events.flush()
-
-    def close(self) -> None:
-        """Frees the files; a disk that is full has been reported by then."""
-        for file in (self._file, self._events) if self._lead else ():
-            with contextlib.suppress(OSError):
-                file.close()
-
-
-def metrics(folder: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl: {"step": 100, "train": {...}} or {"step": 100, "valid": {...}}."""
-    path = home(folder) / "metrics.jsonl"
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):  # the line that a crash tore
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int) and _numbers(value):
-            lines.append(value)
-    return lines
-
-
-def ranked(lines: list[dict], name: str, among) -> list[int]:
-    """The steps, of those `among`, for which a validation value was reported, the lowest value first."""
-    seen = [line for line in lines if isinstance(line.get("valid"), dict) and line["step"] in among]
-    at = {line["step"]: line["valid"].get(name) for line in seen}
-    at = {step: value for step, value in at.items() if _number(value) and math.isfinite(value)}
-    return sorted(at, key=lambda step: (at[step], step))
-
-
-def _number(value) -> bool:
-    """Whether a value is a number, and no whole one that exceeds every float."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-def _numbers(line: dict) -> bool:
-    parts = [part for kind, part in line.items() if kind != "step"]
-    known = all(isinstance(p, dict) and all(v is None or _number(v) for v in p.values()) for p in parts)
-    return known and _number(line["step"])

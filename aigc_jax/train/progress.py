@@ -1,4 +1,4 @@
-"""How a run shows itself: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def counted(what: str, items: Iterable[T]) -> Iterator[T]:
-    """Yields the items; says on stderr every SECONDS how many are done ("sampling: 3/10"). Short loops say nothing."""
+    """Yields the items, and prints "sampling: 3/10" on stderr every SECONDS."""
     said = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         if time.monotonic() - said > SECONDS and jax.process_index() == 0:
             said = time.monotonic()
-            with contextlib.suppress(OSError):  # nobody watches any more
+            with contextlib.suppress(OSError):  # the terminal is gone
                 print(f"{what}: {done}/{len(items)}", file=sys.stderr, flush=True)
 
 
@@ -33,7 +33,7 @@ def _words(values: dict) -> str:
 
 
 def _pace(steps: int, seconds: float) -> str:
-    """How fast `steps` updates in so many seconds are, in words; empty before anything can be said."""
+    """The rate of `steps` updates in so many seconds, in words; empty before the first."""
     if steps < 1 or seconds <= 0:
         return ""
     rate = steps / seconds
@@ -43,7 +43,7 @@ def _pace(steps: int, seconds: float) -> str:
 
 
 class Progress:
-    """Rate and time left of a loop of `total` steps that starts at `start`."""
+    """Shows the rate and the time left of a loop of `total` steps that starts at `start`."""
 
     def __init__(self, total: int, start: int):
         console = Console(stderr=True)
@@ -52,7 +52,12 @@ class Progress:
         self.values: dict = {}
         self.bar = None
         if console.is_terminal and not self.silent:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
             self.bar = Bar(*columns, console=console)
             self.task = self.bar.add_task("compiling", total=total, completed=start)
 
@@ -67,15 +72,15 @@ class Progress:
                 self.bar.stop()
 
     def show(self, step: int, values: dict) -> None:
-        """The newest training metrics."""
+        """Keeps the newest training metrics for the next line."""
         self.values = values
 
     def note(self, step: int, values: dict) -> None:
-        """A validation, as a line that stays."""
+        """Prints a validation as a line that stays."""
         self._line(f"step {step}/{self.total}  validation: {_words(values)}")
 
     def step(self, step: int) -> None:
-        """`step` updates are done."""
+        """Shows that `step` updates are done."""
         now = time.monotonic()
         if self.begin is None:  # the first call compiled; the rate counts from here
             self.begin, self.start = now, step
@@ -92,7 +97,7 @@ class Progress:
     def _line(self, text: str) -> None:
         if self.silent:
             return
-        with contextlib.suppress(OSError):  # nobody watches any more: the training goes on
+        with contextlib.suppress(OSError):  # the terminal is gone: the training goes on
             if self.bar:
                 self.bar.console.print(text, highlight=False)
             else:

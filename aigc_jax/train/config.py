@@ -1,0 +1,70 @@
+"""What a run is (`Run`), what it gives back (`Result`), and how it may fail."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..core import Family, State
+from ..data import Info
+
+
+class NonFinite(FloatingPointError):
+    """A loss or gradient is not finite; the message names the step and how to repeat it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its folder, its length, and how often it reports and saves."""
+
+    folder: str = ""  # everything about the run is kept here; "": nothing is kept
+    steps: int = 1000  # length of the whole run
+    batch_size: int = 128  # examples per step, over all devices
+    seed: int = 0
+    eval_every: int = 0  # steps between validations; 0: at the end only
+    save_every: int = 0  # steps between checkpoints; 0: at the end only
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    keep: int = 2  # newest checkpoints kept
+    best: str = ""  # a validation value; the checkpoint where it is lowest is kept and loaded
+    steps_per_call: int = 1  # updates per compiled call; 1 for convolutional nets on the CPU
+    devices: int = 0  # 0: all
+    pmap: bool = False  # every device draws its own noise (jax.shard_map), not one jit over all
+    init: str = ""  # a run folder whose parameters this run starts from
+
+    def __post_init__(self):
+        for field in ("folder", "init"):
+            object.__setattr__(self, field, os.path.expanduser(getattr(self, field) or ""))
+        at_least = {"steps": 1, "batch_size": 1, "log_every": 1, "keep": 1, "steps_per_call": 1}
+        at_least |= {"seed": 0, "eval_every": 0, "save_every": 0, "devices": 0}
+        for field, low in at_least.items():
+            if getattr(self, field) < low:
+                raise ValueError(f"run.{field} must be at least {low}, got {getattr(self, field)}")
+        if self.seed >= 2**32:
+            raise ValueError(f"run.seed must be below 2**32, got {self.seed}")
+
+
+class Result(NamedTuple):
+    """A trained model.
+
+    Use it as `train.sample(result, key, n=64)`, or take its parameters into a function of the
+    family: `vae.decode(result.config, result.state.params, z)`.
+    """
+
+    family: Family
+    state: State
+    config: Any
+    info: Info  # of the training data
+    folder: Path | None
+
+    def __repr__(self):
+        kind, leaves = type(self.config), jax.tree.leaves(self.state.params)
+        count = sum(math.prod(np.shape(leaf)) for leaf in leaves)
+        donated = isinstance(self.state.step, jax.Array) and self.state.step.is_deleted()
+        size = f"step {'?' if donated else self.state.step}, {count:,} parameters"
+        return f"Result({kind.__module__}.{kind.__qualname__}, {size}, folder {self.folder})"
