@@ -35,7 +35,7 @@ class State(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A generative model as pure, un-jitted functions; `make(cfg)` ends a family file and builds it.
+    """A generative model as pure, un-jitted functions; `make(cfg)` of a family builds it.
 
     init(key) -> State
     step(state, batch, key) -> (State, metrics): scalars, among them the loss, the gradient norm
@@ -154,13 +154,15 @@ class Optim:
             raise ValueError("optim.momentum_end and optim.momentum_steps go together")
         if self.name != "sgd" and not self.eps + self.eps_root:
             raise ValueError(
-                f"optim.eps is {self.eps}, as is eps_root: without a gradient the update would be 0 / 0"
+                f"optim.eps is {self.eps}, as is eps_root: "
+                "without a gradient the update would be 0 / 0"
             )
         if not 0 <= self.floor <= 1 or (
             self.curve == "exponential" and self.decay and not self.floor
         ):
             raise ValueError(
-                f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}"
+                "optim.floor must lie in [0, 1], above 0 for an exponential decay, "
+                f"got {self.floor}"
             )
 
     def chain(self) -> optax.GradientTransformation:
@@ -180,7 +182,7 @@ class Optim:
         )
 
     def rate(self, step: ArrayLike) -> jax.Array:
-        """The learning rate at `State.step`; a critic's own count would run n_critic times too fast."""
+        """The learning rate at `State.step`."""
         after = (
             _CURVES[self.curve](self.lr, self.decay, self.floor)
             if self.decay
@@ -228,9 +230,9 @@ class EMA:
     `of` picks parameters and the statistics that belong to them. It must not pick a history of
     losses or an image pool, whose average means nothing.
 
-    Update t (State.step, from 0) has decay min(decay, (1 + t) / (10 + t)), the warm-up of TensorFlow
-    and diffusers. So the average of a short run forgets the first parameters. DDPM's code copies the
-    parameters at first and then uses a constant 0.9999.
+    Update t (State.step, from 0) has decay min(decay, (1 + t) / (10 + t)), the warm-up of
+    TensorFlow and diffusers. So the average of a short run forgets the first parameters. DDPM's
+    code copies the parameters at first and then uses a constant 0.9999.
     """
 
     decay: float = 0.0  # its largest value; 0: no average
@@ -241,7 +243,7 @@ class EMA:
             raise ValueError(f"ema must lie in [0, 1), got {self.decay}")
 
     def read(self, state: State) -> PyTree:
-        """The average if there is one, else the values themselves: used by sampling and evaluation."""
+        """The average if there is one, else the values themselves; for sampling and evaluation."""
         return state.ema if self.decay else self.of(state)
 
 
@@ -281,7 +283,8 @@ def labels(
     if label.shape != leading[max(0, len(leading) - label.ndim) :]:
         samples = " x ".join(map(str, leading))
         raise ValueError(
-            f"label must be one class or have one entry for each of {samples} samples, got {label.shape}"
+            f"label must be one class or have one entry for each of {samples} samples, "
+            f"got {label.shape}"
         )
     if isinstance(label, jax.core.Tracer):
         label = label.astype(jnp.promote_types(label.dtype, jnp.int32))  # where classes is no int8
@@ -304,7 +307,8 @@ def pixels(image, levels: int) -> jax.Array:
 
     Raises ValueError for another type and, unless traced, for a level out of range.
     """
-    hint = ": batches hold levels (uint8), floats go to the functions that take images, such as encode or elbo"
+    hint = ": batches hold levels (uint8), floats go to the functions that take images, "
+    hint += "such as encode or elbo"
     return jnp.asarray(_whole("image", image, levels, hint)).astype(jnp.float32)
 
 
@@ -317,7 +321,8 @@ def floats(name: str, x, *, within: tuple[int, int] | None = None):
     if not jnp.issubdtype(dtype, jnp.floating):
         interval = "" if within is None else f" in [{within[0]}, {within[1]}]"
         raise ValueError(
-            f"{name} must be floats{interval} here, got {dtype}: `preprocess` takes whole-number pixels"
+            f"{name} must be floats{interval} here, got {dtype}: "
+            "`preprocess` takes whole-number pixels"
         )
     if within is not None and np.size(x) and not isinstance(x, jax.core.Tracer):
         known = np.asarray(x)
@@ -343,7 +348,7 @@ def _whole(name: str, x, count: int, hint: str):
 
 
 def step_key(key: jax.Array, step: ArrayLike, axis_name: str | None = None) -> jax.Array:
-    """The key of one step, a pure function of its number, so that a resumed run draws the same noise.
+    """The key of one step, a function of its number: a resumed run draws the same noise.
 
     With `axis_name` (the per-device view) every device has its own key.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of one run: Orbax writes them, sha256 sums guard them, the last few and the best stay.
+"""Checkpoints of one run, written by Orbax and guarded by sha256 sums.
 
 A finished checkpoint is the folder checkpoints/<step>. It is renamed into place once its sums are
 written. Anything else there is left from a crash and is removed. Orbax restores a flipped bit as
@@ -247,14 +247,12 @@ class Checkpoints:
             last = next((step for step in reversed(self.steps()) if self.intact(step)), None)
         except OSError as e:
             return f"what stands there cannot be read ({e})"
-        return (
-            f"the checkpoint of step {last} stands"
-            if last is not None
-            else "there is no checkpoint"
-        )
+        if last is None:
+            return "there is no checkpoint"
+        return f"the checkpoint of step {last} stands"
 
     def stands(self) -> str:
-        """What there is to go on from when training ends early, in words; waits for the save under way."""
+        """Says which checkpoint there is to go on from; waits for the save under way."""
         with contextlib.suppress(SaveFailed):
             self.wait()
         return self._stands()
@@ -266,34 +264,30 @@ class Checkpoints:
             saving.result()
 
     def close(self) -> None:
-        """Waits and frees the threads."""
+        """Waits for the save under way and frees the threads."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
-            with (
-                quiet(),
-                contextlib.suppress(Exception),
-            ):  # what failed has been said, what is renamed stands
+            with quiet(), contextlib.suppress(Exception):  # failures have been reported
                 self._orbax.close()
-            for _ in range(
-                20 if self._failed else 0
-            ):  # tensorstore's threads outlive it, and may still write
+            # tensorstore's threads outlive a failed save, and may still write.
+            for _ in range(20 if self._failed else 0):
                 self.clear()
                 if not list(self.folder.glob("saving-*")):
                     break
                 time.sleep(0.1)
 
     def clear(self) -> None:
-        """Removes what unfinished saves left, where it can be removed."""
+        """Removes the remains of unfinished saves, as far as possible."""
         with contextlib.suppress(OSError):
             for path in self.folder.glob("saving-*"):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
     def open(self, last: int | None) -> None:
-        """Readies the folder to train on from checkpoint `last`: what lies beyond was passed over, and is set aside.
+        """Readies the folder to train on from checkpoint `last`, and sets later ones aside.
 
-        Under its number a damaged checkpoint would count among the newest that are kept, in place of a good one.
+        Later ones are damaged. Under their numbers they would count among the newest that are kept.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clear()
@@ -305,7 +299,7 @@ class Checkpoints:
                 (self.folder / str(step)).rename(aside)
 
     def intact(self, step: int) -> bool:
-        """Whether the files of a checkpoint are those that were written, no more, no less, bit for bit."""
+        """Whether a checkpoint has exactly the files that were written, bit for bit."""
         folder = self.folder / str(step)
         try:
             return (folder / SUMS).read_text() == _sums(folder)
@@ -313,7 +307,7 @@ class Checkpoints:
             return False
 
     def checked(self) -> dict[int, bool]:
-        """{step: whether it is intact}, of those that are not pruned meanwhile."""
+        """{step: whether it is intact}, without those that are pruned meanwhile."""
         found, listed = {}, self.steps()
         while new := [step for step in listed if step not in found]:
             found |= {step: self.intact(step) for step in new}
@@ -321,7 +315,7 @@ class Checkpoints:
         return {step: found[step] for step in listed}
 
     def scores(self) -> list[dict]:
-        """What validations reported at the steps of the checkpoints, as lines of metrics.jsonl."""
+        """The validations that the checkpoints hold, as lines of metrics.jsonl."""
         lines = []
         for step in self.steps():
             with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -330,19 +324,22 @@ class Checkpoints:
         return lines
 
     def first(self, order: Callable[[list[int]], list[tuple[int, str]]], template) -> tuple | None:
-        """(step, state) of the first checkpoint that is intact and finite, as `order(steps)` ranks them; or None.
+        """(step, state) of the first intact and finite checkpoint in a given order; None: no such.
 
-        order: gives steps, each with its name in a warning: one that is passed over is said in a line. Where a process
-        that trains prunes the one being read, the folder is listed again. Raises ValueError for a checkpoint that does
-        not fit the template, and for that of another run.
+        order: `order(steps)` gives steps with their names. A warning names each one that is passed
+            over.
+
+        If a process that trains prunes the checkpoint being read, the folder is listed again.
+        Raises ValueError for a checkpoint of another run, or one that does not fit the template.
         """
         passed: set[int] = set()
         for _ in range(LISTINGS):
-            for step, name in order([step for step in self.steps() if step not in passed]):
+            left = [step for step in self.steps() if step not in passed]
+            for step, name in order(left):
                 before = self._identity(step)
                 state, wrong = self._read(step, template)
                 if before is None or self._identity(step) != before:
-                    break  # pruned meanwhile: whatever was read of it means nothing
+                    break  # pruned meanwhile: what was read is void
                 if isinstance(wrong, Exception):
                     raise ValueError(
                         f"the checkpoint of step {step} in {self.folder} {wrong}"
@@ -365,7 +362,7 @@ class Checkpoints:
         return found.st_dev, found.st_ino
 
     def _read(self, step: int, template) -> tuple:
-        """(state, None), or (None, what is wrong): words for damage, an exception for what fits no template."""
+        """(state, None) or (None, what is wrong): words for damage, an exception for a misfit."""
         if not self.intact(step):
             return None, "is damaged"
         try:
@@ -374,9 +371,7 @@ class Checkpoints:
         except (_Misfit, MemoryError, jax.errors.JaxRuntimeError) as e:  # no damage
             _hush_tasks()
             return None, e
-        except (
-            Exception
-        ) as e:  # of odd files, or of those that vanish meanwhile, Orbax raises anything
+        except Exception as e:  # Orbax raises anything for odd files and vanished ones
             _hush_tasks()
             return None, f"cannot be read ({' '.join(f'{type(e).__name__}: {e}'.split())[:200]})"
         leaf = not_finite(state)
@@ -386,11 +381,12 @@ class Checkpoints:
         path = self.folder / str(step) / RUN  # versions before this one wrote none
         if self.run and path.exists() and path.read_text().strip() != self.run:
             raise _Misfit(
-                "is of another run than the run.json beside it: put back the one that belongs to the other"
+                "is of another run than the run.json beside it: "
+                "put back the one that belongs to the other"
             )
 
     def restore(self, step: int, template):
-        """The state of an intact checkpoint, placed as the template says; ValueError where it does not fit."""
+        """The state of an intact checkpoint, placed like the template; ValueError for a misfit."""
         path = (self.folder / str(step)).absolute()
         with quiet():
             tree = self._orbax.metadata(path).item_metadata.tree
@@ -402,7 +398,7 @@ class Checkpoints:
 
 
 def newest(steps: list[int], at_most: int | None = None) -> list[tuple[int, str]]:
-    """The order of `Checkpoints.first` from the newest on, or from the newest up to a step."""
+    """An order for `Checkpoints.first`: from the newest down, or from the newest up to a step."""
     return [
         (step, "the checkpoint") for step in reversed(steps) if at_most is None or step <= at_most
     ]

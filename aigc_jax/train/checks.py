@@ -77,7 +77,8 @@ def check_tokenizer(ours: Info, theirs: Info, folder) -> None:
     if ours.tokenizer != theirs.tokenizer:
         file = f"{folder or 'RUN'}/tokenizer.json"
         raise Refused(
-            f"this text was cut into tokens by another tokenizer than that of training: load it with tokenizer={file!r}"
+            "this text was cut into tokens by another tokenizer than that of training: "
+            f"load it with tokenizer={file!r}"
         )
 
 

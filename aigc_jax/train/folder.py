@@ -88,7 +88,7 @@ def _described(info: Info) -> dict:
 
 
 def write(folder: Path, record: dict, info: Info) -> None:
-    """Writes run.json with the sums of what nobody may edit, and tokenizer.json where the data are text."""
+    """Writes run.json with its checksums, and for text tokenizer.json."""
     if info.tokenizer:
         _write(folder / "tokenizer.json", info.tokenizer)
     write_json(folder / "run.json", {**record, "sha256": _digests(record, info.tokenizer or None)})
@@ -130,7 +130,10 @@ def edited(folder: str | Path, record: dict) -> str | None:
     for name in now:
         if sums.get(name) != now[name]:
             what = tokenizer if name == "tokenizer" else f"{name} in {folder / 'run.json'}"
-            return f"{what} does not fit the sha256 that the run wrote: undo the edit, or train in a new folder"
+            return (
+                f"{what} does not fit the sha256 that the run wrote: "
+                "undo the edit, or train in a new folder"
+            )
     return None
 
 
@@ -154,7 +157,8 @@ def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dic
     module, name = getattr(make, "__module__", "?"), getattr(make, "__qualname__", repr(make))
     if module == "__main__" or "." in name or "<" in name:
         raise Refused(
-            f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module"
+            f"fit records make by its name, and {module}.{name} cannot be imported: "
+            "put it in a module"
         )
     if run.pmap:
         run = dataclasses.replace(run, devices=run.devices or len(jax.devices()))
@@ -172,13 +176,15 @@ def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dic
     found, back = model_of(record, run.folder)
     if found is not make or type(back) is not type(cfg):
         raise Refused(
-            f"{module}.{name} does not come back from its record: annotate its config with its class"
+            f"{module}.{name} does not come back from its record: "
+            "annotate its config with its class"
         )
     for field in dataclasses.fields(cfg):
         given, kept = getattr(cfg, field.name), getattr(back, field.name)
         if given is not kept and given != kept:
             raise Refused(
-                f"config.{field.name} is {short(given)} and would come back from run.json as {short(kept)}"
+                f"config.{field.name} is {short(given)} "
+                f"and would come back from run.json as {short(kept)}"
             )
     return record
 
@@ -246,7 +252,8 @@ def vacant(folder: Path) -> None:
         raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
     if any(not name.startswith("saving-") for name in kept):
         raise Refused(
-            f"{folder} holds checkpoints and no run.json, which says whose: put it back, or choose a new folder"
+            f"{folder} holds checkpoints and no run.json, which says whose: "
+            "put it back, or choose a new folder"
         )
 
 
@@ -279,7 +286,8 @@ def identify(folder: Path, record: dict) -> dict:
                 f"{source} ({str(f)[:8]})" for source, f in zip(sets, (was, now), strict=True)
             )
         raise Refused(
-            f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder"
+            f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; "
+            "choose a new folder"
         )
     warn_of_environment(old, record["environment"])
     return {**record, "environment": old["environment"]}
@@ -289,14 +297,16 @@ def warn_of_environment(record: dict, here: dict) -> None:
     """Prints one line for each difference from the environment in which a run began."""
     for name, was, now in _differences(record["environment"], here):
         say(
-            f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run"
+            f"warning: {name} was {was} when this run began and is {now}: "
+            "last bits may differ from an unbroken run"
         )
 
 
 def _no_run(folder: Path) -> str:
     """Says why a folder is no run folder, and names the runs inside it."""
     if not folder.is_dir():
-        return f"{folder} is no run folder: {'it is a file' if folder.exists() else 'there is no such folder'}"
+        why = "it is a file" if folder.exists() else "there is no such folder"
+        return f"{folder} is no run folder: {why}"
     inside = []
     for at, below, files in os.walk(folder):
         depth = len(Path(at).relative_to(folder).parts)
@@ -310,7 +320,8 @@ def _no_run(folder: Path) -> str:
     if not inside:
         return f"{folder} is no run folder: it has no run.json"
     more = f" and {len(inside) - 20} more" if len(inside) > 20 else ""
-    return f"{folder} is no run folder, but there are runs inside; name one of them: {', '.join(inside[:20])}{more}"
+    names = ", ".join(inside[:20])
+    return f"{folder} is no run folder, but there are runs inside; name one of them: {names}{more}"
 
 
 def read(folder: str | Path) -> dict:

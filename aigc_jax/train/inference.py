@@ -25,7 +25,7 @@ from .run_folder import first_checkpoint
 
 
 def _family(make: Callable, cfg, folder: Path) -> tuple[Family, State]:
-    """The family that a run folder describes and the shapes of its State; Refused if it cannot be built."""
+    """(family, shapes of its State) of a run folder; raises Refused if it cannot be built."""
     with one_line(f"{folder}/run.json does not describe a model that this version can build"):
         family = make(cfg)
         if not isinstance(family, Family):

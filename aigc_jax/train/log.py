@@ -45,7 +45,7 @@ class Log:
             self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, kind: str, values: dict) -> None:
-        """Writes {"step": step, kind: values}; kind is train or valid. Non-finite values become null."""
+        """Writes {"step": step, kind: values}; kind is train or valid. NaN and infinity: null."""
         self.lines.append({"step": step, kind: finite(values)})
         if not self._lead:
             return
@@ -66,7 +66,7 @@ class Log:
 def metrics(folder: str | Path) -> list[dict]:
     """Reads the lines of metrics.jsonl.
 
-    Each is {"step": 100, "train": {...}} or {"step": 100, "valid": {...}}. Damaged lines are left out.
+    Each is {"step": 100, "train": {...}} or {"step": 100, "valid": {...}}. Skips damaged lines.
     """
     path = home(folder) / "metrics.jsonl"
     lines = []

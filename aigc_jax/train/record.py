@@ -1,7 +1,7 @@
-"""A model as data: what run.json says of `make` and its config, and which code it may name.
+"""A model as data: how run.json records `make` and its config, and which code it may name.
 
-A record is a text that anyone can have written. It brings back values of the annotated kinds, and functions and objects
-of modules that the user trusts; nothing else runs.
+Anyone can have written a record. So it brings back only values of the annotated kinds, and
+functions and objects of modules that the user trusts. Nothing else runs.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from ..core import Optim, is_optimizer
 
 
 class Refused(ValueError):
-    """A run that cannot start or continue as asked; one line says why and what to do."""
+    """A run cannot start or continue as asked; one line says why and what to do."""
 
 
 @contextlib.contextmanager
 def one_line(what: str):
-    """Code that a record names: whatever it raises, an exit included, becomes Refused, in one line."""
+    """Turns whatever the code of a record raises, even SystemExit, into one line of Refused."""
     try:
         yield
     except (Refused, KeyboardInterrupt):
         raise
     except BaseException as e:
-        said = " ".join("".join(traceback.format_exception_only(e)).split())
-        raise Refused(f"{what}: {said[:300]}") from e
+        cause = " ".join("".join(traceback.format_exception_only(e)).split())
+        raise Refused(f"{what}: {cause[:300]}") from e
 
 
-# --------------------------------------------------------------------------------------------------- values to JSON
+# ---------------------------------------------------------------------------------- values to JSON
 
 
 def _name_of(value, near: tuple[str, ...]) -> str | None:
-    """module.name under which a module holds this very object, first of the modules `near`; None where none does."""
+    """The "module.name" that holds this very object, modules `near` first; None if none does."""
     names = [
         (module not in near, len(module), f"{module}.{name}")
         for module, holder in list(sys.modules.items())
@@ -58,10 +58,13 @@ def _name_of(value, near: tuple[str, ...]) -> str | None:
 
 
 def config_of(value, kind, at: str, near: tuple[str, ...]):
-    """A value of a config as JSON keeps it; `kind` is its annotation, `at` its name, `near` where names are looked for.
+    """A value of a config as JSON keeps it.
 
-    A dataclass other than the annotated one is {"object": class, "fields": ...}. What has no fields, such as a chain of
-    optax, is {"object": name}: the module that holds it brings it back.
+    kind: its annotation. at: its name in messages. near: the modules in which names are sought
+        first.
+
+    A dataclass other than the annotated one becomes {"object": class, "fields": ...}. An object
+    without fields, such as a chain of optax, becomes {"object": name}, the name in its module.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -90,20 +93,22 @@ def config_of(value, kind, at: str, near: tuple[str, ...]):
             return {"object": f"{cls.__module__}.{cls.__qualname__}", "fields": fields}
     if name := _name_of(value, near):
         return {"object": name}
-    raise Refused(f"{at} is a {type(value).__name__} that no module holds under a name: put it into a module "
-                  "(OPTIM = ...) and take it from there, so that run.json can name it")  # fmt: skip
+    raise Refused(
+        f"{at} is a {type(value).__name__} that no module holds under a name: put it into a "
+        "module (OPTIM = ...) and take it from there, so that run.json can name it"
+    )
 
 
-# --------------------------------------------------------------------------------------------------- values from JSON
+# -------------------------------------------------------------------------------- values from JSON
 
 
 def short(value) -> str:
-    """A value in an error message, however long it is."""
+    """A value, shortened for an error message."""
     return reprlib.repr(value)
 
 
 def _members(kind) -> tuple:
-    """The types that an annotation allows: those of a union, of Annotated[Any, T] only T."""
+    """The types that an annotation allows: the members of a union; T of Annotated[Any, T]."""
     if typing.get_origin(kind) is typing.Annotated:
         return _members(
             next((m for m in kind.__metadata__ if dataclasses.is_dataclass(m)), kind.__origin__)
@@ -117,7 +122,7 @@ _PLAIN = {bool: bool, int: int, float: int | float, str: str, type(None): type(N
 
 
 def value_of(kind, value, at: str, find=None):
-    """A field's value from its JSON; TypeError, which names the field, where its annotation allows no such value."""
+    """A field's value from JSON; raises TypeError where the annotation does not allow it."""
     members = _members(kind)
     if (
         isinstance(value, dict)
@@ -150,7 +155,7 @@ def value_of(kind, value, at: str, find=None):
         elif origin in _PLAIN:
             if isinstance(value, _PLAIN[origin]) and isinstance(value, bool) <= (origin is bool):
                 return value
-        elif isinstance(value, list):  # what says nothing of its kind, such as Any
+        elif isinstance(value, list):  # the annotation says nothing, such as Any
             return tuple(value_of(None, v, f"{at}[{i}]", find) for i, v in enumerate(value))
         else:
             return value
@@ -158,9 +163,9 @@ def value_of(kind, value, at: str, find=None):
 
 
 def build(cls, values, at: str = "", find=None):
-    """A (nested) frozen dataclass from its JSON; TypeError or ValueError where the values are not its fields.
+    """A (nested) frozen dataclass from JSON; raises TypeError or ValueError for a misfit.
 
-    find(value, kinds, at) gives the object that {"object": name} stands for; without it there are none.
+    find: `find(value, kinds, at)` gives the object of {"object": name}. None: objects are refused.
     """
     if not isinstance(values, dict):
         raise TypeError(f"{at or cls.__name__} needs named fields, got {short(values)}")
@@ -178,16 +183,15 @@ def build(cls, values, at: str = "", find=None):
 
 
 def _found(value: dict, kinds: tuple, at: str, folder: str | Path, trust):
-    """The object that {"object": "module.name"} stands for; with "fields" an instance of that dataclass."""
+    """The object of {"object": "module.name"}; with "fields", an instance of that dataclass."""
     module, _, name = (
         value["object"].rpartition(".") if isinstance(value["object"], str) else ("", "", "")
     )
     found = vars(_imported(module, folder, trust)).get(name)
     if "fields" in value:
-        allowed = isinstance(found, type) and dataclasses.is_dataclass(found) and (
-            any(isinstance(kind, type) and issubclass(found, kind) for kind in kinds)
-            or (hasattr(found, "chain") and hasattr(found, "rate"))
-        )  # fmt: skip
+        allowed = isinstance(found, type) and dataclasses.is_dataclass(found)
+        if allowed and not (hasattr(found, "chain") and hasattr(found, "rate")):
+            allowed = any(isinstance(kind, type) and issubclass(found, kind) for kind in kinds)
         if not allowed:
             raise TypeError(f"{at} cannot be a {short(value['object'])}")
         return build(found, value["fields"], at, partial(_found, folder=folder, trust=trust))
@@ -197,7 +201,7 @@ def _found(value: dict, kinds: tuple, at: str, folder: str | Path, trust):
 
 
 def _takes(kind, found) -> bool:
-    """Whether an annotation allows an object that a record names."""
+    """Whether an annotation allows this object."""
     kind = typing.get_origin(kind) or kind
     if kind is Optim:
         return is_optimizer(found)
@@ -206,23 +210,22 @@ def _takes(kind, found) -> bool:
     return isinstance(kind, type) and kind not in (*_PLAIN, tuple, list) and isinstance(found, kind)
 
 
-# ------------------------------------------------------------------------------------------------------- whose code
+# -------------------------------------------------------------------------------------- whose code
 
 
 def _inside(path: str | Path, folder: str | Path) -> bool:
-    """Whether a file lies in a folder, by its own name or by what its links lead to."""
+    """Whether a file lies in a folder, by its name or by the target of its links."""
     ways = (os.path.abspath, os.path.realpath)
     return any(Path(way(path)).is_relative_to(other(folder)) for way in ways for other in ways)
 
 
-BESIDE: list[
-    str
-] = []  # where modules that the user trusts may lie besides sys.path; the command line's own folder
+# Where trusted modules may lie besides sys.path: the current folder of the command line.
+BESIDE: list[str] = []
 
 
 @contextlib.contextmanager
 def _path_outside(folder: str | Path, more=()):
-    """sys.path, and `more` behind it, without the folder and what lies in it."""
+    """Sets sys.path plus `more`, without this folder and all below it."""
     before = list(sys.path)
     kept = [entry for entry in (*before, *more) if not _inside(entry or ".", folder)]
     if kept == before:
@@ -241,7 +244,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"  # beside aigc
 
 
 def _spec(name: str, trusted: bool):
-    """Where a module would come from; experiments from this checkout, wherever Python looks first."""
+    """Where a module would come from; `experiments` always from this checkout."""
     if name == "experiments" and not trusted:
         if not (EXPERIMENTS / "_cli.py").is_file():
             raise ModuleNotFoundError(
@@ -252,10 +255,11 @@ def _spec(name: str, trusted: bool):
 
 
 def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
-    """The module that a run folder names, imported where that may be done.
+    """Imports the module that a run folder names, if that is allowed.
 
-    Modules of aigc_jax and of its checkout's experiments are; others only where the program has imported them already,
-    or where `trust` names them or a package above them. A file inside the run folder never is.
+    Modules of aigc_jax and of the experiments beside it are allowed. Others are allowed if the
+    program has imported them, or if `trust` names them or a package above them. A file inside the
+    run folder is never imported.
     """
     trust = (trust,) if isinstance(trust, str) else tuple(trust)
     parts = name.split(".")
@@ -266,8 +270,9 @@ def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
     trusted = any(name == t or name.startswith(f"{t}.") for t in trust)
     if not (trusted or parts[0] in ("aigc_jax", "experiments") or sys.modules.get(name)):
         raise Refused(
-            f"{folder} was made by {name}, a module that is not of aigc_jax: where you trust it, import it before, "
-            f"or say so (--import {name} on the command line, trust={name!r} in Python)"
+            f"{folder} was made by {name}, a module that is not of aigc_jax: where you trust it, "
+            f"import it before, or say so (--import {name} on the command line, "
+            f"trust={name!r} in Python)"
         )
     steps = [".".join(parts[: i + 1]) for i in range(len(parts))]
     with (
@@ -283,7 +288,8 @@ def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
             places += [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
             if any(_inside(place, folder) for place in places if place):
                 raise Refused(
-                    f"{folder} was made by {name}, and {part} lies inside it: no code of a run folder is run"
+                    f"{folder} was made by {name}, and {part} lies inside it: "
+                    "no code of a run folder is run"
                 )
             if module is None and part == "experiments":
                 module = sys.modules[part] = importlib.util.module_from_spec(spec)
@@ -302,7 +308,7 @@ def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
 
 
 def model_of(record: dict, folder: str | Path, trust=()) -> tuple:
-    """(make, cfg) as a record names them."""
+    """Returns (make, cfg) as a record names them."""
     module, name = record["make"]
     if not (name.isidentifier() and (name == "make" or name.startswith("make_"))):
         raise Refused(

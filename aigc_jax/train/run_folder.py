@@ -78,7 +78,7 @@ class RunFolder:
         return state
 
     def write_record(self) -> None:
-        """Writes run.json and readies the checkpoints; raises Refused where nothing can be written."""
+        """Writes run.json and readies the checkpoints; raises Refused if it cannot write."""
         if self.writes:
             try:
                 folders.write(self.path, self.record, self.info)
@@ -124,7 +124,7 @@ class RunFolder:
             ) from e
 
     def is_best(self, step: int) -> bool:
-        """Whether this step's validation is the lowest run.best so far; it then becomes the best."""
+        """Whether this step has the lowest run.best so far; if so, it is the best from now on."""
         if self.run.best and self._ranked({self.best, step})[:1] == [step]:
             self.best = step
             return True
@@ -154,7 +154,7 @@ class RunFolder:
 
 
 class NoFolder:
-    """The same for a run without a folder: it begins anew, remembers its scores and writes nothing."""
+    """Stands in for a RunFolder where run.folder is empty: begins anew and writes nothing."""
 
     path, saved = None, None
 
