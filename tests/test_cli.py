@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from aigc_jax import __main__ as commands
+from aigc_jax.commands import compare as compare_command
+from aigc_jax.commands import sample as sample_command
 from aigc_jax import data, ddpm, figures, gan, metrics, train, transformer, vae
 from aigc_jax.core import Optim
 from aigc_jax.data import music, prepare
@@ -490,9 +492,9 @@ def test_the_form_of_samples_follows_from_their_kind_and_shape(tmp_path):
         ("text", (9,), ".npy"),
         ("video", (8, 8, 1), ".npy"),
     ):
-        assert commands._forms(kind, shape)[0] == form
+        assert sample_command._forms(kind, shape)[0] == form
     points = np.random.default_rng(0).normal(size=(50, 2))
-    commands._write(tmp_path / "x", ".png", points, "a caption")
+    sample_command._write_all(tmp_path / "x", ".png", points, "a caption")
     with Image.open(tmp_path / "x") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
 
@@ -768,7 +770,7 @@ def test_brackets_in_a_table_are_no_markup(toy, capfd, tmp_path):
     code, out, err = toy(rows)
     assert code == 0 and err == "" and "[red]c" in out and "[/INST]" in out
     assert verdicts(tmp_path / "toy")["[red]c"] == "not measured: the text has no [/INST]"
-    commands._show_scores([{"recall": (1.0,)}], "a[red]/b against c[/x]", "pixels")
+    compare_command._show_scores([{"recall": (1.0,)}], "a[red]/b against c[/x]", "pixels")
     assert "a[red]/b against c[/x]" in capfd.readouterr().out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import ddpm, train
-from aigc_jax.__main__ import Denoise
+from aigc_jax.commands.sample import DiffusionOptions
 from aigc_jax.ddpm import binomial, bounds, process
 
 MEAN, STD = 0.3, 0.5  # of x_0
@@ -134,10 +134,10 @@ def test_a_family_takes_its_samplers_spacing():
 
 def test_the_command_line_passes_spacing_on_and_refuses_what_does_not_divide():
     cfg = ddpm.Config(shape=(2,), T=50, net=ddpm.Net("mlp", (8,)))
-    assert Denoise().options(cfg)["spacing"] is None and Denoise(spacing="karras").options(cfg)["spacing"] == "karras"
-    assert Denoise(spacing="paper", steps=10).options(cfg)["steps"] == 10
+    assert DiffusionOptions().options(cfg)["spacing"] is None and DiffusionOptions(spacing="karras").options(cfg)["spacing"] == "karras"
+    assert DiffusionOptions(spacing="paper", steps=10).options(cfg)["steps"] == 10
     with pytest.raises(train.Refused, match="--diffusion.spacing paper needs --diffusion.steps that divide 50"):
-        Denoise(spacing="paper", steps=7).options(cfg)
+        DiffusionOptions(spacing="paper", steps=7).options(cfg)
 
 
 # -------------------------------------------------------------------------------------------------------- the samplers

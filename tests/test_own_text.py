@@ -473,7 +473,8 @@ def test_chinese_works_through_to_the_figure(own, tmp_path):
 
 def test_a_run_is_scored_again_with_the_tokenizer_that_it_keeps(own, tmp_path):
     """Its file may be gone, and a vocabulary of pairs is not learnt a second time."""
-    from aigc_jax import __main__, train, transformer
+    from aigc_jax import train, transformer
+    from aigc_jax.commands import runs
     from aigc_jax.train import folder as folders
 
     file = tmp_path / "mine.json"
@@ -487,7 +488,7 @@ def test_a_run_is_scored_again_with_the_tokenizer_that_it_keeps(own, tmp_path):
     folders.write(tmp_path, record, training.info)
     file.unlink()
     for which, source in (("data", training), ("valid", valid)):
-        assert __main__._source(tmp_path, which, None).info.fingerprint == source.info.fingerprint
+        assert runs._source(tmp_path, which, None).info.fingerprint == source.info.fingerprint
 
 
 @pytest.mark.soak

@@ -439,13 +439,13 @@ def test_text_is_written_to_the_terminal(run_folder):
 
 
 def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_folder, capsys):
-    from aigc_jax import __main__
+    from aigc_jax.commands import sample
 
     result = train.load(run_folder)
     tokenizer = Tokenizer(result.info.tokenizer)
 
     def write(result=result, **how):
-        __main__._continue(result, __main__.Continue(temperature=0.0, **how), 1, 0)
+        sample.write_text(result, sample.TextOptions(temperature=0.0, **how), 1, 0)
         return capsys.readouterr().out.removesuffix("\n")
 
     free = write(prompt="the")
@@ -461,12 +461,12 @@ def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_fold
 
 
 def test_a_vocabulary_without_line_breaks_has_a_default_prompt():
-    from aigc_jax.__main__ import Continue, _prompt
+    from aigc_jax.commands.sample import TextOptions, encode_prompt
 
-    assert _prompt(Tokenizer.characters("ab"), Continue.prompt).tolist() == [0]
-    assert _prompt(Tokenizer.characters("a\n"), Continue.prompt).tolist() == [0]
+    assert encode_prompt(Tokenizer.characters("ab"), TextOptions.prompt).tolist() == [0]
+    assert encode_prompt(Tokenizer.characters("a\n"), TextOptions.prompt).tolist() == [0]
     with pytest.raises(ValueError, match="the vocabulary has no 'z'"):
-        _prompt(Tokenizer.characters("ab"), "z")
+        encode_prompt(Tokenizer.characters("ab"), "z")
 
 
 def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):

@@ -1,0 +1,1 @@
+"""The commands of `python -m aigc_jax`: sample, evaluate, export, info, replay, compare."""

@@ -1,0 +1,358 @@
+"""`python -m aigc_jax sample`: pictures, points, music or text from a run."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from .. import ddpm, figures, train, transformer
+from ..data import music
+from ..data.text import Tokenizer
+from ..train import folder as folders
+from .shared import Folder, Place, Trust, check_seed, load_run
+
+MOST_BYTES = 2**30  # of samples in float32, which are held in memory until all are drawn
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a language model writes."""
+
+    prompt: str = "\n"
+    new: int = 256  # tokens to write; fewer if the context ends before
+    temperature: float = 1.0  # 0: always the most likely token
+    top_k: int = 0  # draw from the k most likely tokens; 0: all
+    top_p: float = 1.0  # draw from the smallest set of tokens with this probability
+    min_p: float = 0.0  # least probability of a token, as a share of the largest
+    repetition: float = 1.0  # penalty of tokens that occurred before; 1: none
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens occurs twice; 0: allowed
+    stop: str = ""  # one token that ends the text; by default the model's own end, not shown
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """How a diffusion model goes from noise to samples."""
+
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] = "ddpm"
+    steps: int = 0  # 0: all of the model's
+    eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
+    w: float = 0.0  # guidance weight of the paper; 0: no guidance
+    # which steps are visited; by default uniform, for dpm_solver and heun log_snr
+    spacing: Literal["uniform", "paper", "quadratic", "log_snr", "karras"] | None = None
+
+    def options(self, cfg: ddpm.Config) -> dict:
+        """What the family's `sample` takes; raises Refused for what this model cannot do."""
+        if not 0 <= self.steps <= cfg.T:
+            raise train.Refused(
+                f"--diffusion.steps must lie in 0..{cfg.T}, the model's, got {self.steps}"
+            )
+        if self.eta and self.sampler != "ddim":
+            raise train.Refused(f"--diffusion.eta is of the sampler ddim, not of {self.sampler}")
+        if not 0 <= self.eta <= 1:
+            raise train.Refused(f"--diffusion.eta must lie in 0..1, got {self.eta}")
+        if self.spacing == "paper" and cfg.T % (self.steps or cfg.T):
+            raise train.Refused(
+                f"--diffusion.spacing paper needs --diffusion.steps that divide {cfg.T}, "
+                f"the model's, got {self.steps}: use uniform"
+            )
+        if self.w and not (cfg.classes and cfg.unlabelled):
+            raise train.Refused(
+                "--diffusion.w guides a model that was trained with labels and without: "
+                "this one was not"
+            )
+        return asdict(self)
+
+
+def sample(
+    run_folder: Folder,
+    /,
+    *,
+    out: Place | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    chunk: int = 256,
+    label: int | None = None,
+    text: TextOptions = TextOptions(),
+    diffusion: DiffusionOptions = DiffusionOptions(),
+    trust: Trust = (),
+) -> None:
+    """Draws n samples from a run: pictures, points, music or text. Text appears as it is written.
+
+    Args:
+        run_folder: what a training run wrote.
+        out: a .png file (all pictures on one sheet, or a map of points), .npy (the numbers), .mid
+            (music) or .txt (text). Or a new folder: it gets one file per sample, and `compare`
+            reads it. By default pictures go to RUN_FOLDER/samples.png and one by one to
+            RUN_FOLDER/samples, and text to the terminal.
+        n: how many; by default 64, of text and music 1.
+        seed: of the samples, not of the run.
+        chunk: how many at once; the samples depend on it.
+        label: the class of all samples, for a conditional model; by default the classes in turn.
+        text: of a language model.
+        diffusion: of a diffusion model.
+        trust: a module of your own that made the run and may be imported; can be given repeatedly.
+    """
+    check_seed(seed)
+    if (n is not None and n < 1) or chunk < 1:
+        raise train.Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
+    result = load_run(run_folder, trust)
+    kind, suffix = result.info.kind, out.suffix.lower() if out else ""
+    if kind == "text" and label is not None:
+        raise train.Refused(f"{run_folder} writes text: it takes no --label")
+    if kind == "text" and (out is None or suffix == ".txt"):
+        return _text_to(result, out, text, 1 if n is None else n, seed)
+    n = n or (1 if kind == "roll" else 64)
+    options = _options(run_folder, result, n, label, text, diffusion)
+    shape = _shape(result, options)
+    if n > (most := max(1, MOST_BYTES // (4 * math.prod(shape)))):
+        raise train.Refused(f"n must lie in 1..{most} (1 GiB of samples), got {n}")
+    forms = _forms(kind, shape)
+    also = (".txt",) if kind == "text" and result.info.tokenizer else ()
+    places = _places(run_folder, (*also, *forms), kind, out)
+    key = jax.random.split(jax.random.key(seed), 4)[3]
+    samples = train.sample(result, key, n=n, chunk=chunk, **options)
+    if bad := int((~np.isfinite(samples.reshape(n, -1))).any(1).sum()):
+        raise train.Refused(
+            f"{bad} of {n} samples hold values that are not finite: nothing was written"
+        )
+    step = int(result.state.step)
+    for place in places:
+        with _replacing(place) as new:
+            if place.suffix.lower() in forms:
+                _write_all(new, place.suffix.lower(), samples, f"{run_folder}, step {step}")
+            else:
+                _write_each(new, forms[0] if kind == "image" else ".npy", samples)
+    best = folders.read(run_folder)["run"].get("best")
+    chosen = f" (lowest {best} of those kept)" if best else ""
+    where = " and, one by one, ".join(str(place) for place in places)
+    print(f"wrote {n} samples of step {step}{chosen} to {where}")
+
+
+def _options(run_folder, result: train.Result, n: int, label, text, diffusion) -> dict:
+    """What the family's `sample` takes; raises Refused for options of another family."""
+    config = result.config
+    is_diffusion = isinstance(config, ddpm.Config)
+    if diffusion != DiffusionOptions() and not is_diffusion:
+        raise train.Refused(f"{run_folder} holds no diffusion model: --diffusion.* is for these")
+    if text != TextOptions():
+        kind = result.info.kind
+        raise train.Refused(
+            f"{run_folder} makes {kind}: --text.* is for language models that write text"
+        )
+    options = diffusion.options(config) if is_diffusion else {}
+    classes = getattr(config, "classes", 0)
+    if label is not None:
+        if not classes:
+            raise train.Refused(f"{run_folder}: the model takes no labels")
+        if not 0 <= label < classes:
+            raise train.Refused(f"{run_folder}: labels lie in 0..{classes - 1}, got {label}")
+        options["label"] = np.full(n, label)
+    elif classes:  # the model itself would begin with class 0 in every chunk
+        options["label"] = np.arange(n) % classes
+    return options
+
+
+def _shape(result: train.Result, options: dict) -> tuple[int, ...]:
+    """The shape of one sample, without drawing any; raises Refused if samples are no array."""
+    one = {name: x[:1] if np.ndim(x) else x for name, x in options.items()}
+    draw = partial(result.family.sample, n=1, **one)
+    made = jax.eval_shape(draw, result.state, jax.random.key(0))
+    if not isinstance(made, jax.ShapeDtypeStruct) or made.shape[:1] != (1,):
+        raise train.Refused(
+            f"{result.folder}: its samples are no array with one row per sample; use train.sample"
+        )
+    return made.shape[1:]
+
+
+def _forms(kind: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The file endings for samples of this shape; first the one to look at or listen to."""
+    picture = kind == "image" and len(shape) == 3 and shape[-1] in (1, 3)
+    if picture or (kind == "points" and shape == (2,)):
+        return ".png", ".npy"
+    if kind == "roll" and len(shape) == 2 and shape[-1] <= 128 - music.LOWEST:
+        return ".mid", ".npy"
+    return (".npy",)
+
+
+def _places(run_folder: Path, forms: tuple[str, ...], kind: str, out: Path | None) -> list[Path]:
+    """The files and folders to write; raises Refused before any sample is drawn."""
+    if out is None:
+        return _default_places(run_folder, forms, kind)
+    takes = f"a {' or '.join(forms)} file or a folder (a name without an ending)"
+    if out.suffix and not out.is_dir() and out.suffix.lower() not in forms:
+        raise train.Refused(f"{run_folder} makes {kind}: --out must name {takes}, got {out}")
+    if not out.parent.is_dir():
+        raise train.Refused(f"--out must name a file or folder in a folder that exists, got {out}")
+    if out.is_dir() and any(out.iterdir()):
+        raise train.Refused(
+            f"{out} holds other files: --out must name {takes} that is new or empty"
+        )
+    if not out.suffix and out.exists() and not out.is_dir():
+        raise train.Refused(f"{out} is a file: --out must name {takes}")
+    return [out.resolve() if out.is_dir() else out]
+
+
+def _default_places(run_folder: Path, forms: tuple[str, ...], kind: str) -> list[Path]:
+    singles = run_folder / "samples"
+    if kind != "image" or forms[0] != ".png":
+        return [run_folder / f"samples{forms[0]}"]
+    if singles.is_dir() and any(
+        not re.fullmatch(r"\d+\.png", path.name) for path in singles.iterdir()
+    ):
+        raise train.Refused(
+            f"{singles} holds other files than earlier samples: say with --out where to write"
+        )
+    return [run_folder / "samples.png", singles]
+
+
+@contextlib.contextmanager
+def _replacing(place: Path) -> Iterator[Path]:
+    """A path beside `place` to write to. Once it is whole it replaces `place`; else it vanishes."""
+    new = place.with_name(f".{place.name}.new{os.getpid()}")
+    try:
+        yield new
+        if new.is_dir() and place.is_dir():
+            shutil.rmtree(place)  # it holds nothing, or earlier samples
+        new.replace(place)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
+
+
+def _write_all(file: Path, form: str, samples: np.ndarray, caption: str) -> None:
+    """Writes all samples into one file."""
+    if form == ".npy":
+        with open(file, "wb") as opened:
+            np.save(opened, samples)
+    elif form == ".mid":
+        music.write_midi(file, music.joined(samples))
+    elif samples.ndim == 4:
+        figures.save_images(file, samples)
+    else:
+        fig, ((ax,),) = figures.figure(1, 1, size=(5, 5))
+        figures.points(ax, samples, title=f"{len(samples)} samples")
+        figures.save(fig, file, caption, kind="png")
+
+
+def _write_each(folder: Path, form: str, samples: np.ndarray) -> None:
+    """Writes one file per sample, 00000.png or 00000.npy, into a new folder."""
+    folder.mkdir()
+    for i, sample in enumerate(samples):
+        file = folder / f"{i:05}{form}"
+        figures.save_image(file, sample) if form == ".png" else np.save(file, sample)
+
+
+def _text_to(result: train.Result, out: Path | None, text: TextOptions, n: int, seed: int) -> None:
+    """Writes n continuations of a prompt to the terminal or to a file."""
+    if out is None:
+        return write_text(result, text, n, seed)
+    [place] = _places(result.folder, (".txt",), "text", out)
+    with (
+        _replacing(place) as new,
+        open(new, "x", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+    ):
+        write_text(result, text, n, seed)
+    print(f"wrote {n} texts of step {int(result.state.step)} to {place}")
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The prompt's tokens. The default prompt is the first token if there is no line break."""
+    try:
+        return tokenizer.encode(text)
+    except ValueError:
+        if text != TextOptions.prompt:
+            raise
+        return np.zeros(1, np.int32)
+
+
+def write_text(result: train.Result, options: TextOptions, n: int, seed: int) -> None:
+    """Prints n continuations of a prompt, one after another, each token once it is drawn."""
+    if not result.info.tokenizer:
+        raise train.Refused(
+            f"{result.folder} was trained on tokens without a tokenizer: use transformer.generate"
+        )
+    cfg, tokenizer = result.config, Tokenizer(result.info.tokenizer)
+    prompt, stop = encode_prompt(tokenizer, options.prompt), tokenizer.encode(options.stop)
+    _check_text(cfg, options, n, prompt, stop)
+    keys = jax.random.split(jax.random.split(jax.random.key(seed), 4)[3], n)
+    new = min(options.new, max(1, cfg.context - len(prompt)))  # the last token needs no position
+    tokens_of = _token_stream(result, options, tokenizer, prompt, new)
+    ends = () if options.stop else cfg.eos or ()  # the model's own end is not shown
+    for i in range(n):
+        if n > 1:
+            print(f"--- {i + 1} of {n}", flush=True)
+        tokens = prompt.tolist()
+        print(shown := tokenizer.decode(tokens), end="", flush=True)
+        for token in tokens_of(keys[i]):
+            if token in ends:
+                break
+            tokens.append(token)
+            text = tokenizer.decode(tokens)
+            if not text.endswith("\ufffd"):  # else bytes of the last character are still missing
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+            if token in stop:
+                break
+        print()
+
+
+def _check_text(cfg, options: TextOptions, n: int, prompt, stop) -> None:
+    """Raises Refused for options that this language model cannot take."""
+    if n < 1 or options.new < 1:
+        raise train.Refused(f"n and text.new must be at least 1, got {n} and {options.new}")
+    if len(stop) > 1:
+        raise train.Refused(f"text.stop must be one token, {options.stop!r} is {len(stop)}")
+    if not 1 <= len(prompt) <= cfg.context:
+        raise train.Refused(f"the prompt has {len(prompt)} tokens; it must have 1 to {cfg.context}")
+    if (size := options.no_repeat_ngram_size) < 0:
+        raise train.Refused(f"text.no_repeat_ngram_size must be at least 0, got {size}")
+
+
+def _token_stream(result: train.Result, options: TextOptions, tokenizer, prompt, new: int):
+    """Returns f(key), which yields `new` tokens after the prompt, each when it is drawn."""
+    cfg, state = result.config, result.state
+    params = state.params if state.ema is None else state.ema
+    sampling = transformer.Sampling(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition
+    )
+    total = len(prompt) + new
+    ngram = options.no_repeat_ngram_size if options.no_repeat_ngram_size < total else 0
+    begin = max(0, ngram - 1) + len(prompt)  # where the new tokens begin in `written`
+    prefill = jax.jit(partial(transformer.prefill, cfg, slots=total))
+    decode = jax.jit(partial(transformer.decode, cfg), donate_argnums=2)
+
+    @jax.jit
+    def draw(logits, used, written, at, key, sampling):
+        logits = transformer.penalise(logits, used, sampling.repetition)
+        logits = transformer.ban_repeats(logits, written, at, ngram)
+        # A vocabulary that was rounded up has numbers that are no tokens.
+        logits = logits.at[:, tokenizer.size :].set(-jax.numpy.inf)
+        return transformer.draw(logits, key, sampling)
+
+    def tokens(key):
+        logits, cache = prefill(params, prompt[None])
+        used = np.isin(np.arange(cfg.vocab), prompt)[None]
+        written = np.full((1, begin + new), -1, np.int32)
+        written[0, begin - len(prompt) : begin] = prompt
+        for j in range(new):
+            step_key = jax.random.fold_in(key, j)
+            [token] = map(int, draw(logits, used, written, begin + j, step_key, sampling))
+            yield token
+            used[0, token], written[0, begin + j] = True, token
+            if j + 1 < new:
+                logits, cache = decode(params, jax.numpy.array([token], jax.numpy.int32), cache)
+
+    return tokens
