@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from aigc_jax import __main__ as commands
+from aigc_jax import data, ddpm, figures, gan, metrics, train, transformer, vae
 from aigc_jax.commands import compare as compare_command
 from aigc_jax.commands import sample as sample_command
-from aigc_jax import data, ddpm, figures, gan, metrics, train, transformer, vae
 from aigc_jax.core import Optim
 from aigc_jax.data import music, prepare
 from aigc_jax.data.text import Tokenizer

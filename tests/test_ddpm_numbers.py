@@ -134,7 +134,8 @@ def test_a_family_takes_its_samplers_spacing():
 
 def test_the_command_line_passes_spacing_on_and_refuses_what_does_not_divide():
     cfg = ddpm.Config(shape=(2,), T=50, net=ddpm.Net("mlp", (8,)))
-    assert DiffusionOptions().options(cfg)["spacing"] is None and DiffusionOptions(spacing="karras").options(cfg)["spacing"] == "karras"
+    assert DiffusionOptions().options(cfg)["spacing"] is None
+    assert DiffusionOptions(spacing="karras").options(cfg)["spacing"] == "karras"
     assert DiffusionOptions(spacing="paper", steps=10).options(cfg)["steps"] == 10
     with pytest.raises(train.Refused, match="--diffusion.spacing paper needs --diffusion.steps that divide 50"):
         DiffusionOptions(spacing="paper", steps=7).options(cfg)
