@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -324,8 +325,11 @@ def test_interrupts_at_random_moments_of_a_start(tmp_path):
             code, _, err = finish(process)
         finally:
             trainee.end([process])
-        last = (err.strip().splitlines() or [""])[-1]
-        assert "Traceback" not in err and len(err.strip().splitlines()) <= 3, err
+        # Beside the lines of a run that goes well there is at most one.
+        normal = r"step \d+/|.* (continuing|complete) at step "
+        lines = [line for line in err.strip().splitlines() if not re.match(normal, line)]
+        assert "Traceback" not in err and len(lines) <= 1, err
+        last = (lines or [""])[-1]
         outcomes.setdefault((code, last.split(":")[0].split(" at ")[0]), []).append(last)
     print({kind: len(lines) for kind, lines in outcomes.items()})
     assert {code for code, _ in outcomes} <= {0, 1, 130}

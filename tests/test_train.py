@@ -98,7 +98,7 @@ def test_the_batch_lies_on_eight_devices_an_eighth_each():
     assert len(sharding.device_set) == 8
     assert sharding.shard_shape((16, 8, 8, 1)) == (2, 8, 8, 1)
     feed = engine.Feed(DIGITS, engine.mesh_of(8))
-    rows = feed.place(feed.host(0, 0, 16, 1))
+    rows = feed.place(feed.from_host(0, 0, 16, 1))
     for d, shard in enumerate(rows.addressable_shards):  # device d has the contiguous rows d*b .. (d+1)*b
         np.testing.assert_array_equal(shard.data, data.order(1437, 0, 0, 16)[2 * d : 2 * d + 2])
 
