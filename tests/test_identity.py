@@ -367,7 +367,7 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path, text):
         ("latent_dim", 10**20, "latent_dim has no such large values"),
         ("beta", "1", "beta must be float, got '1'"),
         ("bfloat16", 1, "bfloat16 must be bool, got 1"),
-        ("activation", None, "activation must be str, got None"),
+        ("activation", None, "activation must be one of tanh, relu, softplus, got None"),
         ("sigma", [1.0], "sigma must be float or NoneType, got"),
         ("hidden", 4, "hidden must be tuple"),
         ("hidden", [4, "5"], r"hidden\[1\] must be int, got '5'"),

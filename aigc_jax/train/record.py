@@ -118,6 +118,13 @@ def _members(kind) -> tuple:
     return (kind,)
 
 
+def _in_words(kind) -> str:
+    """Returns the name of a type, or the values that a Literal allows."""
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return getattr(kind, "__name__", str(kind))
+
+
 _PLAIN = {bool: bool, int: int, float: int | float, str: str, type(None): type(None), dict: dict}
 
 
@@ -133,7 +140,7 @@ def value_of(kind, value, at: str, find=None):
         return find(value, members, at)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise TypeError(f"{at} has no such large values, got {short(value)}")
-    allowed = " or ".join(getattr(member, "__name__", str(member)) for member in members)
+    allowed = " or ".join(map(_in_words, members))
     wrong = TypeError(f"{at} must be {allowed}, got {short(value)}")
     for member in members:
         origin, args = typing.get_origin(member) or member, typing.get_args(member)

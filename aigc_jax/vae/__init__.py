@@ -1,9 +1,17 @@
-"""Variational autoencoders: Kingma & Welling 2014 ("AEVB" below), importance weighted (Burda, Grosse & Salakhutdinov
-2016, "IWAE"), with one stochastic layer or two, unconditional or given a label.
+"""Variational autoencoders (Kingma & Welling 2014, "AEVB" below).
 
-p(x, z) = p(x|z) N(z; 0, I), with a diagonal Gaussian q(z|x) from the encoder. With a second layer (IWAE, section 5)
-z = (z_1, z_2), p(x, z) = p(x|z_1) p(z_1|z_2) N(z_2; 0, I) and q(z|x) = q(z_1|x) q(z_2|z_1). Likelihoods and bounds are
-in nats, summed over all pixels, per example. Images are floats in [0, 1]; only `preprocess` sees whole-number pixels.
+The model is p(x, z) = p(x|z) N(z; 0, I). An encoder gives q(z|x), a diagonal Gaussian. Training
+maximises a lower bound of log p(x):
+
+    ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z))                              (AEVB eq. 3)
+    L_k  = E log (1/k) sum_i p(x, z_i) / q(z_i|x), z_i ~ q(z|x)              ("IWAE" eq. 8)
+
+IWAE is Burda, Grosse & Salakhutdinov 2016. With two stochastic layers (IWAE, section 5) z is
+(z_1, z_2), p(x, z) = p(x|z_1) p(z_1|z_2) N(z_2; 0, I) and q(z|x) = q(z_1|x) q(z_2|z_1). Encoder and
+decoder may take a label (Sohn et al. 2015).
+
+Likelihoods and bounds are in nats per example, summed over pixels. Images are floats in [0, 1].
+Only `preprocess` takes whole-number pixels.
 
     family = make(Config(shape=(8, 8, 1), levels=17))
     state = family.init(key)
@@ -13,19 +21,36 @@ in nats, summed over all pixels, per example. Images are floats in [0, 1]; only 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Key
 
-from ..core import EMA, Family, Optim, Optimizer, State, floats, labels, make_step, one_hot, pixels, start
-from ..nn import pixel_shuffle
-from .likelihoods import bits_per_dim, gaussian_kl, log_likelihood, log_logistic, log_normal, mean_image
+from ..core import EMA, Family, State, labels, make_step, pixels, start
+from .config import Config
+from .likelihoods import (
+    bits_per_dim,
+    gaussian_kl,
+    log_likelihood,
+    log_logistic,
+    log_normal,
+    mean_image,
+)
+from .nets import (
+    Decoder,
+    Encoder,
+    Gaussian,
+    ImageLike,
+    Label,
+    Params,
+    check_images,
+    decode,
+    decode_upper,
+    encode,
+    encode_upper,
+    init,
+)
 
 __all__ = [
     "Config",
@@ -55,210 +80,25 @@ __all__ = [
     "mean_image",
     "preprocess",
     "reconstruct",
+    "sample_posterior",
 ]
 
-Params = dict[str, Any]  # {"encoder": ..., "decoder": ...}, of two layers also "upper_encoder", "upper_decoder"
 Image = Float[Array, "B H W C"]
-Given = Shaped[Array | np.ndarray, "B H W C"]  # floats in [0, 1], or bool; `_images` checks them
-Latent = Float[Array, "B Z"]
-Draws = tuple[Float[Array, "k B _"], ...]  # (z_1,) or (z_1, z_2): k draws for each of B images
-Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
+Latents = tuple[Float[Array, "k B _"], ...]  # (z_1,) or (z_1, z_2): k samples for each of B images
 Nats = Float[Array, "B"]
 
-_ACTIVATIONS = {"tanh": nn.tanh, "relu": nn.relu, "softplus": nn.softplus}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Defaults: the MNIST network of AEVB, section 5 (its 500 hidden units; our initialisation is Flax's own)."""
-
-    shape: tuple[int, int, int] = (28, 28, 1)  # H, W, C
-    levels: int = 256  # pixels are whole numbers in 0..levels-1
-    classes: int = 0  # encoder and decoder are given a label in 0..classes-1 (Sohn et al. 2015); 0: unconditional
-    latent_dim: int = 20  # N_z
-    channels: tuple[int, ...] = ()  # convolutions before the dense layers, each halves H and W; (): none
-    hidden: tuple[int, ...] = (500,)  # dense widths of the encoder, in reverse those of the decoder; (): both linear
-    upper_dim: int = 0  # latents of a second stochastic layer above the first (IWAE); 0: none
-    upper_hidden: tuple[int, ...] = (100, 100)  # widths between the two layers, in both directions
-    activation: str = "tanh"  # tanh | relu | softplus
-    likelihood: str = "bernoulli"  # bernoulli, also for grey-level targets | gaussian | logistic (discretised)
-    sigma: float | None = None  # gaussian: a fixed standard deviation in [0, 1] pixel units; None: learned, a pixel
-    binarisation: str = "none"  # none | static: one draw an image, for ever | dynamic: a new draw every time
-    objective: str = "elbo"  # elbo | iwae | dreg: iwae with the doubly reparameterised gradient
-    k: int = 1  # draws of z an image in training
-    beta: float = 1.0  # weight of log q(z|x) - log p(z) in the training loss only; 1: the bound
-    kl_warmup: int = 0  # updates over which that weight rises from 0 (Sonderby et al. 2016); 0: none
-    bfloat16: bool = False  # products and convolutions in bfloat16; parameters, likelihoods, optimizer stay float32
-    ema: float = 0.0  # decay of the parameter average; 0: none
-    micro: int = 1  # micro-batches a step
-    optim: Optimizer = Optim()
-
-    def __post_init__(self):
-        if len(self.shape) != 3 or min(self.shape) < 1:
-            raise ValueError(f"model.shape must be three positive numbers (H, W, C), got {self.shape}")
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"model.levels must lie in 2..256, got {self.levels}")
-        lowest = {"latent_dim": 1, "micro": 1, "k": 1, "classes": 0, "upper_dim": 0, "kl_warmup": 0}
-        for field, low in lowest.items():
-            if getattr(self, field) < low:
-                raise ValueError(f"model.{field} must be at least {low}, got {getattr(self, field)}")
-        for field in ("channels", "hidden", "upper_hidden"):
-            if any(width < 1 for width in getattr(self, field)):
-                raise ValueError(f"model.{field} must hold positive widths, got {getattr(self, field)}")
-        if any(side % 2 ** len(self.channels) for side in self.shape[:2]):
-            raise ValueError(f"model.channels {self.channels} halve H and W {len(self.channels)} times, which "
-                             f"{self.shape[0]} x {self.shape[1]} pixels do not allow")  # fmt: skip
-        choices = {
-            "activation": tuple(_ACTIVATIONS),
-            "likelihood": ("bernoulli", "gaussian", "logistic"),
-            "binarisation": ("none", "static", "dynamic"),
-            "objective": ("elbo", "iwae", "dreg"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"model.{field} must be one of {', '.join(allowed)}, not {getattr(self, field)!r}")
-        if self.likelihood != "bernoulli" and self.binarisation != "none":
-            raise ValueError(
-                f"model.binarisation makes images of zeros and ones: likelihood {self.likelihood} needs none"
-            )
-        if self.sigma is not None and not (self.sigma > 0 and self.likelihood == "gaussian"):
-            raise ValueError(f"model.sigma must be positive, and is for likelihood gaussian only, got {self.sigma}")
-        if not self.beta >= 0:
-            raise ValueError(f"model.beta must not be negative, got {self.beta}")
-        EMA(self.ema)
-
-    def check(self, info) -> None:
-        """Refuses data (a `data.Info`) that this model cannot take, before anything compiles."""
-        if info.kind != "image":
-            raise ValueError(f"a VAE takes images, this data set holds {info.kind}")
-        if tuple(info.shape) != tuple(self.shape):
-            raise ValueError(f"model.shape is {tuple(self.shape)}, the images are {tuple(info.shape)}")
-        if info.levels != self.levels:
-            raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
-        if self.classes and info.classes is None:
-            raise ValueError(f"model.classes is {self.classes}, but the images have no labels")
-        if self.classes and info.classes != self.classes:
-            raise ValueError(f"model.classes is {self.classes}, the images have {info.classes} classes")
-        if self.binarisation == "static" and info.examples is None:
-            raise ValueError("static binarisation draws once an image, so it needs a finite data set")
-
-
-# --------------------------------------------------------------------------------------------------------- the modules
-
-
-def _dtype(cfg: Config):
-    return jnp.bfloat16 if cfg.bfloat16 else None  # None: that of the parameters, float64 where a test wants it
-
-
-def _float32(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _images(cfg: Config, x):
-    """Images in [0, 1], checked, in at least float32; binarised ones may be bool. A gaussian has a density anywhere."""
-    within = None if cfg.likelihood == "gaussian" else (0, 1)
-    return _float32(floats("image", _float32(x) if x.dtype == bool else x, within=within))
-
-
-class Gaussian(nn.Module):
-    """A diagonal Gaussian given a vector: [..., D] -> mu, logvar, each [..., dim] (AEVB appendix C.2, one head)."""
-
-    cfg: Config
-    dim: int
-    hidden: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, h):
-        for width in self.hidden:
-            h = _ACTIVATIONS[self.cfg.activation](nn.Dense(width, dtype=_dtype(self.cfg))(h))
-        mu, logvar = jnp.split(_float32(nn.Dense(2 * self.dim, dtype=_dtype(self.cfg))(h)), 2, axis=-1)
-        return mu, jnp.clip(logvar, -30.0, 20.0)  # not in the paper: beyond these exp leaves float32
-
-
-class Encoder(nn.Module):
-    """q(z_1|x): [..., H, W, C] and one-hot labels [..., classes] -> mu, logvar, each [..., Z]."""
-
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, x, y):
-        cfg = self.cfg
-        for width in cfg.channels:
-            x = _ACTIVATIONS[cfg.activation](nn.Conv(width, (3, 3), strides=2, dtype=_dtype(cfg))(x))
-        h = jnp.concatenate([x.reshape(*x.shape[:-3], -1), y.astype(x.dtype)], -1)
-        return Gaussian(cfg, cfg.latent_dim, cfg.hidden)(h)
-
-
-class Decoder(nn.Module):
-    """p(x|z_1): [..., Z] and one-hot labels [..., classes] -> [..., H, W, D] (AEVB appendix C).
-
-    D = C: logits for bernoulli, means for a gaussian of fixed sigma. D = 2C: means and raw log scales.
-    """
-
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, z, y):
-        cfg, (height, width, depth) = self.cfg, self.cfg.shape
-        act, dtype = _ACTIVATIONS[cfg.activation], _dtype(cfg)
-        if cfg.likelihood == "logistic" or (cfg.likelihood == "gaussian" and cfg.sigma is None):
-            depth *= 2
-        h = jnp.concatenate([z, y.astype(z.dtype)], -1)
-        for features in reversed(cfg.hidden):
-            h = act(nn.Dense(features, dtype=dtype)(h))
-        halvings = len(cfg.channels)
-        height, width = height >> halvings, width >> halvings
-        first = cfg.channels[-1] if cfg.channels else depth
-        h = nn.Dense(height * width * first, dtype=dtype)(h).reshape(*h.shape[:-1], height, width, first)
-        for features in (*reversed(cfg.channels[:-1]), depth) if cfg.channels else ():
-            h = pixel_shuffle(nn.Conv(4 * features, (3, 3), dtype=dtype)(act(h)))
-        return _float32(h)
-
-
-def encode(cfg: Config, params: Params, x: Given, label: Label = None) -> tuple[Latent, Latent]:
-    """mu and logvar of q(z_1|x), for images in [0, 1]. Raises ValueError for whole-number pixels, and, where they are
-    not traced, for others."""
-    x = _images(cfg, x)
-    return Encoder(cfg).apply(params["encoder"], x, one_hot(label, cfg.classes, x.shape[:-3]))
-
-
-def decode(cfg: Config, params: Params, z: Float[Array, "... Z"], label=None) -> Float[Array, "... H W D"]:
-    """What `log_likelihood` and `mean_image` take: logits, means, or means and log scales of p(x|z_1).
-
-    For any leading axes; label [...] has the last of them (B of z [k, B, Z]).
-    """
-    y = one_hot(label, cfg.classes, z.shape[:-1])
-    if not cfg.channels or z.ndim < 3:
-        return Decoder(cfg).apply(params["decoder"], z, y)
-    # Convolutions take one axis of rows: with the images outermost a mesh can leave each on its device.
-    decoded = Decoder(cfg).apply(params["decoder"], jnp.moveaxis(z, -2, 0), jnp.moveaxis(y, -2, 0))
-    return jnp.moveaxis(decoded, 0, -4)
-
-
-def _upper(cfg: Config) -> tuple[Gaussian, Gaussian]:
-    """q(z_2|z_1) and p(z_1|z_2)."""
-    return Gaussian(cfg, cfg.upper_dim, cfg.upper_hidden), Gaussian(cfg, cfg.latent_dim, cfg.upper_hidden[::-1])
-
-
-def encode_upper(cfg: Config, params: Params, z_1: Float[Array, "... Z"]):
-    """mu and logvar of q(z_2|z_1)."""
-    return _upper(cfg)[0].apply(params["upper_encoder"], z_1)
-
-
-def decode_upper(cfg: Config, params: Params, z_2: Float[Array, "... Z"]):
-    """mu and logvar of p(z_1|z_2)."""
-    return _upper(cfg)[1].apply(params["upper_decoder"], z_2)
-
-
-# ---------------------------------------------------------------------------------------------------------- the bounds
+# ---------------------------------------------------------------------------- data and samples of z
 
 
 def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
-    """Pixels 0..levels-1 to floats in [0, 1], binarised as the config says. Once, before any chunking.
+    """Returns a batch's pixels 0..levels-1 as floats in [0, 1], binarised as the config says.
 
-    static: image i of the set (`batch["index"]`, counted within the split that was loaded) keeps one Bernoulli draw in
-        every epoch and every run.
-    dynamic: a new draw every call (IWAE, section 5.1).
+    A binarised pixel is 1 with its grey level as probability.
+
+    static: each image has one binarisation, the same in all epochs and runs. It depends on
+        `batch["index"]`, the image's number within the loaded split.
+    dynamic: each call binarises anew (IWAE, section 5.1). Call it once per bound, also where the
+        samples of z come in chunks.
 
     Raises ValueError for pixels that are floats, or beyond levels - 1.
     """
@@ -267,71 +107,108 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
         return x
     if cfg.binarisation == "dynamic":
         u = jax.random.uniform(key, x.shape, jnp.float32)
-    else:
-        own = jax.random.key(0x57A71C)  # of no run: key(0) is what seed 0 splits
-        u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(own, i), x.shape[1:], jnp.float32))(batch["index"])
-    return (u < x).astype(jnp.float32)
+        return (u < x).astype(jnp.float32)
+    fixed_key = jax.random.key(0x57A71C)  # a number that is hardly the seed of a run
+
+    def uniform_of(index):
+        return jax.random.uniform(jax.random.fold_in(fixed_key, index), x.shape[1:], jnp.float32)
+
+    return (jax.vmap(uniform_of)(batch["index"]) < x).astype(jnp.float32)
 
 
-def _normal(mu, logvar, key, shape):
+def _sample_normal(mu, logvar, key, shape):
+    """Samples N(mu, exp(logvar)), reparameterised (AEVB, section 2.4)."""
     return mu + jnp.exp(0.5 * logvar) * jax.random.normal(key, shape, mu.dtype)
 
 
-def draw(cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, label: Label = None) -> Draws:
-    """k reparameterised draws of z ~ q(z|x) for each image: (z_1,), or (z_1, z_2) of two layers."""
+def sample_posterior(
+    cfg: Config, params: Params, x: ImageLike, key: Key[Array, ""], *, k: int, label: Label = None
+) -> Latents:
+    """Samples k times z ~ q(z|x) for each image, reparameterised.
+
+    Returns (z_1,), or (z_1, z_2) for two layers, each [k, B, Z].
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     k_1, k_2 = jax.random.split(key) if cfg.upper_dim else (key, None)
     mu, logvar = encode(cfg, params, x, label)
-    z_1 = _normal(mu[None], logvar[None], k_1, (k, *mu.shape))
+    z_1 = _sample_normal(mu[None], logvar[None], k_1, (k, *mu.shape))
     if not cfg.upper_dim:
         return (z_1,)
     mu, logvar = encode_upper(cfg, params, z_1)
-    return z_1, _normal(mu, logvar, k_2, mu.shape)
+    return z_1, _sample_normal(mu, logvar, k_2, mu.shape)
 
 
-def log_prior(cfg: Config, params: Params, z: Draws) -> Float[Array, "k B"]:
-    """log p(z) in nats."""
+draw = sample_posterior  # the former name
+
+
+# --------------------------------------------------------------------------------------- the bounds
+
+
+def log_prior(cfg: Config, params: Params, z: Latents) -> Float[Array, "k B"]:
+    """Returns log p(z) in nats."""
     log_p = log_normal(z[-1], 0.0, 0.0)
-    return log_p + log_normal(z[0], *decode_upper(cfg, params, z[1])) if cfg.upper_dim else log_p
+    if not cfg.upper_dim:
+        return log_p
+    return log_p + log_normal(z[0], *decode_upper(cfg, params, z[1]))
 
 
-def log_posterior(cfg: Config, params: Params, x: Given, z: Draws, label: Label = None) -> Float[Array, "k B"]:
-    """log q(z|x) in nats."""
-    log_q = log_normal(z[0], *(a[None] for a in encode(cfg, params, x, label)))
-    return log_q + log_normal(z[1], *encode_upper(cfg, params, z[0])) if cfg.upper_dim else log_q
+def log_posterior(
+    cfg: Config,
+    params: Params,
+    x: ImageLike,
+    z: Latents,
+    label: Label = None,
+) -> Float[Array, "k B"]:
+    """Returns log q(z|x) in nats."""
+    mu, logvar = encode(cfg, params, x, label)
+    log_q = log_normal(z[0], mu[None], logvar[None])
+    if not cfg.upper_dim:
+        return log_q
+    return log_q + log_normal(z[1], *encode_upper(cfg, params, z[0]))
 
 
-def _terms(cfg, params, blind, x, z, label):
-    """log p(x|z) and log p(z) - log q(z|x), each [k, B]; the density of q with parameters `blind`."""
-    likelihood = log_likelihood(cfg, x[None], decode(cfg, params, z[0], label))
-    return likelihood, log_prior(cfg, params, z) - log_posterior(cfg, blind, x, z, label)
+def _likelihood_and_ratio(cfg, params, q_params, x, z, label):
+    """Returns log p(x|z) and log p(z) - log q(z|x), each [k, B]; q has the parameters q_params."""
+    log_p_x = log_likelihood(cfg, x[None], decode(cfg, params, z[0], label))
+    return log_p_x, log_prior(cfg, params, z) - log_posterior(cfg, q_params, x, z, label)
 
 
 def log_weights(
-    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, label: Label = None
+    cfg: Config, params: Params, x: ImageLike, key: Key[Array, ""], *, k: int, label: Label = None
 ) -> Float[Array, "k B"]:
-    """log p(x, z_i) - log q(z_i|x) for k draws z_i ~ q(z|x), in nats (IWAE eq. 8).
+    """Returns log w_i = log p(x, z_i) - log q(z_i|x) in nats for k samples z_i ~ q(z|x).
 
-    Their mean is the ELBO, their log-mean-exp the bound L_k. k draws are in memory at once: see `iwae_bound`.
+    Their mean estimates the ELBO, their log-mean-exp the bound L_k (IWAE eq. 8). All k samples are
+    in memory at once; `iwae_bound` takes them in chunks.
     """
-    return sum(_terms(cfg, params, params, x, draw(cfg, params, x, key, k=k, label=label), label))
+    z = sample_posterior(cfg, params, x, key, k=k, label=label)
+    return sum(_likelihood_and_ratio(cfg, params, params, x, z, label))
 
 
 def elbo(
-    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int = 1, label: Label = None
+    cfg: Config,
+    params: Params,
+    x: ImageLike,
+    key: Key[Array, ""],
+    *,
+    k: int = 1,
+    label: Label = None,
 ) -> dict[str, Nats]:
-    """{"elbo", "reconstruction", "kl"} in nats, elbo = reconstruction - kl (AEVB eq. 7, 10), means over k draws of z.
+    """Returns {"elbo", "reconstruction", "kl"} in nats (AEVB eq. 7, 10). beta is not in it.
 
-    The KL term is exact for one layer; of two, KL(q(z_2|z_1) || p(z_2)) is, and the rest is over the draws. beta is
-    never inside.
+    elbo: reconstruction - kl
+    reconstruction: log p(x|z), a mean over k samples of z
+    kl: exact for one layer. For two layers KL(q(z_2|z_1) || p(z_2)) is exact, and the rest is a
+        mean over the samples.
     """
-    z = draw(cfg, params, x, key, k=k, label=label)
+    z = sample_posterior(cfg, params, x, key, k=k, label=label)
     reconstruction = log_likelihood(cfg, x[None], decode(cfg, params, z[0], label)).mean(0)
     mu, logvar = encode(cfg, params, x, label)
     if cfg.upper_dim:
-        kl = log_normal(z[0], mu[None], logvar[None]) - log_normal(z[0], *decode_upper(cfg, params, z[1]))
-        kl = (kl + gaussian_kl(*encode_upper(cfg, params, z[0]))).mean(0)
+        log_q = log_normal(z[0], mu[None], logvar[None])
+        kl_1 = log_q - log_normal(z[0], *decode_upper(cfg, params, z[1]))
+        kl = (kl_1 + gaussian_kl(*encode_upper(cfg, params, z[0]))).mean(0)
     else:
         kl = gaussian_kl(mu, logvar)
     return {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
@@ -342,187 +219,252 @@ def _log_mean_exp(log_w):
 
 
 def iwae_bound(
-    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, chunk: int | None = None, label: Label = None
+    cfg: Config,
+    params: Params,
+    x: ImageLike,
+    key: Key[Array, ""],
+    *,
+    k: int,
+    chunk: int | None = None,
+    label: Label = None,
 ) -> Nats:
-    """L_k = E log (1/k) sum_i w_i <= log p(x), in nats; it rises with k (IWAE eq. 8, theorem 1).
+    """Returns an estimate of L_k <= log p(x) in nats; L_k rises with k (IWAE eq. 8, theorem 1).
 
-    chunk: draws in memory at once, default k; chunk j uses fold_in(key, j), so the draws depend on it. Compile with
-        jax.jit(partial(iwae_bound, cfg, k=5000, chunk=100)).
+    chunk: number of samples in memory at once, by default k. Chunk j uses fold_in(key, j), so the
+        samples depend on it. Compile with jax.jit(partial(iwae_bound, cfg, k=5000, chunk=100)).
     """
-    x, chunk = _images(cfg, x), k if chunk is None else min(chunk, k)
+    x, chunk = check_images(cfg, x), k if chunk is None else min(chunk, k)
     if chunk < 1:
         raise ValueError(f"k and chunk must be at least 1, got k={k}, chunk={chunk}")
 
-    def one(total, j):
+    def add_chunk(total, j):
         log_w = log_weights(cfg, params, x, jax.random.fold_in(key, j), k=chunk, label=label)
-        counts = j * chunk + jnp.arange(chunk) < k  # the last chunk may reach beyond k
-        log_w = jnp.where(counts[:, None], log_w, -jnp.inf)
+        within_k = j * chunk + jnp.arange(chunk) < k  # the last chunk may have more samples
+        log_w = jnp.where(within_k[:, None], log_w, -jnp.inf)
         return jnp.logaddexp(total, jax.nn.logsumexp(log_w, 0)), None
 
-    total, _ = jax.lax.scan(one, jnp.full(x.shape[0], -jnp.inf, x.dtype), jnp.arange(-(-k // chunk)))
+    nothing = jnp.full(x.shape[0], -jnp.inf, x.dtype)
+    total, _ = jax.lax.scan(add_chunk, nothing, jnp.arange(-(-k // chunk)))
     return total - jnp.log(k).astype(x.dtype)
 
 
+# The doubly reparameterised gradient: `_dreg` returns L_k and log w for given z. The derivative
+# by z is weighted twice.
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _doubly(cfg, params, blind, x, z, label, beta):
-    return _doubly_forward(cfg, params, blind, x, z, label, beta)[0]
+def _dreg(cfg, params, q_params, x, z, label, beta):
+    return _dreg_forward(cfg, params, q_params, x, z, label, beta)[0]
 
 
-def _doubly_forward(cfg, params, blind, x, z, label, beta):
-    def weights(params, z):
-        likelihood, ratio = _terms(cfg, params, blind, x, z, label)
-        return likelihood + beta * ratio, likelihood + ratio
+def _dreg_forward(cfg, params, q_params, x, z, label, beta):
+    def log_weights_of(params, z):
+        log_p_x, log_ratio = _likelihood_and_ratio(cfg, params, q_params, x, z, label)
+        return log_p_x + beta * log_ratio, log_p_x + log_ratio
 
-    tempered, pull, log_w = jax.vjp(weights, params, z, has_aux=True)
-    return (_log_mean_exp(tempered), log_w), (jax.nn.softmax(tempered, 0), pull, blind, x, beta)
-
-
-def _doubly_backward(cfg, residuals, cotangents):
-    w, pull, blind, x, beta = residuals
-    params, z = pull(w * cotangents[0][None])
-    z = tuple((1 - beta + beta * w)[..., None] * slope for slope in z)  # for beta = 1 the second w of eq. 8
-    return params, jax.tree.map(jnp.zeros_like, blind), jnp.zeros_like(x), z, None, jnp.zeros_like(beta)
+    log_w_beta, vjp, log_w = jax.vjp(log_weights_of, params, z, has_aux=True)
+    w = jax.nn.softmax(log_w_beta, 0)
+    return (_log_mean_exp(log_w_beta), log_w), (w, vjp, q_params, x, beta)
 
 
-_doubly.defvjp(_doubly_forward, _doubly_backward)
+def _dreg_backward(cfg, residuals, cotangents):
+    w, vjp, q_params, x, beta = residuals
+    d_params, d_z = vjp(w * cotangents[0][None])
+    d_z = tuple((1 - beta + beta * w)[..., None] * d for d in d_z)  # beta = 1: w^2 of eq. 8
+    d_q_params = jax.tree.map(jnp.zeros_like, q_params)
+    return d_params, d_q_params, jnp.zeros_like(x), d_z, None, jnp.zeros_like(beta)
+
+
+_dreg.defvjp(_dreg_forward, _dreg_backward)
 
 
 def dreg_bound(
-    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int, label: Label = None, beta=1.0
+    cfg: Config,
+    params: Params,
+    x: ImageLike,
+    key: Key[Array, ""],
+    *,
+    k: int,
+    label: Label = None,
+    beta=1.0,
 ) -> tuple[Nats, Float[Array, "k B"]]:
-    """L_k and its log weights, with the doubly reparameterised gradient (Tucker et al. 2019, eq. 8).
+    """Returns L_k and log w_i; L_k has the gradient of Tucker et al. 2019 ("DReG", eq. 8).
 
-    Values as `log_weights`; the decoder's gradient is sum_i w_i grad log p(x, z_i), w normalised over k; the encoder's
-    sum_i w_i^2 (d log w_i / d z_i) grad z_i, whose signal does not vanish against its noise as k grows. x and log_w
-    carry no gradient.
+    The values are those of `log_weights`. With w_i normalised over k, the gradients are:
 
-    beta: weight of log p(z) - log q(z|x) in the bound. Not in the paper: its identity, applied to these weights, gives
-        the encoder w_i (1 - beta + beta w_i) in place of w_i^2.
+        decoder: sum_i w_i grad log p(x, z_i)
+        encoder: sum_i w_i^2 (d log w_i / d z_i) grad z_i
+
+    Unlike IWAE's, the encoder's gradient does not drown in noise as k grows. x and log w_i have no
+    gradient.
+
+    beta: weight of log p(z) - log q(z|x) in L_k. It is not in the paper. The paper's identity for
+        these weights gives the encoder w_i (1 - beta + beta w_i) in place of w_i^2.
     """
-    x = jax.lax.stop_gradient(_images(cfg, x))
-    z = draw(cfg, params, x, key, k=k, label=label)
-    return _doubly(cfg, params, jax.lax.stop_gradient(params), x, z, label, jnp.asarray(beta, x.dtype))
+    x = jax.lax.stop_gradient(check_images(cfg, x))
+    z = sample_posterior(cfg, params, x, key, k=k, label=label)
+    beta = jnp.asarray(beta, x.dtype)
+    return _dreg(cfg, params, jax.lax.stop_gradient(params), x, z, label, beta)
 
 
 def activity(
-    cfg: Config, params: Params, x: Given, key: Key[Array, ""], *, k: int = 32, label: Label = None
+    cfg: Config,
+    params: Params,
+    x: ImageLike,
+    key: Key[Array, ""],
+    *,
+    k: int = 32,
+    label: Label = None,
 ) -> tuple[Float[Array, "_"], ...]:
-    """A_u = Var_x E_q(u|x)[u] for each unit u of each layer; a unit is active where it exceeds .01 (IWAE, section 5.2).
+    """Returns A_u = Var_x E_q(u|x)[u] for each unit u, one array per layer (IWAE, section 5.2).
 
-    Exact but for the images in the first layer. In the second E_q is a mean over draws of z_1, and its variance the
-    covariance of two means of k draws each, so that their noise adds nothing.
+    A unit is active where A_u exceeds 0.01. The first layer's values are exact for these images.
+    The second layer's E_q is a mean over samples of z_1. Var_x is then the covariance over x of two
+    such means, each of its own k samples: unlike a variance, it is not raised by their noise.
     """
     mu, _ = encode(cfg, params, x, label)
     first = jnp.var(mu, 0)
     if not cfg.upper_dim:
         return (first,)
-    z_1, _ = draw(cfg, params, x, key, k=2 * k, label=label)
+    z_1, _ = sample_posterior(cfg, params, x, key, k=2 * k, label=label)
     mu = encode_upper(cfg, params, z_1)[0]
     a, b = (half.mean(0) - half.mean((0, 1))[None] for half in jnp.split(mu, 2))
     return first, jnp.mean(a * b, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
-def reconstruct(cfg: Config, params: Params, x: Given, label: Label = None) -> Image:
-    """The mean image at the mean of q(z_1|x)."""
-    return mean_image(cfg, decode(cfg, params, encode(cfg, params, x, label)[0], label))
+def reconstruct(cfg: Config, params: Params, x: ImageLike, label: Label = None) -> Image:
+    """Returns the mean image at the mean of q(z_1|x)."""
+    mu, _ = encode(cfg, params, x, label)
+    return mean_image(cfg, decode(cfg, params, mu, label))
 
 
 def interpolate(
-    cfg: Config, params: Params, x_a: Given, x_b: Given, *, steps: int, label: Label = None
+    cfg: Config,
+    params: Params,
+    x_a: ImageLike,
+    x_b: ImageLike,
+    *,
+    steps: int,
+    label: Label = None,
 ) -> Float[Array, "B S H W C"]:
-    """Mean images on the straight line between the two posterior means of z_1, both ends included."""
-    z_a, z_b = encode(cfg, params, x_a, label)[0], encode(cfg, params, x_b, label)[0]
-    at = jnp.linspace(0.0, 1.0, steps)[None, :, None]
-    z = z_a[:, None] * (1 - at) + z_b[:, None] * at
+    """Returns mean images along the line from the posterior mean of z_1 of x_a to that of x_b.
+
+    Both ends are included.
+    """
+    (z_a, _), (z_b, _) = encode(cfg, params, x_a, label), encode(cfg, params, x_b, label)
+    weight = jnp.linspace(0.0, 1.0, steps)[None, :, None]
+    z = z_a[:, None] * (1 - weight) + z_b[:, None] * weight
     label = labels(label, cfg.classes, x_a.shape[:1])
-    return mean_image(cfg, decode(cfg, params, z, None if label is None else label[:, None].repeat(steps, 1)))
+    label = None if label is None else label[:, None].repeat(steps, 1)
+    return mean_image(cfg, decode(cfg, params, z, label))
 
 
-def manifold(cfg: Config, params: Params, *, side: int = 20, label=None) -> Float[Array, "S S H W C"]:
-    """Mean images on a grid through the inverse Gaussian CDF (AEVB fig. 4): z_1 grows rightwards, z_2 upwards.
+def manifold(
+    cfg: Config,
+    params: Params,
+    *,
+    side: int = 20,
+    label: Label = None,
+) -> Float[Array, "S S H W C"]:
+    """Returns mean images on a grid of the latent plane (AEVB, fig. 4).
 
-    Needs latent_dim = 2 and one layer; `label` is one class. Coordinates are the middles of `side` equally probable
-    intervals.
+    The first coordinate grows to the right, the second upwards. Both run over the inverse Gaussian
+    distribution function at the middles of `side` equally probable intervals. Needs latent_dim = 2
+    and one layer. `label` is one class.
     """
     if cfg.latent_dim != 2 or cfg.upper_dim:
-        raise ValueError(
-            f"a manifold needs latent_dim = 2 and one layer, got {cfg.latent_dim} and upper_dim {cfg.upper_dim}"
-        )
-    at = jax.scipy.special.ndtri((jnp.arange(side) + 0.5) / side)
-    z_1, z_2 = jnp.meshgrid(at, at[::-1])
-    return mean_image(cfg, decode(cfg, params, jnp.stack([z_1, z_2], -1), label))
+        got = f"{cfg.latent_dim} and upper_dim {cfg.upper_dim}"
+        raise ValueError(f"a manifold needs latent_dim = 2 and one layer, got {got}")
+    quantiles = jax.scipy.special.ndtri((jnp.arange(side) + 0.5) / side)
+    right, up = jnp.meshgrid(quantiles, quantiles[::-1])
+    return mean_image(cfg, decode(cfg, params, jnp.stack([right, up], -1), label))
 
 
-# ---------------------------------------------------------------------------------------------------------- the family
+# ------------------------------------------------------------------ the training loss and estimates
+
+
+def _label_of(cfg: Config, batch: dict):
+    return batch.get("label") if cfg.classes else None
+
+
+def loss(cfg: Config, params: Params, state: State, batch: dict, key: Key[Array, ""]):
+    """Returns minus the bound, a mean over the batch, as `core.descend` takes it.
+
+    beta and its warm-up weigh log p(z) - log q(z|x) here, but not in the metrics.
+    """
+    k_x, k_z = jax.random.split(key)
+    x, label = preprocess(cfg, batch, k_x), _label_of(cfg, batch)
+    beta = cfg.beta
+    if cfg.kl_warmup:
+        beta *= jnp.minimum(1.0, state.step / cfg.kl_warmup)
+    if cfg.objective == "elbo":
+        terms = elbo(cfg, params, x, k_z, k=cfg.k, label=label)
+        value = beta * terms["kl"] - terms["reconstruction"]
+    else:
+        if cfg.objective == "dreg":
+            bound, log_w = dreg_bound(cfg, params, x, k_z, k=cfg.k, label=label, beta=beta)
+        else:
+            z = sample_posterior(cfg, params, x, k_z, k=cfg.k, label=label)
+            log_p_x, log_ratio = _likelihood_and_ratio(cfg, params, params, x, z, label)
+            bound, log_w = _log_mean_exp(log_p_x + beta * log_ratio), log_p_x + log_ratio
+        value = -bound
+        terms = {"iwae": _log_mean_exp(log_w), "elbo": log_w.mean(0)}
+    metrics = {f"{name}_nats": term.mean() for name, term in terms.items()}
+    return value.mean(), (state.extra, metrics)
+
+
+def evaluate(cfg: Config, state: State, batch: dict, key: Key[Array, ""]) -> dict[str, Nats]:
+    """Returns minus the trained bound and its parts for each image; see `make`."""
+    k_x, k_z = jax.random.split(key)
+    params = EMA(cfg.ema).read(state)
+    x, label = preprocess(cfg, batch, k_x), _label_of(cfg, batch)
+    if cfg.objective == "elbo":
+        terms = elbo(cfg, params, x, k_z, label=label)
+        values = {
+            "nll_nats": -terms["elbo"],
+            "reconstruction_nats": terms["reconstruction"],
+            "kl_nats": terms["kl"],
+        }
+    else:
+        log_w = log_weights(cfg, params, x, k_z, k=cfg.k, label=label)
+        values = {"nll_nats": -_log_mean_exp(log_w), "elbo_nats": log_w.mean(0)}
+    if cfg.likelihood != "bernoulli" or cfg.binarisation != "none" or cfg.levels == 2:
+        values["nll_bits_per_dim"] = bits_per_dim(cfg, values["nll_nats"])
+    return values
+
+
+def sample(cfg: Config, state: State, key: Key[Array, ""], *, n: int, label: Label = None) -> Image:
+    """Returns the mean images of p(x|z) for n samples z ~ p(z) (AEVB, fig. 5)."""
+    params = EMA(cfg.ema).read(state)
+    k_1, k_2 = jax.random.split(key)
+    z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim), jnp.float32)
+    if cfg.upper_dim:
+        z = _sample_normal(*decode_upper(cfg, params, z), k_2, (n, cfg.latent_dim))
+    label = labels(label, cfg.classes, (n,), in_turn=True)
+    return mean_image(cfg, decode(cfg, params, z, label))
+
+
+# --------------------------------------------------------------------------------------- the family
 
 
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:
-    """The VAE as a Family.
+    """Returns the VAE as a Family.
 
-    evaluate: `nll_nats` is the negative of the bound that is trained, -ELBO with its two terms, or -L_k with the
-        config's k and `elbo_nats` beside it; `nll_bits_per_dim` where the likelihood is one of the images as they are.
-    sample(state, key, *, n, label=None): the mean images of p(x|z) for n draws of z ~ p(z), as AEVB fig. 5 shows them.
-        label: one class in 0..classes-1, or [n]; where a conditional model is given none, the classes in turn.
+    evaluate: `nll_nats` is minus the trained bound per image. For objective elbo this is -ELBO,
+        with its two terms. Otherwise it is -L_k for the config's k, with `elbo_nats`.
+        `nll_bits_per_dim` is there if p(x|z) is a distribution of the images themselves.
+    sample(state, key, *, n, label=None): mean images for n samples of z. `label` is one class in
+        0..classes-1, or [n] classes. A conditional model without it takes the classes in turn.
+    axis_name: the axis of devices in the per-device view (pmap, vmap, shard_map).
     """
     ema = EMA(cfg.ema)
-
-    def init(key):
-        k_encoder, k_decoder, *k_upper = jax.random.split(key, 4 if cfg.upper_dim else 2)
-        y, z = (jnp.zeros((1, size), jnp.float32) for size in (cfg.classes, cfg.latent_dim))
-        params = {
-            "encoder": Encoder(cfg).init(k_encoder, jnp.zeros((1, *cfg.shape), jnp.float32), y),
-            "decoder": Decoder(cfg).init(k_decoder, z, y),
-        }
-        if cfg.upper_dim:
-            upwards, downwards = _upper(cfg)
-            params["upper_encoder"] = upwards.init(k_upper[0], z)
-            params["upper_decoder"] = downwards.init(k_upper[1], jnp.zeros((1, cfg.upper_dim), jnp.float32))
-        return start(params, cfg.optim, ema=ema)
-
-    def given(batch):
-        return batch.get("label") if cfg.classes else None
-
-    def loss(params, state, batch, key):
-        k_x, k_z = jax.random.split(key)
-        x, label = preprocess(cfg, batch, k_x), given(batch)
-        beta = cfg.beta * jnp.minimum(1.0, state.step / cfg.kl_warmup) if cfg.kl_warmup else cfg.beta
-        if cfg.objective == "elbo":
-            terms = elbo(cfg, params, x, k_z, k=cfg.k, label=label)
-            value = beta * terms["kl"] - terms["reconstruction"]
-        else:
-            if cfg.objective == "dreg":
-                bound, log_w = dreg_bound(cfg, params, x, k_z, k=cfg.k, label=label, beta=beta)
-            else:
-                z = draw(cfg, params, x, k_z, k=cfg.k, label=label)
-                likelihood, ratio = _terms(cfg, params, params, x, z, label)
-                bound, log_w = _log_mean_exp(likelihood + beta * ratio), likelihood + ratio
-            value, terms = -bound, {"iwae": _log_mean_exp(log_w), "elbo": log_w.mean(0)}
-        return value.mean(), (state.extra, {f"{name}_nats": term.mean() for name, term in terms.items()})
-
-    def evaluate(state, batch, key):
-        k_x, k_z = jax.random.split(key)
-        params, x, label = ema.read(state), preprocess(cfg, batch, k_x), given(batch)
-        if cfg.objective == "elbo":
-            terms = elbo(cfg, params, x, k_z, label=label)
-            values = {"nll_nats": -terms["elbo"]}
-            values |= {"reconstruction_nats": terms["reconstruction"], "kl_nats": terms["kl"]}
-        else:
-            log_w = log_weights(cfg, params, x, k_z, k=cfg.k, label=label)
-            values = {"nll_nats": -_log_mean_exp(log_w), "elbo_nats": log_w.mean(0)}
-        if cfg.likelihood != "bernoulli" or cfg.binarisation != "none" or cfg.levels == 2:
-            values["nll_bits_per_dim"] = bits_per_dim(cfg, values["nll_nats"])
-        return values
-
-    def sample(state: State, key, *, n: int, label=None):
-        params, (k_1, k_2) = ema.read(state), jax.random.split(key)
-        z = jax.random.normal(k_1, (n, cfg.upper_dim or cfg.latent_dim), jnp.float32)
-        if cfg.upper_dim:
-            z = _normal(*decode_upper(cfg, params, z), k_2, (n, cfg.latent_dim))
-        label = labels(label, cfg.classes, (n,), in_turn=True)
-        return mean_image(cfg, decode(cfg, params, z, label))
-
-    step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
-    return Family(init, step, evaluate, sample)
+    step = make_step(partial(loss, cfg), cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
+    return Family(
+        init=lambda key: start(init(cfg, key), cfg.optim, ema=ema),
+        step=step,
+        evaluate=partial(evaluate, cfg),
+        sample=partial(sample, cfg),
+    )

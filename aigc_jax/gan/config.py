@@ -1,0 +1,146 @@
+"""The config of a GAN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from ..core import EMA, Optim, Optimizer
+from .nets import Net
+
+LossName = Literal["minimax", "non_saturating", "least_squares", "wasserstein", "hinge"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A GAN: its data, nets, losses and optimizers.
+
+    The defaults are GAN's nets for MNIST, from the authors' code, with DCGAN's optimizer.
+    Raises ValueError, which names the field and its value, for a model that cannot work.
+    """
+
+    shape: tuple[int, ...] = (28, 28, 1)  # (H, W, C) of images, (d,) of points
+    levels: int = 256  # pixels are whole numbers in 0..levels-1
+    classes: int = 0  # number of labels that both nets take (CGAN); 0: unconditional
+    condition: Literal["concat", "projection"] = "concat"  # how D takes labels; G concatenates them
+    latent_dim: int = 100  # length of z
+    latent: Literal["normal", "uniform"] = "normal"  # z ~ N(0, I), or uniform in [0, 1) (CGAN)
+    gen: Net = Net(init="uniform", init_scale=0.05)
+    disc: Net = Net(
+        widths=(240, 240),
+        activation="maxout",
+        dropout=(0.2, 0.5),
+        init="uniform",
+        init_scale=0.005,
+    )
+    output_bias: tuple[float, ...] = ()  # initial biases of G's last layer (mlp only); (): zeros
+    loss: LossName = "non_saturating"  # see discriminator_loss and generator_loss
+    penalty: Literal["none", "gp", "r1", "clip"] = "none"  # on D: of WGAN-GP, R1, clipping (WGAN)
+    penalty_weight: float | None = None  # lambda, gamma or bound; None: 10 (gp, r1), 0.01 (clip)
+    n_critic: int = 1  # updates of D per step, each on its own part of the batch
+    packing: int = 1  # number of samples that D judges together (PacGAN)
+    unrolled: int = 0  # updates of D that G's gradient looks ahead (Metz et al. 2017); 0: none
+    ema: float = 0.0  # decay of the average of G's parameters and statistics; 0: no average
+    micro: int = 1  # micro-batches per update
+    optim: Optimizer = Optim(lr=2e-4, b1=0.5)  # of G
+    disc_optim: Optimizer = Optim(lr=2e-4, b1=0.5)  # of D
+
+    def __post_init__(self):
+        _check_numbers(self)
+        _check_choices(self)
+        _check_nets(self)
+        _check_objective(self)
+
+    @property
+    def weight(self) -> float:
+        """The penalty's weight, or the bound of clipping; by default that of its paper."""
+        if self.penalty_weight is not None:
+            return self.penalty_weight
+        return 0.01 if self.penalty == "clip" else 10.0
+
+    @property
+    def cuts(self) -> dict[str, int]:
+        """The factors, by name, whose product must divide the batch on each device."""
+        return {"micro-batches": self.micro, "n_critic": self.n_critic, "packing": self.packing}
+
+    def check(self, info) -> None:
+        """Raises ValueError if the data that `info` (a `data.Info`) describes does not fit."""
+        shape, kind = tuple(self.shape), "image" if len(self.shape) == 3 else "points"
+        if info.kind != kind:
+            raise ValueError(f"model.shape {shape} is for {kind}, this data set holds {info.kind}")
+        if tuple(info.shape) != shape:
+            raise ValueError(f"model.shape is {shape}, the examples are {tuple(info.shape)}")
+        if kind == "image" and info.levels != self.levels:
+            raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
+        if self.classes and info.classes is None:
+            raise ValueError(f"model.classes is {self.classes}, but the examples have no labels")
+        if self.classes and info.classes != self.classes:
+            have = f"the examples have {info.classes} classes"
+            raise ValueError(f"model.classes is {self.classes}, {have}")
+
+
+def _check_numbers(cfg: Config) -> None:
+    if len(cfg.shape) not in (1, 3) or min(cfg.shape) < 1:
+        raise ValueError(f"model.shape must be (H, W, C) or (d,), all positive, got {cfg.shape}")
+    if not 2 <= cfg.levels <= 256:
+        raise ValueError(f"model.levels must lie in 2..256, got {cfg.levels}")
+    for minimum, fields in (
+        (0, ("classes", "unrolled")),
+        (1, ("latent_dim", "n_critic", "packing", "micro")),
+    ):
+        for field in fields:
+            if getattr(cfg, field) < minimum:
+                value = getattr(cfg, field)
+                raise ValueError(f"model.{field} must be at least {minimum}, got {value}")
+    if cfg.penalty_weight is not None and not cfg.penalty_weight > 0:
+        raise ValueError(f"model.penalty_weight must be positive, got {cfg.penalty_weight}")
+    EMA(cfg.ema)  # raises ValueError for a decay outside [0, 1)
+
+
+def _check_choices(cfg: Config) -> None:
+    """Raises ValueError where a field holds none of the values that its `Literal` lists."""
+    for field, hint in get_type_hints(Config).items():
+        if get_origin(hint) is Literal and getattr(cfg, field) not in get_args(hint):
+            allowed, value = ", ".join(get_args(hint)), getattr(cfg, field)
+            raise ValueError(f"model.{field} must be one of {allowed}, not {value!r}")
+
+
+def _check_nets(cfg: Config) -> None:
+    for name, net in (("gen", cfg.gen), ("disc", cfg.disc)):
+        net.check(name)
+        if net.kind == "mlp":
+            continue
+        halvings = len(net.widths)
+        if len(cfg.shape) != 3 or any(side % 2**halvings for side in cfg.shape[:2]):
+            raise ValueError(
+                f"model.{name}.widths {net.widths} halve H and W {halvings} times, "
+                f"which shape {cfg.shape} does not allow"
+            )
+    if cfg.gen.norm == "spectral":
+        raise ValueError("model.gen.norm 'spectral' is for the discriminator: use none or batch")
+    if cfg.output_bias and (cfg.gen.kind != "mlp" or len(cfg.output_bias) != prod(cfg.shape)):
+        needs = f"needs gen.kind mlp and {prod(cfg.shape)} values"
+        raise ValueError(f"model.output_bias {needs}, got {len(cfg.output_bias)}")
+    if cfg.condition == "projection" and not cfg.classes:
+        raise ValueError("model.condition 'projection' needs classes")
+
+
+def _check_objective(cfg: Config) -> None:
+    if cfg.disc.norm == "batch" and cfg.penalty in ("gp", "r1"):
+        raise ValueError(
+            f"model.penalty {cfg.penalty!r} needs the gradient of each logit by its own example, "
+            "but model.disc.norm 'batch' makes a logit depend on the whole batch "
+            "(Gulrajani et al. 2017, section 4): set disc.norm to none or spectral"
+        )
+    if cfg.loss == "wasserstein" and cfg.penalty == "none" and cfg.disc.norm != "spectral":
+        raise ValueError(
+            "model.loss 'wasserstein' needs a Lipschitz constraint on the critic: "
+            "set penalty to gp, r1 or clip, or disc.norm to spectral"
+        )
+    optim = cfg.disc_optim
+    if cfg.unrolled and isinstance(optim, Optim) and optim.name != "sgd" and not optim.eps_root:
+        raise ValueError(
+            f"model.unrolled differentiates through the update of D's {optim.name}, whose square "
+            "root has no derivative at 0: set disc_optim.eps_root, for example to 1e-12"
+        )
