@@ -10,7 +10,7 @@ import numpy as np
 
 from aigc_jax import ddpm, figures, train
 from aigc_jax.core import EMA
-from aigc_jax.ddpm.process import at
+from aigc_jax.ddpm.process import signal_and_noise
 from aigc_jax.train.engine import compiler_options
 
 
@@ -30,7 +30,7 @@ def exact_eps(schedule: ddpm.Schedule, centres: np.ndarray, std: float):
     """An eps_fn(x_t, t) that no training could better; t are steps of this schedule."""
 
     def eps_fn(x_t, t):
-        signal, noise = at(schedule.alpha_bar**0.5, t, x_t), at(ddpm.noise2(schedule) ** 0.5, t, x_t)
+        signal, noise = signal_and_noise(schedule, t, x_t)
         return denoise(x_t, signal, noise, centres, std)
 
     return eps_fn

@@ -23,7 +23,7 @@ import optax
 
 from aigc_jax import ddpm, figures, train
 from aigc_jax.data import points
-from aigc_jax.ddpm.process import at, beta_tilde
+from aigc_jax.ddpm.process import beta_tilde, extract
 from aigc_jax.train import Run
 from aigc_jax.train.progress import counted
 from experiments import _cli, _diffusion, _pictures, ddpm_objectives
@@ -208,7 +208,7 @@ def in_steps(setup: Setup, T: int, key) -> float:
         def eps_fn(x, t):
             return exact(x, gamma(t / (T - 1)))
 
-        return ddpm.vlb(schedule, eps_fn, x_0, k_bound, sigma2=lambda x, t: at(variance, t, x)).mean()
+        return ddpm.vlb(schedule, eps_fn, x_0, k_bound, sigma2=lambda x, t: extract(variance, t, x)).mean()
 
     return float(one(key))
 

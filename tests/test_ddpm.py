@@ -95,7 +95,7 @@ def test_only_step_0_has_the_variance_of_step_1():
     tilde, t = np.asarray(process.beta_tilde(schedule)), jnp.arange(20)
     expected = np.append(tilde[1], tilde[1:])
     x = jnp.zeros((20, 1))
-    np.testing.assert_allclose(bounds.first_variance(schedule, "beta_tilde", x, t)[:, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(bounds.positive_variance(schedule, "beta_tilde", x, t)[:, 0], expected, rtol=1e-5)
     np.testing.assert_allclose(ddpm.learned_variance(schedule, x - 1, t)[:, 0], expected, rtol=1e-4)
     np.testing.assert_allclose(ddpm.learned_variance(schedule, x + 1, t)[:, 0], schedule.beta, rtol=1e-4)
 
@@ -337,7 +337,7 @@ def test_the_flow_gives_the_density():
 @pytest.mark.parametrize("name", SHORT)
 def test_ancestral_samples_have_the_variance_of_their_chain(name):
     schedule, s2 = SHORT[name], 0.3
-    a, earlier = schedule.alpha_bar, process.before(schedule)[0]
+    a, earlier = schedule.alpha_bar, process.previous(schedule)[0]
     for sigma2, added in (("beta", schedule.beta), ("beta_tilde", process.beta_tilde(schedule))):
         variance = 1.0
         for t in range(len(a))[::-1]:
@@ -631,7 +631,7 @@ def test_guided_eps_is_the_guided_mix_of_two():
     several = ddpm.eps_fn_of(TINY, params, label, each)(x, t)
     wide = each[:, None, None, None]
     np.testing.assert_allclose(several, (1 + wide) * plain[0] - wide * plain[1], atol=1e-5)
-    with pytest.raises(ValueError, match="w guides towards labels"):
+    with pytest.raises(ValueError, match="guidance .w. needs labels"):
         ddpm.eps_fn_of(TINY, params, None, 1.5)
     np.testing.assert_array_equal(ddpm.eps_fn_of(TINY, params, label, 0.0)(x, t), plain[0])
 
@@ -653,11 +653,11 @@ def test_a_learned_schedule_of_one_step_is_asked_at_its_last_level():
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        ({"classes": 0}, {"w": 3.0}, "w guides a model that was trained with labels"),
-        ({"unlabelled": 0.0}, {"w": 2.0}, "w guides a model that was trained with labels"),
+        ({"classes": 0}, {"w": 3.0}, "guidance .w. needs a model that was trained with labels"),
+        ({"unlabelled": 0.0}, {"w": 2.0}, "guidance .w. needs a model that was trained with labels"),
         ({"classes": 0}, {"label": np.zeros(2, int)}, "takes no labels"),
         ({}, {"label": np.zeros(1, int)}, "one entry for each of 2 samples"),
-        ({}, {"eta": 1.0}, "eta is of the sampler ddim"),
+        ({}, {"eta": 1.0}, "eta is an option of the sampler ddim"),
     ],
 )
 def test_sampling_refuses_what_would_have_no_effect(change, options, words):
@@ -690,7 +690,7 @@ def test_objectives_agree_where_they_are_one(prediction):
         np.testing.assert_allclose(each("truncated_snr"), of_eps * np.maximum(snr, 1) / snr, rtol=2e-3)
     np.testing.assert_allclose(each("min_snr"), of_eps * np.minimum(snr, 5) / snr, rtol=2e-3)
     own = {"eps": of_eps, "x_0": of_eps / snr, "v": of_eps / ab}
-    own["mu"] = of_eps / snr * (process._posterior(schedule)[0][np.asarray(t)]) ** 2
+    own["mu"] = of_eps / snr * (process.posterior_factors(schedule)[0][np.asarray(t)]) ** 2
     np.testing.assert_allclose(each("simple"), own[prediction], rtol=2e-3)
     # L_t for t > 0 is a weighted error of eps too (DDPM eq. 12).
     beta = schedule.beta[np.asarray(t)]
@@ -862,7 +862,7 @@ def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_
 
     def bound(params, i):
         k_loss = jax.random.split(jax.random.split(key(5), 4)[1])[i]
-        return ddpm._continuous(cfg, params, batch["points"], None, k_loss) / (2 * math.log(2))
+        return ddpm.continuous_nll(cfg, params, batch["points"], None, k_loss) / (2 * math.log(2))
 
     np.testing.assert_allclose(metrics["loss"], bound(state.params, 0).mean(), rtol=1e-5)
     plain = jax.grad(lambda p: bound(p, 0).mean())(state.params)
@@ -910,7 +910,7 @@ def test_a_small_model_learns_points_and_samples_them():
         ({"schedule": "sigmoid"}, "model.schedule must be one of linear, cosine, learned"),
         ({"prediction": "score"}, "model.prediction must be one of eps, x_0, v, mu"),
         ({"variance": "learned"}, "model.variance 'learned' is trained by objective vlb or hybrid, not simple"),
-        ({"objective": "hybrid"}, "model.objective 'hybrid' is simple, and vlb for a learned variance"),
+        ({"objective": "hybrid"}, "model.objective 'hybrid' trains a learned variance: set model.variance"),
         ({"schedule": "learned"}, "model.schedule 'learned' .VDM. goes with prediction eps"),
         ({"objective": "truncated_snr"}, "is for nets that do not predict eps"),
         ({"unlabelled": 1.0}, r"model.unlabelled must lie in \[0, 1\), got 1.0"),
@@ -988,7 +988,7 @@ def exact_eps_traced(schedule, s2):
     """E[eps | x_t] of N(0, s2), by the levels of a schedule under differentiation."""
 
     def eps_fn(x_t, t):
-        ab, rest = (process.at(a, t, x_t) for a in (schedule.alpha_bar, ddpm.noise2(schedule)))
+        ab, rest = (process.extract(a, t, x_t) for a in (schedule.alpha_bar, ddpm.noise2(schedule)))
         return jnp.sqrt(rest) * x_t / (ab * s2 + rest)
 
     return eps_fn

@@ -51,12 +51,12 @@ def test_the_process_is_its_steps_and_the_posterior_bayes_rule():
         earlier = whole
         step = kernel(1 - SCHEDULE.beta[t], 1)
         whole = earlier @ step
-        got = binomial.q_one(SCHEDULE, x_0, jnp.full(2, t), RATE)[:, 0]
+        got = binomial.q_marginal(SCHEDULE, x_0, jnp.full(2, t), RATE)[:, 0]
         np.testing.assert_allclose(got, [whole[0, 1], whole[1, 1]], rtol=1e-5)
         for a, b in itertools.product((0, 1), repeat=2):
             joint = earlier[a] * step[:, b]  # P(x_{t-1}, x_t = b | x_0 = a)
             bits = (jnp.full((1, 1), float(bit)) for bit in (a, b))
-            got = binomial.posterior(SCHEDULE, *bits, jnp.array([t]), RATE)
+            got = binomial.q_posterior(SCHEDULE, *bits, jnp.array([t]), RATE)
             np.testing.assert_allclose(got[0, 0], joint[1] / joint.sum(), atol=1e-6)
 
 

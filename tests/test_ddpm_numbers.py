@@ -373,7 +373,7 @@ def test_levels_without_noise_or_signal_give_numbers(low, high):
         schedule = ddpm.discretise(lambda u: ends[0] + (ends[1] - ends[0]) * u, 400)
 
         def fn(x, t):
-            a, n = (process.at(table, t, x) for table in (schedule.alpha_bar, ddpm.noise2(schedule)))
+            a, n = (process.extract(table, t, x) for table in (schedule.alpha_bar, ddpm.noise2(schedule)))
             return jnp.sqrt(a) * jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + n) - jnp.sqrt(n) * (
                 MEAN + jnp.sqrt(a) * STD**2 / (a * STD**2 + n) * (x - jnp.sqrt(a) * MEAN)
             )
@@ -464,7 +464,7 @@ def test_a_learned_schedule_is_respaced_where_it_is_traced():
         schedule = ddpm.schedule_of(cfg, params)
 
         def fn(x, t):
-            a, n = (process.at(table, t, x) for table in (schedule.alpha_bar, ddpm.noise2(schedule)))
+            a, n = (process.extract(table, t, x) for table in (schedule.alpha_bar, ddpm.noise2(schedule)))
             return jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + n)
 
         density = ddpm.ode_log_likelihood(schedule, fn, x, key(0), steps=200, spacing="karras", trace="exact")
@@ -486,13 +486,13 @@ def test_bits_of_any_dtype_and_of_many_steps():
     schedule, rate = ddpm.cosine_schedule(4000), 0.2
     t = np.array([1, 5, 100, 3999])
     beta = schedule.beta[t]
-    earlier, noise_earlier = (table[t] for table in process.before(schedule))
+    earlier, noise_earlier = (table[t] for table in process.previous(schedule))
     for x_0 in (0.0, 1.0):
         for x_t in (0.0, 1.0):
             one = (earlier * x_0 + noise_earlier * rate) * (1 - beta * (1 - rate) if x_t else beta * (1 - rate))
             zero = (earlier * (1 - x_0) + noise_earlier * (1 - rate)) * (beta * rate if x_t else 1 - beta * rate)
             bits = (np.full((4, 1), bit, np.float32) for bit in (x_0, x_t))
-            got = binomial.posterior(schedule, *bits, t, rate)[:, 0]
+            got = binomial.q_posterior(schedule, *bits, t, rate)[:, 0]
             np.testing.assert_allclose(got, one / (one + zero), rtol=2e-6)
     short, x_T = ddpm.cosine_schedule(12), np.arange(12).reshape(4, 3) % 2
 
@@ -527,7 +527,7 @@ def test_a_beta_that_rounds_to_one_keeps_its_way_back():
         mean, variance = ddpm.q_posterior(few, x_0, x_t, np.array([1]))
         np.testing.assert_allclose(mean, due, rtol=1e-4)
         np.testing.assert_allclose(variance[0, 0], noise2[0], rtol=1e-4)
-        np.testing.assert_allclose(process.kept(few)[1], kept, rtol=1e-4)
+        np.testing.assert_allclose(process.one_minus_beta(few)[1], kept, rtol=1e-4)
     assert np.isfinite(ddpm.sample_ddpm(ddpm.respace(fine, 2), exact(fine), x_t, key(0))).all()
 
 

@@ -1,14 +1,25 @@
-"""From noise to samples, over any `eps_fn(x_t, t) -> eps_hat` with t the original steps [B]. One that learned variances
-too gives (eps_hat, raw), see `learned_variance`. No sampler adds noise in its last step, and all of them loop in one
-compiled scan.
+"""Samplers: from noise x_T to samples x_0.
 
-prediction: what the function gives, "eps", "x_0" or "v". A net is best asked for its own: from eps to x_0_hat divides
-by the root of alpha_bar, which is 5e-5 at the noisy end of a cosine schedule.
-A sample has the dtype of x_T. The chain itself, and the x_t that the function sees, are at least float32.
-spacing: which steps are visited, see `spaced`. `sample_ddpm`, `inpaint` and `interpolate` take a respaced schedule.
+- `sample_ddpm`: ancestral sampling (Ho et al. 2020, "DDPM", algorithm 2)
+- `sample_ddim`, `ddim_invert`: DDIM (Song, Meng & Ermon 2021)
+- `sample_dpm_solver`: DPM-Solver++(2M) (Lu et al. 2022)
+- `sample_heun`: Heun's method (Karras et al. 2022)
+- `guide`: classifier-free guidance (Ho & Salimans 2022)
+- `inpaint`: RePaint (Lugmayr et al. 2022)
+- `slerp`, `interpolate`: between noises, between images
 
-Ancestral (Ho et al. 2020, "DDPM"), DDIM (Song, Meng & Ermon 2021), DPM-Solver++ (Lu et al. 2022), Heun (Karras et al.
-2022); guidance (Ho & Salimans 2022), inpainting (Lugmayr et al. 2022), interpolation and progressive generation (DDPM).
+Common arguments:
+
+schedule: the levels; `i` below is an index into them. Samplers that take `steps` and `spacing`
+    visit only so many of them: see `process.spaced`. `interpolate` takes a respaced schedule.
+eps_fn: eps_fn(x_t, t) -> eps_hat, any function, with t [B] the steps of training (`schedule.t`).
+    It may return (eps_hat, raw) where `raw` chooses the variance: see `learned_variance`.
+prediction: what eps_fn really returns, "eps", "x_0" or "v". Pass a network's own prediction: the
+    way from eps to x_0_hat divides by sqrt(alpha_bar), 5e-5 at the end of a cosine schedule.
+clip: x_0_hat is limited to [-clip, clip], as the code of DDPM does for images (1.0).
+
+A sample has the dtype of x_T. The chain, and the x_t that eps_fn sees, are at least float32. The
+last step adds no noise. Each sampler is one compiled scan.
 """
 
 from __future__ import annotations
@@ -25,96 +36,125 @@ from .process import (
     Sample,
     Schedule,
     angle,
-    at,
-    before,
+    array_namespace,
+    at_least_float32,
     beta_tilde,
     check,
-    denoised,
-    kept,
+    extract,
     learned_variance,
     log_sigma,
-    precise,
+    one_minus_beta,
+    previous,
     q_posterior,
     q_sample,
     respace,
-    roots,
+    signal_and_noise,
+    to_x_0_and_eps,
 )
 
 EpsFn = Callable[[Any, Any], Any]
 
 
-def guide(eps_cond: Sample, eps_uncond: Sample, w) -> Sample:
-    """(1 + w) eps_cond - w eps_uncond (Ho & Salimans 2022, eq. 6): w = 0 is conditional, -1 unconditional sampling.
+def call_eps_fn(eps_fn: EpsFn, x_t: Sample, t) -> tuple[Sample, Sample | None]:
+    """Returns (prediction, raw) of eps_fn in the precision of x_t, at least float32.
 
-    The same of x_0 or v: each is a line in eps at a given x_t.
-    w: a number, or one for each example [B]. The "guidance scale" of other libraries is 1 + w.
+    raw is None where eps_fn returns a prediction only.
     """
-    w = precise(w).reshape(-1, *[1] * (eps_cond.ndim - 1))
-    return ((1 + w) * eps_cond - w * eps_uncond).astype(eps_cond.dtype)
-
-
-def said(eps_fn: EpsFn, x_t: Sample, t) -> tuple[Sample, Sample | None]:
-    """The prediction, and of learned variances raw, else None; in the precision of x_t, but at least float32."""
     out, dtype = eps_fn(x_t, t), jnp.result_type(x_t, jnp.float32)
     value, raw = out if isinstance(out, tuple) else (out, None)
     return jnp.asarray(value, dtype), None if raw is None else jnp.asarray(raw, dtype)
 
 
-def _noise(key, i, x):
-    return jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+def guide(eps_cond: Sample, eps_uncond: Sample, w) -> Sample:
+    """Returns (1 + w) eps_cond - w eps_uncond (Ho & Salimans 2022, eq. 6).
+
+    w: a number, or one per example [B]. 0 is conditional, -1 unconditional sampling. The "guidance
+    scale" of other libraries is 1 + w.
+
+    Predictions of x_0 or v may be guided too: at a given x_t each is linear in eps.
+    """
+    w = at_least_float32(w).reshape(-1, *[1] * (eps_cond.ndim - 1))
+    return ((1 + w) * eps_cond - w * eps_uncond).astype(eps_cond.dtype)
 
 
-def _down(schedule: Schedule, x_T, body, start: int | None = None):
-    """body(i [B], x, number) -> (x, x_0_hat) from the last level to the first: (x_0, (all x, all x_0_hat))."""
+# ------------------------------------------------------------------------- one step, and all steps
+
+
+def _normal(key, step, x):
+    """Samples the N(0, I) noise of one step, shaped like x."""
+    return jax.random.normal(jax.random.fold_in(key, step), x.shape, x.dtype)
+
+
+def _safe_sqrt(x: Array) -> Array:
+    """Returns sqrt(x); 0, with derivative 0, where x is 0 or was rounded below it."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+
+
+def _denoise(schedule, eps_fn, x_t, i, prediction, clip):
+    """Returns (x_0_hat, eps_hat, raw) at level i.
+
+    After clipping x_0_hat, eps_hat is recomputed such that both still give x_t.
+    """
+    value, raw = call_eps_fn(eps_fn, x_t, jnp.asarray(schedule.t)[i])
+    signal, noise = signal_and_noise(schedule, i, x_t)
+    x_0_hat, eps_hat = to_x_0_and_eps(value, x_t, signal, noise, prediction=prediction)
+    if clip is not None:
+        x_0_hat = jnp.clip(x_0_hat, -clip, clip)
+        x_0_hat, eps_hat = to_x_0_and_eps(x_0_hat, x_t, signal, noise, prediction="x_0")
+    return x_0_hat, eps_hat, raw
+
+
+def variance(schedule: Schedule, sigma2, x_t: Sample, i, raw: Sample | None = None) -> Array:
+    """Returns the variance of p(x_{t-1} | x_t) at level i, broadcastable to x_t.
+
+    sigma2: "beta" or "beta_tilde" (DDPM, section 3.2); "learned", between them, which needs `raw`;
+    or a function (x_t, t) -> variance.
+    """
+    if callable(sigma2):
+        value = sigma2(x_t, jnp.asarray(schedule.t)[i])
+        return jnp.asarray(value, jnp.result_type(x_t, jnp.float32))
+    if sigma2 == "learned":
+        if raw is None:
+            rule = "sigma2 'learned' needs an eps_fn that gives (eps_hat, raw)"
+            raise ValueError(f"{rule}: this one gives eps_hat only")
+        return learned_variance(schedule, raw, i)
+    if sigma2 not in ("beta", "beta_tilde"):
+        choices = "beta, beta_tilde, learned or a function of x_t and t"
+        raise ValueError(f"sigma2 must be {choices}, not {sigma2!r}")
+    return extract(schedule.beta if sigma2 == "beta" else beta_tilde(schedule), i, x_t)
+
+
+def _p_mean_std(schedule, eps_fn, x_t, i, step, *, sigma2, clip, prediction):
+    """Returns mean and standard deviation of p(x_{t-1} | x_t), and x_0_hat.
+
+    The standard deviation is 0 in the last step (step = 0).
+    """
+    x_0_hat, _, raw = _denoise(schedule, eps_fn, x_t, i, prediction, clip)
+    mean, _ = q_posterior(schedule, x_0_hat, x_t, i)
+    std = _safe_sqrt(jnp.where(step > 0, variance(schedule, sigma2, x_t, i, raw), 0.0))
+    return mean, std, x_0_hat
+
+
+def _scan_down(schedule: Schedule, x_T, body, start: int | None = None):
+    """Runs body(x_t, i [B], step) -> (x_{t-1}, x_0_hat) from the last level to the first.
+
+    Returns x_0 and (every x_{t-1}, every x_0_hat). With `start`, only the first `start` levels.
+    """
     check(schedule)
     steps = len(schedule.t) if start is None else start
     if not 0 <= steps <= len(schedule.t):
         raise ValueError(f"start counts levels, 0..{len(schedule.t)}, got {start}")
     dtype = jnp.asarray(x_T).dtype
 
-    def one(x, i):
-        x, x_0_hat = body(jnp.full(len(x), i), x, i)
+    def one(x, step):
+        x, x_0_hat = body(x, jnp.full(len(x), step), step)
         return x, (x.astype(dtype), x_0_hat.astype(dtype))
 
-    x, way = jax.lax.scan(one, precise(x_T), jnp.arange(steps - 1, -1, -1))
-    return x.astype(dtype), way
+    x_0, trajectory = jax.lax.scan(one, at_least_float32(x_T), jnp.arange(steps - 1, -1, -1))
+    return x_0.astype(dtype), trajectory
 
 
-def _denoise(schedule, eps_fn, x_t, i, prediction, clip):
-    """x_0_hat, clipped where wished; eps_hat, which is what that x_0_hat leaves of x_t; and raw."""
-    value, raw = said(eps_fn, x_t, jnp.asarray(schedule.t)[i])
-    signal, noise = (at(a, i, x_t) for a in roots(schedule))
-    x_0_hat, eps_hat = denoised(value, x_t, signal, noise, given=prediction)
-    if clip is not None:
-        x_0_hat, eps_hat = denoised(jnp.clip(x_0_hat, -clip, clip), x_t, signal, noise, given="x_0")
-    return x_0_hat, eps_hat, raw
-
-
-def variance(schedule: Schedule, sigma2, x_t: Sample, i, raw: Sample | None = None) -> Array:
-    """Variance of p(x_{t-1} | x_t): "beta", "beta_tilde" (DDPM, section 3.2), "learned", between them, which takes the
-    raw that eps_fn gives beside eps_hat, or a callable (x_t, t) -> variance.
-    """
-    if callable(sigma2):
-        return jnp.asarray(sigma2(x_t, jnp.asarray(schedule.t)[i]), jnp.result_type(x_t, jnp.float32))
-    if sigma2 == "learned":
-        if raw is None:
-            raise ValueError("sigma2 'learned' takes an eps_fn that gives (eps_hat, raw): this one gives eps_hat only")
-        return learned_variance(schedule, raw, i)
-    if sigma2 not in ("beta", "beta_tilde"):
-        raise ValueError(f"sigma2 must be beta, beta_tilde, learned or a function of x_t and t, not {sigma2!r}")
-    return at(schedule.beta if sigma2 == "beta" else beta_tilde(schedule), i, x_t)
-
-
-def _ancestral(schedule, eps_fn, x, i, number, *, sigma2, clip, prediction):
-    """Mean and deviation of p(x_{t-1} | x_t), without noise in the last step, and x_0_hat."""
-    x_0_hat, _, raw = _denoise(schedule, eps_fn, x, i, prediction, clip)
-    mean, _ = q_posterior(schedule, x_0_hat, x, i)
-    return mean, _root(jnp.where(number > 0, variance(schedule, sigma2, x, i, raw), 0.0)), x_0_hat
-
-
-def _root(x: Array) -> Array:
-    """Square root; 0, with slope 0, where x is 0 or rounded below it."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+# ------------------------------------------------------------------------------ ancestral sampling
 
 
 def sample_ddpm(
@@ -131,23 +171,30 @@ def sample_ddpm(
     path: bool = False,
     prediction: str = "eps",
 ):
-    """Ancestral sampling (DDPM, algorithm 2) through `steps` levels of the schedule, by default through every one.
+    """Samples x_0 by ancestral sampling (DDPM, algorithm 2).
 
-    spacing: which levels, see `respace`.
-    sigma2: see `variance`. clip: x_0_hat is held within +-clip, as the authors' code does with images (1.0).
-    start: levels that x_T is above, for an x_t in the middle of the process; by default all.
-    path: also all x_t and x_0_hat on the way, [S, B, ...], the noisiest first (progressive generation, DDPM eq. 15).
+    From the last level to the first, x_{t-1} = mean + std z with z ~ N(0, I). mean and std are
+    those of p(x_{t-1} | x_t); in the last step std is 0.
+
+    steps, spacing: which levels are visited, by default all.
+    sigma2: the variance of p(x_{t-1} | x_t): see `variance`.
+    start: number of levels below x_T, for an x_t in the middle of the process; by default all.
+    path: if true, returns (x_0, (x_t, x_0_hat)) with all x_t and x_0_hat [S, B, ...], the noisiest
+        first (progressive generation, DDPM eq. 15).
     """
     schedule = schedule if steps is None else respace(schedule, steps, spacing)
+    options = {"sigma2": sigma2, "clip": clip, "prediction": prediction}
 
-    def body(i, x, number):
-        mean, sigma, x_0_hat = _ancestral(
-            schedule, eps_fn, x, i, number, sigma2=sigma2, clip=clip, prediction=prediction
-        )
-        return mean + sigma * _noise(key, number, x), x_0_hat
+    def body(x_t, i, step):
+        mean, std, x_0_hat = _p_mean_std(schedule, eps_fn, x_t, i, step, **options)
+        z = _normal(key, step, x_t)
+        return mean + std * z, x_0_hat
 
-    x_0, way = _down(schedule, x_T, body, start)
-    return (x_0, way) if path else x_0
+    x_0, trajectory = _scan_down(schedule, x_T, body, start)
+    return (x_0, trajectory) if path else x_0
+
+
+# --------------------------------------------------------------------------- deterministic samplers
 
 
 def sample_ddim(
@@ -164,27 +211,32 @@ def sample_ddim(
     path: bool = False,
     prediction: str = "eps",
 ):
-    """DDIM (eq. 12) over `steps` levels: eta = 0 is deterministic, 1 ancestral sampling with sigma2 = "beta_tilde".
+    """Samples x_0 by DDIM (Song, Meng & Ermon 2021, eq. 12) in `steps` steps.
 
-    sigma_hat: the paper's last row (section 5.1): noise of the larger sqrt(1 - alpha_bar_t / alpha_bar_s) is added to
-        the mean of eta = 1. spacing: see `respace`; clip and path as in `sample_ddpm`.
+    eta: 0 is deterministic, 1 is ancestral sampling with sigma2 = "beta_tilde".
+    sigma_hat: the last row of the paper's table 1 (section 5.1). The mean is that of eta = 1, the
+        noise has the larger variance 1 - alpha_bar_t / alpha_bar_s.
+    path: as in `sample_ddpm`.
     """
-    known = None if isinstance(eta, jax.core.Tracer) else np.asarray(eta)
-    if known is not None and (not ((known >= 0) & (known <= 1)).all() or (sigma_hat and known.any())):
-        raise ValueError(f"eta must lie in 0..1, and be 0 with sigma_hat, got {eta}")
-    few = respace(schedule, steps, spacing)
-    earlier, noise2_earlier = before(few)
-    sigma2 = (1.0 if sigma_hat else eta) ** 2 * beta_tilde(few)
-    rest, added = noise2_earlier - sigma2, few.beta if sigma_hat else sigma2
+    known_eta = None if isinstance(eta, jax.core.Tracer) else np.asarray(eta)
+    if known_eta is not None:
+        outside = not ((known_eta >= 0) & (known_eta <= 1)).all()
+        if outside or (sigma_hat and known_eta.any()):
+            raise ValueError(f"eta must lie in 0..1, and be 0 with sigma_hat, got {eta}")
+    respaced = respace(schedule, steps, spacing)
+    alpha_bar_prev, variance_prev = previous(respaced)
+    sigma2 = (1.0 if sigma_hat else eta) ** 2 * beta_tilde(respaced)
+    along_eps, added = variance_prev - sigma2, respaced.beta if sigma_hat else sigma2
 
-    def body(i, x, number):
-        x_0_hat, eps_hat, _ = _denoise(few, eps_fn, x, i, prediction, clip)
-        mean = at(earlier**0.5, i, x) * x_0_hat + _root(at(rest, i, x)) * eps_hat
-        sigma = _root(jnp.where(number > 0, at(added, i, x), 0.0))
-        return mean + sigma * _noise(key, number, x), x_0_hat
+    def body(x_t, i, step):
+        x_0_hat, eps_hat, _ = _denoise(respaced, eps_fn, x_t, i, prediction, clip)
+        mean = extract(alpha_bar_prev**0.5, i, x_t) * x_0_hat
+        mean = mean + _safe_sqrt(extract(along_eps, i, x_t)) * eps_hat
+        std = _safe_sqrt(jnp.where(step > 0, extract(added, i, x_t), 0.0))
+        return mean + std * _normal(key, step, x_t), x_0_hat
 
-    x_0, way = _down(few, x_T, body)
-    return (x_0, way) if path else x_0
+    x_0, trajectory = _scan_down(respaced, x_T, body)
+    return (x_0, trajectory) if path else x_0
 
 
 def ddim_invert(
@@ -197,18 +249,20 @@ def ddim_invert(
     clip: float | None = None,
     prediction: str = "eps",
 ) -> Sample:
-    """The x_T from which `sample_ddim` with eta = 0 comes back to x_0, but for the size of its steps (DDIM eq. 14).
+    """Returns the x_T from which `sample_ddim` with eta = 0 returns to x_0 (DDIM eq. 14).
 
-    Each step takes eps_hat at the level it leaves; the first, from alpha_bar = 1, at the first level it enters.
+    It does so up to the error of a finite number of steps. Each step takes eps_hat at the level
+    that it leaves. The first one, from x_0 itself, takes it at the first level.
     """
-    few = respace(schedule, steps, spacing)
+    respaced = respace(schedule, steps, spacing)
 
-    def one(x, number):
-        leaving = jnp.full(len(x), jnp.maximum(number - 1, 0))
-        x_0_hat, eps_hat, _ = _denoise(few, eps_fn, x, leaving, prediction, clip)
-        return q_sample(few, jnp.where(number == 0, x, x_0_hat), jnp.full(len(x), number), eps_hat), None
+    def one(x, step):
+        i = jnp.full(len(x), jnp.maximum(step - 1, 0))
+        x_0_hat, eps_hat, _ = _denoise(respaced, eps_fn, x, i, prediction, clip)
+        x_0_hat = jnp.where(step == 0, x, x_0_hat)
+        return q_sample(respaced, x_0_hat, jnp.full(len(x), step), eps_hat), None
 
-    x_T, _ = jax.lax.scan(one, precise(x_0), jnp.arange(len(few.t)))
+    x_T, _ = jax.lax.scan(one, at_least_float32(x_0), jnp.arange(len(respaced.t)))
     return x_T.astype(jnp.asarray(x_0).dtype)
 
 
@@ -222,43 +276,55 @@ def sample_dpm_solver(
     clip: float | None = None,
     prediction: str = "eps",
 ) -> Sample:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step, without noise.
+    """Samples x_0 by DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, deterministic.
 
-    First order are the first step, the one into level 0, which is often several times as long as the one before it, and
-    the last, to x_0_hat itself. Visits levels evenly in log-SNR by default, as the paper does.
+    One evaluation per step. Three steps are of first order: the first one; the last one, which ends
+    at x_0_hat itself; and the step into level 0, which is often several times as long as the step
+    before it. The default spacing is the paper's.
     """
-    few = respace(schedule, steps, spacing)
-    signal, noise = roots(few)
-    sigmas = log_sigma(few)
-    numpy = jnp if isinstance(sigmas, jax.Array) else np
-    # Of the step from level i to level i - 1: h, and its ratio to the step before it.
-    h = numpy.append(1.0, numpy.diff(sigmas))
-    earlier = numpy.append(h[1:], 1.0)
-    ratio = h / numpy.where(earlier > 0, earlier, 1.0)
-    second = np.arange(len(h)) < len(h) - 1
-    second[:2] = False
+    respaced = respace(schedule, steps, spacing)
+    signal, noise = respaced.signal, respaced.noise
+    minus_lambda = log_sigma(respaced)  # lambda = log(signal / noise)
+    xp = array_namespace(minus_lambda)
+    # For the step from level i to level i - 1: its length h, and h over that of the step before.
+    h = xp.append(1.0, xp.diff(minus_lambda))
+    h_before = xp.append(h[1:], 1.0)
+    ratio = h / xp.where(h_before > 0, h_before, 1.0)
+    second_order = np.arange(len(h)) < len(h) - 1
+    second_order[:2] = False
 
-    def one(carry, number):
-        x, last = carry
-        i = jnp.full(len(x), number)
+    def one(carry, step):
+        x_t, x_0_hat_before = carry
+        i = jnp.full(len(x_t), step)
         to = jnp.maximum(i - 1, 0)
-        x_0_hat, _, _ = _denoise(few, eps_fn, x, i, prediction, clip)
-        d = x_0_hat + jnp.where(jnp.asarray(second)[number], at(ratio, i, x) / 2 * (x_0_hat - last), 0.0)
-        moved = at(noise, to, x) / at(noise, i, x) * x - at(signal, to, x) * jnp.expm1(-at(h, i, x)) * d
-        return (jnp.where(number == 0, x_0_hat, moved), x_0_hat), None
+        x_0_hat, _, _ = _denoise(respaced, eps_fn, x_t, i, prediction, clip)
+        is_second = jnp.asarray(second_order)[step]
+        change = extract(ratio, i, x_t) / 2 * (x_0_hat - x_0_hat_before)
+        d = x_0_hat + jnp.where(is_second, change, 0.0)
+        x_prev = extract(noise, to, x_t) / extract(noise, i, x_t) * x_t
+        x_prev = x_prev - extract(signal, to, x_t) * jnp.expm1(-extract(h, i, x_t)) * d
+        return (jnp.where(step == 0, x_0_hat, x_prev), x_0_hat), None
 
-    x = precise(x_T)
+    x = at_least_float32(x_T)
     (x_0, _), _ = jax.lax.scan(one, (x, jnp.zeros_like(x)), jnp.arange(len(h) - 1, -1, -1))
     return x_0.astype(jnp.asarray(x_T).dtype)
 
 
-def velocity(schedule: Schedule, eps_fn: EpsFn, x: Sample, i, prediction: str, clip: float | None = None) -> Sample:
-    """dx_t / d phi = cos(phi) eps_hat - sin(phi) x_0_hat = v_hat, the probability flow in the `angle` phi.
+def velocity(
+    schedule: Schedule,
+    eps_fn: EpsFn,
+    x_t: Sample,
+    i,
+    prediction: str,
+    clip: float | None = None,
+) -> Sample:
+    """Returns dx_t / d phi = cos(phi) eps_hat - sin(phi) x_0_hat = v_hat, with phi the `angle`.
 
-    It is the flow of Karras et al. 2022, eq. 4, with sigma(phi) = tan(phi) and scale s(phi) = cos(phi).
+    This is the probability flow of Karras et al. 2022, eq. 4, with sigma(phi) = tan(phi) and scale
+    s(phi) = cos(phi).
     """
-    x_0_hat, eps_hat, _ = _denoise(schedule, eps_fn, x, i, prediction, clip)
-    signal, noise = (at(a, i, x) for a in roots(schedule))
+    x_0_hat, eps_hat, _ = _denoise(schedule, eps_fn, x_t, i, prediction, clip)
+    signal, noise = signal_and_noise(schedule, i, x_t)
     return signal * eps_hat - noise * x_0_hat
 
 
@@ -272,27 +338,31 @@ def sample_heun(
     clip: float | None = None,
     prediction: str = "eps",
 ) -> Sample:
-    """Heun's method on the probability-flow ODE (Karras et al. 2022, algorithm 1), in the angle phi = arctan(sigma).
+    """Samples x_0 by Heun's method on the probability-flow ODE (Karras et al. 2022, algorithm 1).
 
-    2 steps - 1 evaluations; the last step, to sigma = 0, is of first order. See `velocity` for the flow. The paper
-    prefers sigma itself (their eq. 4 with s = 1), and its own spacing, our "karras". In sigma, schedules that end at
-    sigma = 20,000, as the cosine of T = 1000, need some hundred steps; in phi they end at pi / 2.
+    2 steps - 1 evaluations. The last step, to sigma = 0, is of first order. The flow is `velocity`,
+    in the angle phi = arctan(sigma). The paper recommends sigma itself (eq. 4 with s = 1) and the
+    spacing "karras". A cosine schedule of T = 1000 ends at sigma = 20,000: there sigma needs some
+    hundred steps, while phi ends at pi / 2.
     """
-    few = respace(schedule, steps, spacing)
-    phi = angle(few)
-    numpy = jnp if isinstance(phi, jax.Array) else np
-    h = numpy.append(0.0, numpy.diff(phi))  # from level i - 1 to level i
+    respaced = respace(schedule, steps, spacing)
+    phi = angle(respaced)
+    xp = array_namespace(phi)
+    h = xp.append(0.0, xp.diff(phi))  # from level i - 1 to level i
 
-    def one(x, number):
-        i = jnp.full(len(x), number)
-        step = -at(h, i, x)
-        first = velocity(few, eps_fn, x, i, prediction, clip)
-        second = velocity(few, eps_fn, x + step * first, i - 1, prediction, clip)
-        return x + step * (first + second) / 2, None
+    def one(x_t, step):
+        i = jnp.full(len(x_t), step)
+        d_phi = -extract(h, i, x_t)
+        first = velocity(respaced, eps_fn, x_t, i, prediction, clip)
+        second = velocity(respaced, eps_fn, x_t + d_phi * first, i - 1, prediction, clip)
+        return x_t + d_phi * (first + second) / 2, None
 
-    x, _ = jax.lax.scan(one, precise(x_T), jnp.arange(len(few.t) - 1, 0, -1))
-    x_0_hat, _, _ = _denoise(few, eps_fn, x, jnp.zeros(len(x), int), prediction, clip)
+    x, _ = jax.lax.scan(one, at_least_float32(x_T), jnp.arange(len(respaced.t) - 1, 0, -1))
+    x_0_hat, _, _ = _denoise(respaced, eps_fn, x, jnp.zeros(len(x), int), prediction, clip)
     return x_0_hat.astype(jnp.asarray(x_T).dtype)
+
+
+# ----------------------------------------------------------------------- inpainting, interpolation
 
 
 def inpaint(
@@ -310,57 +380,62 @@ def inpaint(
     clip: float | None = None,
     prediction: str = "eps",
 ) -> Sample:
-    """Fills in where mask is 0, given `known` where it is 1 (RePaint, Lugmayr et al. 2022, algorithm 1).
+    """Samples x_0 where mask is 0, given `known` where it is 1 (RePaint, algorithm 1).
 
-    steps, spacing: which levels are visited, by default every one; see `respace`.
-    repeats: how often each step is taken, going back to its noise in between, so that what is filled in comes to agree
-        with what is known; the paper takes 10 and jumps over 10 steps, ours over one.
+    repeats: how often each step is taken. Between repeats, noise is added again, so that the new
+        part comes to fit the known one. The paper takes 10 and jumps over 10 steps, we over one.
+    steps, spacing: which levels are visited, by default all.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     schedule = schedule if steps is None else respace(schedule, steps, spacing)
-    known, mask = jnp.asarray(known, precise(x_T).dtype), jnp.asarray(mask) != 0
+    known = jnp.asarray(known, at_least_float32(x_T).dtype)
+    mask = jnp.asarray(mask) != 0
+    options = {"sigma2": sigma2, "clip": clip, "prediction": prediction}
 
-    def body(i, x, number):
+    def body(x_t, i, step):
         def normal(key):
-            return jax.random.normal(key, x.shape, x.dtype)
+            return jax.random.normal(key, x_t.shape, x_t.dtype)
 
-        def again(j, x):
-            k_back, k_known, k_forth = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, number), j), 3)
-            mean, sigma, _ = _ancestral(schedule, eps_fn, x, i, number, sigma2=sigma2, clip=clip, prediction=prediction)
-            below = mean + sigma * normal(k_back)
+        def repeat(r, x_t):
+            k = jax.random.fold_in(jax.random.fold_in(key, step), r)
+            k_back, k_known, k_forth = jax.random.split(k, 3)
+            mean, std, _ = _p_mean_std(schedule, eps_fn, x_t, i, step, **options)
+            unknown = mean + std * normal(k_back)
             noisy = q_sample(schedule, known, jnp.maximum(i - 1, 0), normal(k_known))
-            below = jnp.where(mask, jnp.where(number > 0, noisy, known), below)
-            back = at(kept(schedule) ** 0.5, i, x) * below + _root(at(schedule.beta, i, x)) * normal(k_forth)
-            return jnp.where(j < repeats - 1, back, below)
+            x_prev = jnp.where(mask, jnp.where(step > 0, noisy, known), unknown)
+            again = extract(one_minus_beta(schedule) ** 0.5, i, x_t) * x_prev
+            again = again + _safe_sqrt(extract(schedule.beta, i, x_t)) * normal(k_forth)
+            return jnp.where(r < repeats - 1, again, x_prev)
 
-        x = jax.lax.fori_loop(0, repeats, again, x)
-        return x, x
+        x_prev = jax.lax.fori_loop(0, repeats, repeat, x_t)
+        return x_prev, x_prev
 
-    return _down(schedule, x_T, body)[0]
+    return _scan_down(schedule, x_T, body)[0]
 
 
 def slerp(a: Sample, b: Sample, share) -> Sample:
-    """Between two noises on the sphere they lie on (DDIM eq. 67); `share` 0 is a, 1 is b.
+    """Interpolates between two noises along their sphere (DDIM eq. 67): `share` 0 is a, 1 is b.
 
-    Between opposite noises every way is as short as any other: these are mixed in a line.
+    Opposite noises have no shortest path on the sphere; they are mixed in a line.
     """
     dtype, axes = jnp.result_type(a, b), tuple(range(1, a.ndim))
-    a, b, share = precise(a), precise(b), jnp.asarray(share, precise(a).dtype)
+    a, b = at_least_float32(a), at_least_float32(b)
+    share = jnp.asarray(share, a.dtype)
 
     def length(x):
-        return _root((x**2).sum(axes, keepdims=True))
+        return _safe_sqrt((x**2).sum(axes, keepdims=True))
 
     def unit(x):
         largest = jnp.abs(x).max(axes, keepdims=True)
-        x = x / jnp.where(largest > 0, largest, 1.0)  # whose squares neither overflow nor vanish
+        x = x / jnp.where(largest > 0, largest, 1.0)  # so that squares neither overflow nor vanish
         return x / jnp.where(largest > 0, length(x), 1.0)
 
-    apart, together = length(unit(a) - unit(b)), length(unit(a) + unit(b))
-    # In turns of pi, of the halved angle's tangent, which is exact where a cosine is flat.
-    theta = jnp.where(together < 1e-5, 0.0, 2 / jnp.pi * jnp.arctan2(apart, together))
-    first, second = (s * jnp.sinc(s * theta) / jnp.sinc(theta) for s in (1 - share, share))
-    return (first * a + second * b).astype(dtype)
+    difference, total = length(unit(a) - unit(b)), length(unit(a) + unit(b))
+    # The angle over pi, from the tangent of its half: a cosine is flat near 0.
+    theta = jnp.where(total < 1e-5, 0.0, 2 / jnp.pi * jnp.arctan2(difference, total))
+    of_a, of_b = (s * jnp.sinc(s * theta) / jnp.sinc(theta) for s in (1 - share, share))
+    return (of_a * a + of_b * b).astype(dtype)
 
 
 def interpolate(
@@ -376,20 +451,21 @@ def interpolate(
     clip: float | None = None,
     prediction: str = "eps",
 ) -> Float[Array, "K B ..."]:
-    """Both images to step t with the same noise, between them in a line, and back (DDPM, section 4.4, figure 8).
+    """Interpolates between images through their noisy versions (DDPM, section 4.4 and figure 8).
 
-    The paper prints x_0 where it means x_t. t counts steps taken: 0 is a blend of pixels.
+    Both images get t steps of the same noise, are mixed in a line, and are denoised. t = 0 mixes
+    the pixels. The paper prints x_0 where it means x_t.
     """
     if not 0 <= t <= len(schedule.t):
         raise ValueError(f"t counts steps taken, 0..{len(schedule.t)}, got {t}")
     k_eps, k_back = jax.random.split(key)
-    dtype, shape, a, b = jnp.result_type(a, b), a.shape, precise(a), precise(b)
+    dtype, shape = jnp.result_type(a, b), a.shape
+    a, b = at_least_float32(a), at_least_float32(b)
     if t:
         eps, last = jax.random.normal(k_eps, shape, a.dtype), jnp.full(len(a), t - 1)
         a, b = (q_sample(schedule, x, last, eps) for x in (a, b))
-    between = jnp.concatenate([(1 - s) * a + s * b for s in jnp.asarray(shares, a.dtype)])
+    mixed = jnp.concatenate([(1 - s) * a + s * b for s in jnp.asarray(shares, a.dtype)])
     if t:
-        between = sample_ddpm(
-            schedule, eps_fn, between, k_back, sigma2=sigma2, clip=clip, start=t, prediction=prediction
-        )
-    return between.reshape(len(shares), *shape).astype(dtype)
+        options = {"sigma2": sigma2, "clip": clip, "prediction": prediction}
+        mixed = sample_ddpm(schedule, eps_fn, mixed, k_back, start=t, **options)
+    return mixed.reshape(len(shares), *shape).astype(dtype)
