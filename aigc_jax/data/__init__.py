@@ -38,10 +38,10 @@ class Info:
 class Data(NamedTuple):
     """A data set.
 
-    batch: `batch(seed, i, size)` returns a dict of host arrays with `size` rows: image uint8
-        [B, H, W, C], points float32 [B, d], tokens int32 [B, T+1], roll uint8 [B, T, 88],
-        label int32 [B], index int32 [B] for finite sets, and mask float32 [B, T], which is 1
-        where a position counts.
+    batch: `batch(seed, i, size)` returns a dict of host arrays with B = `size` rows. It holds one
+        of image uint8 [B, H, W, C], points float32 [B, d], tokens int32 [B, T+1] and roll uint8
+        [B, T, 88]. With it there may be label int32 [B]; index int32 [B] for finite sets; and
+        mask float32 [B, T], which is 1 where a position counts.
     resident: None, or (arrays, rows, take) for a set that fits in memory. `rows(seed, i, size)`
         returns on the host which examples make up a batch, int32 [size]. `take(arrays, rows)`
         returns the batch and can be jitted. `batch` is `take` applied to `rows`.

@@ -79,12 +79,12 @@ def load_pictures(
     pictures themselves, which then have no labels. Or it holds train/, validation/ (also val/ or
     valid/) and test/, or some of these, each laid out in one of the first two ways.
 
-    Without such folders there is one split, train. Its order depends only on the number of
-    files and the order of their names, and it mixes the classes. So its slices
-    ("train[:90%]", "train[90%:]") hold all classes.
+    Without train/ and the others there is one split, train, whose order mixes the classes. So
+    slices such as "train[:90%]" and "train[90%:]" hold all classes. The order depends only on the
+    names of the files.
 
-    Pictures have one channel if all of the folder are grey, else three. Transparent areas become
-    white. Links to folders are followed. One line on stderr says what is left out, and why.
+    Pictures have one channel if all pictures of the folder are grey, else three. Transparent areas
+    become white. Links to folders are followed. One line on stderr says what is left out, and why.
 
     size: scales the short side of every picture to this many pixels and crops the middle,
         size x size. Without it all pictures must have the same size.
