@@ -159,9 +159,9 @@ def parzen_log_likelihood(
 
     The estimate ranks models badly (Theis et al. 2016). In 784 dimensions it is far below the true
     value, for any number of samples. K-means centroids score higher than the training images
-    themselves (238 and 245 nats, depending on which 10,000 are chosen). A model above that ceiling
-    is smooth or has copied; it is not better. Never choose sigma on test. If sigma is at an end of
-    the grid, extend the grid.
+    themselves, which reach 238 to 245 nats, depending on which 10,000 are chosen. A model above
+    that ceiling is smooth or has copied; it is not better. Never choose sigma on test. If sigma is
+    at an end of the grid, extend the grid.
     """
     centres, validation, test = _vectors(centres=centres, validation=validation, test=test)
     if sigmas is None:
