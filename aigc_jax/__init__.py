@@ -1,13 +1,14 @@
-"""Generative models as pure functions in JAX: one file a family.
+"""Generative models as pure functions in JAX.
 
-`aigc_jax.vae`, `aigc_jax.train` and the other modules are imported when they are first asked for (PEP 562).
+`aigc_jax.vae`, `aigc_jax.train` and the other modules are imported at first use (PEP 562).
 """
 
-# No library is imported here, not even one of Python's own: the command line first takes the current directory from
-# the path, so that a run folder in which it is started cannot stand in for them.
+# Only importlib is imported here, which Python itself has loaded. The command line removes the
+# current directory from the path before it imports more: that may be a run folder, whose files
+# could be imported in place of real modules.
 import importlib
 
-TYPE_CHECKING = False  # type checkers take it for typing's
+TYPE_CHECKING = False  # type checkers treat it like typing.TYPE_CHECKING
 if TYPE_CHECKING:
     from . import core, data, ddpm, figures, gan, metrics, nn, train, transformer, vae
 

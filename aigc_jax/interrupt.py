@@ -1,8 +1,9 @@
-"""Ctrl-C on the command lines: outside of training it ends the process at once, in one line, with exit code 130.
+"""Ctrl-C on the command lines: outside of training it ends the process at once, with exit code 130.
 
-Nothing is unwound: a KeyboardInterrupt in an import is a traceback of 200 lines, and one that falls into a callback of
-JAX is swallowed. What lies on disk is what a kill leaves, from which every run resumes. This imports no JAX, so that it
-is in force while JAX is imported.
+It prints one line and unwinds nothing. A KeyboardInterrupt during an import would print a
+traceback of 200 lines, and one in a callback of JAX would be swallowed. The disk is left as after a
+kill, from which every run resumes. This module imports no JAX, so that it works while JAX is
+imported.
 """
 
 from __future__ import annotations
@@ -13,46 +14,53 @@ import signal
 import sys
 import threading
 
-_once = threading.Lock()
+_exiting = threading.Lock()
 
 
 def leave(number: int = signal.SIGINT, frame=None) -> None:
-    """Ends the process with one line; a handler of SIGINT."""
-    if _once.acquire(blocking=False):
+    """Ends the process with one line on stderr. This is the handler of SIGINT."""
+    if _exiting.acquire(blocking=False):
         try:
-            shown = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides the cursor
-            os.write(2, shown + b"interrupted\n")
-        finally:  # nobody may read stderr any more
+            show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
+            os.write(2, show_cursor + b"interrupted\n")
+        finally:  # also if stderr is closed
             os._exit(130)
 
 
 def _watch(pipe: int) -> None:
-    """Ends the process also while the main thread compiles: its handlers wait for the end of that."""
-    asked = 0
+    """Ends the process also while the main thread compiles.
+
+    Python runs signal handlers in the main thread, after the compilation. The pipe gets the
+    signals at once.
+    """
+    interrupts = 0
     while True:
         for number in os.read(pipe, 64):
             if number == signal.SIGINT:
-                asked += 1
-                # Training has a handler of its own, for which the first is a request.
-                if asked > 1 or signal.getsignal(number) is leave:
+                interrupts += 1
+                # Training has its own handler. It takes the first Ctrl-C as a request to stop.
+                if interrupts > 1 or signal.getsignal(number) is leave:
                     leave()
 
 
-def _module(words: list[str]) -> str:
-    """NAME of `python -m NAME`, `python -mNAME` or `python -um NAME`; empty where there is none."""
-    for word, after in zip(words[1:], [*words[2:], ""], strict=True):
-        if found := re.fullmatch("-[a-zA-VY]*?m(.*)", word):
-            return found[1] or after
+def _module(arguments: list[str]) -> str:
+    """Returns NAME of `python -m NAME`, `python -mNAME` or `python -um NAME`, else ""."""
+    for argument, following in zip(arguments[1:], [*arguments[2:], ""], strict=True):
+        if match := re.fullmatch("-[a-zA-VY]*?m(.*)", argument):
+            return match[1] or following
     return ""
 
 
 def on_command_line(main: bool = False) -> None:
-    """Takes over Ctrl-C where this process is `python -m aigc_jax` or `python -m experiments.NAME`, and only there.
+    """Handles Ctrl-C if this process is `python -m aigc_jax` or `python -m experiments.NAME`.
 
-    main: the caller is the module `__main__` itself. In a package above it argv[0] is still "-m".
+    main: whether the caller is the module `__main__`. While a package above it is imported,
+        argv[0] is still "-m".
     """
-    ours = main or (sys.argv[:1] == ["-m"] and _module(sys.orig_argv).split(".")[0] in ("aigc_jax", "experiments"))
-    if not ours or os.name != "posix" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not main and sys.argv[:1] == ["-m"]:
+        main = _module(sys.orig_argv).split(".")[0] in ("aigc_jax", "experiments")
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not main or os.name != "posix" or not default:
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -1,4 +1,4 @@
-"""What the scripts that draw pictures share: distances of samples beside their floors, and D on what it has seen."""
+"""Shared by the scripts that generate pictures: data, distances with their floors, D's memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from experiments._cli import Row, Source
 
 ACCURACY = "class accuracy of the samples (%, our classifier)"
 COVERAGE = "coverage (k=5)"
-LEAST = 10  # own pictures in each part of a set: with fewer no measure says anything
+LEAST = 10  # own pictures per split: with fewer no metric means anything
 
 
 @functools.cache
 def say(line: str) -> None:
-    """Prints a line on stderr, once."""
+    """Prints a line on stderr, unless it was printed before."""
     print(line, file=sys.stderr)
 
 
 def parts(source: Source, *named: str, training: int | None = None) -> list[data.Data]:
-    """A set to train on, one to watch while training where `named` has three slices, and one to measure on.
+    """Returns a training set, a validation set if `named` has three slices, and a test set.
 
     named: these slices of a named set. Own pictures: see `shares`. Raises ValueError for what cannot be measured later.
     """
@@ -50,10 +50,12 @@ def parts(source: Source, *named: str, training: int | None = None) -> list[data
 
 
 def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | None = None) -> list[str]:
-    """Slices of own pictures: to train on, where `watched` to watch, to measure.
+    """Returns slices of own pictures: training, validation if `watched`, and test.
 
-    Measured is test/, else validation/, else the last tenth of train; watched is validation/ where there is test/ too,
-    else the last tenth of what is left of train. training: how many to train on.
+    Test is test/, else validation/, else the last tenth of train. Validation is validation/ if
+    there is a test/ too, else the last tenth of what remains of train.
+
+    training: the number of pictures to train on.
     """
     if "train" not in sizes:
         raise ValueError(f"{name} has the splits {', '.join(sizes)} and no train")
@@ -72,7 +74,10 @@ def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | N
 
 
 def three(source: Source, training: int | None, otherwise: int) -> list[data.Data]:
-    """`parts`: the first `training` examples, by default 1,237 digits or `otherwise`; those after them; test."""
+    """Returns `parts` of train[:n], train[n:] and test.
+
+    n is `training`; by default 1,237 for digits and `otherwise` for other sets.
+    """
     if training is not None and training < 1:
         raise ValueError(f"training must be at least 1, got {training}")
     n = training if training is not None else 1237 if source.name == "digits" else otherwise
@@ -80,7 +85,7 @@ def three(source: Source, training: int | None, otherwise: int) -> list[data.Dat
 
 
 def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
-    """The Setup whose model takes this set: its shape and levels and, if asked, its classes.
+    """Returns the Setup with a model of this set's shape, levels and, if asked, classes.
 
     A field that the user set, so that it is none of the script's own, stays. Raises ValueError where the model cannot
     take such pictures.
@@ -106,7 +111,7 @@ def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
 
 
 def fitting(model, change: dict) -> str:
-    """Which --data.size the model could take instead; empty: none."""
+    """Returns advice on a --data.size that the model accepts; "" if there is none."""
     height, width, channels = change.get("shape", model.shape)
     for size in sorted(range(4, 257), key=lambda size: abs(size - min(height, width))):
         try:
@@ -118,9 +123,10 @@ def fitting(model, change: dict) -> str:
 
 
 def health(training: data.Data, n: int = 500) -> Callable:
-    """An `on_eval`: D's logit, and its accuracy where it has one, on n training examples.
+    """Returns an `on_eval` that reports D's logit, and its accuracy, on n training examples.
 
-    `fit` reports the same of held-out examples (its `valid`): the gap is what D knows by heart.
+    `fit` reports the same on its validation set. The gap shows how far D has memorised the
+    training set. There is an accuracy only for losses that define one.
     """
     batch = jax.tree.map(jax.numpy.asarray, training.batch(0, 0, n))
 
@@ -132,19 +138,21 @@ def health(training: data.Data, n: int = 500) -> Callable:
 
 
 def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, fake_label=None) -> list[Row]:
-    """Rows for samples against held-out images `real`, in the features of our classifier of the set `name`.
+    """Returns rows that compare samples with held-out images `real`, all in [0, 1].
 
-    The oracle of each is its floor: as many training images, drawn from `seen`, in place of the samples. Images in
-    [0, 1]. Of own pictures, which none of our classifiers knows, the features are pixels.
+    The features are those of our classifier of the set `name`. For own pictures, which no
+    classifier of ours knows, they are pixels. The oracle of each row is its floor: the value of
+    as many training images, drawn from `seen`, in place of the samples.
     """
     n = min(len(fake), len(real), len(seen))
     if name.startswith("images:"):
         say(
-            f"{name}: no classifier of ours knows these pictures: Frechet and kernel distance, classifier score and "
-            "class accuracy are left out, precision to coverage are of pixels"
+            f"{name}: no classifier of ours knows these pictures. Frechet distance, kernel distance, "
+            "classifier score and class accuracy are left out. Precision, recall, density and "
+            "coverage are measured on pixels.",
         )
         return in_pixels(fake, real, seen)
-    # At random: the first digits of a set are those of a few writers, and so no floor.
+    # In random order: the first digits of a set are by a few writers, so they are no fair floor.
     seen = seen[np.random.default_rng(0).permutation(len(seen))]
     net = metrics.load_classifier(name)
     logits, features = {}, {}
@@ -158,19 +166,19 @@ def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, f
         precision, recall = metrics.precision_recall(features["real"], features[who])
         density, coverage = metrics.density_coverage(features["real"], features[who])
         kernel = {}
-        if n >= 1000:  # of fewer it is noise
+        if n >= 1000:  # with fewer it is noise
             blocks = metrics.kernel_distance(features["real"], features[who], jax.random.key(0))
             kernel["kernel distance x 1000, same features (+- s.e. over blocks)"] = 1000 * np.array(blocks)
+        fid = f"fid_{name.removesuffix('_mnist')}, n = {n} ({about})"
         return {
-            f"fid_{name.removesuffix('_mnist')}, n = {n} ({about})":
-                metrics.frechet_distance(features["real"], features[who]),
+            fid: metrics.frechet_distance(features["real"], features[who]),
             **kernel,
             "precision (k=3)": precision,
             "recall (k=3)": recall,
             "density (k=5)": density,
             COVERAGE: coverage,
             "classifier score": metrics.classifier_score(p[who]),
-        }  # fmt: skip
+        }
 
     floor, rows = measured("seen"), []
     for what, value in measured("fake").items():
@@ -182,7 +190,10 @@ def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, f
 
 
 def in_pixels(fake: np.ndarray, real: np.ndarray, seen: np.ndarray) -> list[Row]:
-    """The distances that need no classifier, of samples and, as oracle, of training images drawn at random."""
+    """Returns rows of the distances that need no classifier, on pixels.
+
+    The oracle of each row is the value of as many training images, drawn at random.
+    """
     n = min(len(fake), len(real), len(seen))
     seen = seen[np.random.default_rng(0).permutation(len(seen))]
     fake, real, seen = (x[:n].reshape(n, -1) for x in (fake, real, seen))
@@ -197,7 +208,7 @@ def in_pixels(fake: np.ndarray, real: np.ndarray, seen: np.ndarray) -> list[Row]
 
 
 def caption(found: list[Row]) -> str:
-    """Class accuracy and coverage, where they were measured."""
+    """Returns class accuracy and coverage as text, as far as they were measured."""
     accuracy = [f"class accuracy {row.ours:.1f} %" for row in found if row.quantity == ACCURACY]
     coverage = [row for row in found if row.quantity.startswith(COVERAGE)]
     covered = [f"coverage{' of pixels' if 'of pixels' in row.quantity else ''} {row.ours:.2f}" for row in coverage[:1]]
@@ -205,7 +216,10 @@ def caption(found: list[Row]) -> str:
 
 
 def by_class(images: np.ndarray, label: np.ndarray, columns: int, *, most: int = 20) -> np.ndarray:
-    """The first pictures of each class, one class a row, white where it has fewer; of many classes the first `most`."""
+    """Returns the first `columns` pictures of each class, one class per row.
+
+    A class with fewer pictures is filled with white. Only the first `most` classes are shown.
+    """
     rows = np.ones((min(label.max() + 1, most), columns, *images.shape[1:]), images.dtype)
     for c, row in enumerate(rows):
         of_class = images[label == c][:columns]
@@ -214,7 +228,10 @@ def by_class(images: np.ndarray, label: np.ndarray, columns: int, *, most: int =
 
 
 def check(setup, script: str, *, conditional: bool, own: bool = False) -> None:
-    """Refuses flags that the measurements after the training could not take; own: own pictures can be measured."""
+    """Refuses flags with which the metrics after training could not be computed.
+
+    own: whether the script can measure own pictures.
+    """
     known = [file.stem for file in sorted(metrics.WEIGHTS.glob("*.safetensors"))]
     if setup.data.name not in known and not (own and setup.data.pictures):
         instead = "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
@@ -227,12 +244,17 @@ def check(setup, script: str, *, conditional: bool, own: bool = False) -> None:
 
 
 def pixels(source: data.Data, n: int | None = None) -> np.ndarray:
-    """The first n images of a finite set, in [0, 1]."""
+    """Returns the first n images of a finite set, in [0, 1]."""
     images = source.resident[0]["image"][:n]
     return np.asarray(images, np.float32) / (source.info.levels - 1)
 
 
 def neighbours(fake: np.ndarray, training: np.ndarray, test: np.ndarray) -> tuple[float, float]:
-    """Median distance of samples to their nearest training image, over that of test images; the smallest distance."""
-    near = metrics.nearest(fake, training)[0]
-    return float(np.median(near) / np.median(metrics.nearest(test[: len(fake)], training)[0])), float(near.min())
+    """Returns how near samples are to training images: a ratio, and the smallest distance.
+
+    The ratio is that of two medians: the distance of a sample to its nearest training image, and
+    the same distance of a test image.
+    """
+    near, _ = metrics.nearest(fake, training)
+    near_test, _ = metrics.nearest(test[: len(fake)], training)
+    return float(np.median(near) / np.median(near_test)), float(near.min())

@@ -324,7 +324,7 @@ def test_small_images_with_channels_last_are_taken(shape):
         (np.zeros((5, 3, 1, 1), np.uint8), "channels come last"),
         (np.zeros((3, 3, 32, 32), np.float32), r"channels come last.*\(x \* 255\).round\(\)"),
         (np.zeros((3, 28, 28), np.uint8), r"x\[..., None\]"),
-        (np.zeros((3, 28, 28, 1), np.float16), r"got float16 .*, 28, 28, 1\]; of floats"),
+        (np.zeros((3, 28, 28, 1), np.float16), r"got float16 .*, 28, 28, 1\]; convert floats"),
     ],
 )
 def test_images_of_another_layout_are_told_what_to_do(image, words):

@@ -143,7 +143,7 @@ def damaged(how, files):
         ("a record short", "data_batch_4.bin holds 6,146 bytes"),
         ("a record more", "data_batch_4.bin holds 12,292 bytes"),
         ("empty", "data_batch_4.bin holds 0 bytes"),
-        ("a wrong label", "data_batch_4.bin holds the label 10, which is none of 0..9"),
+        ("a wrong label", "data_batch_4.bin holds the label 10, which is not in 0..9"),
         ("missing", "lacks cifar-10-batches-bin/data_batch_4.bin"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from aigc_jax import data, train, vae
-from aigc_jax.data import images
+from aigc_jax.data import pictures
 
 from .trainee import CFG, fingerprint
 
@@ -67,7 +67,7 @@ def test_train_and_test_folders_are_splits(folder, tmp_path):
     assert test == {np.asarray(picture(i)).tobytes(): i % 2 for i in range(8, 12)}
     assert data.load(name, "train+test").info.examples == 12
     (tmp_path / "split" / "test" / "a").rename(tmp_path / "split" / "test" / "c")
-    with pytest.raises(ValueError, match="hold other classes: train: a, b; test: b, c"):
+    with pytest.raises(ValueError, match="hold different classes: train: a, b; test: b, c"):
         data.load(name)
     (tmp_path / "split" / "test").rename(tmp_path / "split" / "more")
     with pytest.raises(ValueError, match="more lies beside .*train, which is read as a split"):
@@ -220,7 +220,7 @@ def test_files_that_cannot_be_used_are_named(folder, spoil, words):
 
 def said(capfd, folder, **options):
     """The set and what loading it said, which is one line or none."""
-    images._say.cache_clear()
+    pictures._print_once.cache_clear()
     capfd.readouterr()
     source = data.load(f"images:{folder}", **options)
     out = capfd.readouterr()
@@ -244,7 +244,7 @@ def test_folders_of_the_system_are_no_classes(folder, capfd, name):
         picture(0).save(at / "01-checkpoint.png")
     source, line = said(capfd, folder)
     assert source.info == before
-    assert f"left out 2 hidden or of the system ({name}, ant/{name})" in line
+    assert f"left out hidden or system files (2: {name}, ant/{name})" in line
     assert "the classes are 0 ant, 1 bee" in line
 
 
@@ -262,9 +262,9 @@ def test_what_is_no_picture_is_counted_by_its_reason(folder, capfd):
     os.mkfifo(folder / "ant" / "pipe.png")
     source, line = said(capfd, folder)
     assert source.info == before
-    assert "3 hidden or of the system (bee/.DS_Store, bee/._01.png, bee/Thumbs.db)" in line
-    assert "5 with another suffix than a picture's (bee/a.heic, bee/b.heic, bee/labels.csv, ...)" in line
-    assert "1 linked to nothing (gone.png)" in line and "1 neither file nor folder (ant/pipe.png)" in line
+    assert "hidden or system files (3: bee/.DS_Store, bee/._01.png, bee/Thumbs.db)" in line
+    assert "files without a picture suffix (5: bee/a.heic, bee/b.heic, bee/labels.csv, ...)" in line
+    assert "broken links (1: gone.png)" in line and "special files (1: ant/pipe.png)" in line
     assert said(capfd, folder)[1] == line
     data.load(f"images:{folder}", "train[:50%]")
     assert capfd.readouterr().err == ""  # once
@@ -276,7 +276,7 @@ def test_an_empty_class_is_named_with_the_numbers_of_the_others(folder, capfd):
     (folder / "bat" / "notes.txt").write_text("no picture")
     source, line = said(capfd, folder)
     assert source.info.classes == 2
-    assert "2 without pictures in it (ass, bat)" in line and "the classes are 0 ant, 1 bee" in line
+    assert "folders without pictures (2: ass, bat)" in line and "the classes are 0 ant, 1 bee" in line
 
 
 def test_linked_folders_are_read_and_loops_end(folder, tmp_path, capfd):
@@ -291,8 +291,8 @@ def test_linked_folders_are_read_and_loops_end(folder, tmp_path, capfd):
     (tmp_path / "elsewhere" / "bees" / "back").symlink_to(folder / "ant")
     source, line = said(capfd, folder)
     assert by_bytes(source) == before
-    assert "2 linked to a folder that is read anyway (ant/up, bee/back)" in line
-    assert "1 linked to nothing (ant/self)" in line
+    assert "links to folders that are read anyway (2: ant/up, bee/back)" in line
+    assert "broken links (1: ant/self)" in line
     for i in range(12):  # every folder linked to every other: their paths are 12!
         (folder / "ant" / f"d{i}").mkdir()
     for i in range(12):
@@ -304,8 +304,8 @@ def test_linked_folders_are_read_and_loops_end(folder, tmp_path, capfd):
 def test_a_class_linked_twice_is_read_once(folder, capfd):
     (folder / "aaa").symlink_to(folder / "bee")
     source, line = said(capfd, folder)
-    assert source.info.classes == 2 and "1 linked to a folder that is read anyway (aaa)" in line
-    assert "without pictures" not in line and "the classes are 0 ant, 1 bee" in line
+    assert source.info.classes == 2 and "links to folders that are read anyway (1: aaa)" in line
+    assert "folders without" not in line and "the classes are 0 ant, 1 bee" in line
     (folder / "aaa").rename(folder / "ant" / "aaa")
     assert "the classes" not in said(capfd, folder)[1]  # no class is missing
 
@@ -349,9 +349,9 @@ def test_first_frames_copies_and_enlarged_pictures_are_said(folder, capfd):
     (folder / "bee" / "again.png").write_bytes((folder / "ant" / "01.png").read_bytes())
     source, line = said(capfd, folder)
     assert source.info.examples == 42
-    assert "1 of several frames, of which the first is used (ant/moves.gif)" in line
-    assert "1 copied from another, kept (bee/again.png)" in line and "left out" not in line
-    assert "42 enlarged (ant/01.png, " in said(capfd, folder, size=8)[1]
+    assert "pictures with several frames, of which the first is used (1: ant/moves.gif)" in line
+    assert "copies of other files, which are kept (1: bee/again.png)" in line and "left out" not in line
+    assert "enlarged pictures (42: ant/01.png, " in said(capfd, folder, size=8)[1]
 
 
 def test_modes_suffixes_and_names_of_all_kinds(tmp_path, capfd):
@@ -367,7 +367,7 @@ def test_modes_suffixes_and_names_of_all_kinds(tmp_path, capfd):
     (tmp_path / os.fsdecode(b"latin\xe9.png")).write_bytes((tmp_path / "wrong.png.bmp").read_bytes())
     source, line = said(capfd, tmp_path)
     assert source.info.examples == 7 and source.info.shape == (4, 6, 3)
-    assert "2 copied from another" in line
+    assert "copies of other files, which are kept (2: " in line
     (tmp_path / "bad\nname.png").write_bytes(b"")
     with pytest.raises(ValueError, match="bad.*it is empty") as e:
         data.load(f"images:{tmp_path}")
@@ -383,7 +383,7 @@ def test_grey_with_alpha_is_grey(tmp_path):
 def test_every_file_that_cannot_be_used_is_counted(folder):
     for i in range(5):
         (folder / "ant" / f"torn{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="torn0.png cannot be .*; nor can 4 more be used: .*torn3.png, ...|torn4.png"):
+    with pytest.raises(ValueError, match="torn0.png cannot be .*; 4 more cannot be used: .*torn3.png, ...|torn4.png"):
         data.load(f"images:{folder}")
     for file in folder.glob("ant/torn*"):
         file.write_bytes((folder / "ant" / "01.png").read_bytes()[:60])
@@ -405,7 +405,7 @@ def test_splits_by_their_usual_names(tmp_path, names):
         (tmp_path / part).mkdir()
         for i in numbers:
             picture(i).save(tmp_path / part / f"{i}.png")
-    sizes = images.picture_splits(f"images:{tmp_path}")
+    sizes = pictures.picture_splits(f"images:{tmp_path}")
     assert list(sizes.values()) == [6, 3] and set(sizes) in ({"train", "test"}, {"train", "validation"})
     assert data.load(f"images:{tmp_path}", "+".join(sizes)).info.examples == 9
 
@@ -417,7 +417,7 @@ def test_splits_that_cannot_be_told_apart(tmp_path, capfd):
             picture(i).save(tmp_path / part / f"{i}.png")
     (tmp_path / "test").mkdir()  # no pictures: said, and no split
     source, line = said(capfd, tmp_path)
-    assert "1 without pictures in it (test)" in line and source.info.examples == 3
+    assert "folders without pictures (1: test)" in line and source.info.examples == 3
     (tmp_path / "val").rename(tmp_path / "Valid")
     (tmp_path / "validation").mkdir()
     picture(9).save(tmp_path / "validation" / "9.png")
@@ -483,7 +483,7 @@ def test_the_order_is_that_of_the_names_bytes(tmp_path, monkeypatch):
     for i, name in enumerate(("b", "B", "a", "\u00e9", "z", "10", "9")):
         picture(i).save(tmp_path / f"{name}.png")
     expected = data.load(f"images:{tmp_path}").resident[0]["image"]
-    files = images._walk(tmp_path)[0]
+    files = pictures._walk(tmp_path)[0]
     assert [file.stem for file in files] == ["10", "9", "B", "a", "b", "z", "\u00e9"]
     listed = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))
@@ -507,7 +507,7 @@ def test_no_pictures(tmp_path):
     with pytest.raises(ValueError, match="name a folder"):
         data.load("images:")
     (tmp_path / "a.heic").write_bytes(b"x")
-    with pytest.raises(ValueError, match="no pictures .*left out 1 with another suffix than a picture's .a.heic"):
+    with pytest.raises(ValueError, match="no pictures .*left out files without a picture suffix .1: a.heic"):
         data.load(f"images:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="a.heic is a file, not a folder"):
         data.load(f"images:{tmp_path / 'a.heic'}")
@@ -537,7 +537,7 @@ def test_streamed_batches_are_the_resident_ones(folder, monkeypatch):
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
             assert ours[name].dtype == theirs[name].dtype
-    monkeypatch.setattr(images, "RESIDENT_BYTES", 100)
+    monkeypatch.setattr(pictures, "RESIDENT_BYTES", 100)
     assert data.load(f"images:{folder}").resident is None
 
 

@@ -112,7 +112,7 @@ def test_sets_too_small_to_measure_are_refused(tmp_path):
 
 
 def test_sets_that_stay_on_disk_are_refused(flat, monkeypatch):
-    monkeypatch.setattr(data.images, "RESIDENT_BYTES", 100)
+    monkeypatch.setattr(data.pictures, "RESIDENT_BYTES", 100)
     with pytest.raises(ValueError, match="takes more than 2 GiB: make it smaller with --data.size"):
         _pictures.parts(Source(flat), "train", "test")
 

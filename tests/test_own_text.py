@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import data, figures
-from aigc_jax.data import text
+from aigc_jax.data import text, tokenizer
 from aigc_jax.data.prepare import cuts
 from aigc_jax.data.text import Tokenizer
 from experiments import _cli, _text, decoding, finetune, gpt2, shakespeare_char, transformer_text
@@ -48,11 +48,11 @@ def shuffled(n: int) -> str:
 def test_blocks_change_no_token(block, monkeypatch):
     """Beside the library, given everything at once; also where a tokenizer has tokens of its own between the words."""
     whole = shuffled(2500)
-    monkeypatch.setattr(text, "BLOCK", block)
+    monkeypatch.setattr(tokenizer, "BLOCK", block)
     made = Tokenizer.bpe(whole, 320)
     import tokenizers
 
-    library = text._byte_level(tokenizers.models.BPE())
+    library = tokenizer._byte_level(tokenizers.models.BPE())
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     library.train_from_iterator([whole], trainer)
@@ -69,19 +69,19 @@ def test_blocks_change_no_token(block, monkeypatch):
 
 
 def test_blocks_are_cut_at_words_and_lose_nothing():
-    pieces = list(text._at_words(text._pieces(shuffled(60_000))))
+    pieces = list(tokenizer._cut_at_words(tokenizer._split_blocks(shuffled(60_000))))
     assert "".join(pieces) == shuffled(60_000) and len(pieces) > 1
-    assert max(map(len, pieces)) < 2 * text.BLOCK
-    assert list(text._at_words(["a" * 9] * 3)) == ["a" * 27]  # a word is never cut
+    assert max(map(len, pieces)) < 2 * tokenizer.BLOCK
+    assert list(tokenizer._cut_at_words(["a" * 9] * 3)) == ["a" * 27]  # a word is never cut
 
 
 def test_words_without_end_are_learnt_from_in_parts():
     """The library's time grows with the square of a word: a quarter of an hour for a million letters."""
     genome = "".join(np.random.default_rng(0).choice([*"ACGT"], 30_000))
     for whole in (genome, "\n" * 9000, "a word, " + "b" * 2001):
-        pieces = list(text._learnable([whole]))
-        assert "".join(pieces) == whole and max(map(len, pieces)) == text.LONGEST
-    assert list(text._learnable(["a word " * 9000, "", "b" * 1999])) == ["a word " * 9000, "b" * 1999]
+        pieces = list(tokenizer._split_long_words([whole]))
+        assert "".join(pieces) == whole and max(map(len, pieces)) == tokenizer.MAX_WORD
+    assert list(tokenizer._split_long_words(["a word " * 9000, "", "b" * 1999])) == ["a word " * 9000, "b" * 1999]
     made = Tokenizer.bpe(genome, 300)
     assert made.size == 300 and made.decode(made.encode(genome)) == genome
 
@@ -92,7 +92,7 @@ def test_tokenizers_of_other_kinds_get_the_text_whole(monkeypatch):
 
     vocabulary = {c: i for i, c in enumerate(["a", " ", "a ", " a", "a a"])}
     model = tokenizers.models.BPE(vocab=vocabulary, merges=[("a", " "), ("a ", "a")])
-    monkeypatch.setattr(text, "BLOCK", 5)
+    monkeypatch.setattr(tokenizer, "BLOCK", 5)
     library = tokenizers.Tokenizer(model)
     made = Tokenizer(library.to_str())
     np.testing.assert_array_equal(made.encode("a a a a a a a"), library.encode("a a a a a a a").ids)
@@ -133,7 +133,7 @@ print(found.info.levels, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
 
 def test_a_text_beyond_int32_is_refused():
     endless = np.broadcast_to(np.int32(0), 2**31 - 8)
-    with pytest.raises(ValueError, match=r"a text of 2,147,483,640 tokens is too long: its places are int32"):
+    with pytest.raises(ValueError, match=r"a text of 2,147,483,640 tokens is too long: positions are int32"):
         text.from_tokens(endless, length=8, vocab=1)
 
 
@@ -191,14 +191,14 @@ RUSSIAN = "Все счастливые семьи похожи друг на д�
         (b"plain\n" * 30_000 + "un café\n".encode("latin-1"), "(byte 180006); it looks like CP1252"),
         ((POEM * 20).encode()[:-2], "a few bytes are damaged. Drop them: iconv -c -f UTF-8 -t UTF-8"),
         (b"abc\xed\xa0\x80" * 30, "a few bytes are damaged"),  # half of a surrogate pair
-        (bytes(range(256)) * 20, "looks like no text: name a text file"),
+        (bytes(range(256)) * 20, "does not look like text: name a text file"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value[:20],
 )
 def test_what_cannot_be_read_says_what_it_is(own, content, words):
-    for tokenizer in ("char", "bpe:300"):
+    for which in ("char", "bpe:300"):
         with pytest.raises(ValueError) as refused:
-            data.load(own(content), length=8, tokenizer=tokenizer)
+            data.load(own(content), length=8, tokenizer=which)
         assert words in str(refused.value) and "\n" not in str(refused.value)
 
 

@@ -241,7 +241,7 @@ def test_pieces_that_do_not_fit_are_refused():
         ({"tokens": np.zeros((2, 3), int), "mask": np.zeros((2, 3))}, r"mask must be 0 or 1 \[2, 2\]"),
         ({"tokens": np.full((2, 3), 256)}, r"tokens must lie in 0..255 \(levels=256\), got 256..256"),
         ({"tokens": np.zeros((2, 1), int)}, r"tokens must be whole numbers \[N, T\+1\]"),
-        ({"points": np.zeros((2, 3)), "mask": np.zeros((2, 3))}, "beside points from_arrays takes label, not mask"),
+        ({"points": np.zeros((2, 3)), "mask": np.zeros((2, 3))}, "with points, arrays may hold label only, got mask"),
     ):
         with pytest.raises(ValueError, match=words):
             data.from_arrays(arrays)

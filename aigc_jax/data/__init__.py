@@ -1,8 +1,8 @@
 """Named data sets as batches: `load(name, split)`, or your own arrays through `from_arrays`.
 
-Batch i is a pure function of (seed, i), so a resumed run needs no iterator state and any number of processes sees the
-same global batches. A set that fits in memory is `resident`: its arrays are placed on the device once, and a step takes
-its rows there.
+Batch i is a pure function of (seed, i). A resumed run therefore needs no iterator state, and any
+number of processes sees the same global batches. A set that fits in memory is `resident`: its
+arrays are placed on the device once, and each step gathers its rows there.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Info:
-    """What a set is. A run folder records it, and a Config's `check(info)` compares itself with it."""
+    """Describes a data set. A run folder records it, and a Config's `check(info)` verifies it."""
 
-    kind: str  # image | points | text | roll: how figures show a sample
-    shape: tuple[int, ...]  # of one example, (H, W, C) for images
+    kind: str  # image | points | text | roll; decides how figures show a sample
+    shape: tuple[int, ...]  # of one example; (H, W, C) for images
     levels: int | None = None  # images and tokens are whole numbers in 0..levels-1
-    classes: int | None = None  # labels lie in 0..classes-1; None: unlabelled
-    examples: int | None = None  # None: endless
-    source: dict[str, Any] | None = None  # name, split and options, a folder only in images:FOLDER; None: from arrays
-    fingerprint: str = ""  # sha256 of the arrays; of the source for an endless set
-    tokenizer: str = ""  # of text: `data.text.Tokenizer(content)`
-    bytes_per_token: float | None = None  # of text, UTF-8
+    classes: int | None = None  # labels lie in 0..classes-1; None: there are no labels
+    examples: int | None = None  # number of examples; None: endless
+    # Name, split and options. It holds no folder, except within images:FOLDER and text:FILE.
+    # None: the set was made from arrays.
+    source: dict[str, Any] | None = None
+    fingerprint: str = ""  # sha256 of the arrays; of `source` for an endless set
+    tokenizer: str = ""  # content for `data.text.Tokenizer(content)`, where the set is text
+    bytes_per_token: float | None = None  # UTF-8 bytes, where the set is text
 
 
 class Data(NamedTuple):
     """A data set.
 
-    batch(seed, i, size) -> dict of host arrays with `size` rows (image uint8 [B,H,W,C], points float32 [B,d],
-        tokens int32 [B,T+1], roll uint8 [B,T,88], label int32 [B], index int32 [B] for finite sets, mask [B,T] of what
-        counts)
-    resident: (arrays, rows, take) of a set that fits in memory. rows(seed, i, size) -> int32 [size] says on the host
-        which examples; take(arrays, rows) -> dict is jit-able; `batch` is the take of the rows.
+    batch: `batch(seed, i, size)` returns a dict of host arrays with B = `size` rows. It holds one
+        of image uint8 [B, H, W, C], points float32 [B, d], tokens int32 [B, T+1] and roll uint8
+        [B, T, 88]. With it there may be label int32 [B]; index int32 [B] for finite sets; and
+        mask float32 [B, T], which is 1 where a position counts.
+    resident: None, or (arrays, rows, take) for a set that fits in memory. `rows(seed, i, size)`
+        returns on the host which examples make up a batch, int32 [size]. `take(arrays, rows)`
+        returns the batch and can be jitted. `batch` is `take` applied to `rows`.
     """
 
     info: Info
@@ -50,26 +54,33 @@ class Data(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    # Raw Philox bits and a stable sort: unlike Generator.permutation, the same in every version of numpy.
+    # Raw Philox bits and a stable sort give the same order in every version of numpy.
+    # Generator.permutation does not promise that.
     bits = np.random.Philox(key=[seed, epoch]).random_raw(n)
     return np.argsort(bits, kind="stable").astype(np.int32)
 
 
 def order(n: int, seed: int, i: int, size: int) -> np.ndarray:
-    """Rows of batch i, int32 [size]: epochs are laid end to end, each a permutation of its own, then cut into batches.
+    """Returns the rows of batch i, int32 [size], for a set of n examples.
 
-    So every epoch sees each of the n examples once, and no batch is short: the one at a seam takes from both epochs.
+    Each epoch is a permutation of its own. The epochs are laid end to end and then cut into
+    batches. So each epoch shows every example once, and no batch is short: a batch at the
+    border takes rows from both epochs.
     """
-    rows, at = [], i * size
+    pieces, position = [], i * size
     while size:
-        epoch, offset = divmod(at, n)
-        rows.append(_permutation(seed, epoch, n)[offset : offset + size])
-        at, size = at + len(rows[-1]), size - len(rows[-1])
-    return np.concatenate(rows) if rows else np.zeros(0, np.int32)
+        epoch, offset = divmod(position, n)
+        piece = _permutation(seed, epoch, n)[offset : offset + size]
+        pieces.append(piece)
+        position, size = position + len(piece), size - len(piece)
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
 
 
-def _take(arrays: dict, rows) -> dict:
+def _gather(arrays: dict, rows) -> dict:
     return {**{name: a[rows] for name, a in arrays.items()}, "index": rows}
+
+
+# --------------------------------------------------------------------------------- your own arrays
 
 
 def from_arrays(
@@ -80,79 +91,125 @@ def from_arrays(
     source: dict | None = None,
     fingerprint: str | None = None,
 ) -> Data:
-    """A finite set of your own: {"image": uint8 [N,H,W,C] or "points": float [N,d] or "tokens": int [N,T+1] or
-    "roll": 0 or 1 [N,T,keys]}, with "label": int [N] if there are any; tokens and rolls with "mask": [N,T] of what
-    counts if not all does.
+    """Makes a finite data set from arrays in memory.
 
-    Images and tokens are whole numbers in 0..levels-1. `classes` defaults to the largest label + 1, `fingerprint` to
-    the sha256 of the arrays. Raises ValueError for anything that does not fit this description, and for images that
-    look like PyTorch's [N, C, H, W]: [N, 1 or 3, H, W] unless W is 1 or 3, as channels are (where H = W = 1 or 3 too,
-    they must be as many as axis 1); [N, 4, S, S] with S above 4.
+    arrays: exactly one of "image" uint8 [N, H, W, C], "points" float [N, d], "tokens" int
+        [N, T+1] and "roll" [N, T, keys] of 0 and 1. With it optionally "label" int [N]; with
+        tokens and roll also "mask" [N, T], which is 1 where a position counts.
+    levels: images and tokens are whole numbers in 0..levels-1.
+    classes: number of classes; the largest label + 1 by default.
+    fingerprint: identifies the set; the sha256 of the arrays by default.
+
+    Raises ValueError for anything that does not fit this description, and for images that look
+    like PyTorch's [N, C, H, W]. Those are:
+    - [N, 1 or 3, H, W], unless W is 1 or 3, which are taken as channels. If H = W = 1 or 3 too,
+      axis 1 must be as long as they are;
+    - [N, 4, S, S] with S above 4.
     """
-    kinds = [kind for kind in ("image", "points", "tokens", "roll") if kind in arrays]
-    if len(kinds) != 1:
-        raise ValueError(f"arrays must hold one of image, points, tokens, roll, got {', '.join(arrays) or 'nothing'}")
-    also = ("label", "mask") if kinds[0] in ("tokens", "roll") else ("label",)
-    if unknown := set(arrays) - {*kinds, *also}:
-        said = ", ".join(sorted(unknown))
-        raise ValueError(f"beside {kinds[0]} from_arrays takes {' and '.join(also)}, not {said}")
-    kind, arrays = kinds[0], {name: np.asarray(a) for name, a in arrays.items()}
+    kind = _kind_of(arrays)
+    arrays = {name: np.asarray(a) for name, a in arrays.items()}
     x = arrays[kind]
-    if len(x) == 0:
+    n, shape = len(x), x.shape[1:]
+    if n == 0:
         raise ValueError("a data set needs at least one example")
     if kind == "image":
-        if x.dtype != np.uint8 or x.ndim != 4 or _channels_first(x.shape):
-            raise ValueError(f"image must be uint8 [N, H, W, C], got {x.dtype} {list(x.shape)}{_advice(x)}")
-        if not 2 <= levels <= 256:
-            raise ValueError(f"levels must lie in 2..256, got {levels}")
-        if x.max() >= levels:
-            raise ValueError(f"an image value of {x.max()} does not fit levels={levels} (0..{levels - 1})")
+        _check_images(x, levels)
     elif kind == "tokens":
-        if x.ndim != 2 or x.shape[1] < 2 or not np.issubdtype(x.dtype, np.integer):
-            raise ValueError(f"tokens must be whole numbers [N, T+1], got {x.dtype} {list(x.shape)}")
-        if x.min() < 0 or x.max() >= levels:
-            raise ValueError(f"tokens must lie in 0..{levels - 1} (levels={levels}), got {x.min()}..{x.max()}")
-        arrays[kind] = x.astype(np.int32)
+        arrays[kind] = _checked_tokens(x, levels)
     elif kind == "roll":
-        if x.ndim != 3 or not np.isin(x, (0, 1)).all():
-            raise ValueError(f"roll must be 0 or 1 [N, T, keys], got {x.dtype} {list(x.shape)}")
-        arrays[kind] = x.astype(np.uint8)
+        arrays[kind] = _checked_roll(x)
         arrays.setdefault("mask", np.ones(x.shape[:2]))
-    elif x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"points must be floats [N, d], got {x.dtype} {list(x.shape)}")
-    elif not np.isfinite(x).all():
-        raise ValueError("points hold values that are not finite")
     else:
-        arrays[kind] = x.astype(np.float32)
+        arrays[kind] = _checked_points(x)
     if "mask" in arrays:
-        mask, expected = arrays["mask"], (len(x), x.shape[1] - (kind == "tokens"))
-        if mask.shape != expected or not np.isin(mask, (0, 1)).all():
-            raise ValueError(f"mask must be 0 or 1 {list(expected)}, got {mask.dtype} {list(mask.shape)}")
-        arrays["mask"] = mask.astype(np.float32)
+        positions = x.shape[1] - (kind == "tokens")
+        arrays["mask"] = _checked_mask(arrays["mask"], (n, positions))
     if "label" in arrays:
-        y = arrays["label"]
-        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
-            raise ValueError(f"label must be whole numbers [{len(x)}], got {y.dtype} {list(y.shape)}")
-        classes = classes or int(y.max()) + 1
-        if y.min() < 0 or y.max() >= classes:
-            raise ValueError(f"labels must lie in 0..{classes - 1}, got {y.min()}..{y.max()}")
-        arrays["label"] = y.astype(np.int32)
-
+        arrays["label"], classes = _checked_labels(arrays["label"], n, classes)
     info = Info(
         kind="text" if kind == "tokens" else kind,
-        shape=x.shape[1:],
+        shape=shape,
         levels=levels if kind in ("image", "tokens") else None,
         classes=classes if "label" in arrays else None,
-        examples=len(x),
+        examples=n,
         source=source,
         fingerprint=fingerprint or _digest(arrays),
     )
-    rows = functools.partial(order, len(x))
-    return Data(info, lambda seed, i, size: _take(arrays, rows(seed, i, size)), (arrays, rows, _take))
+    rows = functools.partial(order, n)
+    resident = (arrays, rows, _gather)
+    return Data(info, lambda seed, i, size: _gather(arrays, rows(seed, i, size)), resident)
+
+
+def _kind_of(arrays: dict) -> str:
+    """Returns which of the four kinds the arrays are; refuses names that do not belong to it."""
+    kinds = [kind for kind in ("image", "points", "tokens", "roll") if kind in arrays]
+    if len(kinds) != 1:
+        given = ", ".join(arrays) or "nothing"
+        raise ValueError(f"arrays must hold one of image, points, tokens, roll, got {given}")
+    [kind] = kinds
+    optional = ("label", "mask") if kind in ("tokens", "roll") else ("label",)
+    if unknown := sorted(set(arrays) - {kind, *optional}):
+        names = " and ".join(optional)
+        raise ValueError(f"with {kind}, arrays may hold {names} only, got {', '.join(unknown)}")
+    return kind
+
+
+def _check_images(x: np.ndarray, levels: int) -> None:
+    if x.dtype != np.uint8 or x.ndim != 4 or _channels_first(x.shape):
+        shape = list(x.shape)
+        raise ValueError(f"image must be uint8 [N, H, W, C], got {x.dtype} {shape}{_advice(x)}")
+    if not 2 <= levels <= 256:
+        raise ValueError(f"levels must lie in 2..256, got {levels}")
+    if x.max() >= levels:
+        allowed = f"levels={levels} (0..{levels - 1})"
+        raise ValueError(f"an image value of {x.max()} does not fit {allowed}")
+
+
+def _checked_tokens(x: np.ndarray, levels: int) -> np.ndarray:
+    if x.ndim != 2 or x.shape[1] < 2 or not np.issubdtype(x.dtype, np.integer):
+        raise ValueError(f"tokens must be whole numbers [N, T+1], got {x.dtype} {list(x.shape)}")
+    low, high = x.min(), x.max()
+    if low < 0 or high >= levels:
+        allowed = f"0..{levels - 1} (levels={levels})"
+        raise ValueError(f"tokens must lie in {allowed}, got {low}..{high}")
+    return x.astype(np.int32)
+
+
+def _checked_roll(x: np.ndarray) -> np.ndarray:
+    if x.ndim != 3 or not np.isin(x, (0, 1)).all():
+        raise ValueError(f"roll must be 0 or 1 [N, T, keys], got {x.dtype} {list(x.shape)}")
+    return x.astype(np.uint8)
+
+
+def _checked_points(x: np.ndarray) -> np.ndarray:
+    if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"points must be floats [N, d], got {x.dtype} {list(x.shape)}")
+    if not np.isfinite(x).all():
+        raise ValueError("points hold values that are not finite")
+    return x.astype(np.float32)
+
+
+def _checked_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    if mask.shape != shape or not np.isin(mask, (0, 1)).all():
+        got = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"mask must be 0 or 1 {list(shape)}, got {got}")
+    return mask.astype(np.float32)
+
+
+def _checked_labels(label: np.ndarray, n: int, classes: int | None) -> tuple[np.ndarray, int]:
+    """Returns the labels as int32 [n], and how many classes there are."""
+    if label.shape != (n,) or not np.issubdtype(label.dtype, np.integer):
+        got = f"{label.dtype} {list(label.shape)}"
+        raise ValueError(f"label must be whole numbers [{n}], got {got}")
+    low, high = label.min(), label.max()
+    classes = classes or int(high) + 1
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must lie in 0..{classes - 1}, got {low}..{high}")
+    return label.astype(np.int32), classes
 
 
 def _channels_first(shape: tuple[int, ...]) -> bool:
-    """Whether images look like [N, C, H, W], as PyTorch has them: see from_arrays."""
+    """Returns whether images look like PyTorch's [N, C, H, W]; `from_arrays` states the rule."""
     if len(shape) != 4:
         return False
     _, first, second, last = shape
@@ -162,15 +219,15 @@ def _channels_first(shape: tuple[int, ...]) -> bool:
 
 
 def _advice(x: np.ndarray) -> str:
-    """What makes uint8 [N, H, W, C] of other images."""
-    to_do = []
+    """Returns how to turn these images into uint8 [N, H, W, C], as the end of a message."""
+    steps = []
     if _channels_first(x.shape):
-        to_do.append("channels come last: x.transpose(0, 2, 3, 1)")
+        steps.append("channels come last: x.transpose(0, 2, 3, 1)")
     if x.ndim == 3:
-        to_do.append("a single channel is an axis too: x[..., None]")
+        steps.append("add the axis of a single channel: x[..., None]")
     if np.issubdtype(x.dtype, np.floating):
-        to_do.append("of floats in [0, 1] take (x * 255).round().astype(np.uint8)")
-    return f"; {'; '.join(to_do)}" if to_do else ""
+        steps.append("convert floats in [0, 1]: (x * 255).round().astype(np.uint8)")
+    return f"; {'; '.join(steps)}" if steps else ""
 
 
 def _digest(arrays: dict) -> str:
@@ -181,6 +238,9 @@ def _digest(arrays: dict) -> str:
     return digest.hexdigest()
 
 
+# ----------------------------------------------------------------------------- read while training
+
+
 def from_source(
     examples,
     *,
@@ -189,77 +249,104 @@ def from_source(
     source: dict | None = None,
     fingerprint: str | None = None,
 ) -> Data:
-    """A finite set of images that need not fit in memory: read example by example, in the order of `from_arrays`.
+    """Makes a finite set of images that are read one by one, so it need not fit in memory.
 
-    examples: `len(examples)` and `examples[i] -> {"image": uint8 [H,W,C], "label": int}` in any order and from any
-        thread, as grain's and TFDS's data sources have them. `fit` reads ahead in threads.
-    classes: how many, where there are labels. fingerprint: what tells this set from others; by default a sha256 of its
-        length and of 64 examples spread over it.
+    The order of examples is the same as in `from_arrays`. `fit` reads ahead in threads.
 
-    Raises ValueError for examples that do not fit this description: for the first at once, for others when read.
+    examples: has `len(examples)` and `examples[i] -> {"image": uint8 [H, W, C], "label": int}`,
+        as the data sources of grain and TFDS do. It is read in any order, from any thread.
+    classes: number of classes; needed if there are labels.
+    fingerprint: identifies the set. By default it is a sha256 of the number of examples and of
+        64 examples at even distances.
+
+    Raises ValueError for an example that does not fit this description: at once for the first
+    example, for the others when they are read.
     """
     n = len(examples)
     if n == 0:
         raise ValueError("a data set needs at least one example")
+    first = examples[0]
+    if "image" not in first:
+        raise ValueError(f"examples must hold 'image', got {', '.join(first) or 'nothing'}")
+    names = [name for name in ("image", "label") if name in first]
+    shape = np.shape(first["image"])
 
-    def stack(rows) -> dict:
+    def read(rows) -> dict:
         found = [examples[int(row)] for row in rows]
         for row, example in zip(rows, found, strict=True):
             if missing := [name for name in names if name not in example]:
                 raise ValueError(f"example {row} has no {missing[0]}, example 0 has one")
             if np.shape(example["image"]) != shape:
-                raise ValueError(f"image {row} is {np.shape(example['image'])}, image 0 is {shape}")
-        arrays = {name: np.stack([e[name] for e in found]) for name in names}
-        return from_arrays(arrays, levels=levels, classes=classes, fingerprint="of a batch").resident[0]
+                raise ValueError(
+                    f"image {row} is {np.shape(example['image'])}, image 0 is {shape}",
+                )
+        arrays = {name: np.stack([example[name] for example in found]) for name in names}
+        checked = from_arrays(arrays, levels=levels, classes=classes, fingerprint="of a batch")
+        return checked.resident[0]
 
-    zeroth = examples[0]
-    if "image" not in zeroth:
-        raise ValueError(f"examples must hold 'image', got {', '.join(zeroth) or 'nothing'}")
-    names, shape = [name for name in ("image", "label") if name in zeroth], np.shape(zeroth["image"])
-    first = from_arrays(stack([0]), levels=levels, classes=classes)
-    if "label" in first.resident[0] and classes is None:
-        raise ValueError("from_source needs to be told how many classes there are")
+    info = from_arrays(read([0]), levels=levels, classes=classes).info
+    if "label" in names and classes is None:
+        raise ValueError("from_source needs to be told how many classes there are: pass classes=")
     if fingerprint is None:
-        spread = stack(np.linspace(0, n - 1, min(n, 64)).astype(int))
-        fingerprint = hashlib.sha256(f"{n} {_digest(spread)}".encode()).hexdigest()
+        some = read(np.linspace(0, n - 1, min(n, 64)).astype(int))
+        fingerprint = hashlib.sha256(f"{n} {_digest(some)}".encode()).hexdigest()
 
     def batch(seed, i, size):
         rows = order(n, seed, i, size)
-        return {**stack(rows), "index": rows}
+        return {**read(rows), "index": rows}
 
-    return Data(replace(first.info, examples=n, source=source, fingerprint=fingerprint), batch)
+    return Data(replace(info, examples=n, source=source, fingerprint=fingerprint), batch)
 
 
 def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
-    """Points drawn afresh for every batch: `draw(rng, size) -> float [size, d]` from a numpy Generator."""
+    """Makes a set of points in which every batch is drawn afresh.
 
-    stream = int(hashlib.sha256(source["split"].encode()).hexdigest()[:16], 16)  # splits draw different points
+    draw: `draw(rng, size)` returns float [size, d], where rng is a numpy Generator.
+    source: holds at least "split". Splits of different names draw different points.
+    """
+    stream = int(hashlib.sha256(source["split"].encode()).hexdigest()[:16], 16)
 
     def batch(seed, i, size):
-        rng = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, i, 0]))
-        return {"points": draw(rng, size).astype(np.float32)}
+        bits = np.random.Philox(key=[seed, stream], counter=[0, 0, i, 0])
+        return {"points": draw(np.random.Generator(bits), size).astype(np.float32)}
 
     fingerprint = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
     return Data(Info(kind="points", shape=shape, source=source, fingerprint=fingerprint), batch)
 
 
+# -------------------------------------------------------------------------------------- named sets
+
+
 def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
-    """The named set: digits, mnist, fashion_mnist, cifar10; ring, grid, swiss_roll, ppca; python_source,
-    tiny_shakespeare, jsb_chorales; images:FOLDER and text:FILE for your own pictures and text.
+    """Loads a named data set.
 
-    split: train or test, sliced as in TFDS where wished ("train[:50000]", "train[90%:]", "train+test"); synthetic sets
-        take any name, and another name draws other points; images:FOLDER see `images.pictures`; text is cut into
-        train and validation.
-    folder: where the original files of a downloaded set lie (else AIGC_DATA/<name>, else a prepared copy, else the
-        network). Files are known by their checksums, whatever their names. For images: and text:, where they are now.
-    options: the set's own (synthetic: std, examples ...; text: length, stride, tokenizer; images: size, stream,
-        labels); unknown ones are refused.
+    name: digits, mnist, fashion_mnist, cifar10; ring, grid, swiss_roll, ppca; python_source,
+        tiny_shakespeare; jsb_chorales; images:FOLDER and text:FILE for your own data.
+    split: train or test, or slices as in TFDS: "train[:50000]", "train[90%:]", "train+test".
+        Synthetic sets take any name, and each name draws other points. Text is divided into
+        train and validation. For images:FOLDER see `pictures.load_pictures`.
+    folder: where the original files of a downloaded set lie. Without it the set is sought in
+        AIGC_DATA/<name>, then among prepared copies, then on the network. Files are recognised
+        by checksum, under any name. For images: and text: it replaces FOLDER or FILE.
+    options: those of the set: std, examples and others for synthetic sets; length, stride and
+        tokenizer for text; size, stream and labels for images:FOLDER.
 
-    Raises ValueError for a name, split, option or file that does not fit, FileNotFoundError where files are missing.
+    Raises ValueError for an unknown name, split or option and for a wrong file, and
+    FileNotFoundError if files are missing.
     """
-    from . import images, music, points, text
+    make = _function_of(name)
+    accepted = inspect.signature(make).parameters
+    _check_options(name, accepted, folder, options)
+    if "folder" in accepted:
+        options["folder"] = folder
+    return make(split, **options)
 
-    sets = {
+
+def _function_of(name: str) -> Callable[..., Data]:
+    """Returns the function that loads the set: `function(split, **options)`."""
+    from . import images, music, pictures, points, text
+
+    functions = {
         "digits": images.digits,
         "mnist": images.mnist,
         "fashion_mnist": images.fashion_mnist,
@@ -269,22 +356,30 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         "swiss_roll": points.swiss_roll,
         "ppca": points.ppca,
         "jsb_chorales": music.jsb_chorales,
-        **{name: functools.partial(text.load_text, name) for name in ("python_source", "tiny_shakespeare")},
+        "python_source": functools.partial(text.load_text, "python_source"),
+        "tiny_shakespeare": functools.partial(text.load_text, "tiny_shakespeare"),
     }
     if name.startswith("images:"):
-        sets[name] = functools.partial(images.pictures, name)
+        return functools.partial(pictures.load_pictures, name)
     if name.startswith("text:"):
-        sets[name] = functools.partial(text.load_text, name)
-    if name not in sets:
-        raise ValueError(f"unknown data set {name!r}; there are {', '.join(sets)}, images:FOLDER and text:FILE")
-    known = inspect.signature(sets[name]).parameters
-    downloaded = "folder" in known
-    if folder is not None and not downloaded:
+        return functools.partial(text.load_text, name)
+    if name not in functions:
+        known = f"{', '.join(functions)}, images:FOLDER and text:FILE"
+        raise ValueError(f"unknown data set {name!r}; there are {known}")
+    return functions[name]
+
+
+def _check_options(name: str, accepted, folder: str | None, options: dict) -> None:
+    """Refuses options that the set does not have, and a folder for a set without files."""
+    if folder is not None and "folder" not in accepted:
         raise ValueError(f"{name} needs no files, so it takes no folder")
+    own = [option for option in accepted if option not in ("split", "folder")]
+    flags = {
+        "size": "images:FOLDER",
+        "tokenizer": "text:FILE, python_source and tiny_shakespeare",
+    }
     for option in options:
-        if option not in known or option in ("split", "folder"):
-            own = [p for p in known if p not in ("split", "folder")]
-            flags = {"size": "images:FOLDER", "tokenizer": "text:FILE, python_source and tiny_shakespeare"}
+        if option not in own:
+            takes = f"it takes {', '.join(own) or 'none'}"
             hint = f": --data.{option} is for {flags[option]}" if option in flags else ""
-            raise ValueError(f"{name} has no option {option!r}; it takes {', '.join(own) or 'none'}{hint}")
-    return sets[name](split, **({"folder": folder} if downloaded else {}), **options)
+            raise ValueError(f"{name} has no option {option!r}; {takes}{hint}")

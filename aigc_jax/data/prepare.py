@@ -1,4 +1,7 @@
-"""Sets that are downloaded: found on this disk or fetched, checked, prepared by TFDS builders without TensorFlow."""
+"""Downloaded sets: found on this disk or fetched, verified, and prepared without TensorFlow.
+
+The builders are TFDS builders, in the package `builders`.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +16,84 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-# Debian ships the official Fashion-MNIST with another gzip header. With the original time stamp and file name put back
-# the bytes, and so the checksums, are the official ones.
+# Debian ships the official Fashion-MNIST with other gzip headers. With the original time stamp and
+# file name in the header, the bytes and so the checksums are the official ones.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_TIMES = {"train": 1504176606, "t10k": 1504176627}
 
 
-def cuts(name: str, split: str, sizes: dict[str, int], *, unit: str = "examples") -> list[tuple[str, int, int]]:
-    """(split, start, stop) of what `split` names: a whole split, or TFDS's slices of some, joined.
+# ------------------------------------------------------------------------------------------ slices
 
-    Raises ValueError with the splits' sizes, counted in `unit`, for an unknown split, a slice that reaches beyond what
-    there is, and an empty one.
+
+def cuts(
+    name: str,
+    split: str,
+    sizes: dict[str, int],
+    *,
+    unit: str = "examples",
+) -> list[tuple[str, int, int]]:
+    """Returns [(split, start, stop), ...] for `split`: a whole split, or TFDS's slices joined by +.
+
+    sizes: {split: how many there are}, counted in `unit`.
+
+    Raises ValueError with the sizes for an unknown split, a slice that reaches beyond the end,
+    and an empty one.
     """
-    there = f"in {unit}: " + ", ".join(f"{part} has {size:,}" for part, size in sizes.items())
-    found = [(split, 0, sizes[split])] if split in sizes else _slices(name, split, sizes, there)
+    each = ", ".join(f"{part} has {size:,}" for part, size in sizes.items())
+    counts = f"in {unit}: {each}"
+    found = [(split, 0, sizes[split])] if split in sizes else _slices(name, split, sizes, counts)
     if not any(stop > start for _, start, stop in found):
-        raise ValueError(f"{name}: {split!r} is empty ({there})")
+        raise ValueError(f"{name}: {split!r} is empty ({counts})")
     return found
 
 
-def _slices(name: str, split: str, sizes: dict[str, int], there: str) -> list[tuple[str, int, int]]:
+def _slices(
+    name: str,
+    split: str,
+    sizes: dict[str, int],
+    counts: str,
+) -> list[tuple[str, int, int]]:
     import tensorflow_datasets as tfds
 
     def absolute(sizes):
-        known = {s: tfds.core.SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in sizes.items()}
-        return tfds.core.ReadInstruction.from_spec(split).to_absolute(known)
+        infos = {}
+        for part, n in sizes.items():
+            infos[part] = tfds.core.SplitInfo(name=part, shard_lengths=[n], num_bytes=0)
+        return tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
 
     try:
         parsed = absolute(sizes)
     except (ValueError, AssertionError, KeyError) as e:
-        try:
+        try:  # does it fit splits that are long enough?
             absolute(dict.fromkeys(sizes, 1 << 62))
         except (ValueError, AssertionError, KeyError):
-            slices = [f"{next(iter(sizes))}[:50%]", *["+".join(sizes)] * (len(sizes) > 1)]
-            raise ValueError(
-                f"{name} has no split {split!r}; it has {', '.join(sizes)}, and slices such as {', '.join(slices)} "
-                f"({there})"
-            ) from e
-        example = f"{next(s for s in reversed(sizes) if s in split)}[:50%]"
+            examples = [f"{next(iter(sizes))}[:50%]", *["+".join(sizes)] * (len(sizes) > 1)]
+            there = f"it has {', '.join(sizes)}, and slices such as {', '.join(examples)}"
+            raise ValueError(f"{name} has no split {split!r}; {there} ({counts})") from e
+        example = f"{next(part for part in reversed(sizes) if part in split)}[:50%]"
+        advice = f"take a smaller slice, or a share like {example}"
         raise ValueError(
-            f"{name}: {split!r} asks for more than there is ({there}): take a smaller slice, or a share like {example}"
+            f"{name}: {split!r} asks for more than there is ({counts}): {advice}",
         ) from e
-    return [(c.splitname, c.from_ or 0, sizes[c.splitname] if c.to is None else c.to) for c in parsed]
+    found = []
+    for cut in parsed:
+        stop = sizes[cut.splitname] if cut.to is None else cut.to
+        found.append((cut.splitname, cut.from_ or 0, stop))
+    return found
+
+
+# --------------------------------------------------------------------------------------- preparing
 
 
 def prepared(name: str, folder: str | None):
-    """A TFDS builder of the set whose array_record files lie on this disk; prepared now where they did not yet.
+    """Returns a TFDS builder of the set with its array_record files on this disk.
 
-    Tried in order: `folder`, AIGC_DATA/<name>, what TFDS's data folder holds already, Debian's package, the network.
-    Raises FileNotFoundError where there is nothing, ValueError for a file of another checksum.
+    It prepares the set if that has not been done. It looks for the original files in this order:
+    `folder`, AIGC_DATA/<name>, TFDS's data folder (already prepared), Debian's package, the
+    network.
+
+    Raises FileNotFoundError if there are no files, and ValueError for a file with a wrong
+    checksum.
     """
     with _quiet():
         return _find_or_prepare(name, folder)
@@ -69,7 +101,7 @@ def prepared(name: str, folder: str | None):
 
 @contextlib.contextmanager
 def _quiet():
-    """TFDS reports on stdout and through absl what one line of ours says better."""
+    """Silences TFDS, which reports on stdout and through absl. We print one line instead."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -81,17 +113,12 @@ def _quiet():
 
 
 def _find_or_prepare(name: str, folder: str | None):
-    import tensorflow_datasets as tfds
+    module = importlib.import_module(f"aigc_jax.data.builders.{name}.{name}_dataset_builder")
+    infos = module.Builder.url_infos
+    wanted = {info.filename: (url, info.checksum, info.size) for url, info in infos.items()}
+    builder = module.Builder(file_format="array_record")
 
-    builder_class = importlib.import_module(f"aigc_jax.data.builders.{name}.{name}_dataset_builder").Builder
-    wanted = {info.filename: (url, info.checksum, info.size) for url, info in builder_class.url_infos.items()}
-    builder = builder_class(file_format="array_record")
-
-    given = Path(os.path.expanduser(folder)) if folder is not None else None
-    if given is None and "AIGC_DATA" in os.environ:
-        given = Path(os.path.expanduser(os.environ["AIGC_DATA"])) / name
-        if not given.is_dir():
-            given = None
+    given = _given_folder(name, folder)
     files = _find(name, given, wanted) if given is not None else None
     if builder.is_prepared():
         return builder
@@ -100,37 +127,54 @@ def _find_or_prepare(name: str, folder: str | None):
     if files is None and name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
         files = _debian_fashion_mnist(wanted)
     if files is None:
-        _look_for_network(name, wanted)
+        _check_network(name, wanted)
+    megabytes = sum(size for _, _, size in wanted.values()) / 1e6
+    place = f"({megabytes:.0f} MB, once) in {builder.data_path}"
+    print(f"preparing {name} {place}", file=sys.stderr)
+    _prepare(builder, files or {})
+    return builder
 
-    size = sum(size for _, _, size in wanted.values()) / 1e6
-    print(f"preparing {name} ({size:.0f} MB, once) in {builder.data_path}", file=sys.stderr)
+
+def _given_folder(name: str, folder: str | None) -> Path | None:
+    """Returns `folder`, or AIGC_DATA/<name> if there is such a folder."""
+    if folder is not None:
+        return Path(os.path.expanduser(folder))
+    if "AIGC_DATA" in os.environ:
+        path = Path(os.path.expanduser(os.environ["AIGC_DATA"])) / name
+        return path if path.is_dir() else None
+    return None
+
+
+def _prepare(builder, files: dict[str, Path | bytes]) -> None:
+    """Prepares a set from its original files, or from the network if there are none."""
+    import tensorflow_datasets as tfds
+
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as manual:
-        for filename, content in (files or {}).items():
+        for filename, content in files.items():
             if isinstance(content, bytes):
                 (Path(manual) / filename).write_bytes(content)
             else:
                 (Path(manual) / filename).symlink_to(content.resolve())
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
-        )
-    return builder
+        config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+        builder.download_and_prepare(download_config=config)
 
 
 def _official(name: str, folder):
-    """The set as someone prepared it with TFDS's own builder, if they did so as array_record."""
+    """Returns a builder if TFDS's own builder has prepared the set as array_record, else None."""
     import tensorflow_datasets as tfds
 
     for path in sorted(Path(folder).glob("*/"), reverse=True):
-        if not (path / "dataset_info.json").is_file():  # what a preparation left that was killed
+        if not (path / "dataset_info.json").is_file():  # an interrupted preparation
             continue
-        if list(path.glob(f"{name}-train.array_record*")) and list(path.glob(f"{name}-test.array_record*")):
+        splits = (list(path.glob(f"{name}-{part}.array_record*")) for part in ("train", "test"))
+        if all(splits):
             return tfds.builder_from_directory(path)
     return None
 
 
-def _find(name: str, folder: Path, wanted: dict) -> dict:
-    """{official file name: path}, known by checksum: files keep whatever names they have."""
+def _find(name: str, folder: Path, wanted: dict) -> dict[str, Path]:
+    """Returns {official file name: path}. Files are recognised by checksum, under any name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {folder}")
     by_size: dict[int, list[Path]] = {}
@@ -146,43 +190,41 @@ def _find(name: str, folder: Path, wanted: dict) -> dict:
         wrong = [filename for filename in missing if (folder / filename).is_file()]
         if wrong:
             raise ValueError(
-                f"{name}: {folder / wrong[0]} is not the official file (its sha256 should be {wanted[wrong[0]][1]}); "
-                "copy or download it again"
+                f"{name}: {folder / wrong[0]} is not the official file (its sha256 should be "
+                f"{wanted[wrong[0]][1]}); copy or download it again",
             )
-        raise FileNotFoundError(f"{name}: {folder} lacks {', '.join(missing)} (known by checksum, under any name)")
+        names = f"{', '.join(missing)} (recognised by checksum, under any name)"
+        raise FileNotFoundError(f"{name}: {folder} lacks {names}")
     return found
 
 
-def _debian_fashion_mnist(wanted: dict) -> dict:
+def _debian_fashion_mnist(wanted: dict) -> dict[str, bytes]:
+    """Returns {official file name: content}, with the official gzip headers."""
     files = {}
     for filename, (_, checksum, _) in wanted.items():
         content = (DEBIAN_FASHION_MNIST / filename).read_bytes()
-        time = _FASHION_MNIST_TIMES[filename.split("-")[0]]
-        header = (
-            b"\x1f\x8b\x08\x08"
-            + time.to_bytes(4, "little")
-            + b"\x00\x03"
-            + filename.removesuffix(".gz").encode()
-            + b"\x00"
-        )
+        time = _FASHION_MNIST_TIMES[filename.split("-")[0]].to_bytes(4, "little")
+        original = filename.removesuffix(".gz").encode()
+        header = b"\x1f\x8b\x08\x08" + time + b"\x00\x03" + original + b"\x00"
         files[filename] = header + content[10:]
         if hashlib.sha256(files[filename]).hexdigest() != checksum:
-            raise ValueError(
-                f"fashion_mnist: {DEBIAN_FASHION_MNIST / filename} is not the official file; pass a folder"
-            )
+            path = DEBIAN_FASHION_MNIST / filename
+            raise ValueError(f"fashion_mnist: {path} is not the official file; pass a folder")
     return files
 
 
-def _look_for_network(name: str, wanted: dict) -> None:
-    """One request with a short limit: without a network TFDS would try for minutes."""
+def _check_network(name: str, wanted: dict) -> None:
+    """Makes one request with a short time limit: without a network TFDS would try for minutes."""
     url = next(iter(wanted.values()))[0]
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except OSError as e:
+        where = f"{name} is not on this machine"
+        if root := os.environ.get("AIGC_DATA"):
+            where = f"there is no folder {Path(root) / name} (AIGC_DATA)"
         debian = "install Debian's dataset-fashion-mnist, or " if name == "fashion_mnist" else ""
-        root = os.environ.get("AIGC_DATA")
-        where = f"there is no folder {Path(root) / name} (AIGC_DATA)" if root else f"{name} is not on this machine"
         raise FileNotFoundError(
-            f"{where}, and {url} cannot be reached ({getattr(e, 'reason', e)}): {debian}copy {', '.join(wanted)} "
-            f"into a folder and pass it as --data.folder FOLDER, or set AIGC_DATA to a root that holds it as {name}/"
+            f"{where}, and {url} cannot be reached ({getattr(e, 'reason', e)}): "
+            f"{debian}copy {', '.join(wanted)} into a folder and pass it as --data.folder FOLDER, "
+            f"or set AIGC_DATA to a root that holds it as {name}/",
         ) from e

@@ -6,7 +6,10 @@ import tensorflow_datasets as tfds
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """One JSON file of train, valid and test, each a list of pieces; URL and checksum in checksums.tsv."""
+    """Prepares the set from one JSON file: lists of pieces for train, valid and test.
+
+    checksums.tsv holds its URL and checksum.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Prepared and read without TensorFlow."}
@@ -19,9 +22,13 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         [(url, info)] = self.url_infos.items()
-        pieces = json.loads(dl_manager.download({info.filename: url})[info.filename].read_text())
-        return {split: self._generate_examples(pieces[name])
-                for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))}  # fmt: skip
+        [path] = dl_manager.download({info.filename: url}).values()
+        pieces = json.loads(path.read_text())
+        return {
+            "train": self._generate_examples(pieces["train"]),
+            "validation": self._generate_examples(pieces["valid"]),
+            "test": self._generate_examples(pieces["test"]),
+        }
 
     def _generate_examples(self, pieces):
         for i, piece in enumerate(pieces):

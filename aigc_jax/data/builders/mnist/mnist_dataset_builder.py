@@ -4,4 +4,4 @@ from aigc_jax.data.builders.idx import IdxBuilder
 
 
 class Builder(IdxBuilder):
-    """The four official files; URLs and checksums in checksums.tsv."""
+    """Prepares the set from its official files; checksums.tsv holds their URLs and checksums."""
