@@ -317,6 +317,7 @@ HEADS = {
     "gan": "GANs",
     "ddpm": "Diffusion models",
     "transformer": "Transformers",
+    "several": "Several families",
 }
 
 INTRODUCTION = """\
@@ -427,7 +428,8 @@ def page(results: Path) -> str:
     for path in sorted(results.glob("*.json")):
         record = json.loads(path.read_text())
         found = families(record["name"])
-        groups[next((f for f in HEADS if f in found), "several")].append(record)
+        groups[next(iter(found)) if len(found) == 1 else "several"].append(record)
+    groups = {family: records for family, records in groups.items() if records}
     lines = [INTRODUCTION, "## One line per experiment"]
     for family, records in groups.items():
         lines += [
