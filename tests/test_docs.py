@@ -15,7 +15,8 @@ from experiments import _cli, _report
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WRITTEN = [path for path in DOCS if path.name not in ("reproduction.md", "api.md")]  # the rest is generated
+GENERATED = ("reproduction.md", "api.md")
+WRITTEN = [ROOT / "CHANGELOG.md", *(path for path in DOCS if path.name not in GENERATED)]
 FILES = (".py", ".md", ".json", ".jsonl", ".txt", ".safetensors")
 FOLDERS = "aigc_jax|experiments|docs|tests|benchmarks|results"
 
