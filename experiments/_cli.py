@@ -22,7 +22,6 @@ import contextlib
 import contextvars
 import dataclasses
 import importlib
-import json
 import math
 import os
 import shlex
@@ -422,37 +421,9 @@ def check_began_at(commit: str, folder: Path) -> None:
 
 def table() -> str:
     """docs/reproduction.md, made from results/*.json."""
-    out = [
-        "# What was reproduced",
-        "",
-        "Made by `python -m experiments table` from `results/*.json`; do not edit. Scale *cpu* is the paper's effect",
-        "at reduced scale; only scale *paper* follows the published protocol. A failing row stays.",
-    ]
-    for path in sorted(RESULTS.glob("*.json")):
-        r = json.loads(path.read_text())
-        e = r["environment"]
-        out += [
-            "",
-            f"## {r['name']}: {r['title']}",
-            "",
-            f"`{r['command']}`",
-            "",
-            f"Scale {r['scale']}; differs from the paper: {r['difference'] or 'nothing'}. "
-            f"{'Data: ' + r['data'] + '. ' if r['data'] else ''}Seeds: {r['seeds']}. "
-            f"Commit {r['commit']}; {r['seconds']:g} s{' (continued)' if r['continued'] else ''} "
-            f"on {e['device']}, {e['cores']} cores; jax {e['jax']}.",
-            "",
-            "| quantity | paper | ours | +- | oracle | verdict |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        for row in r["rows"]:
-            cells = (
-                row["quantity"],
-                *map(number, (row["paper"], row["ours"], row["error"], row["oracle"])),
-                row["verdict"],
-            )
-            out.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(out) + "\n"
+    from . import _report
+
+    return _report.page(RESULTS)
 
 
 def write_table() -> None:

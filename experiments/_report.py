@@ -1,0 +1,447 @@
+"""docs/reproduction.md: one line per experiment, then every recorded row; made from results/*.json.
+
+A line of the summary needs a claim in words, which no record holds. `SUMMARIES` has it, together
+with plain words for how the run differs from the paper. Both describe one recorded run, named by
+its commit. For a run of another commit, the record's own words are printed instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Summary(NamedTuple):
+    """What one recorded run shows, in words."""
+
+    commit: str  # of the record that the words describe
+    claim: str
+    measured: str  # what the numbers of the summary are, with their unit
+    quantities: tuple[str, ...]  # the rows that hold these numbers
+    differs: str  # how the run differs from the paper, in sentences
+
+
+NANOGPT, RING = "nanoGPT's configuration", "fig. 1a, 8 Gaussians"
+SCORE = "the best head's prefix-matching score"
+
+SUMMARIES = {
+    "cgan_mnist": Summary(
+        "a77bd71ea777",
+        "Samples belong to the class that was asked for.",
+        "class accuracy of the samples (%)",
+        ("class accuracy of the samples (%, our classifier)",),
+        "Trained on 3e6 images with Adam instead of SGD. The generator is averaged. "
+        "The noise is N(0, I) instead of uniform: with uniform noise D won and G collapsed. "
+        "The nets have the widths of the 2014 GAN, with the label beside the input; "
+        "the paper has separate first layers for label and input. No early stopping.",
+    ),
+    "ddim_steps": Summary(
+        "d0aeabbc31a6",
+        "With few steps, DDIM at any eta is better than the larger noise sigma-hat.",
+        "smallest ratio of fid_digits, sigma-hat over DDIM, at most 20 steps",
+        ("digits: least fid_digits of sigma-hat over any eta's, S <= 20 (ratio)",),
+        "The data are a grid of normals with its exact denoiser, and 8x8 digits with T = 100; "
+        "the paper has CIFAR-10 and CelebA with T = 1000. "
+        "With an exact denoiser, any deviation from 98.9 % is caused by the sampler.",
+    ),
+    "ddpm_digits": Summary(
+        "d0aeabbc31a6",
+        "A diffusion model codes digits in fewer bits than the histogram of each pixel does.",
+        "bound on test digits, and that histogram (bits per dim)",
+        (
+            "bound on test, given the label (bits per dim)",
+            "histogram of each pixel, test (bits per dim)",
+        ),
+        "The data set and the network are ours: DDPM has no 8x8 digits.",
+    ),
+    "ddpm_fashion": Summary(
+        "af8ace8e5f91",
+        "Samples belong to the class that was asked for, more often with guidance.",
+        "class accuracy without and with guidance w = 1 (%)",
+        (
+            "w = 0: class accuracy of the samples (%, our classifier)",
+            "w = 1: class accuracy of the samples (%, our classifier)",
+        ),
+        "The data set and the network are ours: DDPM has no Fashion-MNIST. "
+        "The model has a cosine schedule, predicts v, learns its variances and takes labels.",
+    ),
+    "ddpm_objectives": Summary(
+        "af8ace8e5f91",
+        "Predicting eps with the simple loss gives the best samples.",
+        "fid_digits of the next best of the paper's arms minus that of eps, simple",
+        ("fid_digits: least of the paper's other arms less eps, simple",),
+        "8x8 digits with T = 200, 0.7 million parameters and 2,000 updates of 64; "
+        "the paper has CIFAR-10 with T = 1000, 35.7 million parameters and 800,000 updates of 128.",
+    ),
+    "decoding": Summary(
+        "f01ff03a1928",
+        "Greedy text repeats itself; sampled text does not.",
+        "repetition of greedy text and of pure samples (%)",
+        ("greedy: repetition (%)", "pure: repetition (%)"),
+        "A character model of 1.8 million parameters on Tiny Shakespeare; the paper has GPT-2 "
+        "Large on "
+        "WebText. 100 texts (paper: 5,000). Top-k takes k = 5 and 20 (paper: 40 and 640). "
+        "Stochastic beam search and HUSE are left out.",
+    ),
+    "gan_digits": Summary(
+        "adbd38df3490",
+        "A conditional GAN covers held-out digits nearly as well as training digits do.",
+        "coverage",
+        ("coverage (k=5); oracle: training images",),
+        "The data set and the network are ours: no paper has GANs on 8x8 digits.",
+    ),
+    "gan_mnist": Summary(
+        "5e794bf96ba4",
+        "Samples are not copies of training images.",
+        "distance to the nearest training image, relative to test images",
+        ("median distance of a sample to its nearest training image, over that of test images",),
+        "3e6 images (the authors' code: 1.25e7), Adam instead of SGD, averaged generator.",
+    ),
+    "gpt2": Summary(
+        "09536cf947eb",
+        "Our model has exactly the parameters of GPT-2.",
+        "parameters of the smallest model",
+        ("gpt2: parameters",),
+        "The text that is scored is not the paper's. "
+        "Without `--weights FOLDER` only the parameters are counted, as in this run.",
+    ),
+    "grokking": Summary(
+        "09536cf947eb",
+        "Unseen equations are solved long after the training equations are memorised.",
+        "updates in between, trained on 0.3 of the equations",
+        ("0.3 of the equations: updates from there until 99 % of the others are right",),
+        "Addition (figure 1: division), weight decay 1 (figure 1: none), 5,000 updates.",
+    ),
+    "guidance": Summary(
+        "d0aeabbc31a6",
+        "Strong guidance costs diversity.",
+        "fid_digits at w = 4 over that at w = 0",
+        ("digits: fid_digits at w = 4 over that at w = 0",),
+        "The data are normals with exact scores, and 8x8 digits measured by our classifier; "
+        "the paper has ImageNet measured by Inception.",
+    ),
+    "heartbeat_and_swiss_roll": Summary(
+        "0727dc0e49b2",
+        "The bound of the heartbeat comes close to its known value, -2.322 bits.",
+        "lower bound on log2 p of the heartbeat (bits per sequence)",
+        ("heartbeat: K, a lower bound on log2 p (bits a sequence; +- s.e.)",),
+        "Heartbeat: 200 steps (paper: 2000). The net predicts x_0 and takes the time as an input; "
+        "the paper predicts x_{t-1} with one readout per step. SiLU and Adam replace sigmoids and "
+        "SFO. "
+        "The levels are cosine instead of 1 / (T - t + 1). "
+        "Swiss roll: an MLP with layers of 128 instead of a net of 16 radial units. "
+        "The roll's width and noise levels are our choice.",
+    ),
+    "in_context_regression": Summary(
+        "09536cf947eb",
+        "The net matches least squares up to 3 examples, but not at 5 in 5 dimensions.",
+        "largest difference from least squares (of the variance)",
+        ("largest |error - least squares| for k <= d (of the variance)",),
+        "5 dimensions (paper: 20), the authors' `tiny` net of 3 layers and width 64 (paper: 12 "
+        "and 256), "
+        "30,000 updates at 1e-3 with decay (paper: 500,001 at 1e-4).",
+    ),
+    "induction_heads": Summary(
+        "37815c2b7801",
+        "Two layers learn to copy suddenly; one layer never does.",
+        "share of training in which the best head's score jumps (%)",
+        (f"2 layers: share of training in which {SCORE} goes from < .1 to > .5 (%)",),
+        "Synthetic sequences of 100 symbols (the paper: text), width 64. "
+        "The score is the attention weight on the symbols that followed any earlier copy.",
+    ),
+    "iwae_longer": Summary(
+        "cc9868afed76",
+        "One stochastic layer comes within 0.1 nats of the paper in a quarter of its epochs.",
+        "NLL on all test images, k = 1 (nats)",
+        ("1 layer, VAE k=1, 800 epochs: NLL (nats)",),
+        "800 epochs (paper: 3,280) with batches of 100 (paper: 20). "
+        "The rate has one cosine decay from 3e-3 after 600 updates of warm-up, instead of the "
+        "staircase. "
+        "The KL term has 6,000 updates of warm-up. "
+        "Flax's initialisation; no bias is set from pixel means.",
+    ),
+    "iwae_table": Summary(
+        "521d17492116",
+        "At equal epochs, more importance samples give a better bound.",
+        "NLL of k = 1 minus that of k = 50, 25 epochs (nats)",
+        ("equal epochs: NLL of k=1 less that of the largest k (nats; +- s.e. over images)",),
+        "Each row names its epochs; batches of 100. "
+        "The rate has one cosine decay from 3e-3 after 600 updates of warm-up, instead of the "
+        "staircase. "
+        "The KL term has 6,000 updates of warm-up. "
+        "Three seeds for VAE k=1 and IWAE k=5 at 25 epochs, one for the rest. "
+        "Table 2 goes on for 10 epochs at 3e-4. Measured on the first 1,000 test images (+- 0.8 "
+        "nats). "
+        "Flax's initialisation; no bias is set from pixel means. "
+        "Other work shared the two cores, so the minutes are upper bounds.",
+    ),
+    "jsb_chorales": Summary(
+        "f01ff03a1928",
+        "A small transformer predicts Bach's chorales better than the paper's GRU and LSTM.",
+        "test loss (nats per frame)",
+        ("test (nats per frame; +- s.e. over seeds)",),
+        "A transformer of 0.6 million parameters, trained on batches of 16 pieces. "
+        "The paper's TCN has 0.3 million parameters and sees one piece at a time.",
+    ),
+    "mode_collapse": Summary(
+        "bc1fb4a0a836",
+        "Packing finds more modes than a plain GAN.",
+        "modes of Pac2 minus those of the plain GAN, of 25",
+        ("grid: modes of Pac2 less plain (+- s.e. over seeds)",),
+        "The nets and the length of training are those of the unrolled GAN's demonstration, "
+        "on PacGAN's sets. The loss is the non-saturating one. Run with `--unrolled-seeds 5`. "
+        "The unrolled rows are to be measured again: in this run, after D's updates, "
+        "G saw D's loss of fake points only.",
+    ),
+    "parzen_table": Summary(
+        "adbd38df3490",
+        "Below the paper's score, which rates k-means centroids above real images.",
+        "Parzen log-likelihood of the SGD arm (nats)",
+        ("GAN, SGD, 12500000 images: Parzen log-likelihood (nats; +- s.e. over test)",),
+        "The SGD arm has the authors' nets, dropout, schedule, 250 epochs and test. "
+        "It updates D before G, not both at once. Its latents are N(0, I) instead of uniform. "
+        "G's last biases start at 0 instead of the log odds of the mean image; "
+        "with those, ours collapsed (-334 nats after 250 epochs). "
+        "Which checkpoint the authors scored is unknown. "
+        "The Adam arm is ours. k-means has 2,000 centroids.",
+    ),
+    "ppca_exact": Summary(
+        "34fc286e7dd4",
+        "With the exact posterior, every importance weight equals log p(x).",
+        "largest difference (nats)",
+        ("exact posterior: largest |log weight - log p(x)| (nats)",),
+        "Exact mathematics; there is no paper's protocol.",
+    ),
+    "progressive": Summary(
+        "d0aeabbc31a6",
+        "Most bits come in the last tenth of the steps.",
+        "share of the bits in the last tenth (%)",
+        ("share of the bits that the last tenth of the steps takes (%)",),
+        "8x8 digits of 17 levels with T = 100 (paper: CIFAR-10 with T = 1000). "
+        "The label is given to the net in every part, except for interpolation.",
+    ),
+    "schedules": Summary(
+        "0727dc0e49b2",
+        "Drawing t by importance makes the loss of the bound far less noisy.",
+        "variance of the loss, t uniform over t by importance",
+        ("variance of the bound's loss over batches, t uniform over t by importance, same net",),
+        "8x8 digits with T = 200, 0.7 million parameters and 2,000 updates of 64; "
+        "the paper has CIFAR-10 with T = 4000 and 500,000 updates of 128.",
+    ),
+    "shakespeare_char": Summary(
+        "f01ff03a1928",
+        "nanoGPT's configuration for CPUs reaches the loss that its README gives, within 0.04.",
+        "validation loss on random crops (nats per character)",
+        (f"{NANOGPT}: validation, random crops (nats per character; +- s.e. over seeds)",),
+        "nanoGPT's configuration for CPUs, as its README has it, with GELU in its tanh form. "
+        "Scored on 200 batches of crops (nanoGPT: 20). The second model is ours.",
+    ),
+    "transformer_text": Summary(
+        "09536cf947eb",
+        "A small model predicts Python's source better than any n-gram up to 6.",
+        "best n-gram minus the model (nats per character)",
+        ("best n-gram less the model (nats per character)",),
+        "The data set is ours: no paper has numbers for it.",
+    ),
+    "unet_or_dit": Summary(
+        "0727dc0e49b2",
+        "At equal size, a U-Net has a better bound than a DiT.",
+        "bounds of U-Net and DiT on test digits (bits per dim)",
+        (
+            "U-Net: bound on test, given the label (bits per dim)",
+            "DiT: bound on test, given the label (bits per dim)",
+        ),
+        "8x8 digits and 0.7 million parameters (paper: ImageNet, 33 to 675 million). "
+        "Both nets have the U-Net's learning rate. Its decay is cut off after 2,000 of 2,500 "
+        "updates.",
+    ),
+    "vae_digits": Summary(
+        "34fc286e7dd4",
+        "A VAE pays less for digits than a model without latents.",
+        "negative bound, and the per-pixel marginal (nats)",
+        (
+            "negative bound, test (nats, -ELBO; +- s.e. over seeds)",
+            "per-pixel marginal, test (nats)",
+        ),
+        "The data set and the network are ours: AEVB has no 8x8 digits. Run with `--seeds 5`.",
+    ),
+    "vae_elbo_curves": Summary(
+        "aa60e4867a12",
+        "AEVB has a better bound than wake-sleep at every latent size.",
+        "smallest lead (nats)",
+        ("AEVB ahead of wake-sleep, smallest lead over the sizes (nats, test)",),
+        "2e6 images per arm (paper: 1e8), Adam instead of Adagrad, no prior on the weights, "
+        "Flax's initialisation. Binarisation is dynamic; the paper does not say.",
+    ),
+    "vae_manifold": Summary(
+        "34fc286e7dd4",
+        "Two latents learn a smooth map of the digits.",
+        "bound below the per-pixel marginal (nats)",
+        ("negative bound, test: below the per-pixel marginal (nats)",),
+        "2.4e6 images, Adam instead of Adagrad, no weight decay, grey-level targets. "
+        "The weights are initialised as Flax does it.",
+    ),
+    "vae_samples": Summary(
+        "aa60e4867a12",
+        "With more latent dimensions the bound improves, but fewer samples look like digits.",
+        "smallest gain from one size to the next (nats)",
+        ("smallest gain of the bound from one size to the next (nats, test)",),
+        "2.4e6 images per size, Adam instead of Adagrad, no prior on the weights, Flax's "
+        "initialisation. "
+        "Targets are grey levels.",
+    ),
+    "vdm_invariance": Summary(
+        "af8ace8e5f91",
+        "The bound in continuous time depends on a schedule only through its ends.",
+        "largest difference between two schedules (nats)",
+        ("grid: largest difference between two schedules (nats)",),
+        "The data are a grid of normals with its exact denoiser, and 8x8 digits; "
+        "the paper has CIFAR-10 and 31 residual blocks of 128.",
+    ),
+    "wgan_gp_toys": Summary(
+        "a77bd71ea777",
+        "A critic with a gradient penalty comes close to the Wasserstein distance.",
+        "its estimate over the exact distance, 8 Gaussians",
+        (f"{RING}: the penalty's E D(real) - E D(fake) over the Wasserstein distance",),
+        "5,000 critic updates of width 256. "
+        "The authors' code has width 512 and 5 critic updates for each of 100,000 of the "
+        "generator. "
+        "Figure 1b has width 128 after 2,000 updates; its generator is fixed as in figure 1a.",
+    ),
+}
+
+HEADS = {
+    "vae": "Variational autoencoders",
+    "gan": "GANs",
+    "ddpm": "Diffusion models",
+    "transformer": "Transformers",
+    "several": "Several families",
+}
+
+INTRODUCTION = """\
+# What was reproduced
+
+This page is made by `python -m experiments table` from `results/*.json`. Do not edit it.
+
+How to read it:
+
+- *Paper* is the number that the paper gives, *ours* the one that we measured. A dash means none.
+- *+-* is a standard error; the quantity says over what. A dash means that none was estimated.
+- *Oracle* is the value that exact mathematics gives, or that real data get in place of samples.
+- *Verdict* compares ours with a criterion that was committed before the run. A row without a
+  criterion only informs. A criterion that is not met stays in the table.
+- Scale *cpu* shows the effect of the paper at reduced scale. Only scale *paper* follows a
+  published protocol. Each entry says how it differs from the paper.
+- Minutes are those of the recorded run on 2 CPU cores. A `+` means that the run continued an
+  earlier one, whose time is not counted.
+- Numbers have four digits; `results/NAME.json` has all of them.
+"""
+
+PLAIN = (  # records keep the words of the run; these are plainer
+    (r"(?<![\w.])\.(?=\d)", "0."),
+    (r"\bless\b", "minus"),
+    (r"\bbits a (?=sequence|point)", "bits per "),
+    (r"\bnorm a layer\b", "norm per layer"),
+    (r"^holds: ", "met: "),
+    (r"^FAILS: ", "not met: "),
+)
+
+
+def plain(words: str) -> str:
+    """Recorded words, in the spelling of this page."""
+    for old, new in PLAIN:
+        words = re.sub(old, new, words)
+    return words
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def verdicts(rows: list[dict]) -> str:
+    """How many of a record's criteria are met."""
+    judged = [plain(row["verdict"]) for row in rows if row["verdict"]]
+    met = sum(verdict.startswith("met") for verdict in judged)
+    if not judged:
+        return "no criterion"
+    if len(judged) == 1:
+        return "met" if met else "not met"
+    return f"{'all' if met == len(judged) else f'{met} of'} {len(judged)} met"
+
+
+def _line(record: dict, minutes: str, number) -> str:
+    """The line of the summary: claim, paper's number, ours, verdict, minutes."""
+    summary, rows = SUMMARIES.get(record["name"]), {row["quantity"]: row for row in record["rows"]}
+    if not summary or summary.commit != record["commit"]:
+        judged = [row for row in record["rows"] if row["verdict"]] or record["rows"]
+        headline = judged[0]["quantity"]
+        summary = Summary("", record["title"], plain(headline), (headline,), "")
+    found = [rows[quantity] for quantity in summary.quantities]
+    papers = [number(row["paper"]) for row in found]
+    cells = (
+        f"[`{record['name']}`](#{record['name']})",
+        summary.claim,
+        summary.measured,
+        "-" if set(papers) == {"-"} else ", ".join(papers),
+        ", ".join(number(row["ours"]) for row in found),
+        verdicts(record["rows"]),
+        minutes,
+    )
+    return "| " + " | ".join(map(_cell, cells)) + " |"
+
+
+def _entry(record: dict, number) -> list[str]:
+    """The long part: the title, how the run was made, and all rows."""
+    summary, e = SUMMARIES.get(record["name"]), record["environment"]
+    described = summary is not None and summary.commit == record["commit"]
+    differs = summary.differs if described else f"{record['difference'] or 'Nothing'}."
+    lines = [
+        f"### {record['name']}",
+        "",
+        f"{record['title']}.",
+        "",
+        f"- Command: `{record['command']}`",
+        f"- Scale {record['scale']}. Differences from the paper: {differs}",
+        f"- {'Data: ' + record['data'] + '. ' if record['data'] else ''}Seeds: {record['seeds']}. "
+        f"Commit {record['commit']}. "
+        f"{record['seconds']:g} s{' (continued)' if record['continued'] else ''} "
+        f"on {e['device']}, {e['cores']} cores; jax {e['jax']}.",
+        "",
+        "| quantity | paper | ours | +- | oracle | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        numbers = (number(row[key]) for key in ("paper", "ours", "error", "oracle"))
+        cells = (plain(row["quantity"]), *numbers, plain(row["verdict"]))
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return lines
+
+
+def page(results: Path) -> str:
+    """The whole of docs/reproduction.md."""
+    from .__main__ import families, minutes
+    from ._cli import number
+
+    groups: dict[str, list[dict]] = {family: [] for family in HEADS}
+    for path in sorted(results.glob("*.json")):
+        record = json.loads(path.read_text())
+        found = families(record["name"])
+        groups[next(iter(found)) if len(found) == 1 else "several"].append(record)
+    groups = {family: records for family, records in groups.items() if records}
+    lines = [INTRODUCTION, "## One line per experiment"]
+    for family, records in groups.items():
+        lines += [
+            "",
+            f"**{HEADS[family]}**",
+            "",
+            "| experiment | claim | measured | paper | ours | criteria | minutes |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *(_line(record, minutes(record["name"]), number) for record in records),
+        ]
+    for family, records in groups.items():
+        lines += ["", f"## {HEADS[family]}"]
+        for record in records:
+            lines += ["", *_entry(record, number)]
+    return "\n".join(lines) + "\n"
