@@ -1,8 +1,9 @@
-# make demo   digits that a VAE drew, with its bound in nats (sets up .venv first: about a minute)
-# make test   the whole test suite
-# make lint   ruff
-# make soak   the tests that take minutes
-# make bench  ours beside PyTorch (installs it)
+# make demo       digits that a VAE drew, with its bound in nats (sets up .venv first: about a minute)
+# make test       the tests: every subject, in minutes
+# make test-all   the tests that `make test` leaves out, because they are slow
+# make lint       ruff
+# make soak       the tests that take minutes each; CI does not run them
+# make bench      ours beside PyTorch (installs it)
 
 PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -11,7 +12,7 @@ STAMP := .venv/installed-$(VERSION)
 # A tree that was moved, or an interpreter that is gone, leaves a .venv that does not run.
 $(shell .venv/bin/python -m pip --version >/dev/null 2>&1 || rm -f .venv/installed-*)
 
-.PHONY: demo test lint soak bench
+.PHONY: demo test test-all lint soak bench
 .DEFAULT_GOAL := demo
 
 $(STAMP): setup.cfg pyproject.toml $(wildcard constraints-$(VERSION).txt)
@@ -26,7 +27,10 @@ demo: $(STAMP)
 	@$(BIN)/python -m aigc_jax sample runs/vae_digits --n 64 --out runs/vae_digits/samples.png
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

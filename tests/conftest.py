@@ -1,7 +1,10 @@
 """Strictness for every test: 8 virtual devices, no silent rank promotion, no reused key, shapes checked."""
 
+import ctypes
+import gc
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Small models compile longer than they run: LLVM without optimization takes 40 % off the contract suite. Tests in
@@ -21,6 +24,22 @@ os.environ.setdefault("AIGC_TEST_CACHE", tempfile.mkdtemp(prefix="aigc-test-cach
 jax.config.update("jax_compilation_cache_dir", os.environ["AIGC_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+MEMORY = Path("/proc/self/statm")  # of Linux; elsewhere nothing is freed early
+LIMIT = 3 * 2**29  # bytes
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """Frees compiled functions, and what LLVM left on the heap, once the process holds more than 1.5 GiB."""
+    yield
+    if MEMORY.exists() and int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LIMIT:
+        jax.clear_caches()
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        if trim:
+            trim(0)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -145,6 +145,7 @@ def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
     assert code == 2 and "labels lie in 0..9, got 10" in err
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_is_sampled_as_asked(call, digits_run, tmp_path):
     net = ddpm.Net("mlp", (8,), dropout=0.0)
     cfg = ddpm.Config(shape=(8, 8, 1), levels=17, classes=10, T=30, net=net, ema=0.0, optim=Optim(lr=0.05))

@@ -1,8 +1,11 @@
-"""What every family owes to whoever trains it. A new family is one more row of ROWS."""
+"""What every family owes to whoever trains it. A new family adds one row to ROWS."""
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +22,44 @@ from aigc_jax.train import engine
 DIGITS = data.load("digits")
 POINTS = data.load("ring")
 CROPS = text.from_tokens(np.random.default_rng(0).integers(0, 12, 500), length=8)
+B = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One configuration of one family, and in what it differs from the others.
+
+    The nets are tiny: a test compiles for longer than it computes.
+    """
+
+    make: Callable
+    cfg: Any
+    source: data.Data
+    noisy: bool = True  # its step draws noise
+    one_update: bool = True  # its step updates one net once
+    images: bool = False  # it samples images in [0, 1]
+    dtype: Any = jnp.float32  # of its samples
+    averaged: Callable = lambda state: state.params  # what its average is of
+    counts_times: bool = False  # `extra["count"]` counts the examples of all devices
+    extended: bool = False  # it turns on all options of its family; `make test-all` runs it
+
+    def batch(self, i, size=B):
+        return self.source.batch(0, i, size)
+
+
+def gan_averages(state):
+    """The generator and its BatchNorm statistics."""
+    return {"params": state.params["gen"], "batch_stats": state.extra["gen"]}
+
+
 ROWS = {
-    "vae": (
+    "vae": Row(
         vae.make,
         vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(16,), binarisation="dynamic"),
         DIGITS,
+        images=True,
     ),
-    "vae with all of it": (
+    "vae with all of it": Row(
         vae.make,
         vae.Config(
             shape=(8, 8, 1),
@@ -42,8 +76,10 @@ ROWS = {
             kl_warmup=4,
         ),
         DIGITS,
+        images=True,
+        extended=True,
     ),
-    "gan": (
+    "gan": Row(
         gan.make,
         gan.Config(
             shape=(2,),
@@ -55,8 +91,10 @@ ROWS = {
             n_critic=2,
         ),
         POINTS,
+        one_update=False,
+        averaged=gan_averages,
     ),
-    "gan with all of it": (
+    "gan with all of it": Row(
         gan.make,
         gan.Config(
             shape=(8, 8, 1),
@@ -70,8 +108,12 @@ ROWS = {
             packing=2,
         ),
         DIGITS,
+        one_update=False,
+        images=True,
+        averaged=gan_averages,
+        extended=True,
     ),
-    "ddpm": (
+    "ddpm": Row(
         ddpm.make,
         ddpm.Config(
             shape=(2,),
@@ -82,8 +124,9 @@ ROWS = {
             optim=Optim(lr=1e-3, clip=1.0, warmup=10),
         ),
         POINTS,
+        counts_times=True,
     ),
-    "ddpm with all of it": (
+    "ddpm with all of it": Row(
         ddpm.make,
         ddpm.Config(
             shape=(8, 8, 1),
@@ -100,8 +143,10 @@ ROWS = {
             net=ddpm.Net(widths=(4, 8), blocks=1, attention=(), groups=2),
         ),
         DIGITS,
+        images=True,
+        extended=True,
     ),
-    "ddpm of patches": (
+    "ddpm of patches": Row(
         ddpm.make,
         ddpm.Config(
             shape=(8, 8, 1),
@@ -116,15 +161,25 @@ ROWS = {
             net=ddpm.Net("dit", (8,), heads=2, patch=4),
         ),
         DIGITS,
+        images=True,
+        extended=True,
     ),
-    "transformer": (
+    "transformer": Row(
         transformer.make,
         transformer.Config(
-            vocab=12, context=8, layers=1, heads=2, width=16, micro=2, optim=Optim(lr=1e-2, weight_decay=0.1, decay=100)
+            vocab=12,
+            context=8,
+            layers=1,
+            heads=2,
+            width=16,
+            micro=2,
+            optim=Optim(lr=1e-2, weight_decay=0.1, decay=100),
         ),
         CROPS,
+        noisy=False,
+        dtype=jnp.int32,
     ),
-    "transformer with all of it": (
+    "transformer with all of it": Row(
         transformer.make,
         transformer.Config(
             vocab=12,
@@ -141,10 +196,10 @@ ROWS = {
             remat=True,
         ),
         CROPS,
+        dtype=jnp.int32,
+        extended=True,
     ),
 }
-NOISELESS = ("transformer",)  # its step draws no noise, so that the per-device view must agree with the global one
-B = 32
 
 
 def key(i):
@@ -162,91 +217,95 @@ def assert_same(a, b, atol=0.0):
         np.testing.assert_allclose(a[name], b[name], rtol=0, atol=atol, err_msg=name)
 
 
+def averaged(cfg):
+    """The config with an average of what it trains."""
+    return dataclasses.replace(cfg, ema=0.9)
+
+
 def sgd(cfg):
-    """The config with plain SGD throughout: Adam turns the rounding noise of a zero gradient into a full step."""
+    """The config with plain SGD: Adam turns the rounding noise of a zero gradient into a full step."""
     plain = Optim("sgd", lr=1e-2)
     return dataclasses.replace(cfg, **{f.name: plain for f in dataclasses.fields(cfg) if isinstance(f.default, Optim)})
 
 
-@pytest.fixture(params=ROWS)
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] if row.extended else []) for name, row in ROWS.items()]
+
+
+@pytest.fixture(params=MARKED, scope="module")  # so that all tests of a row follow each other
 def row(request):
-    make, cfg, source = ROWS[request.param]
-    return request.param, make, cfg, partial(source.batch, 0)
+    yield ROWS[request.param]
+    history.cache_clear()
 
 
-def run(step, state, batch, steps, first=0):
-    for i in range(first, first + steps):
-        state, metrics = step(state, batch(i, B), core.step_key(key(7), i))
-    return state, metrics
+class History(NamedTuple):
+    """A short run on one device: its compiled step, which donates its State, and what it gave."""
+
+    step: Callable
+    traces: list  # one entry per time that the step was traced
+    states: list  # before update 0, 1, ...
+    metrics: list
 
 
-def test_init_is_arrays_of_strong_types(row):
-    _, make, cfg, _ = row
-    family = make(dataclasses.replace(cfg, ema=0.9))
+@functools.cache
+def history(row, cfg):
+    """Returns the History of a config; the tests of a row share what was compiled for it."""
+    family, traces = row.make(cfg), []
+
+    def counted(*args):
+        traces.append(1)
+        return family.step(*args)
+
+    step = jax.jit(counted, donate_argnums=0)
+    states, metrics = [jax.jit(family.init)(key(0))], []
+    for i in range(5):
+        state, values = step(copy(states[-1]), row.batch(i), core.step_key(key(7), i))
+        states.append(state)
+        metrics.append(values)
+    return History(step, traces, states, metrics)
+
+
+def copy(tree):
+    """The same values in other buffers, which a step may take."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def test_init_is_arrays_of_strong_types_that_can_be_donated(row):
+    family = row.make(averaged(row.cfg))
     abstract = jax.eval_shape(family.init, key(0))
     state = family.init(key(0))
     assert state.step.dtype == jnp.int32 and int(state.step) == 0
     for shape, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert isinstance(leaf, jax.Array) and not leaf.weak_type
         assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+    # The average shares no buffer with the parameters: a buffer cannot be donated twice.
+    history(row, averaged(row.cfg)).step(state, row.batch(0), key(1))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.ema))
 
 
 def test_equal_state_and_key_give_equal_bits(row):
-    name, make, cfg, batch = row
-    family = make(cfg)
-    step = jax.jit(family.step)
-    state = family.init(key(0))._replace(step=jnp.array(5, jnp.int32))  # a warm-up's first rate is 0
-    one, metrics = step(state, batch(0, B), key(1))
-    assert_same(step(state, batch(0, B), key(1)), (one, metrics))
-    other = leaves(step(state, batch(0, B), key(2))[0].params)
+    past = history(row, averaged(row.cfg))
+    state = past.states[3]  # the first rate of a warm-up is 0
+    one, metrics = past.step(copy(state), row.batch(0), key(1))
+    assert_same(past.step(copy(state), row.batch(0), key(1)), (one, metrics))
+    other = leaves(past.step(copy(state), row.batch(0), key(2))[0].params)
     differs = any((other[n] != x).any() for n, x in leaves(one.params).items())
-    assert differs != (name in NOISELESS)
+    assert differs == row.noisy
 
 
 def test_metrics_are_scalars_with_loss_gradient_norm_and_rate(row):
-    _, make, cfg, batch = row
-    family = make(cfg)
-    _, metrics = jax.jit(family.step)(family.init(key(0)), batch(0, B), key(1))
+    metrics = history(row, averaged(row.cfg)).metrics[0]
     for ending in ("loss", "grad_norm", "lr"):
         assert any(n.endswith(ending) for n in metrics)
     assert all(m.shape == () and jnp.isfinite(m) for m in metrics.values())
 
 
 def test_second_step_does_not_compile_again(row):
-    _, make, cfg, batch = row
-    family = make(dataclasses.replace(cfg, ema=0.9))
-    traces = []
-
-    def counted(*args):
-        traces.append(1)
-        return family.step(*args)
-
-    state, _ = run(jax.jit(counted), jax.jit(family.init)(key(0)), batch, 4)
-    assert len(traces) == 1 and int(state.step) == 4
-
-
-def test_state_can_be_donated_with_its_average(row):
-    _, make, cfg, batch = row
-    family = make(dataclasses.replace(cfg, ema=0.9))
-    kept, _ = run(jax.jit(family.step), family.init(key(0)), batch, 3)
-    donated = jax.jit(family.step, donate_argnums=0)
-    first = family.init(key(0))
-    state, _ = run(donated, first, batch, 3)
-    assert all(x.is_deleted() for x in jax.tree.leaves(first.ema))
-    assert_same(state, kept)
+    past = history(row, averaged(row.cfg))
+    assert len(past.traces) == 1 and int(past.states[-1].step) == 5
 
 
 def test_average_follows_what_it_names(row):
-    name, make, cfg, batch = row
-    family = make(dataclasses.replace(cfg, ema=0.9))
-    states = [family.init(key(0))]
-    for i in range(3):
-        states.append(run(jax.jit(family.step), states[-1], batch, 1, first=i)[0])
-    of = (
-        (lambda s: {"params": s.params["gen"], "batch_stats": s.extra["gen"]})
-        if name.startswith("gan")
-        else (lambda s: s.params)
-    )
+    states, of = history(row, averaged(row.cfg)).states[:4], row.averaged
     expected = leaves(of(states[0]))
     for t, state in enumerate(states[1:]):
         decay = min(0.9, (1 + t) / (10 + t))
@@ -256,103 +315,102 @@ def test_average_follows_what_it_names(row):
         np.testing.assert_allclose(x, expected[n], rtol=5e-7, atol=1e-6, err_msg=n)
     moved = {n for n, x in leaves(states[-1].ema).items() if (x != leaves(of(states[-1]))[n]).any()}
     assert moved == {n for n, x in leaves(of(states[0])).items() if (x != leaves(of(states[-1]))[n]).any()} != set()
-    # It is what sampling uses: other parameters under training give the same samples.
-    params = states[-1].params
-    lost = states[-1]._replace(params=jax.tree.map(jnp.zeros_like, params))
-    sample = jax.jit(partial(family.sample, n=4))
-    assert_same(sample(states[-1], key(3)), sample(lost, key(3)))
 
 
-def test_evaluate_is_per_example_and_sample_gives_n(row):
-    name, make, cfg, batch = row
-    family = make(cfg)
-    state = family.init(key(0))
-    values = jax.jit(family.evaluate)(state, batch(0, B), key(1))
+def test_sample_gives_n_and_uses_the_average(row):
+    family, state = row.make(averaged(row.cfg)), history(row, averaged(row.cfg)).states[3]
+    sample = jax.jit(partial(family.sample, n=5))
+    samples = sample(state, key(3))
+    assert samples.shape[0] == 5 and samples.dtype == row.dtype
+    assert not row.images or (samples.min() >= 0 and samples.max() <= 1)
+    one = jax.eval_shape(partial(family.sample, n=1), state, key(3))
+    assert (one.shape, one.dtype) == ((1, *samples.shape[1:]), row.dtype)
+    # Other parameters under training give the same samples.
+    lost = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
+    assert_same(samples, sample(lost, key(3)))
+
+
+def test_evaluate_is_per_example(row):
+    values = jax.jit(row.make(row.cfg).evaluate)(history(row, sgd(row.cfg)).states[0], row.batch(0), key(1))
     assert values and all(v.shape == (B,) for v in values.values())
-    for n in (1, 5):
-        samples = jax.jit(partial(family.sample, n=n))(state, key(2))
-        assert samples.shape[0] == n
-        assert samples.dtype == (jnp.int32 if name.startswith("transformer") else jnp.float32)
-        if name == "vae":
-            assert samples.min() >= 0 and samples.max() <= 1
 
 
-def on_mesh(family, batch, steps, devices):
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    state = jax.device_put(family.init(key(0)), NamedSharding(mesh, P()))
-
-    def placed(i, size):
-        return jax.device_put(batch(i, size), NamedSharding(mesh, P("data")))
-
-    with jax.set_mesh(mesh):
-        return run(jax.jit(family.step), state, placed, steps)
+def mesh_of(devices):
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def test_eight_devices_agree_with_one_noise_included(row):
-    _, make, cfg, batch = row
-    family = make(sgd(cfg))
-    one, metrics_one = on_mesh(family, batch, 5, 1)
-    eight, metrics_eight = on_mesh(family, batch, 5, 8)
-    assert len(eight.step.sharding.device_set) == 8
-    moved = [
-        np.abs(a - b).max() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(family.init(key(0))), strict=True)
-    ]
-    assert max(moved) > 1e-3
-    assert_same(eight, one, atol=1e-6 * max(1.0, 10 * max(moved)))
-
-
-@pytest.mark.parametrize("micro", [1, 4])
-def test_eight_devices_share_the_work(row, micro):
-    _, make, cfg, batch = row
-    family = make(dataclasses.replace(cfg, micro=micro))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    state = jax.device_put(family.init(key(0)), NamedSharding(mesh, P()))
-    big = jax.device_put(batch(0, 4096), NamedSharding(mesh, P("data")))
+    past, mesh = history(row, sgd(row.cfg)), mesh_of(8)
+    state = jax.device_put(past.states[0], NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
-        spread = jax.jit(family.step).lower(state, big, key(1)).compile()
-    alone = jax.jit(family.step).lower(family.init(key(0)), batch(0, 4096), key(1)).compile()
-    assert spread.cost_analysis()["flops"] < 0.25 * alone.cost_analysis()["flops"]
+        step = jax.jit(row.make(sgd(row.cfg)).step)
+        for i in range(5):
+            batch = jax.device_put(row.batch(i), NamedSharding(mesh, P("data")))
+            state, _ = step(state, batch, core.step_key(key(7), i))
+    assert len(state.step.sharding.device_set) == 8
+    first, last = (jax.tree.leaves(past.states[i]) for i in (0, 5))
+    moved = max(np.abs(a - b).max() for a, b in zip(first, last, strict=True))
+    assert moved > 1e-3
+    assert_same(state, past.states[5], atol=1e-6 * max(1.0, 10 * moved))
+
+
+def abstract(tree, sharding=None):
+    """Shapes and dtypes of a tree, laid over devices: enough to compile for."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_eight_devices_share_the_work(row, micro):
+    family, mesh = row.make(dataclasses.replace(row.cfg, micro=micro)), mesh_of(8)
+    state, batch = jax.eval_shape(family.init, key(0)), row.batch(0, 4096)
+    alone = jax.jit(family.step).lower(state, abstract(batch), key(1)).compile()
+    with jax.set_mesh(mesh):
+        state, batch = abstract(state, NamedSharding(mesh, P())), abstract(batch, NamedSharding(mesh, P("data")))
+        shared = jax.jit(family.step).lower(state, batch, key(1)).compile()
+    assert shared.cost_analysis()["flops"] < 0.25 * alone.cost_analysis()["flops"]
     # No device sees the whole batch: gradients travel, rows do not.
-    gathered = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", spread.as_text())
+    gathered = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", shared.as_text())
     assert not [s for s in gathered if s and np.prod([int(d) for d in s.split(",")]) >= 4096]
 
 
-def per_device(family, batch, steps, spread):
-    """The per-device view: 8 copies of the state, each with its rows; `spread` is vmap or pmap."""
+def per_device(family, state, batch, steps, mapped):
+    """The per-device view: 8 copies of the state, each with its rows; `mapped` is vmap or pmap."""
 
     def step(state, rows, k):
         return family.step(state, rows, core.step_key(k, state.step, "i"))
 
-    mapped = spread(step, axis_name="i", in_axes=(0, 0, None))
-    states = jax.tree.map(lambda x: jnp.stack([x] * 8), family.init(key(0)))
+    step = mapped(step, axis_name="i", in_axes=(0, 0, None))
+    states = jax.tree.map(lambda x: jnp.stack([x] * 8), state)
     for i in range(steps):
-        rows = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch(i, B))
-        states, metrics = mapped(states, rows, key(7))
+        rows = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch(i))
+        states, metrics = step(states, rows, key(7))
     return states, metrics
 
 
-def check_replicas(name, make, cfg, batch, spread):
-    cfg = dataclasses.replace(sgd(cfg), micro=1)
-    states, metrics = per_device(make(cfg, axis_name="i"), batch, 3, spread)
+def jitted_vmap(f, **options):
+    return jax.jit(jax.vmap(f, **options))
+
+
+def check_replicas(row, mapped):
+    cfg = dataclasses.replace(sgd(row.cfg), micro=1)
+    family, past = row.make(cfg, axis_name="i"), history(row, sgd(row.cfg))
+    states, metrics = per_device(family, past.states[0], row.batch, 3, mapped)
     first = jax.tree.map(lambda x: x[0], states)
     for i in range(1, 8):
         assert_same(*(jax.tree.map(lambda x, j=j: x[j], (states, metrics)) for j in (i, 0)))
-    if name in NOISELESS:
-        alone, _ = run(jax.jit(make(cfg).step), make(cfg).init(key(0)), batch, 3)
-        assert_same(first, alone, atol=1e-6)
+    if not row.noisy:
+        assert_same(first, past.states[3], atol=1e-6)
     return first
 
 
 def test_per_device_view_keeps_replicas_equal(row):
-    name, make, cfg, batch = row
-    first = check_replicas(name, make, cfg, batch, lambda f, **kw: jax.jit(jax.vmap(f, **kw)))
-    if name == "ddpm":
+    first = check_replicas(row, jitted_vmap)
+    if row.counts_times:
         assert int(first.extra["count"].sum()) == 3 * B  # gathered from all devices
 
 
 def test_per_device_view_under_pmap():
-    make, cfg, source = ROWS["transformer"]
-    check_replicas("transformer", make, cfg, partial(source.batch, 0), jax.pmap)
+    check_replicas(ROWS["transformer"], jax.pmap)
 
 
 def test_devices_draw_their_own_noise():
@@ -360,44 +418,38 @@ def test_devices_draw_their_own_noise():
     assert len({tuple(k) for k in np.asarray(jax.random.key_data(keys))}) == 8
 
 
-def test_several_steps_a_call_equal_single_steps(row):
-    _, make, cfg, batch = row
-    family = make(sgd(cfg))
-    alone, _ = run(jax.jit(family.step), family.init(key(0)), batch, 4)
-    several = jax.tree.map(lambda *x: np.stack(x), *[batch(i, B) for i in range(4)])
+def test_several_steps_per_call_equal_single_steps(row):
+    family, past = row.make(sgd(row.cfg)), history(row, sgd(row.cfg))
+    several = jax.tree.map(lambda *x: np.stack(x), *[row.batch(i) for i in range(4)])
 
     def body(state, rows):
         return family.step(state, rows, core.step_key(key(7), state.step))
 
-    together, metrics = jax.jit(partial(jax.lax.scan, body))(family.init(key(0)), several)
+    together, metrics = jax.jit(partial(jax.lax.scan, body))(past.states[0], several)
     assert all(m.shape == (4,) for m in metrics.values())
-    assert_same(together, alone, atol=1e-6)
+    assert_same(together, past.states[4], atol=1e-6)
 
 
 def test_fit_gives_the_same_bits_however_it_is_cut_into_calls(row):
-    _, make, cfg, _ = row
-    source = ROWS[row[0]][2]
-    states = [
-        train.fit(make, cfg, train.Run(steps=9, batch_size=B, steps_per_call=4, eval_every=every), source,
-                  on_eval=lambda *_: {}).state
-        for every in (0, 1, 3)
-    ]  # fmt: skip
-    assert_same(states[1], states[0])
-    assert_same(states[2], states[0])
+    def fit(eval_every):  # calls of 4, 4 and 1 updates without validations, else of 3, 3 and 3
+        run = train.Run(steps=9, batch_size=B, steps_per_call=4, eval_every=eval_every)
+        return train.fit(row.make, row.cfg, run, row.source, on_eval=lambda *_: {}).state
+
+    assert_same(fit(3), fit(0))
 
 
 def test_micro_batches_take_the_mean_over_parts(row):
-    """Each part has the key fold_in(key, i) and the extra that the part before left; gradients are averaged."""
-    name, make, cfg, batch = row
-    if name.startswith("gan"):
+    """Part i has the key fold_in(key, i) and the `extra` that part i - 1 left; gradients are averaged."""
+    if not row.one_update:
         pytest.skip("a GAN's step is several updates; descend's own tests hold what one of them does")
-    cfg = dataclasses.replace(sgd(cfg), micro=4)
-    family, single = make(cfg), make(dataclasses.replace(cfg, micro=1))
-    state = family.init(key(0))
-    got, metrics = jax.jit(family.step)(state, batch(0, B), key(5))
-    step, extra, moves, losses = jax.jit(single.step), state.extra, [], []
-    for i, part in enumerate(core.parts(batch(0, B), 4)):
-        new, m = step(state._replace(extra=extra), part, jax.random.fold_in(key(5), i))
+    past = history(row, dataclasses.replace(sgd(row.cfg), micro=1))
+    state, batch = past.states[0], row.batch(0)
+    parts = jax.jit(row.make(dataclasses.replace(sgd(row.cfg), micro=4)).step)
+    got, metrics = parts(state, batch, key(5))
+    extra, moves, losses = state.extra, [], []
+    for i, part in enumerate(core.parts(batch, 4)):
+        begin = copy(state._replace(extra=extra))
+        new, m = past.step(begin, part, jax.random.fold_in(key(5), i))
         extra = new.extra
         moves.append(new.params)
         losses.append(m["loss"])
@@ -408,53 +460,47 @@ def test_micro_batches_take_the_mean_over_parts(row):
 
 
 def test_unequal_masks_weigh_what_counts_not_rows():
-    """Cut into parts or over devices, the update is that of the mean over all tokens that count, no mean of means."""
-    make, cfg, _ = ROWS["transformer"]
+    """However the batch is cut, the update is that of the mean over all tokens that count, not of a mean of means."""
+    row = ROWS["transformer"]
     rng = np.random.default_rng(0)
     # From rows that count fully to rows that do not count at all; the first device's are all of these.
     mask = (rng.random((B, 8)) < np.linspace(-0.3, 1.2, B)[:, None]).astype(np.float32)
     assert not mask[: B // 8].any() and mask.sum() > B
     rows = {"tokens": rng.integers(0, 12, (B, 9)).astype(np.int32), "mask": mask}
-    whole = make(dataclasses.replace(sgd(cfg), micro=1))
-    state = whole.init(key(0))
-    expected, metrics = jax.jit(whole.step)(state, rows, key(1))
-    each = jax.jit(partial(transformer.nll, cfg))(state.params, rows["tokens"])
+    nothing = {**rows, "mask": np.zeros_like(mask)}
+    plain = sgd(row.cfg)
+    step = {m: jax.jit(row.make(dataclasses.replace(plain, micro=m)).step) for m in (1, 2, 8)}
+    state = history(row, plain).states[0]
+    expected, metrics = step[1](state, rows, key(1))
+    each = jax.jit(partial(transformer.nll, row.cfg))(state.params, rows["tokens"])
     np.testing.assert_allclose(metrics["loss"], (each * mask).sum() / mask.sum(), rtol=1e-5)
     assert "weight" not in metrics
     for micro in (2, 8):
-        got, cut = jax.jit(make(dataclasses.replace(sgd(cfg), micro=micro)).step)(state, rows, key(1))
+        got, cut = step[micro](state, rows, key(1))
         assert_same(got.params, expected.params, atol=1e-6)
         assert_same(cut, metrics, atol=1e-5)
-    view = make(dataclasses.replace(sgd(cfg), micro=2), axis_name="i")
-    states, cut = per_device(view, lambda *_: rows, 1, lambda f, **kw: jax.jit(jax.vmap(f, **kw)))
+    view = row.make(dataclasses.replace(plain, micro=2), axis_name="i")
+    states, cut = per_device(view, state, lambda i: rows, 1, jitted_vmap)
     assert_same(jax.tree.map(lambda x: x[3], states.params), expected.params, atol=1e-6)
     assert_same(jax.tree.map(lambda x: x[3], cut), metrics, atol=1e-5)
-    nothing = {**rows, "mask": np.zeros_like(mask)}
     for micro in (1, 2):
-        got, _ = jax.jit(make(dataclasses.replace(sgd(cfg), micro=micro)).step)(state, nothing, key(1))
+        got, _ = step[micro](state, nothing, key(1))
         assert_same(got.params, state.params)
 
 
 def test_rules_place_moments_and_average_like_the_parameters():
-    make, cfg, _ = ROWS["ddpm"]
-    family = make(dataclasses.replace(cfg, ema=0.9))._replace(rules=((r"net'\]\['Dense_0.*kernel", P(None, "data")),))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    row = ROWS["ddpm"]
+    family = row.make(averaged(row.cfg))._replace(rules=((r"net'\]\['Dense_0.*kernel", P(None, "data")),))
     template = jax.eval_shape(family.init, key(0))
-    spec = {n: s.spec for n, s in leaves_of_shardings(engine.shardings_of(family, template, mesh))}
-    cut = [n for n, s in spec.items() if s == P(None, "data")]
+    placed = jax.tree_util.tree_leaves_with_path(engine.shardings_of(family, template, mesh_of(8)))
+    cut = [jax.tree_util.keystr(path) for path, s in placed if s.spec == P(None, "data")]
     assert len(cut) == 4  # the parameter, both moments of Adam, the average
-    assert {n.split("[")[0].split("(")[0] for n in cut} >= {".params", ".ema"} and sum(
-        ".opt_state" in n for n in cut
-    ) == 2
+    assert {n.split("[")[0].split("(")[0] for n in cut} >= {".params", ".ema"}
+    assert sum(".opt_state" in n for n in cut) == 2
     assert all("Dense_0" in n and "kernel" in n for n in cut)
 
 
-def leaves_of_shardings(tree):
-    return [(jax.tree_util.keystr(p), s) for p, s in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def test_large_leaves_without_a_rule_are_cut_along_their_largest_axis():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     shapes = core.State(
         jax.ShapeDtypeStruct((), jnp.int32),
         {
@@ -464,10 +510,10 @@ def test_large_leaves_without_a_rule_are_cut_along_their_largest_axis():
         },
         (),
     )
-    placed = engine.shardings_of(core.Family(None, None, None, None), shapes, mesh)
+    placed = engine.shardings_of(core.Family(None, None, None, None), shapes, mesh_of(8))
     assert {n: s.spec for n, s in placed.params.items()} == {"big": P(None, "data"), "odd": P(), "small": P()}
 
 
 def test_ema_of_zero_keeps_nothing():
-    assert vae.make(ROWS["vae"][1]).init(key(0)).ema is None
+    assert vae.make(ROWS["vae"].cfg).init(key(0)).ema is None
     assert EMA(0.0).read(core.State(jnp.zeros((), jnp.int32), {"w": 1}, ())) == {"w": 1}

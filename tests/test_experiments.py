@@ -90,6 +90,7 @@ def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
+@pytest.mark.slow
 def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypatch):
     """IWAE's paper in small: two stages an arm, table 2 from their ends."""
     monkeypatch.setattr(iwae_table, "Run", partial(train.Run, devices=1))  # compiles in half the time
@@ -132,6 +133,7 @@ def test_the_papers_protocol_is_the_papers():
     assert "2 layers, IWAE k=50, 3280 epochs: NLL (nats)" in iwae_table.CRITERIA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [vae_elbo_curves, vae_samples])
 def test_curves_and_samples_are_drawn(tmp_path, script):
     small = script.SCALES["smoke"]
@@ -167,7 +169,9 @@ def test_slopes_of_a_critic_are_those_of_its_gradients():
     np.testing.assert_allclose(wgan_gp_toys.slopes(params, real, fake), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [{}, {"loss": "wasserstein", "penalty": "gp", "condition": "concat"}])
+@pytest.mark.parametrize(
+    "flags", [{}, pytest.param({"loss": "wasserstein", "penalty": "gp", "condition": "concat"}, marks=pytest.mark.slow)]
+)
 def test_a_gan_is_trained_and_measured(tmp_path, flags):
     run = replace(gan_digits.RUN, folder=str(tmp_path), steps=20, eval_every=10, steps_per_call=10, devices=1)
     setup = replace(gan_digits.SCALES["smoke"], run=run, model=replace(gan_digits.MODEL, **flags))

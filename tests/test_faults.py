@@ -128,7 +128,7 @@ def test_killed_between_steps(tmp_path, unbroken, start, until, flags):
     "make, cfg, options",
     [
         (vae.make, trainee.ACCUMULATING, {"steps_per_call": 4}),
-        (gan.make, trainee.GAN, {"steps_per_call": 2}),
+        pytest.param(gan.make, trainee.GAN, {"steps_per_call": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_cut_off_between_saves(tmp_path, make, cfg, options):
@@ -227,10 +227,10 @@ def handlers():
     "at, number",
     [
         ("update", signal.SIGTERM),
-        ("update", signal.SIGINT),
-        ("update", signal.SIGHUP),
+        pytest.param("update", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("update", signal.SIGHUP, marks=pytest.mark.slow),
         ("validation", signal.SIGTERM),
-        ("last", signal.SIGTERM),
+        pytest.param("last", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_asked_to_stop_at_any_moment_it_leaves(tmp_path, handlers, at, number):
@@ -258,6 +258,7 @@ def test_what_is_ignored_stays_ignored(tmp_path, handlers):
     assert int(result.state.step) == 20
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_what_it_did_before(tmp_path, handlers):
     """Its old handler is called at once, and the folder can be gone on with."""
 
@@ -378,7 +379,13 @@ def finished(tmp_path_factory):
     return folder, train.fit(vae.make, trainee.ACCUMULATING, short("", 30), DIGITS).state
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lose_half, lose_the_sums, add_a_file])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        *(pytest.param(how, marks=pytest.mark.slow) for how in (truncate, lose_half, lose_the_sums, add_a_file)),
+    ],
+)
 def test_damaged_checkpoint_is_passed_over(tmp_path, finished, damage, capfd):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
@@ -536,6 +543,7 @@ def check_full(folder, code, err):
     assert int(train.load(folder).state.step) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", ["1", "4"])
 def test_a_file_that_cannot_grow_is_said_and_the_older_checkpoint_stands(tmp_path, k):
     folder = tmp_path / "run"
@@ -549,6 +557,7 @@ def threads():
     return {t for t in threading.enumerate() if not t.daemon and type(t).__module__.startswith("orbax")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 10])
 def test_no_folder_for_a_checkpoint(tmp_path, after, monkeypatch):
     """checkpoints/ becomes a file: one line, which names no checkpoint that is not there, and no thread that waits."""
@@ -578,6 +587,7 @@ def test_a_log_that_cannot_be_written_says_what_stands(tmp_path, monkeypatch):
             train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / str(at), log_every=1), DIGITS)
 
 
+@pytest.mark.slow
 def test_cleaning_up_hides_no_failure(tmp_path, monkeypatch):
     """Orbax's own end fails too, as on a disk without inodes: the line stays."""
 
@@ -590,6 +600,7 @@ def test_cleaning_up_hides_no_failure(tmp_path, monkeypatch):
         train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS)
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     def stuck(path, **options):
         raise PermissionError(1, "Operation not permitted", str(path))
@@ -626,6 +637,7 @@ def test_a_disk_without_inodes(tmp_path, start, inodes):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_in_an_experiment_is_one_line(tmp_path):
     """The command line's view: a small file system, one line, exit code 1, and the same command goes on later."""
     disk = tmpfs(tmp_path / "disk", "size=2m")
@@ -650,7 +662,7 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- not finite
 
 
-@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("k", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, monkeypatch, capsys, k):
     run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=16, save_every=5, steps_per_call=k, devices=1)
     with pytest.raises(train.NonFinite) as stopped:
@@ -689,6 +701,7 @@ def test_save_waits_until_metrics_are_known_to_be_finite(tmp_path):
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), train.load(run.folder).state.params))
 
 
+@pytest.mark.slow
 def test_replay_compares_itself_with_the_log(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     train.fit(vae.make, trainee.ACCUMULATING, short(folder, 8, log_every=4), DIGITS)
@@ -713,7 +726,7 @@ def test_replay_compares_itself_with_the_log(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "make, leaf", [("make_nan_params", "params."), ("make_inf_ema", "ema."), ("make_nan_moments", "opt_state.")]
 )
-@pytest.mark.parametrize("steps", [8, 12])
+@pytest.mark.parametrize("steps", [8, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, make, leaf, steps):
     """Loss and gradient of update 8 are finite, its state is not; at keep = 1 nothing finite is lost."""
     run = train.Run(folder=str(tmp_path / "run"), steps=steps, batch_size=16, save_every=4, keep=1, devices=1)
@@ -752,6 +765,7 @@ def test_what_counts_as_not_finite(dtype):
         assert checkpoints.not_finite(state(opt_state=(infinite,), extra={"history": infinite})) is None
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_that_is_not_finite_is_passed_over(tmp_path, finished, capfd):
     """As versions before this one saved them, with sums that agree."""
     folder = tmp_path / "run"

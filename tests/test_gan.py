@@ -301,10 +301,15 @@ def theta_of(state):
 
 @pytest.mark.parametrize(
     "loss, unrolled, optim, packing, n_critic",
-    [*((loss, 2, adam(0.1), 1, 1) for loss in LOSSES), *((loss, 1, Optim("sgd", lr=0.3), 1, 1) for loss in LOSSES),
-     ("non_saturating", 0, adam(0.1), 1, 1), ("minimax", 0, Optim("sgd", lr=0.3), 1, 1),
-     ("minimax", 3, adam(0.1), 2, 2), ("least_squares", 2, Optim("sgd", lr=0.3), 4, 3)],
-)  # fmt: skip
+    [
+        *(pytest.param(loss, 2, adam(0.1), 1, 1, marks=pytest.mark.slow) for loss in LOSSES),
+        *(pytest.param(loss, 1, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow) for loss in LOSSES),
+        ("non_saturating", 0, adam(0.1), 1, 1),
+        pytest.param("minimax", 0, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow),
+        ("minimax", 3, adam(0.1), 2, 2),
+        pytest.param("least_squares", 2, Optim("sgd", lr=0.3), 4, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packing, n_critic):
     """d/dc of minus D's whole loss at (theta_K(c), c), by finite differences of the written updates."""
     penalty = {"penalty": "r1", "penalty_weight": 0.7} if loss == "wasserstein" else {}
@@ -337,7 +342,16 @@ def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packin
 
 @pytest.mark.parametrize(
     "loss, penalty",
-    [*((loss, "none") for loss in LOSSES if loss != "wasserstein"), ("wasserstein", "gp"), ("hinge", "r1")],
+    [
+        ("minimax", "none"),
+        *(
+            pytest.param(loss, "none", marks=pytest.mark.slow)
+            for loss in LOSSES
+            if loss not in ("minimax", "wasserstein")
+        ),
+        ("wasserstein", "gp"),
+        pytest.param("hinge", "r1", marks=pytest.mark.slow),
+    ],
 )
 def test_the_unrolled_generator_rests_on_the_data(loss, penalty):
     """G = data, D undecided: nothing that G could do to D in its next updates makes G move."""
@@ -400,7 +414,9 @@ def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
     np.testing.assert_allclose(values["real_logit"], w.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "dcgan", "resnet"])
+@pytest.mark.parametrize(
+    "kind", ["mlp", pytest.param("dcgan", marks=pytest.mark.slow), pytest.param("resnet", marks=pytest.mark.slow)]
+)
 def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
     """Held still, the power iteration converges to the singular values that numpy finds."""
     disc = gan.Net(kind, (6,), "leaky_relu", norm="spectral")
@@ -431,7 +447,9 @@ def test_spectral_norm_of_one_linear_layer_is_slope_one():
 
 
 @pytest.mark.parametrize("condition", ["concat", "projection"])
-@pytest.mark.parametrize("kind", ["mlp", "dcgan", "resnet"])
+@pytest.mark.parametrize(
+    "kind", ["mlp", pytest.param("dcgan", marks=pytest.mark.slow), pytest.param("resnet", marks=pytest.mark.slow)]
+)
 def test_both_nets_listen_to_the_label(kind, condition):
     nets = {"gen": gan.Net(kind, (4, 4), norm="batch"), "disc": gan.Net(kind, (4, 4), "leaky_relu")}
     cfg = replace(SMALL, classes=10, condition=condition, **nets)

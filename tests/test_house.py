@@ -111,6 +111,7 @@ def test_documents_name_only_what_exists():
         assert module in experiments.names() or module == "NAME", module
 
 
+@pytest.mark.slow
 def test_the_readmes_code_runs(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "own_code.md").read_text()
@@ -121,6 +122,7 @@ def test_the_readmes_code_runs(tmp_path):
         assert out.stdout.startswith(said)
 
 
+@pytest.mark.slow
 def test_the_page_on_ones_own_net_runs(tmp_path):
     """Its module, its training twice (the second time nothing is left to do), and the command it names."""
     module, training = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_own_net.md").read_text(), re.DOTALL)

@@ -268,6 +268,7 @@ def test_experiments_come_from_the_checkout_wherever_one_stands(tmp_path, monkey
         sys.modules.update(kept)
 
 
+@pytest.mark.slow
 def test_the_command_line_in_a_run_folder_full_of_modules(tmp_path):
     """None of them runs, though Python looks there first; and the user's own, beside it, where the user says so."""
     folder = tmp_path / "r"
@@ -319,7 +320,10 @@ def with_changed(value, at, new):
     return changed
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param("vae", marks=pytest.mark.slow), "gan", pytest.param("ddpm", marks=pytest.mark.slow), "transformer"],
+)
 def test_an_edited_record_is_loaded_or_refused_in_one_line(tmp_path, family):
     """Every field in turn is made something else; nothing but Refused comes out, and nothing large is made."""
     make, cfg, source = CONFIGS[family]
@@ -451,7 +455,10 @@ def arrays(tree):
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family",
+    ["vae", "gan", pytest.param("ddpm", marks=pytest.mark.slow), pytest.param("transformer", marks=pytest.mark.slow)],
+)
 def test_a_chain_of_optax_updates_as_optax_says(family):
     """Three updates by a chain are those of Optim where both say the same: SGD with momentum."""
     make, cfg, source = CONFIGS[family]

@@ -112,6 +112,7 @@ def test_reading_takes_at_most_eight_bytes_per_byte(own):
         assert peak < 8 * len(content)
 
 
+@pytest.mark.slow
 def test_byte_pairs_are_learnt_in_little_memory(own):
     """In a process of its own, because the library's memory is not Python's. Whole, 1 MB of text took 150 MB."""
     rng = np.random.default_rng(0)
@@ -457,6 +458,7 @@ def small(script, source, folder, **change):
     return replace(setup, model=replace(setup.model, **TINY), run=run, data=source, **change)
 
 
+@pytest.mark.slow
 def test_chinese_works_through_to_the_figure(own, tmp_path):
     """5,000 characters without a d, and with formulas that are none, by characters: a figure, a sample, all rows."""
     rng = np.random.default_rng(0)

@@ -421,6 +421,7 @@ def test_a_run_keeps_its_tokenizer_and_reports_bits(run_folder):
     assert said["data"]["tokenizer"] == ""  # it has a file of its own
 
 
+@pytest.mark.slow
 def test_text_is_written_to_the_terminal(run_folder):
     code, said, err = call("sample", run_folder, "--text.prompt", "the cat", "--text.new", 9, "--n", 2)
     assert code == 0, err
@@ -438,6 +439,7 @@ def test_text_is_written_to_the_terminal(run_folder):
     assert code == 0 and stopped == greedy[: 3 + greedy[3:].index(" ") + 1] + "\n"
 
 
+@pytest.mark.slow
 def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_folder, capsys):
     from aigc_jax.commands import sample
 
@@ -469,6 +471,7 @@ def test_a_vocabulary_without_line_breaks_has_a_default_prompt():
         encode_prompt(Tokenizer.characters("ab"), "z")
 
 
+@pytest.mark.slow
 def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
     """A vocabulary is often rounded up: the rest is no token of any text."""
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
@@ -503,6 +506,7 @@ def test_mistakes_of_sampling_text_are_one_line(run_folder, flags, words, capsys
     assert stopped.value.code == 2 and words in said.err and len(said.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_training_starts_from_parameters_that_are_given(tmp_path):
     crops = text.from_tokens(np.random.default_rng(0).integers(0, 9, 200), length=8, vocab=9)
     cfg = transformer.Config(vocab=9, context=8, layers=1, heads=2, width=8, ema=0.5)

@@ -186,6 +186,7 @@ def test_chorales_are_rolls_with_their_lengths(chorales):
             assert not roll[len(piece) :].any()
 
 
+@pytest.mark.slow
 def test_chorales_are_learnt_scored_and_written(chorales, tmp_path):
     """The score is a mean over all frames but the first of every piece, whatever they are padded with."""
     import mido
@@ -259,6 +260,7 @@ def test_the_nanogpt_configuration_is_nanogpts():
     assert float(cfg.optim.rate(100)) == pytest.approx(1e-3) and float(cfg.optim.rate(2000)) == pytest.approx(1e-4)
 
 
+@pytest.mark.slow
 def test_gpt2_and_finetune_run_on_a_small_model(tmp_path):
     setup = replace(gpt2.SCALES["smoke"], folder=str(tmp_path / "gpt2"))
     found = {row.quantity: row.ours for row in gpt2.rows(setup, tmp_path / "gpt2")}

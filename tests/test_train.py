@@ -57,7 +57,7 @@ def test_fit_is_the_contract_in_a_loop():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_longer_run_on_an_old_folder_is_an_unbroken_one(tmp_path, k):
     unbroken = fit(vae.make, CFG, run(steps=31, steps_per_call=k), DIGITS).state
     for steps in (10, 23, 31):
@@ -65,6 +65,7 @@ def test_a_longer_run_on_an_old_folder_is_an_unbroken_one(tmp_path, k):
     assert same_bits(state, unbroken)
 
 
+@pytest.mark.slow
 def test_host_batches_train_like_resident_ones():
     hosted = DIGITS._replace(resident=None)
     for k in (1, 4):
@@ -103,7 +104,7 @@ def test_the_batch_lies_on_eight_devices_an_eighth_each():
         np.testing.assert_array_equal(shard.data, data.order(1437, 0, 0, 16)[2 * d : 2 * d + 2])
 
 
-@pytest.mark.parametrize("k, micro", [(1, 1), (5, 2)])
+@pytest.mark.parametrize("k, micro", [pytest.param(1, 1, marks=pytest.mark.slow), (5, 2)])
 def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
     cfg = dataclasses.replace(SGD, binarisation="dynamic", micro=micro)  # noise in x and in z
     one, eight = (fit(vae.make, cfg, run(steps=5, devices=n, steps_per_call=k), DIGITS).state for n in (1, 8))
@@ -115,7 +116,7 @@ def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
 # ---------------------------------------------------------------------------------------------------------------- pmap
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_pmap_agrees_with_one_device_where_no_noise_is_drawn(k):
     cfg = dataclasses.replace(SPEAKER, micro=2, optim=Optim("sgd", lr=0.1))
     source = CROPS
@@ -151,6 +152,7 @@ def test_pmap_without_jit_is_refused():
         fit(vae.make, CFG, run(steps=1, devices=8, pmap=True), DIGITS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 4])
 def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
     cfg = dataclasses.replace(CFG, micro=2)
@@ -174,7 +176,7 @@ def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
         fit(vae.make, cfg, run(tmp_path / "cut", 20, devices=4, pmap=True), DIGITS)
 
 
-@pytest.mark.parametrize("first, then", [(1, 8), (8, 2)])
+@pytest.mark.parametrize("first, then", [(1, 8), pytest.param(8, 2, marks=pytest.mark.slow)])
 def test_resuming_on_another_number_of_devices(tmp_path, first, then):
     fit(vae.make, SGD, run(tmp_path / "r", 10, devices=first), DIGITS)
     state = fit(vae.make, SGD, run(tmp_path / "r", 20, devices=then), DIGITS).state
@@ -184,6 +186,7 @@ def test_resuming_on_another_number_of_devices(tmp_path, first, then):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_large_parameters_are_cut_saved_and_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "CUT_FROM", 64)
     fit(vae.make, SGD, run(tmp_path / "r", 10, devices=8), DIGITS)
@@ -233,6 +236,7 @@ def two_processes(tmp_path):
     trainee.end(both)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_save_together(tmp_path, two_processes):
     both = two_processes(100_000)
     trainee.wait_for((tmp_path / "r" / "checkpoints" / "3").exists, *both)
@@ -244,6 +248,7 @@ def test_two_processes_stop_and_save_together(tmp_path, two_processes):
     assert all(f"stopped by preemption at step {step}: saved" in err for _, err in outs)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path, two_processes):
     """Each process places its own rows; both see the same global batch, and agree with one process."""
     both = two_processes(6)
@@ -324,7 +329,9 @@ def cut(path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[-3:]))
 
 
-@pytest.mark.parametrize("lose", [empty, cut, Path.unlink])
+@pytest.mark.parametrize(
+    "lose", [empty, pytest.param(cut, marks=pytest.mark.slow), pytest.param(Path.unlink, marks=pytest.mark.slow)]
+)
 def test_best_does_not_hang_on_the_log(tmp_path, lose):
     """What a validation reported stays with its checkpoint: load chooses as before, and fit keeps what was best."""
 
@@ -341,6 +348,7 @@ def test_best_does_not_hang_on_the_log(tmp_path, lose):
     assert int(load(folder).state.step) == 8
 
 
+@pytest.mark.slow
 def test_best_of_an_older_version_comes_from_the_log(tmp_path):
     """A folder whose checkpoints hold no validation; then the second best, where the best is damaged."""
 
@@ -554,6 +562,7 @@ def test_warm_start_never_falls_back_to_the_seed(tmp_path):
     assert same_bits(fit(vae.make, CFG, warm, DIGITS).state, state)
 
 
+@pytest.mark.slow
 def test_warm_start_refuses_another_shape(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "a", 2), DIGITS)
     other = dataclasses.replace(CFG, hidden=(7,))
@@ -623,6 +632,7 @@ def test_best_that_nobody_reports_is_refused(tmp_path):
     assert int(load(tmp_path / "s", at_most=20).state.step) == 20  # what was trained is kept
 
 
+@pytest.mark.slow
 def test_best_may_come_from_on_eval_alone_and_be_asked_for_late(tmp_path):
     def dip(family, state, step):
         return {"dip": abs(step - 8)}
@@ -770,6 +780,7 @@ def test_negative_sizes_are_refused_by_name(field):
         Run(**{field: -3})
 
 
+@pytest.mark.slow
 def test_labels_are_cut_with_the_chunks():
     cfg = dataclasses.replace(CFG, classes=10)
     result = fit(vae.make, cfg, run(steps=2), DIGITS)

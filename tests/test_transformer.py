@@ -49,7 +49,9 @@ def tokens(B, T, seed=0, vocab=11):
     return jnp.asarray(np.random.default_rng(seed).integers(0, vocab, (B, T)), jnp.int32)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(
+    params=["gpt2", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("attention only", "relu"))]
+)
 def model(request):
     cfg = VARIANTS[request.param]
     return cfg, parameters(cfg)
@@ -417,6 +419,7 @@ def test_beam_search_with_all_beams_is_enumeration():
     assert one.tolist() == greedy[0].tolist()
 
 
+@pytest.mark.slow
 def test_beams_that_ended_keep_their_probability():
     """Against enumeration over all sequences, each cut after its first stop token."""
     cfg = dataclasses.replace(SMALL, vocab=3)
@@ -486,6 +489,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, seed):
             assert [cut(row, case["eos"]) for row in got.tolist()] == expected, how
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(len(small.SEEDS)))
 def test_beams_and_scores_are_those_of_transformers(tmp_path, seed):
     """Several texts of each prompt, all of them compared: num_return_sequences takes the first of them."""
@@ -502,7 +506,7 @@ def test_beams_and_scores_are_those_of_transformers(tmp_path, seed):
             np.testing.assert_allclose(value.reshape(-1), scores, rtol=1e-4, err_msg=str(how))
 
 
-@pytest.mark.parametrize("case", range(len(small.SAMPLES)))
+@pytest.mark.parametrize("case", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(small.SAMPLES)))])
 def test_the_law_of_a_drawn_token_is_that_of_transformers(tmp_path, case):
     """Along texts that it drew: which tokens can be drawn, and how likely each is."""
     how, recorded = small.SAMPLES[case], RECORDED["drawn"][case]
@@ -597,6 +601,7 @@ def test_samples_without_repeats_have_their_law():
     check_law({tail: got.count(list(tail)) for tail in set(map(tuple, got))}, exact, n)
 
 
+@pytest.mark.slow
 def test_drawn_beams_have_their_law():
     """Four of six tokens drawn one after another without replacement, the two likeliest of them kept."""
     cfg = dataclasses.replace(SMALL, vocab=6)
@@ -706,6 +711,7 @@ def test_the_last_token_of_a_full_context_needs_no_position():
     )
 
 
+@pytest.mark.slow
 def test_stop_tokens_are_the_configs_where_none_are_named():
     cfg = dataclasses.replace(SMALL, vocab=4, eos=(2, 99))  # what the vocabulary has not never occurs
     params, x = parameters(cfg), tokens(2, 3, vocab=4)
@@ -919,15 +925,18 @@ def test_a_family_samples_n_rows_whatever_the_prompt():
     family = transformer.make(SMALL)
     state = jax.jit(family.init)(key(0))
     one, three = np.array([1, 2, 3]), tokens(3, 3)
+
+    def shape(**options):
+        return jax.eval_shape(partial(family.sample, **options), state, key(1)).shape
+
     for prompt in (one, one[None], one.tolist(), jnp.asarray(one), three):
-        sample = jax.jit(partial(family.sample, n=3, prompt=prompt, max_new_tokens=4))
-        assert sample(state, key(1)).shape == (3, 4)
-    each = sample(state, key(1), sampling=Sampling(0.0))
+        assert shape(n=3, prompt=prompt, max_new_tokens=4) == (3, 4)
+    each = jax.jit(partial(family.sample, n=3, prompt=three, max_new_tokens=4))(state, key(1), sampling=Sampling(0.0))
     generate = jax.jit(partial(transformer.generate, SMALL, max_new_tokens=4))
     np.testing.assert_array_equal(each, generate(state.params, three, key(1), sampling=Sampling(0.0)))
-    assert family.sample(state, key(1), n=2).shape == (2, 23)
-    assert family.sample(state, key(1), n=2, prompt=np.zeros(24, int)).shape == (2, 1)  # a full context
-    assert family.sample(state, key(1), n=2, prompt=[1], max_length=5, no_repeat_ngram_size=1).shape == (2, 4)
+    assert shape(n=2) == (2, 23)
+    assert shape(n=2, prompt=np.zeros(24, int)) == (2, 1)  # a full context
+    assert shape(n=2, prompt=[1], max_length=5, no_repeat_ngram_size=1) == (2, 4)
     with pytest.raises(ValueError, match=r"a prompt is tokens .T., .1, T. or .n, T. with n = 2, got .3, 3."):
         family.sample(state, key(1), n=2, prompt=three)
 
