@@ -32,7 +32,12 @@ def families(name: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "aigc_jax":
             found |= {alias.name for alias in node.names} & {*FAMILIES}
         elif isinstance(node, ast.ImportFrom) and node.module == "experiments" and not found:
-            found |= {family for alias in node.names if alias.name in names() for family in families(alias.name)}
+            found |= {
+                family
+                for alias in node.names
+                if alias.name in names()
+                for family in families(alias.name)
+            }
     return found
 
 
@@ -56,7 +61,9 @@ def minutes(name: str) -> str:
 
 def short_list() -> str:
     """All scripts by family: name, minutes of the recorded run on 2 cores, needs, title."""
-    groups: dict[str, list] = {family: [] for family in (*FAMILIES, "several families", "for the metrics")}
+    groups: dict[str, list] = {
+        family: [] for family in (*FAMILIES, "several families", "for the metrics")
+    }
     for name in names():
         doc, found = ast.get_docstring(_parsed(name)), families(name)
         group = "several families" if len(found) > 1 else next(iter(found), "for the metrics")
@@ -67,19 +74,25 @@ def short_list() -> str:
     widths = [max(width, len(head)) for width, head in zip(widths, heads, strict=False)]
 
     def line(cells) -> str:
-        return "  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)) + f"  {cells[3]}"
+        return (
+            "  "
+            + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
+            + f"  {cells[3]}"
+        )
 
     lines = [line(heads)]
     for group, members in groups.items():
         if members:
             lines += ["", group, *map(line, members)]
-    return "\n".join([
-        *lines,
-        "",
-        "minutes: of the run in results/, on its machine; +: it went on from an earlier run; in brackets: its scale",
-        "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke tries it in a minute;",
-        "python -m experiments list says more of each, table writes docs/reproduction.md",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "minutes: of the run in results/, on its machine; +: it went on from an earlier run; in brackets: its scale",
+            "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke tries it in a minute;",
+            "python -m experiments list says more of each, table writes docs/reproduction.md",
+        ]
+    )
 
 
 @quiet_pipe()

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from aigc_jax import ddpm, figures, train
 from aigc_jax.core import EMA
 from aigc_jax.ddpm.process import at
@@ -30,7 +29,10 @@ def exact_eps(schedule: ddpm.Schedule, centres: np.ndarray, std: float):
     """An eps_fn(x_t, t) that no training could better; t are steps of this schedule."""
 
     def eps_fn(x_t, t):
-        signal, noise = at(schedule.alpha_bar**0.5, t, x_t), at(ddpm.noise2(schedule) ** 0.5, t, x_t)
+        signal, noise = (
+            at(schedule.alpha_bar**0.5, t, x_t),
+            at(ddpm.noise2(schedule) ** 0.5, t, x_t),
+        )
         return denoise(x_t, signal, noise, centres, std)
 
     return eps_fn
@@ -57,10 +59,15 @@ def way(result: train.Result, key, *, n: int, label=None) -> tuple[np.ndarray, n
     def draw(state, key):
         params = EMA(cfg.ema).read(state)
         k_start, k_way = jax.random.split(key)
-        schedule, given = ddpm.schedule_of(cfg, params), None if label is None else jnp.asarray(label)
+        schedule, given = (
+            ddpm.schedule_of(cfg, params),
+            None if label is None else jnp.asarray(label),
+        )
         x_T = jax.random.normal(k_start, (n, *cfg.shape))
         eps_fn = ddpm.eps_fn_of(cfg, params, given)
-        x_0, (x_t, x_0_hat) = ddpm.sample_ddpm(schedule, eps_fn, x_T, k_way, sigma2=cfg.variance, clip=1.0, path=True)
+        x_0, (x_t, x_0_hat) = ddpm.sample_ddpm(
+            schedule, eps_fn, x_T, k_way, sigma2=cfg.variance, clip=1.0, path=True
+        )
         return jnp.concatenate([x_T[None], x_t]), x_0_hat
 
     x_t, x_0_hat = compiled(draw)(result.state, key)
@@ -73,16 +80,30 @@ def strip(ax, way: tuple[np.ndarray, np.ndarray], which: Iterable[int]) -> None:
     T = len(x_0_hat)
     left = [round(share * T) for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)]
     pictures = [
-        x for i in which for x in (*(x_t[T - t, i] for t in (*left, 0)),
-                                   *(x_0_hat[T - t, i] for t in left), x_0_hat[-1, i])
-    ]  # fmt: skip
-    figures.images(ax, np.stack(pictures), len(left) + 1,
-                   title=f"x_t, below it the x_0 seen in it; steps left: {', '.join(map(str, left))}, 0")  # fmt: skip
+        x
+        for i in which
+        for x in (
+            *(x_t[T - t, i] for t in (*left, 0)),
+            *(x_0_hat[T - t, i] for t in left),
+            x_0_hat[-1, i],
+        )
+    ]
+    figures.images(
+        ax,
+        np.stack(pictures),
+        len(left) + 1,
+        title=f"x_t, below it the x_0 seen in it; steps left: {', '.join(map(str, left))}, 0",
+    )
 
 
 def curve(ax, result: train.Result, watched: str) -> None:
     """The bound while training."""
     lines = [line for line in train.metrics(result.folder) if "valid" in line]
     values = np.array([(line["step"], line["valid"]["nll_bits_per_dim"]) for line in lines]).T
-    figures.curves(ax, {watched: tuple(values)}, xlabel="updates", ylabel="bound (bits per dim)",
-                   title=f"{watched}; {result.config.terms} of {result.config.T} terms drawn")  # fmt: skip
+    figures.curves(
+        ax,
+        {watched: tuple(values)},
+        xlabel="updates",
+        ylabel="bound (bits per dim)",
+        title=f"{watched}; {result.config.terms} of {result.config.T} terms drawn",
+    )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-
 from aigc_jax import data, figures, train, transformer
 from aigc_jax.data.prepare import cuts
 from aigc_jax.data.text import Tokenizer, sizes
+
 from experiments import _cli
 from experiments._cli import Source
 
@@ -24,7 +24,9 @@ def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> st
     Raises ValueError, which names the flag, where someone typed a slice that the text does not have.
     """
     if not source.name.startswith(("text:", "python_source", "tiny_shakespeare")):
-        raise ValueError(f"{source.name} is no text: python_source, tiny_shakespeare or text:FILE (--data.name)")
+        raise ValueError(
+            f"{source.name} is no text: python_source, tiny_shakespeare or text:FILE (--data.name)"
+        )
     there = sizes(source.name, source.folder)
     try:
         cuts(source.name, split, there, unit="characters")
@@ -32,7 +34,10 @@ def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> st
         whole = split.partition("[")[0]
         if split not in defaults or not there.get(whole):
             raise ValueError(f"{e} ({flag})") from e
-        print(f"{flag}: {whole} has {there[whole]:,} characters, all of them are taken", file=sys.stderr)
+        print(
+            f"{flag}: {whole} has {there[whole]:,} characters, all of them are taken",
+            file=sys.stderr,
+        )
         return whole
     return split
 
@@ -49,13 +54,19 @@ def tokens_per_character(valid: data.Data, folder: str | None = None) -> float:
     """
     tokens, info = valid.resident[0]["text"], valid.info
     back = Tokenizer(info.tokenizer).decode(tokens)
-    if info.source is None or len(back.encode()) == round(info.bytes_per_token * len(tokens)):  # nothing is lost
+    if info.source is None or len(back.encode()) == round(
+        info.bytes_per_token * len(tokens)
+    ):  # nothing is lost
         return len(tokens) / len(back)
     name, split = info.source["name"], info.source["split"]
-    return len(tokens) / sum(stop - start for _, start, stop in cuts(name, split, sizes(name, folder)))
+    return len(tokens) / sum(
+        stop - start for _, start, stop in cuts(name, split, sizes(name, folder))
+    )
 
 
-def ngrams(training: data.Data, valid: data.Data, quantity: Callable[[int], str], most: int = 6) -> dict[int, float]:
+def ngrams(
+    training: data.Data, valid: data.Data, quantity: Callable[[int], str], most: int = 6
+) -> dict[int, float]:
     """{n: nats per token} of the n-grams with n up to `most`, and up to the tokens that there are.
 
     One that cannot be counted costs its row, `quantity(n)`, and no other.
@@ -79,7 +90,9 @@ def _counts(training: np.ndarray, valid: np.ndarray, n: int, length: int, vocab:
     border, rest = len(training) - n + 1, len(valid) - n + 1
     code, codes = np.zeros(border + rest, np.int64), 1
     for i in range(length):
-        if codes * vocab > 2**62:  # no longer a number of 64 bits: the rank among those that occur takes its place
+        if (
+            codes * vocab > 2**62
+        ):  # no longer a number of 64 bits: the rank among those that occur takes its place
             code = np.unique(code, return_inverse=True)[1]
             codes = int(code.max()) + 1
         code *= vocab
@@ -119,20 +132,32 @@ def written(result: train.Result, prompt: np.ndarray, new: int, seed: int = 0, *
     if new < 1:
         return tokenizer.decode(prompt)
     tokens = train.sample(
-        result, jax.random.key(seed), n=1, prompt=prompt[None], max_new_tokens=new,
+        result,
+        jax.random.key(seed),
+        n=1,
+        prompt=prompt[None],
+        max_new_tokens=new,
         sampling=transformer.Sampling(**sampling),
-    )[0]  # fmt: skip
+    )[0]
     return tokenizer.decode([*prompt, *tokens[tokens < tokenizer.size]])
 
 
-def draw(path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel: str, caption: str) -> None:
+def draw(
+    path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel: str, caption: str
+) -> None:
     """Learning curves with yardsticks as lines, and a text beside them."""
     fig, ((ax, page),) = figures.figure(1, 2, size=(11, 4.6))
     figures.curves(ax, curves, xlabel="updates", ylabel=ylabel, title="held-out text")
     for name, value in lines.items():
         ax.axhline(value, color="0.5", linewidth=0.8, linestyle=":" if "paper" in name else "-")
         # Between the curves' start and their end, where most of them lie near their yardsticks.
-        ax.annotate(f"{name} {value:.3g}", (0.4, value), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+        ax.annotate(
+            f"{name} {value:.3g}",
+            (0.4, value),
+            xycoords=("axes fraction", "data"),
+            fontsize=7,
+            va="bottom",
+        )
     figures.page(page, text, title="a sample, not chosen")
     figures.save(fig, path, caption)
 
@@ -147,6 +172,10 @@ def validations(folder: Path) -> list[dict]:
 
 def curve(folder: Path, name: str, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of a validation value in a run folder, the values multiplied by `times`."""
-    lines = [(line["step"], line["valid"][name]) for line in train.metrics(folder) if name in line.get("valid", {})]
+    lines = [
+        (line["step"], line["valid"][name])
+        for line in train.metrics(folder)
+        if name in line.get("valid", {})
+    ]
     steps, values = zip(*lines, strict=True)
     return np.array(steps), np.array(values, float) * times

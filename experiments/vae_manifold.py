@@ -16,19 +16,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
-
 from aigc_jax import figures, train, vae
 from aigc_jax.core import EMA, Optim
 from aigc_jax.train import Run
+
 from experiments import _cli, _pictures
-from experiments._cli import Row, Source
+from experiments._cli import Row, Scale, Source
 from experiments.vae_digits import marginal_nats
 
-MODEL = vae.Config(latent_dim=2, hidden=(500,), activation="tanh", optim=Optim(lr=3e-3, decay=24_000, floor=0.05))
+MODEL = vae.Config(
+    latent_dim=2, hidden=(500,), activation="tanh", optim=Optim(lr=3e-3, decay=24_000, floor=0.05)
+)
 RUN = Run(
-    folder="runs/vae_manifold", steps=24_000, batch_size=100, eval_every=2000, save_every=4000, log_every=200,
+    folder="runs/vae_manifold",
+    steps=24_000,
+    batch_size=100,
+    eval_every=2000,
+    save_every=4000,
+    log_every=200,
     steps_per_call=100,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -41,29 +48,38 @@ class Setup:
 
 
 SCALES = {
-    "smoke": Setup(replace(MODEL, hidden=(64,), optim=Optim(lr=3e-3)),
-                   replace(RUN, folder="runs/vae_manifold-smoke", steps=500, eval_every=500)),
-    "cpu": Setup(),
-    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02, eps=0.0, eps_root=1e-8)),
-                   replace(RUN, folder="runs/vae_manifold-paper", steps=1_000_000, eval_every=50_000)),
-}  # fmt: skip
-DIFFERENCE = {
-    "smoke": "500 updates of a small net",
-    "cpu": "2.4e6 images, Adam for Adagrad, no weight decay, Flax's initialisation; grey-level targets",
-    "paper": "1e8 images (the paper gives no length here); no N(0, I) prior on the weights, Flax's initialisation",
+    "smoke": Scale(
+        Setup(
+            replace(MODEL, hidden=(64,), optim=Optim(lr=3e-3)),
+            replace(RUN, folder="runs/vae_manifold-smoke", steps=500, eval_every=500),
+        ),
+        "500 updates of a small net",
+    ),
+    "cpu": Scale(
+        Setup(),
+        "2.4e6 images, Adam for Adagrad, no weight decay, Flax's initialisation; grey-level targets",
+    ),
+    "paper": Scale(
+        Setup(
+            replace(MODEL, optim=Optim("adagrad", lr=0.02, eps=0.0, eps_root=1e-8)),
+            replace(RUN, folder="runs/vae_manifold-paper", steps=1_000_000, eval_every=50_000),
+        ),
+        "1e8 images (the paper gives no length here); no N(0, I) prior on the weights, Flax's initialisation",
+    ),
 }
 BELOW = "negative bound, test: below the per-pixel marginal (nats)"
-CRITERIA = {BELOW: (">= 30", lambda ours: ours >= 30)}
-INVARIANTS = {BELOW: ("> 0", lambda ours: ours > 0)}
+CRITERIA = {BELOW: ">= 30"}
+INVARIANTS = {BELOW: "> 0"}
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
+def run(setup: Setup, folder: Path) -> list[Row]:
     """Trains, draws the manifold, measures the test bound."""
-    with _cli.door():
-        if setup.model.latent_dim != 2:
-            raise ValueError(f"the manifold of this figure has model.latent-dim 2, not {setup.model.latent_dim}")
-        training, valid, test = _pictures.parts(setup.data, "train[:55000]", "train[55000:]", "test")
-        setup = _pictures.adopt(setup, SCALES, training.info)
+    if setup.model.latent_dim != 2:
+        raise ValueError(
+            f"the manifold of this figure has model.latent-dim 2, not {setup.model.latent_dim}"
+        )
+    training, valid, test = _pictures.parts(setup.data, "train[:55000]", "train[55000:]", "test")
+    setup = _pictures.adopt(setup, SCALES, training.info)
     result = train.fit(vae.make, setup.model, setup.run, training, valid=valid)
     scores = train.evaluate(result, test)
     found = _cli.kept()
@@ -72,8 +88,13 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row("its KL term (nats)", scores["kl_nats"]),
     ]
     levels = setup.model.levels - 1
-    marginal = marginal_nats(training.resident[0]["image"] / levels, test.resident[0]["image"] / levels)
-    found += [Row("per-pixel marginal, test (nats)", marginal), Row(BELOW, marginal - scores["nll_nats"])]
+    marginal = marginal_nats(
+        training.resident[0]["image"] / levels, test.resident[0]["image"] / levels
+    )
+    found += [
+        Row("per-pixel marginal, test (nats)", marginal),
+        Row(BELOW, marginal - scores["nll_nats"]),
+    ]
     with _cli.costs("vae_manifold.png"):
         cfg, params = result.config, EMA(result.config.ema).read(result.state)
         batch = test.batch(0, 0, min(2000, test.info.examples))
@@ -81,7 +102,10 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         grid = vae.manifold(cfg, params, side=20)
         fig, ((a, b),) = figures.figure(1, 2, size=(12, 6))
         figures.images(
-            a, grid.reshape(-1, *cfg.shape), 20, title="mean of p(x|z), z through the inverse Gaussian CDF of a grid"
+            a,
+            grid.reshape(-1, *cfg.shape),
+            20,
+            title="mean of p(x|z), z through the inverse Gaussian CDF of a grid",
         )
         by_class = ", by class" if "label" in batch else ""
         title = f"posterior means of {len(mu):,} test images{by_class}"

@@ -131,7 +131,7 @@ def test_every_schedule_of_vdm_has_the_same_ends_and_rises():
 
 def test_bent_time_makes_no_estimate_quieter_than_the_least():
     straight, least = vdm_invariance.least_variance()
-    setup = replace(vdm_invariance.SCALES["smoke"], samples=200_000)
+    setup = replace(vdm_invariance.SCALES["smoke"].setup, samples=200_000)
     bent = vdm_invariance.estimates(vdm_invariance.SCHEDULES["bent"], setup, 0).var()
     linear = vdm_invariance.estimates(vdm_invariance.SCHEDULES["linear"], setup, 1).var()
     assert least < straight and bent > least
@@ -196,7 +196,7 @@ def test_decodings_share_their_start_and_not_their_noise():
 )
 def test_what_could_not_be_measured_is_refused_before_training(script, change, words):
     with pytest.raises(ValueError, match=words):
-        replace(script.SCALES["cpu"], **change)
+        replace(script.SCALES["cpu"].setup, **change)
 
 
 def test_the_roll_is_of_the_plane():
