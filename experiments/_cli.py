@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
-from aigc_jax.__main__ import quiet_pipe, write_traceback
-from aigc_jax.train.engine import compilation_cache
-from aigc_jax.train.folder import environment, write_json
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aigc_jax.__main__ import quiet_pipe, write_traceback
+from aigc_jax.train.engine import compilation_cache
+from aigc_jax.train.folder import environment, write_json
 from experiments import _criteria
 from experiments._record import (
     RESULTS,
@@ -64,7 +64,7 @@ from experiments._rows import (
     verdict,
     why,
 )
-from experiments._runs import Source, arrays, history, seeded, weights
+from experiments._runs import Source, arrays, at_least, history, parameters, seeded, weights
 
 __all__ = [
     "NOT_REACHED",
@@ -76,12 +76,14 @@ __all__ = [
     "Scale",
     "Source",
     "arrays",
+    "at_least",
     "costs",
     "history",
     "kept",
     "main",
     "mean_and_error",
     "number",
+    "parameters",
     "seeded",
     "table",
     "verdict",

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 from aigc_jax.train import folder as folders
-
 from experiments._rows import number
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from aigc_jax import train
-
 from experiments import _criteria
 
 NOT_REACHED = "not reached"  # the value of a row whose event never came; its criterion is not met

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
+
 from aigc_jax import data, train
 from aigc_jax.core import EMA
-
 from experiments._rows import DataError
 
 
@@ -79,3 +80,16 @@ def history(folder, name: str, kind: str = "valid") -> tuple[np.ndarray, np.ndar
     lines = [line for line in train.metrics(folder) if name in line.get(kind, {})]
     steps, values = ([line["step"] for line in lines], [line[kind][name] for line in lines])
     return np.array(steps), np.array(values, float)
+
+
+def parameters(result: train.Result) -> int:
+    """Returns how many parameters a model has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
+
+
+def at_least(setup, **least) -> None:
+    """Raises ValueError for a field of a setup that is below its least value."""
+    for field, low in least.items():
+        if (value := getattr(setup, field)) < low:
+            flag = field.replace("_", "-")
+            raise ValueError(f"{field} must be at least {low}, got {value} (--{flag})")

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from aigc_jax import metrics, train
 from aigc_jax.core import EMA, Family, Optim, make_step, start
 from aigc_jax.train import Run
-
 from experiments import _cli
 from experiments._cli import Row, Scale, Source
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from aigc_jax import data, figures, train, transformer
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-
 from experiments import _cli
 from experiments._cli import NOT_REACHED, Row, Scale
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from aigc_jax import data, ddpm, figures, train
 from aigc_jax.core import EMA, Family, Optim, make_step, start
 from aigc_jax.ddpm.bounds import low_discrepancy, vlb_term
 from aigc_jax.train import Run
-
 from experiments import _cli
 from experiments._cli import Row, Scale
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from aigc_jax import data, figures, train, transformer
 from aigc_jax.core import Family, Optim, make_step, start
 from aigc_jax.train import Run
-
 from experiments import _cli
 from experiments._cli import Row, Scale
 

@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+
 from aigc_jax import data, figures, train, vae
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
 from aigc_jax.train.folder import write_json
 from aigc_jax.train.progress import counted
-
 from experiments import _cli, _pictures
 from experiments._cli import Row, Scale, Source
 

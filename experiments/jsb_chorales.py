@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from aigc_jax import figures, train, transformer
 from aigc_jax.core import EMA, Family, Optim, make_step, start
 from aigc_jax.data import music
 from aigc_jax.data.music import write_midi
 from aigc_jax.train import Run
-
 from experiments import _cli
 from experiments._cli import Row, Scale, Source
 

@@ -34,11 +34,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+
 from aigc_jax import data, figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.data import points
 from aigc_jax.train import Run
-
 from experiments import _cli
 from experiments._cli import Row, Scale
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from aigc_jax import data, ddpm, figures, gan, metrics, train, vae
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-
 from experiments import _cli, _pictures
 from experiments._cli import DataError, Row, Scale, Source
 

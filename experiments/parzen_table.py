@@ -25,10 +25,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from aigc_jax import figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-
 from experiments import _cli, _pictures
 from experiments._cli import Row, Scale, Source
 

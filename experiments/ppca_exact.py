@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from aigc_jax import data, figures, vae
 from aigc_jax.data import points
-
 from experiments import _cli
 from experiments._cli import Row, Scale
 

@@ -21,12 +21,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from aigc_jax import data, figures, gan, train
-from aigc_jax.core import EMA, Family, Optim, descend, finish
-from aigc_jax.train import Run
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
+from aigc_jax import data, figures, gan, train
+from aigc_jax.core import EMA, Family, Optim, descend, finish
+from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Scale
 
