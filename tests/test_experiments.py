@@ -13,6 +13,7 @@ from aigc_jax import data, train, vae
 from aigc_jax.core import Optim
 from experiments import (
     _cli,
+    _iwae,
     cgan_mnist,
     gan_digits,
     gan_mnist,
@@ -92,8 +93,8 @@ def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
 
 def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypatch):
     """IWAE's paper in small: two stages an arm, table 2 from their ends."""
-    monkeypatch.setattr(iwae_table, "Run", partial(train.Run, devices=1))  # compiles in half the time
-    monkeypatch.setattr(iwae_table, "ONE", replace(iwae_table.ONE, hidden=(8,), latent_dim=4))
+    monkeypatch.setattr(_iwae, "Run", partial(train.Run, devices=1))  # compiles in half the time
+    monkeypatch.setattr(_iwae, "ONE", replace(_iwae.ONE, hidden=(8,), latent_dim=4))
     setup = replace(iwae_table.SCALES["smoke"].setup, folder=str(tmp_path), epochs=1, stages=2, further=1, ks=(1, 2),
                     vae_ks=(1,), two_layers=(), batch_size=480, lr=1e-3, test=20, draws=20)  # fmt: skip
     found = iwae_table.run(setup, tmp_path)
@@ -115,10 +116,10 @@ def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypat
 
     result = train.load(tmp_path / "1-VAE-k1-1epochs/seed0/stage1")
     x = np.asarray(vae.preprocess(result.config, data.load("digits", "test[:20]").batch(0, 0, 20), jax.random.key(9)))
-    ours = iwae_table.nll(result, x, draws=20).mean()
+    ours = _iwae.nll(result, x, draws=20).mean()
     np.testing.assert_allclose(named["1 layer, VAE k=1, 4 epochs: NLL (nats)"], ours, rtol=1e-6)
     kept = np.arange(4) % 2 == 0
-    mu, logvar = vae.encode(result.config, iwae_table.pruned(result.state.params, kept), jnp.asarray(x))
+    mu, logvar = vae.encode(result.config, _iwae.pruned(result.state.params, kept), jnp.asarray(x))
     before = vae.encode(result.config, result.state.params, jnp.asarray(x))[0]
     assert (mu[:, ~kept] == 0).all() and (logvar[:, ~kept] == 0).all()
     np.testing.assert_allclose(mu[:, kept], before[:, kept])
@@ -127,8 +128,8 @@ def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypat
 def test_the_papers_protocol_is_the_papers():
     setup = iwae_table.SCALES["paper"].setup
     assert sum(setup.epochs * 3**i for i in range(setup.stages)) == 3280 and setup.batch_size == 20
-    arms = {arm[:3] for arm in iwae_table.arms(setup) if not arm.after}
-    assert arms == set(iwae_table.PAPER)
+    arms = {arm[:3] for arm in _iwae.arms(setup) if not arm.after}
+    assert arms == set(_iwae.PAPER)
     assert "2 layers, IWAE k=50, 3280 epochs: NLL (nats)" in iwae_table.CRITERIA
 
 
