@@ -17,7 +17,7 @@ USAGE = "python -m experiments [list | table]; a script runs as python -m experi
 
 
 def names() -> list[str]:
-    """All experiment scripts."""
+    """Returns the names of all experiment scripts."""
     return sorted(p.stem for p in (_cli.ROOT / "experiments").glob("[a-z]*.py"))
 
 
@@ -26,25 +26,28 @@ def _parsed(name: str) -> ast.Module:
 
 
 def families(name: str) -> set[str]:
-    """The families that a script imports, itself or through another script."""
-    found = set()
+    """Returns the families that a script imports, itself or through a module that it shares with others."""
+    found, shared = set(), []
     for node in ast.walk(_parsed(name)):
         if isinstance(node, ast.ImportFrom) and node.module == "aigc_jax":
             found |= {alias.name for alias in node.names} & {*FAMILIES}
-        elif isinstance(node, ast.ImportFrom) and node.module == "experiments" and not found:
-            found |= {family for alias in node.names if alias.name in names() for family in families(alias.name)}
-    return found
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments._"):
+            shared.append(node.module.removeprefix("experiments."))
+    return found or set().union(*map(families, shared))
 
 
 def needs(name: str, doc: str) -> str:
-    """What a script needs beside Python, as the line of its docstring that shows its command says it."""
-    flags, _, said = re.search(rf"python -m experiments\.{name}\b(.*)", doc)[1].partition(";")
+    """Returns what a script needs beside Python, read from the line of its docstring that shows its command."""
+    flags, _, after = re.search(rf"python -m experiments\.{name}\b(.*)", doc)[1].partition(";")
     given = re.search(r"--\w+ [A-Z]+", flags)
-    return said.replace("downloads nothing", "nothing").strip() or (given[0] if given else "")
+    return after.replace("downloads nothing", "nothing").strip() or (given[0] if given else "")
 
 
 def minutes(name: str) -> str:
-    """How long the recorded run took, "+" where it went on from an earlier one; its scale where that is not cpu."""
+    """Returns the minutes of the recorded run, with its scale where that is not cpu.
+
+    "+" marks a run that continued an earlier one.
+    """
     file = _cli.RESULTS / f"{name}.json"
     if not file.is_file():
         return "-"
@@ -55,8 +58,10 @@ def minutes(name: str) -> str:
 
 
 def short_list() -> str:
-    """All scripts by family: name, minutes of the recorded run on 2 cores, needs, title."""
-    groups: dict[str, list] = {family: [] for family in (*FAMILIES, "several families", "for the metrics")}
+    """Returns all scripts by family: name, minutes of the recorded run on 2 cores, needs, title."""
+    groups: dict[str, list] = {
+        family: [] for family in (*FAMILIES, "several families", "for the metrics")
+    }
     for name in names():
         doc, found = ast.get_docstring(_parsed(name)), families(name)
         group = "several families" if len(found) > 1 else next(iter(found), "for the metrics")
@@ -67,19 +72,25 @@ def short_list() -> str:
     widths = [max(width, len(head)) for width, head in zip(widths, heads, strict=False)]
 
     def line(cells) -> str:
-        return "  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)) + f"  {cells[3]}"
+        return (
+            "  "
+            + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False))
+            + f"  {cells[3]}"
+        )
 
     lines = [line(heads)]
     for group, members in groups.items():
         if members:
             lines += ["", group, *map(line, members)]
-    return "\n".join([
-        *lines,
-        "",
-        "minutes: of the run in results/, on its machine; +: it went on from an earlier run; in brackets: its scale",
-        "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke tries it in a minute;",
-        "python -m experiments list says more of each, table writes docs/reproduction.md",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "minutes: of the run in results/, on its machine; +: it continued an earlier run; in brackets: its scale",
+            "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke tries it in a minute;",
+            "python -m experiments list says more about each, table writes docs/reproduction.md",
+        ]
+    )
 
 
 @quiet_pipe()

@@ -12,7 +12,8 @@ import numpy as np
 
 from aigc_jax import data, metrics
 from aigc_jax.data.images import picture_splits
-from experiments._cli import Row, Source
+from experiments._rows import DataError, Row
+from experiments._runs import Source
 
 ACCURACY = "class accuracy of the samples (%, our classifier)"
 COVERAGE = "coverage (k=5)"
@@ -28,21 +29,24 @@ def say(line: str) -> None:
 def parts(source: Source, *named: str, training: int | None = None) -> list[data.Data]:
     """Returns a training set, a validation set if `named` has three slices, and a test set.
 
-    named: these slices of a named set. Own pictures: see `shares`. Raises ValueError for what cannot be measured later.
+    named: these slices of a named set. Own pictures: see `shares`. Raises DataError for what cannot be measured later.
     """
     if not source.pictures:
         return [source.load(split) for split in named]
-    sizes = picture_splits(source.name, folder=source.folder)
+    try:
+        sizes = picture_splits(source.name, folder=source.folder)
+    except OSError as e:
+        raise DataError(str(e)) from e
     splits = shares(source.name, sizes, watched=len(named) == 3, training=training)
     found = [source.load(split) for split in splits]
     for split, part in zip(splits, found, strict=True):
         if part.info.examples < LEAST:
-            raise ValueError(
+            raise DataError(
                 f"{source.name} has {sum(sizes.values())} pictures, {part.info.examples} of them in {split}: at least "
                 f"{LEAST} are needed in each of {', '.join(splits)}"
             )
         if part.resident is None:
-            raise ValueError(f"{source.name} takes more than 2 GiB: make it smaller with --data.size 64")
+            raise DataError(f"{source.name} takes more than 2 GiB: make it smaller with --data.size 64")
     if splits[-1].startswith("train"):
         counts = ", ".join(f"{split} ({part.info.examples})" for split, part in zip(splits, found, strict=True))
         say(f"{source.name}: no test folder, so train is cut by shares: {counts}")
@@ -58,9 +62,9 @@ def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | N
     training: the number of pictures to train on.
     """
     if "train" not in sizes:
-        raise ValueError(f"{name} has the splits {', '.join(sizes)} and no train")
+        raise DataError(f"{name} has the splits {', '.join(sizes)} and no train")
     if training is not None and not 0 < training < sizes["train"]:
-        raise ValueError(f"training must lie in 1..{sizes['train'] - 1} of the pictures of {name}, got {training}")
+        raise DataError(f"training must lie in 1..{sizes['train'] - 1} of the pictures of {name}, got {training}")
     there = [part for part in ("validation", "test") if part in sizes][-1 - watched :]
     missing = 1 + watched - len(there)
     if training is None:
@@ -79,7 +83,7 @@ def three(source: Source, training: int | None, otherwise: int) -> list[data.Dat
     n is `training`; by default 1,237 for digits and `otherwise` for other sets.
     """
     if training is not None and training < 1:
-        raise ValueError(f"training must be at least 1, got {training}")
+        raise DataError(f"training must be at least 1, got {training}")
     n = training if training is not None else 1237 if source.name == "digits" else otherwise
     return parts(source, f"train[:{n}]", f"train[{n}:]", "test", training=training)
 
@@ -87,7 +91,7 @@ def three(source: Source, training: int | None, otherwise: int) -> list[data.Dat
 def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
     """Returns the Setup with a model of this set's shape, levels and, if asked, classes.
 
-    A field that the user set, so that it is none of the script's own, stays. Raises ValueError where the model cannot
+    A field that the user set, so that it is none of the script's own, stays. Raises DataError where the model cannot
     take such pictures.
     """
     if info.kind != "image":
@@ -95,17 +99,17 @@ def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
     model, found = setup.model, {"shape": tuple(info.shape), "levels": info.levels}
     if classes:
         if info.classes is None:
-            raise ValueError(
+            raise DataError(
                 f"{setup.data.name} has no classes, which this model needs: give each class a sub-folder, or use "
                 "python -m experiments.own_pictures"
             )
         found["classes"] = info.classes
-    defaults = [scale.model for scale in scales.values()]
+    defaults = [scale.setup.model for scale in scales.values()]
     change = {field: v for field, v in found.items() if getattr(model, field) in [getattr(d, field) for d in defaults]}
     try:
         model = replace(model, **change)
     except ValueError as e:
-        raise ValueError(f"{e}{fitting(model, change) if setup.data.pictures else ''}") from e
+        raise DataError(f"{e}{fitting(model, change) if setup.data.pictures else ''}") from e
     model.check(info)
     return replace(setup, model=model)
 
@@ -235,12 +239,12 @@ def check(setup, script: str, *, conditional: bool, own: bool = False) -> None:
     known = [file.stem for file in sorted(metrics.WEIGHTS.glob("*.safetensors"))]
     if setup.data.name not in known and not (own and setup.data.pictures):
         instead = "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
-        raise ValueError(
+        raise DataError(
             f"{script} measures by our classifier of the set: data.name must be one of {', '.join(known)}{instead}"
         )
     if bool(setup.model.classes) != conditional:
         kind = "a conditional" if conditional else "an unconditional"
-        raise ValueError(f"{script} trains {kind} model: model.classes cannot be {setup.model.classes}")
+        raise DataError(f"{script} trains {kind} model: model.classes cannot be {setup.model.classes}")
 
 
 def pixels(source: data.Data, n: int | None = None) -> np.ndarray:

@@ -422,7 +422,7 @@ def _entry(record: dict, number) -> list[str]:
 def page(results: Path) -> str:
     """The whole of docs/reproduction.md."""
     from .__main__ import families, minutes
-    from ._cli import number
+    from ._rows import number
 
     groups: dict[str, list[dict]] = {family: [] for family in HEADS}
     for path in sorted(results.glob("*.json")):

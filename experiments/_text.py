@@ -1,66 +1,104 @@
-"""What the text scripts share: parts of a text, n-gram yardsticks, and a picture of curves beside what was written."""
-
-from __future__ import annotations
+"""What the text scripts share: parts of a text, n-grams to compare with, and a figure of curves beside a sample."""
 
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from aigc_jax import data, figures, train, transformer
+from aigc_jax.core import Optim
 from aigc_jax.data.prepare import cuts
 from aigc_jax.data.text import Tokenizer, sizes
 from experiments import _cli
-from experiments._cli import Source
+from experiments._cli import DataError, Source
 
 ALPHAS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
-def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> str:
-    """The split to load: `split`, or all of its part where the text has less and `split` is a script's default.
+# A small character model of Shakespeare, with rotary positions, RMSNorm and SwiGLU.
+SHAKESPEARE = transformer.Config(
+    vocab=65,
+    context=256,
+    layers=4,
+    heads=4,
+    width=192,
+    positions="rotary",
+    norm="rms",
+    activation="swiglu",
+    bias=False,
+    optim=Optim(lr=2e-3, b2=0.99, weight_decay=0.1, clip=1.0, warmup=100, decay=1400, floor=0.05),
+)
+SHAKESPEARE_RUN = train.Run(
+    steps=1500,
+    batch_size=16,
+    eval_every=250,
+    save_every=1000,
+    log_every=50,
+    keep=1,
+    steps_per_call=10,
+)
 
-    Raises ValueError, which names the flag, where someone typed a slice that the text does not have.
+
+def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> str:
+    """Returns the split to load: `split`, or all of its part where a script's default asks for more than there is.
+
+    Raises DataError, which names the flag, for a slice that a user typed and the text does not have.
     """
     if not source.name.startswith(("text:", "python_source", "tiny_shakespeare")):
-        raise ValueError(f"{source.name} is no text: python_source, tiny_shakespeare or text:FILE (--data.name)")
-    there = sizes(source.name, source.folder)
+        raise DataError(
+            f"{source.name} is no text: python_source, tiny_shakespeare or text:FILE (--data.name)"
+        )
+    try:
+        there = sizes(source.name, source.folder)
+    except (ValueError, OSError) as e:
+        raise DataError(str(e)) from e
     try:
         cuts(source.name, split, there, unit="characters")
     except ValueError as e:
         whole = split.partition("[")[0]
         if split not in defaults or not there.get(whole):
-            raise ValueError(f"{e} ({flag})") from e
-        print(f"{flag}: {whole} has {there[whole]:,} characters, all of them are taken", file=sys.stderr)
+            raise DataError(f"{e} ({flag})") from e
+        print(
+            f"{flag}: {whole} has {there[whole]:,} characters, all of them are taken",
+            file=sys.stderr,
+        )
         return whole
     return split
 
 
 def unit(source: Source) -> str:
-    """What a text of this source is counted in."""
+    """Returns the unit in which the script counts a text of this source."""
     return "characters" if source.tokenizer in ("", "char", "characters") else "tokens"
 
 
 def tokens_per_character(valid: data.Data, folder: str | None = None) -> float:
-    """What turns nats per token into nats per character, which compare between tokenizers.
+    """Returns the factor from nats per token to nats per character, which compare between tokenizers.
 
-    The characters are those of the text itself, which a tokenizer may lose. folder: where the file is, as in data.load.
+    The characters are those of the text itself; a tokenizer may lose some. folder: where the file is, as in data.load.
     """
-    tokens, info = valid.resident[0]["text"], valid.info
+    tokens, info = _cli.arrays(valid)["text"], valid.info
     back = Tokenizer(info.tokenizer).decode(tokens)
-    if info.source is None or len(back.encode()) == round(info.bytes_per_token * len(tokens)):  # nothing is lost
+    if info.source is None or len(back.encode()) == round(
+        info.bytes_per_token * len(tokens)
+    ):  # nothing is lost
         return len(tokens) / len(back)
     name, split = info.source["name"], info.source["split"]
-    return len(tokens) / sum(stop - start for _, start, stop in cuts(name, split, sizes(name, folder)))
+    return len(tokens) / sum(
+        stop - start for _, start, stop in cuts(name, split, sizes(name, folder))
+    )
 
 
-def ngrams(training: data.Data, valid: data.Data, quantity: Callable[[int], str], most: int = 6) -> dict[int, float]:
-    """{n: nats per token} of the n-grams with n up to `most`, and up to the tokens that there are.
+def ngrams(
+    training: data.Data, valid: data.Data, quantity: Callable[[int], str], most: int = 6
+) -> dict[int, float]:
+    """Returns {n: nats per token} of n-gram models, n up to `most` and to the number of tokens.
 
-    One that cannot be counted costs its row, `quantity(n)`, and no other.
+    If one cannot be counted, only its row, `quantity(n)`, is lost.
     """
-    texts = [source.resident[0]["text"] for source in (training, valid)]
+    texts = [_cli.arrays(source)["text"] for source in (training, valid)]
     found = {}
     for n in range(1, min(most, *map(len, texts)) + 1):
         with _cli.costs(quantity(n)):
@@ -69,17 +107,20 @@ def ngrams(training: data.Data, valid: data.Data, quantity: Callable[[int], str]
 
 
 def ngram_nats(training: np.ndarray, valid: np.ndarray, n: int, vocab: int) -> float:
-    """Nats per token of an n-gram model with add-alpha smoothing; alpha is the best on `valid`, to its advantage."""
+    """Returns nats per token of an n-gram model with add-alpha smoothing.
+
+    alpha is the best on `valid`, to the advantage of the n-gram.
+    """
     whole, context = (_counts(training, valid, n, length, vocab) for length in (n, n - 1))
     return float(min(-np.log((whole + a) / (context + a * vocab)).mean() for a in ALPHAS))
 
 
 def _counts(training: np.ndarray, valid: np.ndarray, n: int, length: int, vocab: int) -> np.ndarray:
-    """For each n-gram of `valid`, how many of `training` begin with the same `length` tokens."""
+    """Returns for each n-gram of `valid` how many of `training` begin with the same `length` tokens."""
     border, rest = len(training) - n + 1, len(valid) - n + 1
     code, codes = np.zeros(border + rest, np.int64), 1
     for i in range(length):
-        if codes * vocab > 2**62:  # no longer a number of 64 bits: the rank among those that occur takes its place
+        if codes * vocab > 2**62:  # too large for 64 bits: use the rank among the codes that occur
             code = np.unique(code, return_inverse=True)[1]
             codes = int(code.max()) + 1
         code *= vocab
@@ -92,7 +133,7 @@ def _counts(training: np.ndarray, valid: np.ndarray, n: int, length: int, vocab:
 
 
 def crops_nats(valid: data.Data, batches: int, size: int):
-    """An `on_eval`: mean loss over random crops, as nanoGPT estimates it."""
+    """Returns an `on_eval`: the mean loss over random crops, as nanoGPT estimates it."""
     found = [jax.tree.map(jax.numpy.asarray, valid.batch(0, i, size)) for i in range(batches)]
 
     def on_eval(family, state, step):
@@ -104,8 +145,8 @@ def crops_nats(valid: data.Data, batches: int, size: int):
 
 
 def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
-    """Tokens to go on from: `wish` where the tokenizer has tokens for it, else how the held-out text begins."""
-    text = valid.resident[0]["text"]
+    """Returns the tokens of `wish`, or the beginning of the held-out text where the tokenizer lacks tokens for it."""
+    text = _cli.arrays(valid)["text"]
     try:
         tokens = Tokenizer(valid.info.tokenizer).encode(wish)
     except ValueError:
@@ -114,31 +155,38 @@ def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
 
 
 def written(result: train.Result, prompt: np.ndarray, new: int, seed: int = 0, **sampling) -> str:
-    """The prompt's tokens and what a run writes after them, at most to the end of its context."""
+    """Returns the text of the prompt and of what a run writes after it, at most to the end of its context."""
     tokenizer, new = Tokenizer(result.info.tokenizer), min(new, result.config.context - len(prompt))
     if new < 1:
         return tokenizer.decode(prompt)
     tokens = train.sample(
-        result, jax.random.key(seed), n=1, prompt=prompt[None], max_new_tokens=new,
+        result,
+        jax.random.key(seed),
+        n=1,
+        prompt=prompt[None],
+        max_new_tokens=new,
         sampling=transformer.Sampling(**sampling),
-    )[0]  # fmt: skip
+    )[0]
     return tokenizer.decode([*prompt, *tokens[tokens < tokenizer.size]])
 
 
-def draw(path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel: str, caption: str) -> None:
-    """Learning curves with yardsticks as lines, and a text beside them."""
+def plot(
+    path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel: str, caption: str
+) -> None:
+    """Draws learning curves with values to compare as lines, and a sample beside them."""
     fig, ((ax, page),) = figures.figure(1, 2, size=(11, 4.6))
     figures.curves(ax, curves, xlabel="updates", ylabel=ylabel, title="held-out text")
     for name, value in lines.items():
         ax.axhline(value, color="0.5", linewidth=0.8, linestyle=":" if "paper" in name else "-")
-        # Between the curves' start and their end, where most of them lie near their yardsticks.
-        ax.annotate(f"{name} {value:.3g}", (0.4, value), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+        # In the middle, where the curves are far from these lines.
+        where = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "va": "bottom"}
+        ax.annotate(f"{name} {value:.3g}", (0.4, value), **where)
     figures.page(page, text, title="a sample, not chosen")
     figures.save(fig, path, caption)
 
 
 def validations(folder: Path) -> list[dict]:
-    """The values of every validation of a run, first to last."""
+    """Returns the values of every validation of a run, first to last."""
     found = [line["valid"] for line in train.metrics(folder) if "valid" in line]
     if not found:
         raise train.Refused(f"{folder}/metrics.jsonl holds no validation: choose a new folder")
@@ -146,7 +194,15 @@ def validations(folder: Path) -> list[dict]:
 
 
 def curve(folder: Path, name: str, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of a validation value in a run folder, the values multiplied by `times`."""
-    lines = [(line["step"], line["valid"][name]) for line in train.metrics(folder) if name in line.get("valid", {})]
-    steps, values = zip(*lines, strict=True)
-    return np.array(steps), np.array(values, float) * times
+    """Returns (updates, values) of a validation value in a run folder, the values multiplied by `times`."""
+    steps, values = _cli.history(folder, name)
+    return steps, values * times
+
+
+def random_gpt2(folder: Path) -> str:
+    """Writes a small random GPT-2 with a tokenizer, in the published layout, and returns its folder."""
+    cfg = transformer.Config(vocab=300, context=48, layers=2, heads=2, width=16)
+    transformer.save_gpt2(folder, cfg, jax.jit(partial(transformer.init, cfg))(jax.random.key(0)))
+    text = data.load("python_source", "train[:20000]", length=8, tokenizer="bpe:300")
+    Tokenizer(text.info.tokenizer).save(folder / "tokenizer.json")
+    return str(folder)

@@ -3,12 +3,10 @@
     python -m experiments.finetune --weights FOLDER --data.name text:FILE       about 15 minutes on 2 cores
 
 Downloads nothing: FOLDER holds GPT-2's config.json, model.safetensors and tokenizer, as experiments.gpt2 says. The
-first nine tenths of the file are trained on, 20,000 characters of the rest are scored before and after; the weights of
+first nine tenths of the file are trained on, 20,000 characters of the rest are scored before and after. The weights of
 the lowest validation loss are written to runs/finetune/gpt2, which `transformers` opens, and which --weights takes
-again. Expect the text's manner within a hundred updates, and a loss that rises again soon after: a file is small.
+again. Expect the text's style within a hundred updates, and a loss that rises again soon after: a file is small.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,13 +19,19 @@ from aigc_jax import train, transformer
 from aigc_jax.core import Optim
 from aigc_jax.data.text import Tokenizer
 from aigc_jax.train import Run
-from experiments import _cli, _text, gpt2
-from experiments._cli import Row, Source
+from experiments import _cli, _text
+from experiments._cli import DataError, Row, Scale, Source
 
 RUN = Run(
-    folder="runs/finetune", steps=100, batch_size=4, eval_every=20, save_every=50, log_every=5, keep=1,
+    "runs/finetune",
+    100,
+    4,
+    eval_every=20,
+    save_every=50,
+    log_every=5,
+    keep=1,
     best="nll_nats_per_token",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -49,68 +53,83 @@ class Setup:
             raise ValueError("the weights come with their tokenizer: leave --data.tokenizer out")
 
 
+SMOKE_RUN = replace(RUN, folder="runs/finetune-smoke", steps=40, eval_every=20)
+SMALL = {"split": "train[:50000]", "valid": "validation[:4000]", "length": 32}
 SCALES = {
-    "smoke": Setup(
-        weights="random", run=replace(RUN, folder="runs/finetune-smoke", steps=40, eval_every=20), optim=Optim(lr=1e-2),
-        split="train[:50000]", valid="validation[:4000]", length=32,
+    "smoke": Scale(
+        Setup("random", SMOKE_RUN, Optim(lr=1e-2), **SMALL), "a random model of 12,160 parameters"
     ),
-    "cpu": Setup(),
-}  # fmt: skip
-DIFFERENCE = {"smoke": "a random model of 12,160 parameters", "cpu": "no paper has numbers for it"}
+    "cpu": Scale(Setup(), "no paper has numbers for it"),
+}
 BEFORE = "before: validation (nats per token)"
 AFTER = "after: validation, lowest (nats per token)"
 GAIN = "before less after (nats per token)"
-CRITERIA = {GAIN: ("> 0", lambda ours: ours > 0)}
+CRITERIA = {GAIN: "> 0"}
 INVARIANTS = CRITERIA
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
-    """Scores, trains, scores, writes the weights and a page."""
-    with _cli.door():
-        if not setup.weights:
-            raise ValueError("finetune needs --weights FOLDER: GPT-2's config.json, model.safetensors and tokenizer")
-        random = setup.weights == "random"
-        weights = gpt2.random_model(folder.with_name(folder.name + "-random")) if random else setup.weights
-        cfg, params = transformer.load_gpt2(weights)
-        cfg = replace(cfg, dropout=setup.dropout, optim=setup.optim)
-        defaults = {split for scale in SCALES.values() for split in (scale.split, scale.valid)}
-        split = _text.part(setup.data, setup.split, "--split", defaults)
-        scored = _text.part(setup.data, setup.valid, "--valid", defaults)
-        training = setup.data.load(split, length=setup.length, tokenizer=str(weights))
-        valid = setup.data.load(scored, length=setup.length, stride=setup.length, tokenizer=str(weights))
-        cfg.check(training.info)
-        tokenizer = Tokenizer(training.info.tokenizer)
-        prompt = tokenizer.encode(setup.prompt)
-        if not 0 < len(prompt) < cfg.context:
-            raise ValueError(f"prompt: {len(prompt)} tokens, where 1 to {cfg.context - 1} fit")
+def load(setup: Setup, folder: Path):
+    """Returns the model, its parameters, the two parts of the text, the tokenizer and the prompt's tokens."""
+    if not setup.weights:
+        raise DataError(
+            "finetune needs --weights FOLDER: GPT-2's config.json, model.safetensors and tokenizer"
+        )
+    random = folder.with_name(folder.name + "-random")
+    weights = _text.random_gpt2(random) if setup.weights == "random" else setup.weights
+    cfg, params = transformer.load_gpt2(weights)
+    cfg = replace(cfg, dropout=setup.dropout, optim=setup.optim)
+    defaults = {split for s, _ in SCALES.values() for split in (s.split, s.valid)}
+    split = _text.part(setup.data, setup.split, "--split", defaults)
+    scored = _text.part(setup.data, setup.valid, "--valid", defaults)
+    options = {"length": setup.length, "tokenizer": str(weights)}
+    training, valid = (
+        setup.data.load(split, **options),
+        setup.data.load(scored, stride=setup.length, **options),
+    )
+    cfg.check(training.info)
+    tokenizer = Tokenizer(training.info.tokenizer)
+    prompt = tokenizer.encode(setup.prompt)
+    if not 0 < len(prompt) < cfg.context:
+        raise DataError(f"prompt: {len(prompt)} tokens, where 1 to {cfg.context - 1} fit")
+    return cfg, params, training, valid, tokenizer, prompt
+
+
+def run(setup: Setup, folder: Path) -> list[Row]:
+    """Scores, trains, scores again, writes the weights and a page."""
+    cfg, params, training, valid, tokenizer, prompt = load(setup, folder)
     family = transformer.make(cfg)
     state = jax.jit(partial(family.init, jax.random.key(0)))()._replace(params=params)
-    first = train.evaluate(
-        train.Result(family, state, cfg, training.info, None), valid, batch_size=setup.run.batch_size
-    )
+    untrained = train.Result(family, state, cfg, training.info, None)
+    first = train.evaluate(untrained, valid, batch_size=setup.run.batch_size)
     train.fit(transformer.make, cfg, setup.run, training, valid=valid, params=params)
-    found = _cli.kept()
+    found, before = _cli.kept(), first["nll_nats_per_token"]
     lowest = min(values["nll_nats_per_token"] for values in _text.validations(folder))
     found += [
-        Row(BEFORE, first["nll_nats_per_token"]),
+        Row(BEFORE, before),
         Row(AFTER, lowest),
-        Row(GAIN, first["nll_nats_per_token"] - lowest),
+        Row(GAIN, before - lowest),
         Row("before (bits per byte)", first["nll_bits_per_byte"]),
     ]
-    best = train.load(setup.run.folder)
+    best, text = train.load(setup.run.folder), ""
     with _cli.costs("gpt2/"):
         transformer.save_gpt2(folder / "gpt2", cfg, best.state.params)
         tokenizer.save(folder / "gpt2" / "tokenizer.json")
-    text = ""
     with _cli.costs("sample.txt"):
-        text = _text.written(best, prompt, 120, temperature=0.8, top_p=0.95, stop=())  # whatever ends in it
+        text = _text.written(
+            best, prompt, 120, temperature=0.8, top_p=0.95, stop=()
+        )  # no token ends it early
         (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    with _cli.costs("finetune.png"):
-        step, value = _text.curve(folder, "nll_nats_per_token")
-        at, values = np.array([0, *step]), np.array([first["nll_nats_per_token"], *value])
-        caption = f"{setup.run.batch_size} x {setup.length} tokens an update, rate {setup.optim.lr:g}"
-        _text.draw(folder / "finetune.png", {"GPT-2": (at, values)}, {}, text, ylabel="nats per token", caption=caption)
+    plot(setup, folder, before, text)
     return found
+
+
+@_cli.costs("finetune.png")
+def plot(setup: Setup, folder: Path, before: float, text: str) -> None:
+    """Draws the validation loss from before the first update on, and a sample."""
+    steps, values = _text.curve(folder, "nll_nats_per_token")
+    curves = {"GPT-2": (np.array([0, *steps]), np.array([before, *values]))}
+    caption = f"{setup.run.batch_size} x {setup.length} tokens per update, rate {setup.optim.lr:g}"
+    _text.plot(folder / "finetune.png", curves, {}, text, ylabel="nats per token", caption=caption)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""GPT-2 from its published weights: how many nats a text costs, and what it says next; Radford et al. 2019
+"""GPT-2 from its published weights: the nats per token of a text, and a continuation; Radford et al. 2019
 
     python -m experiments.gpt2 --weights FOLDER         about 2 minutes on 2 cores for 30,000 characters
 
 Downloads nothing: FOLDER holds config.json, model.safetensors and the tokenizer (vocab.json and merges.txt, or
-tokenizer.json), as at https://huggingface.co/openai-community/gpt2 (548 MB). Scores a text file (by default the end of
-Python's own source) with every token counted once, at least half a context before it, and continues a prompt. Without
-weights only the parameter counts of the four sizes are checked, which need none. Perplexities of papers are per word of
-a text that was taken apart and put together in their own way: compare bits per byte of the same file.
+tokenizer.json), as at https://huggingface.co/openai-community/gpt2 (548 MB). Scores a text file, by default the end of
+Python's own source. Every token counts once, with at least half a context before it. Then it continues a prompt.
+Without weights only the parameter counts of the four sizes are checked. Papers give perplexity per word, of text that
+they split in their own way: compare bits per byte of the same file.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -19,12 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aigc_jax import data, train, transformer
+from aigc_jax import train, transformer
 from aigc_jax.data.text import Tokenizer
 from experiments import _cli, _text
-from experiments._cli import Row, Source
+from experiments._cli import Row, Scale, Source
 
-# (layers, heads, width): the four published sizes; the paper calls them 117M, 345M, 762M and 1542M.
+# (layers, heads, width, parameters) of the published sizes; the paper calls them 117M, 345M, 762M and 1542M.
 SIZES = {
     "gpt2": (12, 12, 768, 124_439_808),
     "gpt2-medium": (24, 16, 1024, 354_823_168),
@@ -49,84 +47,89 @@ class Setup:
 
     def __post_init__(self):
         if self.new < 1 or self.length < 2 or not 0 <= self.seed < 2**32:
-            raise ValueError("new must be at least 1, length at least 2, and seed lie in 0..2**32 - 1")
+            raise ValueError(
+                "new must be at least 1, length at least 2, and seed lie in 0..2**32 - 1"
+            )
         if self.data.tokenizer:
             raise ValueError("the weights come with their tokenizer: leave --data.tokenizer out")
         transformer.Sampling(self.temperature)
 
 
+SMALL = {"split": "validation[:2000]", "length": 24, "prompt": "def ", "new": 10}
 SCALES = {
-    "smoke": Setup(
-        folder="runs/gpt2-smoke", weights="random", split="validation[:2000]", length=24, prompt="def ", new=10
+    "smoke": Scale(
+        Setup("runs/gpt2-smoke", "random", **SMALL),
+        "a random model of 12,160 parameters, written and read",
     ),
-    "cpu": Setup(),
+    "cpu": Scale(Setup(), "another text than the paper's"),
 }
-DIFFERENCE = {"smoke": "a random model of 12,160 parameters, written and read", "cpu": "another text than the paper's"}
 BITS = "bits per byte"
+CRITERIA = {f"{name}: parameters": f"= {size[-1]}" for name, size in SIZES.items()}
+INVARIANTS = {**CRITERIA, BITS: "< 20"}
 
 
-def counted(name: str) -> str:
-    return f"{name}: parameters"
-
-
-CRITERIA = {counted(name): (f"= {size[-1]}", lambda ours, n=size[-1]: ours == n) for name, size in SIZES.items()}
-INVARIANTS = {**CRITERIA, BITS: ("< 20", lambda ours: ours < 20)}
-
-
-def parameters(cfg: transformer.Config) -> int:
-    """How many, without making them."""
+def parameters(layers: int, heads: int, width: int) -> int:
+    """Returns how many parameters a GPT-2 of this size has, without making them."""
+    cfg = transformer.Config(layers=layers, heads=heads, width=width)
     shapes = jax.eval_shape(partial(transformer.init, cfg), jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
-    """Counts, scores the text, continues the prompt."""
-    found = _cli.kept()
-    for name, (layers, heads, width, paper) in SIZES.items():
-        cfg = transformer.Config(layers=layers, heads=heads, width=width)
-        found.append(Row(counted(name), parameters(cfg), oracle=paper))
+def load(setup: Setup, weights: str):
+    """Returns the model, its parameters, the text, the tokenizer and the prompt's tokens."""
+    cfg, params = transformer.load_gpt2(weights)
+    length = min(setup.length, cfg.context)
+    split = _text.part(
+        setup.data, setup.split, "--split", {scale.setup.split for scale in SCALES.values()}
+    )
+    text = setup.data.load(split, length=length, stride=length // 2, tokenizer=str(weights))
+    tokenizer = Tokenizer(text.info.tokenizer)
+    if tokenizer.size > cfg.vocab:
+        raise ValueError(
+            f"{weights}: the tokenizer has {tokenizer.size} tokens, the model {cfg.vocab}"
+        )
+    prompt = tokenizer.encode(setup.prompt)
+    if not 0 < len(prompt) <= cfg.context - setup.new:
+        raise ValueError(
+            f"prompt: {len(prompt)} tokens and {setup.new} new ones do not fit 1..{cfg.context}"
+        )
+    return cfg, params, text, tokenizer, prompt
+
+
+def run(setup: Setup, folder: Path) -> list[Row]:
+    """Counts parameters, scores the text, continues the prompt."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = random_model(folder / "random") if setup.weights == "random" else setup.weights
-    if not weights:
+    weights = _text.random_gpt2(folder / "random") if setup.weights == "random" else setup.weights
+    loaded = load(setup, weights) if weights else None
+    found = _cli.kept()
+    for name, (*size, paper) in SIZES.items():
+        found.append(Row(f"{name}: parameters", parameters(*size), oracle=paper))
+    if loaded is None:
         print("no --weights FOLDER: only the parameter counts")
         return found
-    with _cli.door():
-        cfg, params = transformer.load_gpt2(weights)
-        length = min(setup.length, cfg.context)
-        split = _text.part(setup.data, setup.split, "--split", {scale.split for scale in SCALES.values()})
-        text = setup.data.load(split, length=length, stride=length // 2, tokenizer=str(weights))
-        tokenizer = Tokenizer(text.info.tokenizer)
-        if tokenizer.size > cfg.vocab:
-            raise ValueError(f"{weights}: the tokenizer has {tokenizer.size} tokens, the model {cfg.vocab}")
-        prompt = tokenizer.encode(setup.prompt)
-        if not 0 < len(prompt) <= cfg.context - setup.new:
-            raise ValueError(f"prompt: {len(prompt)} tokens and {setup.new} new ones do not fit 1..{cfg.context}")
+    cfg, params, text, tokenizer, prompt = loaded
     family = transformer.make(cfg)
-    state = jax.eval_shape(family.init, jax.random.key(0))._replace(params=params, opt_state=())
-    result = train.Result(family, state, cfg, text.info, None)
-    value = train.evaluate(result._replace(state=state._replace(step=np.int32(0))), text, batch_size=2)
+    state = jax.eval_shape(family.init, jax.random.key(0))
+    state = state._replace(params=params, opt_state=(), step=np.int32(0))
+    scores = train.evaluate(train.Result(family, state, cfg, text.info, None), text, batch_size=2)
+    nats = scores["nll_nats_per_token"]
     found += [
-        Row(f"nats per token, {setup.data.name} {setup.split}", value["nll_nats_per_token"]),
-        Row("perplexity per token", math.exp(value["nll_nats_per_token"])),
-        Row(BITS, value["nll_bits_per_byte"]),
+        Row(f"nats per token, {setup.data.name} {setup.split}", nats),
+        Row("perplexity per token", math.exp(nats)),
+        Row(BITS, scores["nll_bits_per_byte"]),
     ]
     with _cli.costs("sample.txt"):
         generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
-        sampling = transformer.Sampling(setup.temperature, top_p=0.95, stop=())  # `new` tokens, whatever ends in them
+        sampling = transformer.Sampling(
+            setup.temperature, top_p=0.95, stop=()
+        )  # no token ends it early
         tokens = generate(params, prompt[None], jax.random.key(setup.seed), sampling=sampling)[0]
-        said = setup.prompt + tokenizer.decode(np.asarray(tokens)[np.asarray(tokens) < tokenizer.size])
-        (folder / "sample.txt").write_text(said + "\n", encoding="utf-8")
-        print(said)
+        sample = setup.prompt + tokenizer.decode(
+            np.asarray(tokens)[np.asarray(tokens) < tokenizer.size]
+        )
+        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        print(sample)
     return found
-
-
-def random_model(folder: Path) -> str:
-    """A small random GPT-2 with a tokenizer, in the published layout."""
-    cfg = transformer.Config(vocab=300, context=48, layers=2, heads=2, width=16)
-    transformer.save_gpt2(folder, cfg, jax.jit(partial(transformer.init, cfg))(jax.random.key(0)))
-    whole = Tokenizer(data.load("python_source", "train[:20000]", length=8, tokenizer="bpe:300").info.tokenizer)
-    whole.save(folder / "tokenizer.json")
-    return str(folder)
 
 
 if __name__ == "__main__":

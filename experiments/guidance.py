@@ -2,19 +2,19 @@
 
     python -m experiments.guidance              about 30 minutes on 2 cores, 5 more for its model; downloads nothing
 
-Three normals in the plane, one a class, their centres on a circle of radius 1 with standard deviation .5 (the paper
-gives neither). Left is what guidance is motivated by, the density p(x|c) p(c|x)^w, normalised on a grid; over it lies
-what guided sampling with the exact scores gives, which is another distribution: the tilted score of every noise level
-is not the score of the tilted density under noise. Then the digits model of `ddpm_digits` (given its --run.folder it
-is not trained again). w is the paper's: 0 is conditional sampling, and other libraries' "guidance scale" is 1 + w.
-Expect a classifier score that rises from 9.90 of 10 at w = 0 to 9.995 at w = 2 and no further (the digits are easy:
-little is left to gain), and a Frechet distance least at w = 0 and 13 times that at w = 4; the paper's, on ImageNet,
-is least at .1 and 15 times that of w = 0 at 4.
+Three normals in the plane, one per class. Their centres lie on a circle of radius 1, their standard deviation is 0.5
+(the paper gives neither). The grey density is the motivation of guidance, p(x|c) p(c|x)^w, normalised on a grid. Over
+it lie samples that are guided by the exact scores. They have another distribution: the tilted score of a noise level is
+not the score of the tilted density under noise.
+
+Then the digits model of `ddpm_digits` (given its --run.folder it is not trained again). w is the paper's: 0 is
+conditional sampling, and other libraries' "guidance scale" is 1 + w. Expect the classifier score to rise from 9.90 of
+10 at w = 0 to 9.995 at w = 2 and no further: the digits are easy, so little is left to gain. The Frechet distance is
+least at w = 0, and 13 times as large at w = 4. On ImageNet, the paper's is least at 0.1, and at 4 it is 15 times that of
+w = 0.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -24,11 +24,11 @@ import numpy as np
 from aigc_jax import ddpm, figures, metrics, train
 from aigc_jax.data import points
 from aigc_jax.train import Run
-from experiments import _cli, _diffusion, _pictures, ddpm_digits
-from experiments._cli import Row, Source
+from experiments import _cli, _ddpm_digits, _diffusion, _pictures
+from experiments._cli import Row, Scale, Source
 
 CENTRES, STD = points.ring_modes(3, 1.0), 0.5
-# ImageNet 64x64, 400,000 updates, p_uncond .1 (table 1).
+# ImageNet 64x64, 400,000 updates, p_uncond 0.1 (table 1).
 FID = {0.0: 1.8, 0.1: 1.55, 0.3: 3.03, 0.5: 5.74, 1.0: 12.6, 2.0: 21.03, 4.0: 26.22}
 IS = {0.0: 53.71, 0.1: 66.11, 0.3: 92.8, 0.5: 119.3, 1.0: 170.1, 2.0: 225.5, 4.0: 260.2}
 
@@ -37,8 +37,8 @@ IS = {0.0: 53.71, 0.1: 66.11, 0.3: 92.8, 0.5: 119.3, 1.0: 170.1, 2.0: 225.5, 4.0
 class Setup:
     """Flags of guidance."""
 
-    model: ddpm.Config = ddpm_digits.MODEL
-    run: Run = replace(ddpm_digits.RUN, folder="runs/guidance")
+    model: ddpm.Config = _ddpm_digits.MODEL
+    run: Run = _ddpm_digits.run("runs/guidance")
     data: Source = Source("digits")
     training: int = 1237
     w: tuple[float, ...] = tuple(FID)  # of the digits
@@ -49,7 +49,9 @@ class Setup:
     def __post_init__(self):
         _pictures.check(self, "guidance", conditional=True)
         if not self.model.unlabelled:
-            raise ValueError("guidance needs a model that has seen digits without label: model.unlabelled above 0")
+            raise ValueError(
+                "guidance needs a model that has seen digits without label: model.unlabelled above 0"
+            )
         if 0.0 not in self.w or len(self.w) < 2:
             raise ValueError(f"w must hold 0 and another, got {self.w}")
         if self.w != tuple(sorted(set(self.w))) or self.w[0] < 0:
@@ -60,16 +62,20 @@ class Setup:
             raise ValueError("digit_steps must lie in 1..model.T, steps in 1..1000")
 
 
+SMOKE = Setup(
+    _ddpm_digits.SMOKE,
+    _ddpm_digits.smoke_run("runs/guidance-smoke"),
+    w=(0.0, 4.0),
+    samples=200,
+    steps=50,
+    digit_steps=25,
+)
 SCALES = {
-    "smoke": Setup(
-        ddpm_digits.SMOKE, replace(ddpm_digits.SCALES["smoke"].run, folder="runs/guidance-smoke"),
-        w=(0.0, 4.0), samples=200, steps=50, digit_steps=25,
+    "smoke": Scale(SMOKE, "a tiny digits model, two values of w, 200 samples"),
+    "cpu": Scale(
+        Setup(),
+        "normals with exact scores, and 8x8 digits measured by our classifier (ImageNet by Inception)",
     ),
-    "cpu": Setup(),
-}  # fmt: skip
-DIFFERENCE = {
-    "smoke": "a tiny digits model, two values of w, 200 samples",
-    "cpu": "normals with exact scores, and 8x8 digits measured by our classifier (ImageNet by Inception)",
 }
 TOY_W = (0.0, 0.5, 1.0, 2.0, 4.0)
 AWAY = "normals: least rise of the samples' distance from the middle of all centres, from w to the next w"
@@ -78,43 +84,37 @@ OTHER = "normals: total variation, samples against the normalised tilted density
 SCORE = "digits: classifier score at w = 1 less that at w = 0"
 LEAST = "digits: w of the least fid_digits"
 FAR = "digits: fid_digits at w = 4 over that at w = 0"
-CRITERIA = {
-    AWAY: ("> 0", lambda ours: ours > 0),
-    ENTROPY: ("> 0", lambda ours: ours > 0),
-    SCORE: ("> 0", lambda ours: ours > 0),
-    LEAST: ("<= .5", lambda ours: ours <= 0.5),
-    FAR: ("> 1", lambda ours: ours > 1),
-}
+CRITERIA = {AWAY: "> 0", ENTROPY: "> 0", SCORE: "> 0", LEAST: "<= 0.5", FAR: "> 1"}
 INVARIANTS = {AWAY: CRITERIA[AWAY], ENTROPY: CRITERIA[ENTROPY]}
 SIDE = np.linspace(-2.5, 3.5, 121)  # of the grid, in x_1; x_2 is centred on 0
 
 
 def tilted(w: float) -> np.ndarray:
-    """p(x|c) p(c|x)^w for the first class on cells of the grid [x_2, x_1], summing to 1."""
-    at = np.stack(np.meshgrid(SIDE, SIDE - SIDE.mean()), -1)
-    log_p = -((at[..., None, :] - CENTRES) ** 2).sum(-1) / (2 * STD**2)
+    """Returns p(x|c) p(c|x)^w for the first class on cells of the grid [x_2, x_1], summing to 1."""
+    x = np.stack(np.meshgrid(SIDE, SIDE - SIDE.mean()), -1)
+    log_p = -((x[..., None, :] - CENTRES) ** 2).sum(-1) / (2 * STD**2)
     log_class = log_p[..., 0] - np.log(np.exp(log_p).sum(-1))
     density = np.exp(log_p[..., 0] + w * log_class)
     return density / density.sum()
 
 
-def toy(setup: Setup) -> tuple[list[Row], dict[float, np.ndarray]]:
-    """Guided samples of the first class by exact scores, measured against the tilted density."""
+def measure_normals(setup: Setup) -> tuple[list[Row], dict[float, np.ndarray]]:
+    """Samples the first class by guided exact scores, compares the samples with the tilted density."""
     schedule = ddpm.cosine_schedule(1000)
-    cond = _diffusion.exact_eps(schedule, CENTRES[:1], STD)
-    every = _diffusion.exact_eps(schedule, CENTRES, STD)
+    conditional = _diffusion.exact_eps(schedule, CENTRES[:1], STD)
+    unconditional = _diffusion.exact_eps(schedule, CENTRES, STD)
     x_T = jax.random.normal(jax.random.key(setup.run.seed), (setup.samples, 2))
 
     @jax.jit
-    def draw(w):
+    def sample(w):
         def eps_fn(x, t):
-            return ddpm.guide(cond(x, t), every(x, t), w)
+            return ddpm.guide(conditional(x, t), unconditional(x, t), w)
 
         return ddpm.sample_ddim(schedule, eps_fn, x_T, jax.random.key(0), steps=setup.steps)
 
-    clouds = {w: np.asarray(draw(w)) for w in TOY_W}
+    samples = {w: np.asarray(sample(w)) for w in TOY_W}
     away, entropy = [], []
-    for x in clouds.values():
+    for x in samples.values():
         log_p = -((x[:, None] - CENTRES) ** 2).sum(-1) / (2 * STD**2)
         p = np.exp(log_p - log_p.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
@@ -122,38 +122,44 @@ def toy(setup: Setup) -> tuple[list[Row], dict[float, np.ndarray]]:
         entropy.append(-(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean())
     found = [Row(AWAY, float(np.diff(away).min())), Row(ENTROPY, float(-np.diff(entropy).max()))]
     for w in (0.0, 1.0, 4.0):  # in cells of eight by eight, where 5,000 samples are enough
-        edges = [np.append(side - 0.025, side[-1] + 0.025)[::8] for side in (SIDE - SIDE.mean(), SIDE)]
-        counts, _, _ = np.histogram2d(clouds[w][:, 1], clouds[w][:, 0], bins=edges)
+        edges = [
+            np.append(side - 0.025, side[-1] + 0.025)[::8] for side in (SIDE - SIDE.mean(), SIDE)
+        ]
+        counts, _, _ = np.histogram2d(samples[w][:, 1], samples[w][:, 0], bins=edges)
         cells = tilted(w)[:120, :120].reshape(15, 8, 15, 8).sum((1, 3))
-        apart = 0.5 * np.abs(counts / len(clouds[w]) - cells).sum()
+        apart = 0.5 * np.abs(counts / len(samples[w]) - cells).sum()
         found.append(Row(OTHER.format(w=w), float(apart)))
-    return found, clouds
+    return found, samples
 
 
-def digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
-    """{w: (Frechet distance to the training digits, classifier score, class accuracy in %)}, and samples by w."""
-    seen = setup.data.load(f"train[:{setup.training}]").resident[0]
+def measure_digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
+    """Returns {w: (Frechet distance to the training digits, classifier score, class accuracy in %)}, and samples."""
+    seen = _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
     net = metrics.load_classifier(setup.data.name)
     _, real = net.apply(seen["image"] / (setup.model.levels - 1))
     label, found, shown = np.arange(setup.samples) % 10, {}, []
+    key, ddim = (
+        jax.random.key(setup.run.seed),
+        {"sampler": "ddim", "eta": 1.0, "steps": setup.digit_steps},
+    )
     for w in setup.w:
-        x = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, label=label, w=float(w),
-                         sampler="ddim", eta=1.0, steps=setup.digit_steps)  # fmt: skip
+        x = train.sample(result, key, n=setup.samples, label=label, w=float(w), **ddim)
         logits, features = net.apply(x)
         p = np.asarray(jax.nn.softmax(jnp.asarray(logits), -1))
         accuracy = 100 * float((np.asarray(logits).argmax(-1) == label).mean())
-        found[w] = (metrics.frechet_distance(real, features), metrics.classifier_score(p), accuracy)
+        fid = metrics.frechet_distance(real, features)
+        found[w] = (fid, metrics.classifier_score(p), accuracy)
         shown.append(x[:20])
     return found, np.concatenate(shown)
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
-    """Trains, measures the normals, then the digits, draws both."""
-    result = ddpm_digits.fitted(setup)
+def run(setup: Setup, folder: Path) -> list[Row]:
+    """Trains, measures the normals, then the digits."""
+    result = _ddpm_digits.fitted(setup)
     found = _cli.kept()
-    of_toy, clouds = toy(setup)
-    found += of_toy
-    measured, shown = digits(setup, result)
+    rows, samples = measure_normals(setup)
+    found += rows
+    measured, shown = measure_digits(setup, result)
     fid, score = ({w: values[i] for w, values in measured.items()} for i in (0, 1))
     found.append(Row(LEAST, min(fid, key=fid.get), 0.1))
     if 1.0 in score:
@@ -162,41 +168,49 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         found.append(Row(FAR, fid[4.0] / fid[0.0], FID[4.0] / FID[0.0]))
     for w, (distance, inception, accuracy) in measured.items():
         found += [
-            Row(f"digits, w = {w:g}: fid_digits to training (paper: FID, ImageNet 64)", distance, FID.get(w)),
+            Row(
+                f"digits, w = {w:g}: fid_digits to training (paper: FID, ImageNet 64)",
+                distance,
+                FID.get(w),
+            ),
             Row(f"digits, w = {w:g}: classifier score (paper: IS)", inception, IS.get(w)),
             Row(f"digits, w = {w:g}: class accuracy (%)", accuracy),
         ]
-    draw(setup, folder, clouds, measured, shown)
+    plot(setup, folder, samples, measured, shown)
     return found
 
 
 @_cli.costs("guidance.png")
-def draw(setup: Setup, folder: Path, clouds: dict, measured: dict, shown: np.ndarray) -> None:
-    """Density and samples for each w; the trade on digits; digits of little and much guidance."""
+def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.ndarray) -> None:
+    """Draws density and samples for each w, the trade on digits, and digits of little and much guidance."""
     fig, axes = figures.figure(2, 4, size=(15, 7.4))
-    flat = axes.ravel()
-    for ax, w in zip(flat, TOY_W, strict=False):
+    *normals, fids, scores, digits = axes.ravel()
+    for ax, w in zip(normals, TOY_W, strict=True):
         ax.contourf(SIDE, SIDE - SIDE.mean(), tilted(w), levels=12, cmap="Greys")
-        x = clouds[w][:700]
-        ax.scatter(*x.T, s=2, color=figures.COLOURS[1], linewidths=0)
+        ax.scatter(*samples[w][:700].T, s=2, color=figures.COLOURS[1], linewidths=0)
         ax.plot(*CENTRES.T, "k+", markersize=8)
-        ax.set(title=f"w = {w:g}: density (grey), samples (dots)", xlabel="x_1", ylabel="x_2", xlim=(-2.5, 3.5),
-               ylim=(-3, 3))  # fmt: skip
+        ax.set(title=f"w = {w:g}: density (grey), samples (dots)", xlabel="x_1", ylabel="x_2")
+        ax.set(xlim=(-2.5, 3.5), ylim=(-3, 3))
     w = np.array(list(measured))
-    for ax, i, name, paper in ((flat[5], 0, "fid_digits to training", FID), (flat[6], 1, "classifier score", IS)):
-        values = np.array([v[i] for v in measured.values()])
-        lines = {"digits, ours": (w, values / values[0])}
-        lines["ImageNet 64, paper"] = (np.array(list(paper)), np.array(list(paper.values())) / paper[0.0])
-        figures.curves(ax, lines, xlabel="guidance w", ylabel=f"{name}, over that at w = 0")
+    for ax, i, name, paper in (
+        (fids, 0, "fid_digits to training", FID),
+        (scores, 1, "classifier score", IS),
+    ):
+        values = np.array([each[i] for each in measured.values()])
+        theirs = np.array(list(paper)), np.array(list(paper.values())) / paper[0.0]
+        curves = {"digits, ours": (w, values / values[0]), "ImageNet 64, paper": theirs}
+        figures.curves(ax, curves, xlabel="guidance w", ylabel=f"{name}, over that at w = 0")
         ax.set_xscale("symlog", linthresh=0.1)
-    flat[5].set_yscale("log")
+    fids.set_yscale("log")
     three = sorted({0, len(w) // 2, len(w) - 1})
     pictures = np.concatenate([shown[20 * i : 20 * i + 20] for i in three])
-    told = ", ".join(f"{w[i]:g}" for i in three)
-    figures.images(flat[7], pictures, 10, title=f"two rows each of w = {told}; not chosen")
-    figures.save(fig, folder / "guidance.png",
-                 f"three normals of standard deviation {STD}, exact scores, DDIM of {setup.steps} steps; digits: "
-                 f"{setup.samples} a w, {setup.digit_steps} steps, eta 1")  # fmt: skip
+    title = f"two rows each of w = {', '.join(f'{w[i]:g}' for i in three)}; not chosen"
+    figures.images(digits, pictures, 10, title=title)
+    caption = (
+        f"three normals of standard deviation {STD}, exact scores, DDIM of {setup.steps} steps; "
+    )
+    caption += f"digits: {setup.samples} per w, {setup.digit_steps} steps, eta 1"
+    figures.save(fig, folder / "guidance.png", caption)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 
     python -m experiments.in_context_regression         about 10 minutes on 2 cores; downloads nothing
 
-Prompts x_1, w.x_1, x_2, w.x_2, ... with w and all x from N(0, I) in five dimensions; the model predicts w.x_k before it
+Prompts x_1, w.x_1, x_2, w.x_2, ... with w and all x from N(0, I) in five dimensions. The model predicts w.x_k before it
 is shown, with no update of its weights. The oracle is exact: after k examples the minimum-norm least-squares solution
-errs by max(d - k, 0) / d of the variance. Expect the model's curve on it up to k = 3, .07 and .165 above it at 4 and 5,
-where the problem is nearly singular (one criterion, within .05 for all k <= d, fails), and .03 at k = 2 d, far below 3
-nearest neighbours and averaging. Out of distribution (noisy labels, one orthant, skewed inputs) it is worse, but no
-worse than saying 0.
+errs by max(d - k, 0) / d of the variance. Expect the net to match least squares up to 3 examples. At 4 and 5 examples,
+where the problem is nearly singular, its error is 0.07 and 0.165 above the exact one; the criterion, within 0.05 for all
+k <= d, is not met. At k = 2 d its error is 0.03, far below 3 nearest neighbours and averaging. Out of distribution
+(noisy labels, one orthant, skewed inputs) it is worse, but no worse than predicting 0.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +22,7 @@ from aigc_jax import data, figures, train, transformer
 from aigc_jax.core import Family, Optim, make_step, start
 from aigc_jax.train import Run
 from experiments import _cli
-from experiments._cli import Row
+from experiments._cli import Row, Scale
 
 
 @dataclass(frozen=True)
@@ -42,18 +40,24 @@ class Config:
         if self.net.vocab or self.net.context < 2 * self.points:
             raise ValueError(f"net must have vocab 0 and a context of at least {2 * self.points}")
         if self.net.micro != 1 or self.net.ema or self.net.dropout:
-            raise ValueError("net.ema and net.dropout are not for this model, and micro is its own, not net's")
+            raise ValueError(
+                "net.ema and net.dropout are not for this model, and micro is its own, not net's"
+            )
 
 
-# `tiny` of the authors' code.
+OPTIM = Optim(lr=1e-3, clip=1.0, warmup=500, decay=29_500, floor=0.02)
 NET = transformer.Config(
-    vocab=0, context=24, layers=3, heads=2, width=64,
-    optim=Optim(lr=1e-3, clip=1.0, warmup=500, decay=29_500, floor=0.02),
-)  # fmt: skip
+    vocab=0, context=24, layers=3, heads=2, width=64, optim=OPTIM
+)  # `tiny` of the authors' code
 RUN = Run(
-    folder="runs/in_context_regression", steps=30_000, batch_size=64, save_every=10_000, log_every=200, keep=1,
+    "runs/in_context_regression",
+    30_000,
+    64,
+    save_every=10_000,
+    log_every=200,
+    keep=1,
     steps_per_call=200,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -65,23 +69,27 @@ class Setup:
     prompts: int = 6400  # that are scored
 
     def __post_init__(self):
-        if self.prompts < 2:
-            raise ValueError(f"prompts must be at least 2, got {self.prompts}")
+        _cli.at_least(self, prompts=2)
 
 
 LARGE = replace(NET, context=84, layers=12, heads=8, width=256, optim=Optim(lr=1e-4))
 SCALES = {
-    "smoke": Setup(run=replace(RUN, folder="runs/in_context_regression-smoke", steps=400), prompts=500),
-    "cpu": Setup(),
-    "paper": Setup(
-        Config(LARGE, dim=20, points=41), replace(RUN, folder="runs/in_context_regression-paper", steps=500_001)
+    "smoke": Scale(
+        Setup(run=replace(RUN, folder="runs/in_context_regression-smoke", steps=400), prompts=500),
+        "5 dimensions, the smallest net, 400 updates",
     ),
-}
-DIFFERENCE = {
-    "smoke": "5 dimensions, the smallest net, 400 updates",
-    "cpu": "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256), 30,000 updates at 1e-3, "
-    "decayed (500,001 at 1e-4)",
-    "paper": "without the curriculum over dimensions and points",
+    "cpu": Scale(
+        Setup(),
+        "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256), 30,000 updates at 1e-3, "
+        "decayed (500,001 at 1e-4)",
+    ),
+    "paper": Scale(
+        Setup(
+            Config(LARGE, dim=20, points=41),
+            replace(RUN, folder="runs/in_context_regression-paper", steps=500_001),
+        ),
+        "without the curriculum over dimensions and points",
+    ),
 }
 AWAY = "largest |error - least squares| for k <= d (of the variance)"
 AFTER = "error after 2 d examples (of the variance)"
@@ -89,35 +97,39 @@ NEIGHBOURS = "smallest lead over 3 nearest neighbours, k >= 3 (of the variance)"
 AVERAGING = "smallest lead over averaging, k >= 3 (of the variance)"
 ZERO = "error of saying 0 (of the variance)"
 OUT = "largest error after 2 d examples out of distribution (of the variance)"
-CRITERIA = {
-    AWAY: ("< .05", lambda ours: ours < 0.05),
-    AFTER: ("< .05", lambda ours: ours < 0.05),
-    NEIGHBOURS: ("> 0", lambda ours: ours > 0),
-    AVERAGING: ("> 0", lambda ours: ours > 0),
-    OUT: ("<= 1", lambda ours: ours <= 1),
-}
-INVARIANTS = {ZERO: ("within .9 .. 1.1", lambda ours: 0.9 <= ours <= 1.1)}
+CRITERIA = {AWAY: "< 0.05", AFTER: "< 0.05", NEIGHBOURS: "> 0", AVERAGING: "> 0", OUT: "<= 1"}
+INVARIANTS = {ZERO: "within 0.9 .. 1.1"}
 
 
 def predict(cfg: Config, params, x, y):
-    """Predictions [B, n] of y [B, n] from x [B, n, d] and the pairs before each; x_1, y_1, x_2, ... as in the paper."""
+    """Returns predictions [B, n] of y [B, n] from x [B, n, d] and the pairs before each: x_1, y_1, x_2, ... as in the paper."""
     B, n, d = x.shape
-    pairs = jnp.stack([x, jnp.pad(y[..., None], ((0, 0), (0, 0), (0, d - 1)))], 2).reshape(B, 2 * n, d)
+    pairs = jnp.stack([x, jnp.pad(y[..., None], ((0, 0), (0, 0), (0, d - 1)))], 2).reshape(
+        B, 2 * n, d
+    )
     h = pairs @ params["read_in"]["kernel"] + params["read_in"]["bias"][None, None]
-    h = transformer.backbone(cfg.net, params["net"], h)[:, ::2]  # at the x, where y has not been seen
+    h = transformer.backbone(cfg.net, params["net"], h)[
+        :, ::2
+    ]  # at the x, where y has not been seen
     return (h @ params["read_out"]["kernel"])[..., 0] + params["read_out"]["bias"]
 
 
 def make_regression(cfg: Config, *, axis_name: str | None = None) -> Family:
-    """Batches `points` [B, points * dim + dim]: the x of a prompt, then w."""
+    """Returns the family, on batches `points` [B, points * dim + dim]: the x of a prompt, then w."""
 
     def init(key):
         k_net, k_in, k_out = jax.random.split(key, 3)
         width = cfg.net.width
         params = {
             "net": transformer.init(cfg.net, k_net),
-            "read_in": {"kernel": jax.random.normal(k_in, (cfg.dim, width)) / cfg.dim**0.5, "bias": jnp.zeros(width)},
-            "read_out": {"kernel": jax.random.normal(k_out, (width, 1)) / width**0.5, "bias": jnp.zeros(())},
+            "read_in": {
+                "kernel": jax.random.normal(k_in, (cfg.dim, width)) / cfg.dim**0.5,
+                "bias": jnp.zeros(width),
+            },
+            "read_out": {
+                "kernel": jax.random.normal(k_out, (width, 1)) / width**0.5,
+                "bias": jnp.zeros(()),
+            },
         }
         return start(params, cfg.net.optim)
 
@@ -133,19 +145,21 @@ def make_regression(cfg: Config, *, axis_name: str | None = None) -> Family:
         return {"squared_error": errors(state.params, batch).mean(-1)}
 
     def sample(state, key, *, n):
-        """The prompts it is trained on, since it makes none: [n, points * dim + dim]."""
+        """Returns prompts of the training distribution, since it generates none: [n, points * dim + dim]."""
         return jax.random.normal(key, (n, (cfg.points + 1) * cfg.dim))
 
-    return Family(init, make_step(loss, cfg.net.optim, micro=cfg.micro, axis_name=axis_name), evaluate, sample)
+    return Family(
+        init, make_step(loss, cfg.net.optim, micro=cfg.micro, axis_name=axis_name), evaluate, sample
+    )
 
 
 def split(cfg: Config, rows):
-    """x [B, n, d] and w [B, d]."""
+    """Returns x [B, n, d] and w [B, d]."""
     return rows[:, : -cfg.dim].reshape(-1, cfg.points, cfg.dim), rows[:, -cfg.dim :]
 
 
 def functions(cfg: Config, split: str) -> data.Data:
-    """Fresh prompts for every batch."""
+    """Returns an endless set: fresh prompts for every batch."""
     size = (cfg.points + 1) * cfg.dim
     source = {"name": "linear functions", "split": split, "dim": cfg.dim, "points": cfg.points}
     drawn = data.endless(lambda rng, n: rng.standard_normal((n, size)), (size,), source)
@@ -153,89 +167,110 @@ def functions(cfg: Config, split: str) -> data.Data:
 
 
 def least_squares(x, y, query) -> np.ndarray:
-    """Minimum-norm least squares, one problem a row: x [B, k, d], y [B, k], query [B, d] -> [B]."""
+    """Returns predictions [B] of minimum-norm least squares, one problem per row: x [B, k, d], y [B, k], query [B, d]."""
     if not x.shape[1]:
         return np.zeros(len(query))
     return np.einsum("bd,bd->b", np.einsum("bdk,bk->bd", np.linalg.pinv(x), y), query)
 
 
 def neighbours(x, y, query) -> np.ndarray:
-    """The mean of the 3 nearest examples' y."""
+    """Returns the mean y of the 3 nearest examples."""
     nearest = np.argsort(((x - query[:, None]) ** 2).sum(-1), 1)[:, :3]
     return np.take_along_axis(y, nearest, 1).mean(1)
 
 
 def averaging(x, y, query) -> np.ndarray:
-    """w as the mean of y x, which is right on average."""
+    """Returns predictions with the mean of y x as w, which is right on average."""
     return np.einsum("bd,bd->b", (y[..., None] * x).mean(1), query)
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
-    """Trains, compares each k with the exact risk and the baselines, tries other distributions."""
-    cfg = setup.model
-    training = functions(cfg, "train")
-    result = train.fit(make_regression, cfg, setup.run, training)
-    d, last = cfg.dim, min(2 * cfg.dim, cfg.points - 1)
-    x, w = (np.asarray(a, np.float64) for a in split(cfg, functions(cfg, "test").batch(1, 0, setup.prompts)["points"]))
-    y = np.einsum("bnd,bd->bn", x, w)
-    guess = jax.jit(partial(predict, cfg, result.state.params))
+def risks(cfg: Config, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns {baseline: squared error after k examples, over the variance}; nan where it needs more examples."""
+    baselines = {
+        "least squares": (least_squares, 0),
+        "3 nearest neighbours": (neighbours, 3),
+        "averaging": (averaging, 1),
+    }
+    found = {}
+    for name, (f, least) in baselines.items():
+        each = [
+            ((f(x[:, :k], y[:, :k], x[:, k]) - y[:, k]) ** 2).mean()
+            for k in range(least, cfg.points)
+        ]
+        found[name] = np.array([np.nan] * least + [error / cfg.dim for error in each])
+    return found
 
-    def ours(x, y):
-        return np.asarray(guess(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)), np.float64)
 
-    squares = (ours(x, y) - y) ** 2 / d
-    error, deviation = squares.mean(0), squares.std(0, ddof=1) / len(x) ** 0.5
-    k = np.arange(cfg.points)
-    exact = np.maximum(d - k, 0) / d
-    found = _cli.kept()
-    found += [
-        Row(f"error after {i} examples (of the variance; +- s.e. over prompts)", float(error[i]), None,
-            float(deviation[i]), float(exact[i])) for i in range(last + 1)
-    ]  # fmt: skip
-    found += [
-        Row(AWAY, float(np.abs(error - exact)[: d + 1].max())),
-        Row(AFTER, float(error[last])),
-        Row(ZERO, float((y**2 / d).mean())),
-    ]
-    others = {
-        name: np.array([((f(x[:, :i], y[:, :i], x[:, i]) - y[:, i]) ** 2).mean() / d if i >= least else np.nan
-                        for i in k])
-        for name, f, least in (("least squares", least_squares, 0), ("3 nearest neighbours", neighbours, 3),
-                               ("averaging", averaging, 1))
-    }  # fmt: skip
-    found += [
-        Row(NEIGHBOURS, float((others["3 nearest neighbours"] - error)[3:].min())),
-        Row(AVERAGING, float((others["averaging"] - error)[3:].min())),
-        Row("|sampled least squares - its exact risk|, largest (of the variance)",
-            float(np.abs(others["least squares"] - exact)[:d].max())),
-    ]  # fmt: skip
-
-    rng = np.random.default_rng(2)
-    scale = 1.0 / np.arange(1, d + 1)  # eigenvalues as 1 / i^2, their sum as before
+def out_of_distribution(
+    cfg: Config, x: np.ndarray, y: np.ndarray, w: np.ndarray
+) -> dict[str, tuple]:
+    """Returns {name: (x, y)} of prompts that the training does not have."""
+    d, rng = cfg.dim, np.random.default_rng(2)
+    scale = 1.0 / np.arange(1, d + 1)  # eigenvalues as 1 / i^2, their sum unchanged
     skewed = x * scale * (d / (scale**2).sum()) ** 0.5
     orthant = np.abs(x) * np.where(rng.random((len(x), 1, d)) < 0.5, -1, 1)
-    changed = {
+    return {
         "noisy labels, sigma = 1": (x, y + rng.standard_normal(y.shape)),
         "one orthant a prompt": (orthant, np.einsum("bnd,bd->bn", orthant, w)),
         "skewed covariance": (skewed, np.einsum("bnd,bd->bn", skewed, w)),
     }
+
+
+def run(setup: Setup, folder: Path) -> list[Row]:
+    """Trains, compares each k with the exact risk and the baselines, tries other distributions."""
+    cfg = setup.model
+    result = train.fit(make_regression, cfg, setup.run, functions(cfg, "train"))
+    prompts = functions(cfg, "test").batch(1, 0, setup.prompts)["points"]
+    x, w = (np.asarray(a, np.float64) for a in split(cfg, prompts))
+    y = np.einsum("bnd,bd->bn", x, w)
+    guess = jax.jit(partial(predict, cfg, result.state.params))
+
+    def ours(x, y):
+        return np.asarray(
+            guess(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)), np.float64
+        )
+
+    d, last, k = cfg.dim, min(2 * cfg.dim, cfg.points - 1), np.arange(cfg.points)
+    squares = (ours(x, y) - y) ** 2 / d
+    error, deviation = squares.mean(0), squares.std(0, ddof=1) / len(x) ** 0.5
+    exact, baselines = np.maximum(d - k, 0) / d, risks(cfg, x, y)
+    found = _cli.kept()
+    for i in range(last + 1):
+        what = f"error after {i} examples (of the variance; +- s.e. over prompts)"
+        found.append(Row(what, float(error[i]), None, float(deviation[i]), float(exact[i])))
+    sampled = np.abs(baselines["least squares"] - exact)[:d].max()
+    found += [
+        Row(AWAY, float(np.abs(error - exact)[: d + 1].max())),
+        Row(AFTER, float(error[last])),
+        Row(ZERO, float((y**2 / d).mean())),
+        Row(NEIGHBOURS, float((baselines["3 nearest neighbours"] - error)[3:].min())),
+        Row(AVERAGING, float((baselines["averaging"] - error)[3:].min())),
+        Row("|sampled least squares - its exact risk|, largest (of the variance)", float(sampled)),
+    ]
     away = {}
-    for name, (x_new, y_new) in changed.items():
+    for name, (x_new, y_new) in out_of_distribution(cfg, x, y, w).items():
         clean = np.einsum("bnd,bd->bn", x_new, w)
         away[name] = float(((ours(x_new, y_new) - clean) ** 2)[:, last].mean() / d)
-    found += [Row(f"error after {last} examples, {name} (of the variance)", value) for name, value in away.items()]
+        found.append(Row(f"error after {last} examples, {name} (of the variance)", away[name]))
     found.append(Row(OUT, max(away.values())))
-    with _cli.costs("in_context_regression.png"):
-        fig, ((ax,),) = figures.figure(1, 1, size=(6.5, 4.4))
-        figures.curves(ax, {"transformer": (k, error), "least squares (exact)": (k, exact),
-                            **{n: (k, v) for n, v in others.items() if n != "least squares"}},
-                       xlabel="examples in the prompt", ylabel="squared error / variance",
-                       title=f"linear functions in {d} dimensions")  # fmt: skip
-        ax.set_ylim(-0.05, 1.6)
-        figures.save(fig, folder / "in_context_regression.png",
-                     f"{cfg.net.layers} layers of {cfg.net.width}, {setup.run.steps} updates of {setup.run.batch_size} "
-                     f"fresh prompts; {setup.prompts} prompts scored")  # fmt: skip
+    curves = {"transformer": error, "least squares (exact)": exact, **baselines}
+    del curves["least squares"]
+    plot(setup, folder, {name: (k, values) for name, values in curves.items()})
     return found
+
+
+@_cli.costs("in_context_regression.png")
+def plot(setup: Setup, folder: Path, curves: dict) -> None:
+    """Draws errors against the number of examples."""
+    fig, ((ax,),) = figures.figure(1, 1, size=(6.5, 4.4))
+    title = f"linear functions in {setup.model.dim} dimensions"
+    ylabel = "squared error / variance"
+    figures.curves(ax, curves, xlabel="examples in the prompt", ylabel=ylabel, title=title)
+    ax.set_ylim(-0.05, 1.6)
+    net = setup.model.net
+    updates = f"{setup.run.steps} updates of {setup.run.batch_size} fresh prompts"
+    caption = f"{net.layers} layers of {net.width}, {updates}; {setup.prompts} prompts scored"
+    figures.save(fig, folder / "in_context_regression.png", caption)
 
 
 if __name__ == "__main__":

@@ -7,33 +7,31 @@ Downloads MNIST or takes its files as vae_manifold does. As iwae_table, with k =
 `python -m experiments.iwae_table --scale paper` is the full protocol.
 """
 
-from __future__ import annotations
+from experiments import _cli
+from experiments._cli import Scale, Source
+from experiments._iwae import EQUAL_1, MONOTONE, PRUNED, Setup, run
 
-from dataclasses import replace
+__all__ = ["run"]
 
-from experiments import _cli, iwae_table
-from experiments.iwae_table import EQUAL_1, MONOTONE, PRUNED, Setup, rows
-
-__all__ = ["rows"]
-
-LONGER = Setup(folder="runs/iwae_longer", epochs=800, longer=(), further=0, ks=(1, 5), vae_ks=(1,), two_layers=(),
-               seeds=1, test=10_000)  # fmt: skip
+ONE_LAYER = {"longer": (), "further": 0, "ks": (1, 5), "vae_ks": (1,), "two_layers": (), "seeds": 1}
 SCALES = {
-    "smoke": replace(
-        iwae_table.SCALES["smoke"], folder="runs/iwae_longer-smoke", vae_ks=(1,), two_layers=(), further=0
+    "smoke": Scale(
+        Setup("runs/iwae_longer-smoke", Source("digits"), 20, test=100, draws=200, **ONE_LAYER),
+        "digits 8x8, 20 epochs",
     ),
-    "cpu": LONGER,
-}
-DIFFERENCE = {
-    "smoke": iwae_table.DIFFERENCE["smoke"],
-    "cpu": "800 epochs for 3,280, batch 100 for 20, one cosine decay from 3e-3 after 600 updates of warm-up for the "
-    "staircase, 6,000 updates of KL warm-up; Flax's initialisation, no bias from pixel means",
+    "cpu": Scale(
+        Setup("runs/iwae_longer", epochs=800, test=10_000, **ONE_LAYER),
+        "800 epochs for 3,280, batch 100 for 20, one cosine decay from 3e-3 after 600 updates of warm-up for the "
+        "staircase, 6,000 updates of KL warm-up; Flax's initialisation, no bias from pixel means",
+    ),
 }
 CRITERIA = {
-    "1 layer, VAE k=1, 800 epochs: NLL (nats)": ("<= 88.2", lambda ours: ours <= 88.2),
-    **{name: iwae_table.CRITERIA[name] for name in (EQUAL_1, MONOTONE, PRUNED)},
+    "1 layer, VAE k=1, 800 epochs: NLL (nats)": "<= 88.2",
+    EQUAL_1: "> 0",
+    MONOTONE: "> 0",
+    PRUNED: "< 0.06",
 }
-INVARIANTS = iwae_table.INVARIANTS
+INVARIANTS = {MONOTONE: CRITERIA[MONOTONE]}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
     python -m experiments.ppca_exact            under 30 s on 2 cores; downloads nothing, trains nothing
 
-With orthogonal loadings the exact posterior of probabilistic PCA (Tipping & Bishop 1999) has a diagonal covariance, so
+With orthogonal loadings the exact posterior of probabilistic PCA (Tipping & Bishop 1999) has a diagonal covariance. So
 `vae.Encoder` without hidden layers can be set to it by hand. Expect, in float64: with the exact posterior every log
-weight equals log p(x); with a wrong one the ELBO equals L_1, and L_1 <= L_10 <= L_100 <= L_5000 <= log p(x) (Burda et
+weight equals log p(x). With a wrong one the ELBO equals L_1, and L_1 <= L_10 <= L_100 <= L_5000 <= log p(x) (Burda et
 al. 2016, theorem 1).
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +19,7 @@ import numpy as np
 from aigc_jax import data, figures, vae
 from aigc_jax.data import points
 from experiments import _cli
-from experiments._cli import Row
+from experiments._cli import Row, Scale
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,23 @@ class Setup:
     examples: int = 200  # x drawn from the model
     k: int = 5000  # draws of z per x, for the largest bound
     wider: float = 1.3  # the wrong posterior: its standard deviation, as a factor
-    shift: float = 0.3  # the wrong posterior: its mean is off by so many standard deviations in 5 latents
+    shift: float = (
+        0.3  # the wrong posterior: its mean is off by so many standard deviations in 5 latents
+    )
     seed: int = 0
 
+    def __post_init__(self):
+        _cli.at_least(self, latents=5, examples=2)
+        if self.k < 1000 or self.k % 100:
+            raise ValueError(f"k must be at least 1000 and a multiple of 100, got {self.k}")
 
-SCALES = {"smoke": Setup(folder="runs/ppca_exact-smoke", examples=100, k=1000), "cpu": Setup()}
-DIFFERENCE = {"smoke": "fewer examples, 1,000 draws", "cpu": "exact mathematics, no paper protocol"}
+
+SCALES = {
+    "smoke": Scale(
+        Setup(folder="runs/ppca_exact-smoke", examples=100, k=1000), "fewer examples, 1,000 draws"
+    ),
+    "cpu": Scale(Setup(), "exact mathematics, no paper protocol"),
+}
 
 CONSTANT = "exact posterior: largest |log weight - log p(x)| (nats)"
 GAP = "wrong posterior: |ELBO - L_1| (nats; +- s.e. of the difference)"
@@ -49,24 +58,32 @@ RISE = "wrong posterior: smallest step L_1, L_10, L_100, L_k, log p(x), in s.e. 
 GAIN = "wrong posterior: L_10 - L_1 (nats; +- s.e.)"
 LEFT = "wrong posterior: |log p(x) - L_k| (nats; +- s.e.)"
 CRITERIA = {
-    CONSTANT: ("< 1e-4", lambda ours: ours < 1e-4),
-    GAP_SE: ("< 3", lambda ours: ours < 3),
-    RISE: (">= -3", lambda ours: ours >= -3),
-    GAIN: ("> .2", lambda ours: ours > 0.2),
-    LEFT: ("< .05", lambda ours: ours < 0.05),
+    CONSTANT: "< 1e-4",
+    GAP_SE: "< 3",
+    RISE: ">= -3",
+    GAIN: "> 0.2",
+    LEFT: "< 0.05",
 }
 INVARIANTS = CRITERIA
 
 
 def log_p(x: np.ndarray, w: np.ndarray, b: np.ndarray, std: float) -> np.ndarray:
-    """log N(x; b, W W^T + std^2 I) in nats, [N], for x [N, dim] (Tipping & Bishop 1999, eq. 3)."""
+    """Returns log N(x; b, W W^T + std^2 I) in nats, [N], for x [N, dim] (Tipping & Bishop 1999, eq. 3)."""
     root = np.linalg.cholesky(w @ w.T + std**2 * np.eye(len(b)))
     z = np.linalg.solve(root, (x - b).T)
     return -0.5 * (z**2).sum(0) - np.log(np.diag(root)).sum() - 0.5 * len(b) * np.log(2 * np.pi)
 
 
-def linear_vae(w: np.ndarray, b: np.ndarray, std: float, *, wider: float = 1.0, shift: float = 0.0, latents: int = 5):
-    """(cfg, params) of a VAE that is PPCA, its encoder the exact posterior or one wrong by the last three arguments.
+def linear_vae(
+    w: np.ndarray,
+    b: np.ndarray,
+    std: float,
+    *,
+    wider: float = 1.0,
+    shift: float = 0.0,
+    latents: int = 5,
+):
+    """Returns (cfg, params) of a VAE that is PPCA, its encoder the exact posterior or one wrong by the last three arguments.
 
     q(z|x) = N(M^-1 W^T (x - b), std^2 M^-1), M = W^T W + std^2 I (Tipping & Bishop 1999, eq. 6), diagonal because the
     columns of W are orthogonal.
@@ -89,53 +106,58 @@ def linear_vae(w: np.ndarray, b: np.ndarray, std: float, *, wider: float = 1.0, 
 
 
 def bounds(log_w: np.ndarray, k: int) -> np.ndarray:
-    """L_k of every x, [N], from log weights [K, N]: the mean over K // k groups of the log-mean-exp in a group."""
+    """Returns L_k of every x, [N], from log weights [K, N]: the mean over K // k groups of log-mean-exp in a group."""
     groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
     top = groups.max(1, keepdims=True)
     return (np.log(np.exp(groups - top).mean(1)) + top[:, 0]).mean(0)
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
+def log_weights(cfg: vae.Config, params, images, key, k: int) -> np.ndarray:
+    """Returns log weights [k, N], a hundred draws at a time."""
+    hundred = jax.jit(partial(vae.log_weights, cfg, k=100))
+    return np.concatenate(
+        [hundred(params, images, jax.random.fold_in(key, i)) for i in range(k // 100)]
+    )
+
+
+def run(setup: Setup, folder: Path) -> list[Row]:
     """Measures everything in float64, with numpy's own log p as the oracle."""
-    with _cli.door():
-        if setup.latents < 5 or setup.examples < 2:
-            raise ValueError(f"latents must be at least 5, examples 2, got {setup.latents} and {setup.examples}")
-        if setup.k < 1000 or setup.k % 100:
-            raise ValueError(f"k must be at least 1000 and a multiple of 100, got {setup.k}")
-        options = {"dim": setup.dim, "latents": setup.latents, "std": setup.std}
-        x = data.load("ppca", "test", examples=setup.examples, **options).resident[0]["points"].astype(np.float64)
+    options = {"dim": setup.dim, "latents": setup.latents, "std": setup.std}
+    x = data.load("ppca", "test", examples=setup.examples, **options)
+    x = _cli.arrays(x)["points"].astype(np.float64)
     folder.mkdir(parents=True, exist_ok=True)
     w, b = points.ppca_parameters(setup.dim, setup.latents)
     truth = log_p(x, w, b, setup.std)
     k_exact, k_wrong, k_elbo = jax.random.split(jax.random.key(setup.seed), 3)
-
     with jax.enable_x64(True):
         images = jnp.asarray(x.reshape(-1, 1, setup.dim, 1))
-
-        def weights(cfg, params, key, k):
-            step = jax.jit(partial(vae.log_weights, cfg, k=100))
-            return np.concatenate([step(params, images, jax.random.fold_in(key, i)) for i in range(k // 100)])
-
-        exact = weights(*linear_vae(w, b, setup.std), k_exact, 1000)
+        exact = log_weights(*linear_vae(w, b, setup.std), images, k_exact, 1000)
         cfg, params = linear_vae(w, b, setup.std, wider=setup.wider, shift=setup.shift)
-        log_w = weights(cfg, params, k_wrong, setup.k)
+        log_w = log_weights(cfg, params, images, k_wrong, setup.k)
         elbo = jax.jit(lambda key: vae.elbo(cfg, params, images, key)["elbo"])
         elbos = np.stack([elbo(jax.random.fold_in(k_elbo, i)) for i in range(1000)])
     assert log_w.dtype == np.float64
+    levels = {f"L_{k}": bounds(log_w, k) for k in (1, 10, 100, setup.k)} | {"log p": truth}
+    found = _cli.kept()
+    found += compare(exact, log_w, elbos, levels)
+    plot(setup, folder, levels)
+    return found
 
-    at = {"L_1": 1, "L_10": 10, "L_100": 100, f"L_{setup.k}": setup.k}
-    levels = {name: bounds(log_w, k) for name, k in at.items()} | {"log p": truth}
-    gaps = [later - earlier for earlier, later in zip(levels.values(), list(levels.values())[1:], strict=False)]
-    # The x are given, the draws are not: the error of a mean is that of its independent draws, x by x.
+
+def compare(exact: np.ndarray, log_w: np.ndarray, elbos: np.ndarray, levels: dict) -> list[Row]:
+    """Returns the rows. The x are given and the draws are random, so errors come from the independent draws of each x."""
+    *bound, truth = levels.values()
+    gaps = [later - earlier for earlier, later in zip(bound, [*bound[1:], truth], strict=True)]
     gap = elbos.mean(0) - levels["L_1"]
-    gap_se = np.sqrt((elbos.var(0, ddof=1) / len(elbos) + log_w.var(0, ddof=1) / len(log_w)).sum()) / len(x)
+    variance = elbos.var(0, ddof=1) / len(elbos) + log_w.var(0, ddof=1) / len(log_w)
+    gap_se = np.sqrt(variance.sum()) / len(truth)
 
     def se(difference):
         return difference.std(ddof=1) / np.sqrt(len(difference))
 
-    left, found = levels["log p"] - levels[f"L_{setup.k}"], _cli.kept()
-    found += [
-        Row("log p(x), mean over the examples (nats)", levels[f"L_{setup.k}"].mean(), oracle=truth.mean()),
+    left = truth - bound[-1]
+    return [
+        Row("log p(x), mean over the examples (nats)", bound[-1].mean(), oracle=truth.mean()),
         Row(CONSTANT, float(np.abs(exact - truth).max()), oracle=0.0),
         Row(GAP, float(abs(gap.mean())), error=float(gap_se), oracle=0.0),
         Row(GAP_SE, float(abs(gap.mean()) / gap_se)),
@@ -143,21 +165,20 @@ def rows(setup: Setup, folder: Path) -> list[Row]:
         Row(GAIN, float(gaps[0].mean()), error=float(se(gaps[0]))),
         Row(LEFT, float(abs(left.mean())), error=float(se(left)), oracle=0.0),
     ]
-    draw(setup, folder, levels)
-    return found
 
 
 @_cli.costs("ppca_exact.png")
-def draw(setup: Setup, folder: Path, levels: dict) -> None:
-    """How far each bound lies below log p(x)."""
+def plot(setup: Setup, folder: Path, levels: dict) -> None:
+    """Draws how far each bound lies below log p(x)."""
     fig, ((ax,),) = figures.figure(1, 1, size=(5.5, 3.6))
     below = [float((levels["log p"] - level).mean()) for level in levels.values()][:-1]
-    figures.curves(ax, {"wrong posterior": ([1, 10, 100, setup.k], below)}, xlabel="draws k",
-                   ylabel="log p(x) - L_k (nats)", title="importance-weighted bounds close on log p(x)")  # fmt: skip
+    curves = {"wrong posterior": ([1, 10, 100, setup.k], below)}
+    title = "importance-weighted bounds approach log p(x)"
+    figures.curves(ax, curves, xlabel="draws k", ylabel="log p(x) - L_k (nats)", title=title)
     ax.set(xscale="log", yscale="log")
-    figures.save(fig, folder / "ppca_exact.png",
-                 f"PPCA {setup.dim} x {setup.latents}, q: sd x {setup.wider}, mean + {setup.shift} sd in 5 latents; "
-                 f"{setup.examples} examples, float64")  # fmt: skip
+    wrong = f"q: sd x {setup.wider}, mean + {setup.shift} sd in 5 latents"
+    caption = f"PPCA {setup.dim} x {setup.latents}, {wrong}; {setup.examples} examples, float64"
+    figures.save(fig, folder / "ppca_exact.png", caption)
 
 
 if __name__ == "__main__":

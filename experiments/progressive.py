@@ -2,16 +2,14 @@
 
     python -m experiments.progressive           about 4 minutes on 2 cores, 5 more for its model; downloads nothing
 
-The digits model of `ddpm_digits` (given its --run.folder it is not trained again). Read as a lossy code, the bound says
-how many bits have been sent once step t is reached (its terms from T down to t), and the x_0 seen in x_t how far the
-picture is off: most bits buy what no eye sees. Interpolating at step t mixes what is left of two digits: at 0 their
-pixels, at T nothing of either. Expect 69 % of the bits in the last tenth of the steps, where the paper has 93 %: digits
-of 64 pixels and 17 levels have less detail than CIFAR-10.
+The digits model of `ddpm_digits` (given its --run.folder it is not trained again). Read the bound as a lossy code. Its
+terms from T down to t are the bits that have been sent at step t. The x_0 that the net predicts from x_t shows how far
+the picture is still off. Most bits pay for detail that no eye sees. Interpolating at step t mixes what x_t keeps of two
+digits: at 0 their pixels, at T nothing. Expect 69 % of the bits in the last tenth of the steps, where the paper has
+93 %: digits of 64 pixels and 17 levels have less detail than CIFAR-10.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -19,25 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from aigc_jax import ddpm, figures, train
-from aigc_jax.core import EMA
 from aigc_jax.train import Run
-from experiments import _cli, _diffusion, _pictures, ddpm_digits
-from experiments._cli import Row, Source
+from experiments import _cli, _ddpm_digits, _diffusion, _pictures
+from experiments._cli import Row, Scale, Source
 
-# Table 4: steps taken of 1000, rate in bits per dim, root mean squared error on pixels 0..255.
-TABLE = (
-    (1000, 1.77581, 0.95136), (900, 0.11994, 12.02277), (800, 0.05415, 18.47482), (700, 0.02866, 24.43656),
-    (600, 0.01507, 30.80948), (500, 0.00716, 38.03236), (400, 0.00282, 46.12765), (300, 0.00081, 54.18826),
-    (200, 0.00013, 60.97170), (100, 0.0, 67.60125),
-)  # fmt: skip
+# Table 4: steps left of 1000, rate in bits per dim, root mean squared error on pixels 0..255.
+TABLE = np.array(
+    [
+        (1000, 1.77581, 0.95136),
+        (900, 0.11994, 12.02277),
+        (800, 0.05415, 18.47482),
+        (700, 0.02866, 24.43656),
+        (600, 0.01507, 30.80948),
+        (500, 0.00716, 38.03236),
+        (400, 0.00282, 46.12765),
+        (300, 0.00081, 54.18826),
+        (200, 0.00013, 60.97170),
+        (100, 0.0, 67.60125),
+    ]
+)[::-1]
 
 
 @dataclass(frozen=True)
 class Setup:
     """Flags of progressive."""
 
-    model: ddpm.Config = ddpm_digits.MODEL
-    run: Run = replace(ddpm_digits.RUN, folder="runs/progressive")
+    model: ddpm.Config = _ddpm_digits.MODEL
+    run: Run = _ddpm_digits.run("runs/progressive")
     data: Source = Source("digits")
     training: int = 1237
     pairs: int = 100  # of test digits that are interpolated
@@ -45,183 +51,200 @@ class Setup:
     def __post_init__(self):
         _pictures.check(self, "progressive", conditional=True)
         if not 10 <= self.pairs <= 180:
-            raise ValueError(f"pairs must lie in 10..180, half of the test digits, got {self.pairs}")
+            raise ValueError(
+                f"pairs must lie in 10..180, half of the test digits, got {self.pairs}"
+            )
         if self.model.T < 20:
             raise ValueError(f"model.T must be at least 20, got {self.model.T}")
 
 
+SMOKE = Setup(_ddpm_digits.SMOKE, _ddpm_digits.smoke_run("runs/progressive-smoke"), pairs=20)
 SCALES = {
-    "smoke": Setup(
-        ddpm_digits.SMOKE, replace(ddpm_digits.SCALES["smoke"].run, folder="runs/progressive-smoke"), pairs=20
+    "smoke": Scale(SMOKE, "a tiny digits model"),
+    "cpu": Scale(
+        Setup(),
+        "8x8 digits of 17 levels, T = 100, the label given except for interpolation (CIFAR-10, 1000)",
     ),
-    "cpu": Setup(),
 }
-DIFFERENCE = {
-    "smoke": "a tiny digits model",
-    "cpu": "8x8 digits of 17 levels, T = 100, the label given but for interpolation (CIFAR-10, 1000)",
-}
-RATE = "rate (bits per dim)"
-DISTORTION = "distortion (bits per dim)"
 LATE = "share of the bits that the last tenth of the steps takes (%)"
-CONVEX = "distortion (mean squared error) falls with the rate, and convexly: tenths at which it does not"
+CONVEX = (
+    "distortion (mean squared error) falls with the rate, and convexly: tenths at which it does not"
+)
 START = "root mean squared error after the first step, over that of the mean picture of each class"
 BLEND = "interpolants at t = 0: largest difference from the blend of pixels"
 FREE = "interpolants at t = T: distance to the nearer source, over that to the next pair's (means)"
 SPREAD = "variance of ten decodings of one x_t: least rise from a t to the next larger t"
 CRITERIA = {
-    LATE: ("> 50", lambda ours: ours > 50),
-    CONVEX: ("= 0", lambda ours: ours == 0),
-    START: ("within .9 .. 1.1", lambda ours: 0.9 <= ours <= 1.1),
-    BLEND: ("< 1e-5", lambda ours: ours < 1e-5),
-    FREE: ("within .95 .. 1.05", lambda ours: 0.95 <= ours <= 1.05),
-    SPREAD: ("> 0", lambda ours: ours > 0),
+    LATE: "> 50",
+    CONVEX: "= 0",
+    START: "within 0.9 .. 1.1",
+    BLEND: "< 1e-5",
+    FREE: "within 0.95 .. 1.05",
+    SPREAD: "> 0",
 }
 INVARIANTS = {BLEND: CRITERIA[BLEND], LATE: CRITERIA[LATE]}
 
 
-def coding(result: train.Result, x_0: np.ndarray, label: np.ndarray, key) -> tuple[np.ndarray, float, np.ndarray]:
-    """After step T, ... 1: bits per dim sent so far [T]; those of the decoder; squared errors of the x_0 seen [T].
+def coding(result: train.Result, x_0, label, key) -> tuple[np.ndarray, float, np.ndarray]:
+    """Returns after step T, ... 1: bits per dim sent so far [T], the decoder's, squared errors of x_0_hat [T].
 
     Errors are means over pixels in [0, 1].
     """
     cfg, T = result.config, result.config.T
-    k_terms, k_seen = jax.random.split(key)
-    bits = ddpm_digits.bound(result, x_0, label, k_terms)
+    k_terms, k_errors = jax.random.split(key)
+    bits = _diffusion.bound(result, x_0, label, k_terms)
     rate = np.cumsum(bits[::-1])[:T]  # L_T, then L_{T-1}, ..., L_1
 
-    def seen(params, x_0, label, key):
+    @_diffusion.compiled
+    def errors(params, x_0, label, key):
         schedule = ddpm.schedule_of(cfg, params)
 
         def one(_, i):
             t = jnp.full(len(x_0), i)
-            x_t = ddpm.q_sample(schedule, x_0, t, jax.random.normal(jax.random.fold_in(key, i), x_0.shape))
+            eps = jax.random.normal(jax.random.fold_in(key, i), x_0.shape)
+            x_t = ddpm.q_sample(schedule, x_0, t, eps)
             value, _ = ddpm.predict(cfg, params, x_t, t, label)
             x_0_hat = ddpm.convert(schedule, value, x_t, t, given=cfg.prediction, wanted="x_0")
             return None, ((jnp.clip(x_0_hat, -1, 1) - x_0) ** 2).mean() / 4
 
         return jax.lax.scan(one, None, jnp.arange(T - 1, -1, -1))[1]
 
-    params = EMA(cfg.ema).read(result.state)
-    return (
-        rate,
-        float(bits[0]),
-        np.asarray(_diffusion.compiled(seen)(params, jnp.asarray(x_0), jnp.asarray(label), k_seen)),
-    )
+    found = errors(_cli.weights(result), jnp.asarray(x_0), jnp.asarray(label), k_errors)
+    return rate, float(bits[0]), np.asarray(found)
 
 
 def interpolants(result: train.Result, a, b, key, *, t: int, shares: np.ndarray) -> np.ndarray:
-    """[K, B, H, W, C] in [-1, 1] between a and b [B, H, W, C], no label given."""
-    cfg = result.config
+    """Returns [K, B, H, W, C] in [-1, 1] between a and b [B, H, W, C], no label given."""
+    cfg, given = result.config, jnp.asarray(shares, jnp.float32)
 
-    def draw(params, a, b, key):
-        schedule = ddpm.schedule_of(cfg, params)
-        given = jnp.asarray(shares, jnp.float32)
-        return ddpm.interpolate(
-            schedule, ddpm.eps_fn_of(cfg, params), a, b, key, t=t, shares=given, sigma2=cfg.variance, clip=1.0
-        )
+    @_diffusion.compiled
+    def sample(params, a, b, key):
+        schedule, eps_fn = ddpm.schedule_of(cfg, params), ddpm.eps_fn_of(cfg, params)
+        options = {"t": t, "shares": given, "sigma2": cfg.variance, "clip": 1.0}
+        return ddpm.interpolate(schedule, eps_fn, a, b, key, **options)
 
-    params = EMA(cfg.ema).read(result.state)
-    return np.asarray(_diffusion.compiled(draw)(params, jnp.asarray(a), jnp.asarray(b), key))
+    return np.asarray(sample(_cli.weights(result), jnp.asarray(a), jnp.asarray(b), key))
 
 
 def decodings(result: train.Result, x_0, label, key, *, t: int, times: int = 10) -> np.ndarray:
-    """[times, B, H, W, C]: the same x_t of each x_0 brought back `times` times (figure 7)."""
-    cfg = result.config
-    params = EMA(cfg.ema).read(result.state)
-    many = jnp.tile(jnp.asarray(label), times)
+    """Returns [times, B, H, W, C]: one x_t of each x_0, denoised `times` times (figure 7)."""
+    cfg, many = result.config, jnp.tile(jnp.asarray(label), times)
 
-    def draw(params, x_0, many, key):
+    @_diffusion.compiled
+    def sample(params, x_0, many, key):
         k_eps, k_back = jax.random.split(key)
-        schedule = ddpm.schedule_of(cfg, params)
-        eps_fn = ddpm.eps_fn_of(cfg, params, many)
-        x_t = ddpm.q_sample(schedule, x_0, jnp.full(len(x_0), t - 1), jax.random.normal(k_eps, x_0.shape))
-        x_t = jnp.tile(x_t, (times, 1, 1, 1))
-        return ddpm.sample_ddpm(schedule, eps_fn, x_t, k_back, sigma2=cfg.variance, clip=1.0, start=t)
-
-    out = _diffusion.compiled(draw)(params, jnp.asarray(x_0), many, key)
-    return np.asarray(out).reshape(times, *x_0.shape)
-
-
-def rows(setup: Setup, folder: Path) -> list[Row]:
-    """Coding, interpolation and shared x_t of the test digits."""
-    result, T = ddpm_digits.fitted(setup), setup.model.T
-    test = setup.data.load("test").resident[0]
-    x_0, label = np.asarray(ddpm.preprocess(setup.model, {"image": test["image"]})), test["label"]
-    k_code, k_between, k_shared, k_way = jax.random.split(jax.random.key(setup.run.seed), 4)
-    rate, decoder, error = coding(result, x_0, label, k_code)
-    # In tenths of the steps, as the paper's table.
-    taken = [round(tenth * T / 10) for tenth in range(1, 11)]
-    at, error_at = rate[[s - 1 for s in taken]], error[[s - 1 for s in taken]]
-    slope = np.diff(error_at) / np.maximum(np.diff(at), 1e-12)
-    bad = int((np.diff(error_at) >= 0).sum() + (np.diff(slope) < 0).sum())
-    bits, fraction, found = rate[-1], np.array([row[1] for row in TABLE]), _cli.kept()
-    found += [
-        Row(RATE, float(bits), 1.78),
-        Row(DISTORTION, decoder, 1.97),
-        Row(LATE, float(100 * (1 - rate[taken[8] - 1] / bits)), float(100 * (1 - fraction[1] / fraction[0]))),
-        Row(CONVEX, bad),
-        *(Row(f"after {s} of {T} steps: rate (bits per dim; paper: CIFAR-10)", float(r), paper[1])
-          for s, r, paper in zip(taken, at, reversed(TABLE), strict=True)),
-        *(Row(f"after {s} of {T} steps: RMSE (of 255; paper: CIFAR-10)", float(255 * e**0.5), paper[2])
-          for s, e, paper in zip(taken, error_at, reversed(TABLE), strict=True)),
-    ]  # fmt: skip
-
-    seen = setup.data.load(f"train[:{setup.training}]").resident[0]
-    mean = np.stack([seen["image"][seen["label"] == c].mean(0) for c in range(10)])[label] / (setup.model.levels - 1)
-    around = np.sqrt((((x_0 + 1) / 2 - mean) ** 2).mean())
-    found.append(Row(START, float(np.sqrt(error[0]) / around)))
-
-    n = setup.pairs
-    a, b = x_0[:n], x_0[n : 2 * n]
-    shares, times = np.linspace(0, 1, 11), [0, T // 4, T // 2, 3 * T // 4, T]
-    between = {t: interpolants(result, a, b, k_between, t=t, shares=shares) for t in times}
-    blend = np.stack([(1 - s) * a + s * b for s in shares])
-    own, other = (
-        np.minimum(
-            *(np.linalg.norm((between[T] - np.roll(x, shift, 0)[None]).reshape(11, n, -1), axis=-1) for x in (a, b))
+        schedule, eps_fn = ddpm.schedule_of(cfg, params), ddpm.eps_fn_of(cfg, params, many)
+        eps = jax.random.normal(k_eps, x_0.shape)
+        x_t = jnp.tile(
+            ddpm.q_sample(schedule, x_0, jnp.full(len(x_0), t - 1), eps), (times, 1, 1, 1)
         )
-        for shift in (0, 1)
-    )
-    found.append(Row(BLEND, float(np.abs(between[0] - blend).max())))
-    found.append(Row(FREE, float(own.mean() / other.mean())))
-    shared = {t: decodings(result, x_0[:10], label[:10], k_shared, t=t) for t in times[1:]}
-    spread = [float(x.var(0).mean()) for x in shared.values()]
-    found.append(Row(SPREAD, min(b - a for a, b in zip(spread, spread[1:], strict=False))))
-    with _cli.costs("progressive.png"):
-        way = _diffusion.way(result, k_way, n=10, label=np.arange(10))
-        draw(setup, folder, (rate, error), between, shared, way)
+        return ddpm.sample_ddpm(
+            schedule, eps_fn, x_t, k_back, sigma2=cfg.variance, clip=1.0, start=t
+        )
+
+    found = sample(_cli.weights(result), jnp.asarray(x_0), many, key)
+    return np.asarray(found).reshape(times, *x_0.shape)
+
+
+def coding_rows(rate: np.ndarray, decoder: float, error: np.ndarray) -> list[Row]:
+    """Returns rate and distortion in tenths of the steps, as in the paper's table."""
+    T, bits = len(rate), rate[-1]
+    steps = [round(tenth * T / 10) for tenth in range(1, 11)]
+    rates, errors = (x[[s - 1 for s in steps]] for x in (rate, error))
+    slope = np.diff(errors) / np.maximum(np.diff(rates), 1e-12)
+    bad = int((np.diff(errors) >= 0).sum() + (np.diff(slope) < 0).sum())
+    late = float(100 * (1 - rate[steps[8] - 1] / bits))
+    paper_late = float(100 * (1 - TABLE[-2, 1] / TABLE[-1, 1]))
+    found = [
+        Row("rate (bits per dim)", float(bits), 1.78),
+        Row("distortion (bits per dim)", decoder, 1.97),
+        Row(LATE, late, paper_late),
+        Row(CONVEX, bad),
+    ]
+    for s, r, (_, paper, _) in zip(steps, rates, TABLE.tolist(), strict=True):
+        found.append(
+            Row(f"after {s} of {T} steps: rate (bits per dim; paper: CIFAR-10)", float(r), paper)
+        )
+    for s, e, (_, _, paper) in zip(steps, errors, TABLE.tolist(), strict=True):
+        found.append(
+            Row(
+                f"after {s} of {T} steps: RMSE (of 255; paper: CIFAR-10)",
+                float(255 * e**0.5),
+                paper,
+            )
+        )
     return found
 
 
-def draw(setup: Setup, folder: Path, code: tuple, between: dict, shared: dict, way: tuple) -> None:
-    """Rate and distortion; the x_0 seen on the way; interpolations by t; decodings of one x_t."""
-    fig, axes = figures.figure(2, 3, size=(14, 8))
-    flat, T, (rate, error) = axes.ravel(), setup.model.T, code
-    steps, root = np.arange(1, T + 1), 255 * np.sqrt(error)
-    rates = np.array([row[1] for row in reversed(TABLE)])
-    roots = np.array([row[2] for row in reversed(TABLE)])
-    share = np.array([row[0] for row in reversed(TABLE)]) / 1000
-    for ax, ours, paper, what in ((flat[0], root, roots, "root mean squared error (of 255)"),
-                                  (flat[1], rate, rates, "rate (bits per dim)")):  # fmt: skip
-        figures.curves(ax, {"digits, ours": (steps / T, ours), "CIFAR-10, paper": (share, paper)},
-                       xlabel="share of the steps taken", ylabel=what)  # fmt: skip
-    figures.curves(flat[2], {"digits, ours": (rate, root), "CIFAR-10, paper": (rates, roots)},
-                   xlabel="rate (bits per dim)", ylabel="root mean squared error (of 255)")  # fmt: skip
-    _, x_0_hat = way
-    shown = [round(s * (T - 1)) for s in (0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)]
-    figures.images(flat[3], np.concatenate([x_0_hat[i] for i in shown]), 10,
-                   title=f"figure 6: the x_0 seen after {', '.join(str(i + 1) for i in shown)} steps")  # fmt: skip
-    pictures = [(x[:, 3] + 1) / 2 for x in between.values()]
-    figures.images(flat[4], np.clip(np.concatenate(pictures), 0, 1), 11,
-                   title=f"figure 9: between two digits at t = {', '.join(map(str, between))}")  # fmt: skip
-    pictures = [(x[:, 0] + 1) / 2 for x in shared.values()]
-    figures.images(flat[5], np.clip(np.concatenate(pictures), 0, 1), 10,
-                   title=f"figure 7: ten ways back from one x_t, t = {', '.join(map(str, shared))}")  # fmt: skip
-    figures.save(
-        fig,
-        folder / "progressive.png",
-        f"digits 8x8, U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates; nothing chosen",
+def distance_to_nearer(x: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the mean distance of interpolants [K, B, ...] to the nearer of their sources a and b [B, ...]."""
+    each = (np.linalg.norm((x - end[None]).reshape(*x.shape[:2], -1), axis=-1) for end in (a, b))
+    return np.minimum(*each).mean()
+
+
+def run(setup: Setup, folder: Path) -> list[Row]:
+    """Trains, then measures coding, interpolation and shared x_t on the test digits."""
+    result, T = _ddpm_digits.fitted(setup), setup.model.T
+    test = _cli.arrays(setup.data.load("test"))
+    x_0, label = np.asarray(ddpm.preprocess(setup.model, {"image": test["image"]})), test["label"]
+    k_code, k_between, k_shared, k_way = jax.random.split(jax.random.key(setup.run.seed), 4)
+    rate, decoder, error = coding(result, x_0, label, k_code)
+    found = _cli.kept()
+    found += coding_rows(rate, decoder, error)
+    seen = _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
+    means = np.stack([seen["image"][seen["label"] == c].mean(0) for c in range(10)]) / (
+        setup.model.levels - 1
     )
+    around = np.sqrt((((x_0 + 1) / 2 - means[label]) ** 2).mean())
+    found.append(Row(START, float(np.sqrt(error[0]) / around)))
+
+    a, b = x_0[: setup.pairs], x_0[setup.pairs : 2 * setup.pairs]
+    shares, times = np.linspace(0, 1, 11), [0, T // 4, T // 2, 3 * T // 4, T]
+    between = {t: interpolants(result, a, b, k_between, t=t, shares=shares) for t in times}
+    blend = np.stack([(1 - s) * a + s * b for s in shares])
+    own = distance_to_nearer(between[T], a, b)
+    other = distance_to_nearer(between[T], np.roll(a, 1, 0), np.roll(b, 1, 0))
+    found.append(Row(BLEND, float(np.abs(between[0] - blend).max())))
+    found.append(Row(FREE, float(own / other)))
+    shared = {t: decodings(result, x_0[:10], label[:10], k_shared, t=t) for t in times[1:]}
+    spread = [float(x.var(0).mean()) for x in shared.values()]
+    found.append(Row(SPREAD, min(b - a for a, b in zip(spread, spread[1:], strict=False))))
+    plot(setup, folder, result, k_way, (rate, error), between, shared)
+    return found
+
+
+@_cli.costs("progressive.png")
+def plot(
+    setup: Setup, folder: Path, result, k_way, code: tuple, between: dict, shared: dict
+) -> None:
+    """Draws rate and distortion, the predicted x_0 on the way, interpolations by t, decodings of one x_t."""
+    fig, axes = figures.figure(2, 3, size=(14, 8))
+    distortion, bits, both, predicted, mixed, decoded = axes.ravel()
+    T, (rate, error) = setup.model.T, code
+    steps, root = np.arange(1, T + 1), 255 * np.sqrt(error)
+    share, rates, roots = TABLE[:, 0] / 1000, TABLE[:, 1], TABLE[:, 2]
+    rate_label, root_label = "rate (bits per dim)", "root mean squared error (of 255)"
+    for ax, ours, paper, ylabel in (
+        (distortion, root, roots, root_label),
+        (bits, rate, rates, rate_label),
+    ):
+        curves = {"digits, ours": (steps / T, ours), "CIFAR-10, paper": (share, paper)}
+        figures.curves(ax, curves, xlabel="share of the steps taken", ylabel=ylabel)
+    curves = {"digits, ours": (rate, root), "CIFAR-10, paper": (rates, roots)}
+    figures.curves(both, curves, xlabel=rate_label, ylabel=root_label)
+    _, x_0_hat = _diffusion.way(result, k_way, n=10, label=np.arange(10))
+    shown = [round(s * (T - 1)) for s in (0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)]
+    title = f"predicted x_0 after {', '.join(str(i + 1) for i in shown)} steps"
+    figures.images(predicted, np.concatenate([x_0_hat[i] for i in shown]), 10, title=title)
+    pictures = _diffusion.unit(np.concatenate([x[:, 3] for x in between.values()]))
+    figures.images(
+        mixed, pictures, 11, title=f"between two digits at t = {', '.join(map(str, between))}"
+    )
+    pictures = _diffusion.unit(np.concatenate([x[:, 0] for x in shared.values()]))
+    title = f"ten decodings of one x_t, t = {', '.join(map(str, shared))}"
+    figures.images(decoded, pictures, 10, title=title)
+    caption = f"digits 8x8, U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates; nothing chosen"
+    figures.save(fig, folder / "progressive.png", caption)
 
 
 if __name__ == "__main__":

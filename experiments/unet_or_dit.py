@@ -2,13 +2,11 @@
 
     python -m experiments.unet_or_dit           about 10 minutes on 2 cores; downloads nothing
 
-The model of `ddpm_digits` with its U-Net of .7 million parameters and with a DiT of as many, both at the U-Net's
-rate, alone on the machine one after the other: held-out bound against updates and against minutes, and what the
-samples are worth in the end. Its minutes are this machine's; a GPU would give others. No paper has numbers for this
-set, so there is no criterion but that both learn.
+The model of `ddpm_digits` with its U-Net of 0.7 million parameters and with a DiT of as many, both at the U-Net's rate.
+They train one after the other, alone on the machine. The held-out bound is shown against updates and against minutes,
+beside the quality of the samples in the end. The minutes are this machine's; a GPU would give others. No paper has
+numbers for this set, so the only criterion is that both learn.
 """
-
-from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
@@ -19,21 +17,19 @@ import numpy as np
 
 from aigc_jax import ddpm, figures, train
 from aigc_jax.train import Run
-from experiments import _cli, _pictures, ddpm_digits
-from experiments._cli import Row, Source
-
-DIT = ddpm.Net("dit", widths=(96,) * 4, heads=4, patch=2, dropout=0.1)
+from experiments import _cli, _ddpm_digits, _diffusion, _pictures
+from experiments._cli import Row, Scale, Source
 
 
 @dataclass(frozen=True)
 class Setup:
     """Flags of unet_or_dit."""
 
-    model: ddpm.Config = ddpm_digits.MODEL
-    dit: ddpm.Net = DIT
-    run: Run = replace(ddpm_digits.RUN, folder="runs/unet_or_dit", steps=2000)
+    model: ddpm.Config = _ddpm_digits.MODEL
+    dit: ddpm.Net = ddpm.Net("dit", widths=(96,) * 4, heads=4, patch=2, dropout=0.1)
+    run: Run = _ddpm_digits.run("runs/unet_or_dit", steps=2000)
     data: Source = Source("digits")
-    training: int | None = None  # images of train, by default 1,237 digits or 80 % of own pictures
+    training: int | None = None  # images; default 1,237 digits or 80 % of own pictures
 
     def __post_init__(self):
         _pictures.check(self, "unet_or_dit", conditional=True, own=True)
@@ -41,73 +37,80 @@ class Setup:
             raise ValueError("dit.kind must be dit and model.net.kind unet")
 
 
+SMOKE = Setup(
+    _ddpm_digits.SMOKE,
+    ddpm.Net("dit", widths=(32,) * 2, heads=2, patch=2, dropout=0.0),
+    _ddpm_digits.smoke_run("runs/unet_or_dit-smoke", steps=200, eval_every=100),
+)
 SCALES = {
-    "smoke": Setup(
-        ddpm_digits.SMOKE, ddpm.Net("dit", widths=(32,) * 2, heads=2, patch=2, dropout=0.0),
-        replace(ddpm_digits.SCALES["smoke"].run, folder="runs/unet_or_dit-smoke", steps=200, eval_every=100),
+    "smoke": Scale(SMOKE, "tiny nets, 200 updates"),
+    "cpu": Scale(
+        Setup(),
+        "8x8 digits, 0.7 million parameters (ImageNet, 33 to 675 million); one rate for both, the U-Net's, "
+        "its decay cut off after 2,000 of 2,500 updates",
     ),
-    "cpu": Setup(),
-}  # fmt: skip
-DIFFERENCE = {
-    "smoke": "tiny nets, 200 updates",
-    "cpu": "8x8 digits, .7 million parameters (ImageNet, 33 to 675 million); one rate for both, the U-Net's, its decay"
-    " cut off after 2,000 of 2,500 updates",
 }
 NETS = ("U-Net", "DiT")
-
-
-def bits(net: str) -> str:
-    return f"{net}: bound on test, given the label (bits per dim)"
-
-
-CRITERIA = {bits(net): ("< 2.39, below the histogram (2.6 when it was run)", lambda ours: ours < 2.39) for net in NETS}
-INVARIANTS = {bits(net): ("< 4.1, log2 of 17 levels", lambda ours: ours < 4.1) for net in NETS}
+BITS = {net: f"{net}: bound on test, given the label (bits per dim)" for net in NETS}
+CRITERIA = {BITS[net]: "< 2.39, below the histogram (2.6 when it was run)" for net in NETS}
+INVARIANTS = {BITS[net]: "< 4.1, log2 of 17 levels" for net in NETS}
 
 
 def clock(folder: str):
-    """An `on_eval` that says how many minutes the run has taken, those before it was stopped and resumed included."""
-    before = [line["valid"]["minutes"] for line in train.metrics(folder) if "valid" in line]
+    """Returns an `on_eval` that reports the minutes of the run, those before it was stopped and resumed included."""
+    _, before = _cli.history(folder, "minutes")
     begin = time.monotonic() - 60 * max(before, default=0.0)
     return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
-    """Trains both, bounds the test digits, measures samples, draws."""
-    with _cli.door():
-        training, held, test = _pictures.three(setup.data, setup.training, 1237)
-        setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
-        setup.dit.check(setup.model.shape)
-    pixels, label = test.resident[0]["image"], test.resident[0]["label"]
-    x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": pixels}))
-    found, by_step, by_minute, shown = _cli.kept(), {}, {}, []
+def run(setup: Setup, folder: Path) -> list[Row]:
+    """Trains both, bounds the test digits, measures samples."""
+    training, held, test = _pictures.three(setup.data, setup.training, 1237)
+    setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
+    setup.dit.check(setup.model.shape)
+    arrays = _cli.arrays(test)
+    x_0, label = (
+        np.asarray(ddpm.preprocess(setup.model, {"image": arrays["image"]})),
+        arrays["label"],
+    )
+    seen = _cli.arrays(training)["image"] / (setup.model.levels - 1)
+    found, curves, samples = _cli.kept(), {}, {}
     for net, form in zip(NETS, (setup.model.net, setup.dit), strict=True):
-        cfg = replace(setup.model, net=form)
         run = replace(setup.run, folder=str(folder / form.kind))
-        result = train.fit(ddpm.make, cfg, run, training, valid=held, on_eval=clock(run.folder))
-        lines = [(line["step"], line["valid"]) for line in train.metrics(result.folder) if "valid" in line]
-        step, minutes, bound = np.array([(s, v["minutes"], v["nll_bits_per_dim"]) for s, v in lines]).T
-        by_step[net], by_minute[net] = (step, bound), (minutes, bound)
-        count = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
-        k_bound, k_draw = jax.random.split(jax.random.key(setup.run.seed))
+        model, watch = replace(setup.model, net=form), clock(run.folder)
+        result = train.fit(ddpm.make, model, run, training, valid=held, on_eval=watch)
+        steps, bound = _cli.history(run.folder, "nll_bits_per_dim")
+        _, minutes = _cli.history(run.folder, "minutes")
+        curves[net] = steps, minutes, bound
+        k_bound, k_samples = jax.random.split(jax.random.key(setup.run.seed))
         found += [
-            Row(f"{net}: parameters", count),
-            Row(f"{net}: minutes of training, compiling and evaluating included", float(minutes[-1])),
-            Row(bits(net), float(ddpm_digits.bound(result, x_0, label, k_bound).sum())),
+            Row(f"{net}: parameters", _cli.parameters(result)),
+            Row(
+                f"{net}: minutes of training, compiling and evaluating included", float(minutes[-1])
+            ),
+            Row(BITS[net], float(_diffusion.bound(result, x_0, label, k_bound).sum())),
         ]
-        fake = train.sample(result, k_draw, n=len(label), label=label)
-        shown.append(_pictures.by_class(fake, label, 10))
-        seen = training.resident[0]["image"] / (setup.model.levels - 1)
+        fake = train.sample(result, k_samples, n=len(label), label=label)
+        samples[net] = _pictures.by_class(fake, label, 10)
         measured = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
         found += [row._replace(quantity=f"{net}: {row.quantity}") for row in measured]
-    with _cli.costs("unet_or_dit.png"):
-        fig, (axes,) = figures.figure(1, 4, size=(16, 4.2))
-        for ax, curves, xlabel in ((axes[0], by_step, "updates"), (axes[1], by_minute, "minutes of two cores")):
-            figures.curves(ax, curves, xlabel=xlabel, ylabel="bound, held-out images (bits per dim)")
-        for ax, net, pictures in zip(axes[2:], NETS, shown, strict=True):
-            figures.images(ax, pictures, 10, title=f"{net}: samples, not chosen")
-        caption = f"T = {setup.model.T}, {setup.run.steps} updates of {setup.run.batch_size} images, equal rates"
-        figures.save(fig, folder / "unet_or_dit.png", caption)
+    plot(setup, folder, curves, samples)
     return found
+
+
+@_cli.costs("unet_or_dit.png")
+def plot(setup: Setup, folder: Path, curves: dict, samples: dict) -> None:
+    """Draws the bound against updates and against minutes, and samples of both nets."""
+    fig, (axes,) = figures.figure(1, 4, size=(16, 4.2))
+    by_step = {net: (steps, bound) for net, (steps, _, bound) in curves.items()}
+    by_minute = {net: (minutes, bound) for net, (_, minutes, bound) in curves.items()}
+    ylabel = "bound, held-out images (bits per dim)"
+    figures.curves(axes[0], by_step, xlabel="updates", ylabel=ylabel)
+    figures.curves(axes[1], by_minute, xlabel="minutes of two cores", ylabel=ylabel)
+    for ax, (net, drawn) in zip(axes[2:], samples.items(), strict=True):
+        figures.images(ax, drawn, 10, title=f"{net}: samples, not chosen")
+    updates = f"{setup.run.steps} updates of {setup.run.batch_size} images"
+    figures.save(fig, folder / "unet_or_dit.png", f"T = {setup.model.T}, {updates}, equal rates")
 
 
 if __name__ == "__main__":

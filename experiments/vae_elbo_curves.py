@@ -1,15 +1,13 @@
 """The bound while training, against wake-sleep, for five latent sizes: AEVB (Kingma & Welling 2014), fig. 2
 
     python -m experiments.vae_elbo_curves                  about 25 minutes on 2 cores; MNIST (12 MB)
-    python -m experiments.vae_elbo_curves --scale paper    1e8 images an arm: about 10 hours on 2 cores
+    python -m experiments.vae_elbo_curves --scale paper    1e8 images per arm: about 10 hours on 2 cores
 
 Downloads MNIST or takes its files as vae_manifold does. Both algorithms train the same nets from the same
-initialisation on the same batches; wake-sleep (Hinton et al. 1995) fits the encoder to the model's own dreams. Expect
-AEVB ahead at every size, and no overfitting of 200 latents. The paper prints curves and no numbers: the criteria are
-ours.
+initialisation on the same batches. Wake-sleep (Hinton et al. 1995) fits the encoder to samples of the model itself.
+Expect AEVB ahead at every size, and no overfitting of 200 latents. The paper prints curves and no numbers: the criteria
+are ours.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +19,13 @@ from aigc_jax import figures, train, vae
 from aigc_jax.core import EMA, Family, Optim, make_step
 from aigc_jax.train import Run
 from experiments import _cli, _pictures
-from experiments._cli import Row, Source
+from experiments._cli import DataError, Row, Scale, Source
+from experiments._vae import ADAGRAD, check_latents
 
 MODEL = vae.Config(hidden=(500,), activation="tanh", binarisation="dynamic", optim=Optim(lr=1e-3))
 RUN = Run(
-    folder="runs/vae_elbo_curves", steps=20_000, batch_size=100, eval_every=1000, save_every=5000, log_every=10, keep=1,
-    steps_per_call=100,
-)  # fmt: skip
+    "runs/vae_elbo_curves", 20_000, 100, eval_every=1000, save_every=5000, log_every=10, keep=1
+)
 
 
 @dataclass(frozen=True)
@@ -35,52 +33,55 @@ class Setup:
     """Flags of vae_elbo_curves."""
 
     model: vae.Config = MODEL
-    run: Run = RUN
+    run: Run = replace(RUN, steps_per_call=100)
     data: Source = Source("mnist")
     latents: tuple[int, ...] = (3, 5, 10, 20, 200)  # N_z
     seeds: int = 2  # run.seed is the first
 
     def __post_init__(self):
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        if not self.latents or self.latents[0] < 1 or list(self.latents) != sorted(set(self.latents)):
-            raise ValueError(f"latents must be rising numbers from 1 on, got {self.latents}")
+        _cli.at_least(self, seeds=1)
+        check_latents(self.latents)
 
 
+SMOKE = Setup(
+    replace(MODEL, shape=(8, 8, 1), levels=17, hidden=(32,)),
+    replace(
+        Setup.run, folder="runs/vae_elbo_curves-smoke", steps=1000, eval_every=250, save_every=1000
+    ),
+    Source("digits"),
+    latents=(2, 8),
+    seeds=1,
+)
+PAPER = Setup(
+    replace(MODEL, optim=ADAGRAD),
+    replace(Setup.run, folder="runs/vae_elbo_curves-paper", steps=1_000_000, eval_every=20_000),
+)
 SCALES = {
-    "smoke": Setup(replace(MODEL, shape=(8, 8, 1), levels=17, hidden=(32,)),
-                   replace(RUN, folder="runs/vae_elbo_curves-smoke", steps=1000, eval_every=250, save_every=1000),
-                   Source("digits"), latents=(2, 8), seeds=1),
-    "cpu": Setup(),
-    "paper": Setup(replace(MODEL, optim=Optim("adagrad", lr=0.02, eps=0.0, eps_root=1e-8)),
-                   replace(RUN, folder="runs/vae_elbo_curves-paper", steps=1_000_000, eval_every=20_000)),
-}  # fmt: skip
-DIFFERENCE = {
-    "smoke": "digits 8x8, 1,000 updates",
-    "cpu": "2e6 images an arm (paper: 1e8), Adam for Adagrad, no prior on the weights, Flax's initialisation; dynamic "
-    "binarisation (the paper does not say)",
-    "paper": "no prior on the weights, one step size for the choice of three, Flax's initialisation; dynamic "
-    "binarisation (the paper does not say)",
+    "smoke": Scale(SMOKE, "digits 8x8, 1,000 updates"),
+    "cpu": Scale(
+        Setup(),
+        "2e6 images per arm (paper: 1e8), Adam for Adagrad, no prior on the weights, Flax's "
+        "initialisation; dynamic binarisation (the paper does not say)",
+    ),
+    "paper": Scale(
+        PAPER,
+        "no prior on the weights, one step size where the paper chooses from three, Flax's "
+        "initialisation; dynamic binarisation (the paper does not say)",
+    ),
 }
-ALGORITHMS = ("AEVB", "wake-sleep")
 AHEAD = "AEVB ahead of wake-sleep, smallest lead over the sizes (nats, test)"
 ORDER = "smallest gain from one size to the next up to 20 latents (nats, test)"
 SUPERFLUOUS = "|bound of 200 latents - bound of 20| (nats, test)"
 OVERFIT = "train - test gap of 200 latents less that of 20 (nats)"
-CRITERIA = {
-    AHEAD: ("> 0", lambda ours: ours > 0),
-    ORDER: (">= 0", lambda ours: ours >= 0),
-    SUPERFLUOUS: ("<= 3", lambda ours: ours <= 3),
-    OVERFIT: ("<= 1", lambda ours: ours <= 1),
-}
-INVARIANTS = {ORDER: CRITERIA[ORDER]}  # so early wake-sleep is ahead
+CRITERIA = {AHEAD: "> 0", ORDER: ">= 0", SUPERFLUOUS: "<= 3", OVERFIT: "<= 1"}
+INVARIANTS = {ORDER: CRITERIA[ORDER]}  # not AHEAD: so early, wake-sleep is ahead
 
 
 def make_wake_sleep(cfg: vae.Config, *, axis_name: str | None = None) -> Family:
-    """The VAE's nets trained by wake-sleep (Hinton et al. 1995).
+    """Returns the VAE's nets trained by wake-sleep (Hinton et al. 1995).
 
-    Wake: the decoder on z ~ q(z|x). Sleep: the encoder on (z, x) ~ p(x|z) p(z). Neither phase differentiates
-    through a draw, so the two losses touch one net each and are added.
+    Wake trains the decoder on z ~ q(z|x). Sleep trains the encoder on (z, x) ~ p(x|z) p(z). Neither differentiates
+    through a draw. So each loss trains one net, and their sum trains both.
     """
     family = vae.make(cfg)
 
@@ -99,73 +100,73 @@ def make_wake_sleep(cfg: vae.Config, *, axis_name: str | None = None) -> Family:
         return -(wake + sleep).mean(), (state.extra, {"elbo_nats": bound.mean()})
 
     ema = EMA(cfg.ema)
-    return family._replace(step=make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name))
+    return family._replace(
+        step=make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
+    )
 
 
-def rows(setup: Setup, folder: Path) -> list[Row]:
-    """Trains both algorithms at every size, measures bounds on test and train, draws the curves."""
-    with _cli.door():
-        plain = {"likelihood": "bernoulli", "upper_dim": 0, "classes": 0, "objective": "elbo"}
-        if wrong := [name for name, value in plain.items() if getattr(setup.model, name) != value]:
-            raise ValueError(f"wake-sleep is for model.{wrong[0]} {plain[wrong[0]]} only")
-        training, test = _pictures.parts(setup.data, "train", "test")
-        seen = setup.data.load(f"train[:{min(test.info.examples, training.info.examples)}]")
-        setup = _pictures.adopt(setup, SCALES, training.info)
+MAKES = {"AEVB": vae.make, "wake-sleep": make_wake_sleep}
+
+
+def run(setup: Setup, folder: Path) -> list[Row]:
+    """Trains both algorithms at every size, measures bounds on test and train."""
+    plain = {"likelihood": "bernoulli", "upper_dim": 0, "classes": 0, "objective": "elbo"}
+    if wrong := [name for name, value in plain.items() if getattr(setup.model, name) != value]:
+        raise DataError(f"wake-sleep is for model.{wrong[0]} {plain[wrong[0]]} only")
+    training, test = _pictures.parts(setup.data, "train", "test")
+    seen = setup.data.load(f"train[:{min(test.info.examples, training.info.examples)}]")
+    setup = _pictures.adopt(setup, SCALES, training.info)
     bounds, gaps, curves, found = {}, {}, {}, _cli.kept()
     for latents in setup.latents:
-        for algorithm, make in zip(ALGORITHMS, (vae.make, make_wake_sleep), strict=True):
-            ends = []
-            for run in _cli.seeded(replace(setup.run, folder=str(folder / f"{algorithm}-{latents}")), setup.seeds):
-                result = train.fit(make, replace(setup.model, latent_dim=latents), run, training, valid=test)
+        for algorithm, make in MAKES.items():
+            base, ends = replace(setup.run, folder=str(folder / f"{algorithm}-{latents}")), []
+            for run in _cli.seeded(base, setup.seeds):
+                model = replace(setup.model, latent_dim=latents)
+                result = train.fit(make, model, run, training, valid=test)
                 ends.append([-train.evaluate(result, part)["nll_nats"] for part in (test, seen)])
-                if run.seed == setup.run.seed:
-                    curves[algorithm, latents] = curve(train.metrics(result.folder), run)
-            at, error = _cli.mean_and_error([end[0] for end in ends])
-            bounds[algorithm, latents] = at
+                curves.setdefault((algorithm, latents), curve(run))
+            bound, error = _cli.mean_and_error([end[0] for end in ends])
+            bounds[algorithm, latents] = bound
             gaps[algorithm, latents] = float(np.mean([end[1] - end[0] for end in ends]))
-            found.append(
-                Row(f"{algorithm}, {latents} latents: bound, test (nats, ELBO; +- s.e. over seeds)", at, error=error)
-            )
+            what = f"{algorithm}, {latents} latents: bound, test (nats, ELBO; +- s.e. over seeds)"
+            found.append(Row(what, bound, error=error))
     lead = min(bounds["AEVB", n] - bounds["wake-sleep", n] for n in setup.latents)
     small = [bounds["AEVB", n] for n in setup.latents if n <= 20]
     found += [Row(AHEAD, lead), Row(ORDER, float(min(np.diff(small), default=np.nan)))]
     if {20, 200} <= set(setup.latents):
         found.append(Row(SUPERFLUOUS, abs(bounds["AEVB", 200] - bounds["AEVB", 20])))
         found.append(Row(OVERFIT, gaps["AEVB", 200] - gaps["AEVB", 20]))
-    draw(setup, folder, curves)
+    plot(setup, folder, curves)
     return found
 
 
-def curve(lines: list[dict], run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images seen, and the bound on test and on the training batches of the stretch before (nats)."""
-    valid = [(line["step"], -line["valid"]["nll_nats"]) for line in lines if "valid" in line]
-    steps, test = np.array(valid).T
-    batches = {line["step"]: line["train"]["elbo_nats"] for line in lines if "train" in line}
-    means = [np.mean([v for s, v in batches.items() if at - run.eval_every < s <= at]) for at in steps]
-    return steps * run.batch_size, test, np.array(means)
+def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns images seen, the bound on test, and its mean over the training batches since the last validation."""
+    steps, nats = _cli.history(run.folder, "nll_nats")
+    at, batches = _cli.history(run.folder, "elbo_nats", "train")
+    means = [batches[(step - run.eval_every < at) & (at <= step)].mean() for step in steps]
+    return steps * run.batch_size, -nats, np.array(means)
 
 
 @_cli.costs("vae_elbo_curves.png")
-def draw(setup: Setup, folder: Path, curves: dict) -> None:
-    """One panel a size, as in the paper: images seen against the bound."""
+def plot(setup: Setup, folder: Path, curves: dict) -> None:
+    """Draws one panel per size, as in the paper: images seen against the bound."""
     fig, (axes,) = figures.figure(1, len(setup.latents), size=(3.2 * len(setup.latents), 3.4))
-    low = min(c[1][len(c[1]) // 10] for c in curves.values())
-    high = max(c[2].max() for c in curves.values())
+    low = min(test[len(test) // 10] for _, test, _ in curves.values())
+    high = max(batches.max() for _, _, batches in curves.values())
     for ax, latents in zip(axes, setup.latents, strict=True):
         lines = {}
-        for algorithm in ALGORITHMS:
+        for algorithm in MAKES:
             seen, test, batches = curves[algorithm, latents]
             lines |= {f"{algorithm}, test": (seen, test), f"{algorithm}, train": (seen, batches)}
-        figures.curves(
-            ax, lines, xlabel="images seen", ylabel="ELBO (nats an image)", title=f"{setup.data.name}, N_z = {latents}"
-        )
+        title = f"{setup.data.name}, {latents} latents"
+        figures.curves(ax, lines, xlabel="images seen", ylabel="ELBO (nats per image)", title=title)
         ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter("")  # decades only: the rest would overlap
+        ax.xaxis.set_minor_formatter("")  # labels between the decades would overlap
         ax.set_ylim(low, high + 0.05 * (high - low))
-    caption = f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, dynamic binarisation"
-    figures.save(
-        fig, folder / "vae_elbo_curves.png", f"{caption}; first of {setup.seeds} seeds; train: mean over batches"
-    )
+    nets = f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, dynamic binarisation"
+    caption = f"{nets}; first of {setup.seeds} seeds; train: mean over batches"
+    figures.save(fig, folder / "vae_elbo_curves.png", caption)
 
 
 if __name__ == "__main__":

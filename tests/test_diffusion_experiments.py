@@ -16,7 +16,6 @@ from experiments import (
     _cli,
     _diffusion,
     ddim_steps,
-    ddpm_digits,
     guidance,
     progressive,
     schedules,
@@ -104,7 +103,7 @@ def test_the_tilted_density_by_its_definition():
 def test_histogram_bits_are_those_of_counting():
     training, test = np.array([[0, 1], [0, 2], [1, 2]]), np.array([[0, 2], [2, 2]])
     bits = -np.log2([3 / 6, 3 / 6, 1 / 6, 3 / 6])
-    np.testing.assert_allclose(ddpm_digits.histogram_bits(training, test, 3), bits.mean(), rtol=1e-12)
+    np.testing.assert_allclose(_diffusion.histogram_bits(training, test, 3), bits.mean(), rtol=1e-12)
 
 
 def test_beta_tilde_agrees_first_where_the_paper_says():
@@ -131,7 +130,7 @@ def test_every_schedule_of_vdm_has_the_same_ends_and_rises():
 
 def test_bent_time_makes_no_estimate_quieter_than_the_least():
     straight, least = vdm_invariance.least_variance()
-    setup = replace(vdm_invariance.SCALES["smoke"], samples=200_000)
+    setup = replace(vdm_invariance.SCALES["smoke"].setup, samples=200_000)
     bent = vdm_invariance.estimates(vdm_invariance.SCHEDULES["bent"], setup, 0).var()
     linear = vdm_invariance.estimates(vdm_invariance.SCHEDULES["linear"], setup, 1).var()
     assert least < straight and bent > least
@@ -156,7 +155,7 @@ def test_bits_sent_and_the_decoders_make_the_bound():
     result, x_0, label = untrained(), np.linspace(-1, 1, 48).reshape(3, 4, 4, 1).astype(np.float32), np.array([0, 1, 0])
     rate, decoder, error = progressive.coding(result, x_0, label, jax.random.key(1))
     k_terms, _ = jax.random.split(jax.random.key(1))
-    terms = ddpm_digits.bound(result, x_0, label, k_terms)
+    terms = _diffusion.bound(result, x_0, label, k_terms)
     np.testing.assert_allclose(rate[-1] + decoder, terms.sum(), rtol=1e-6)
     assert rate.shape == error.shape == (21,) and (np.diff(rate) >= 0).all()
     np.testing.assert_allclose(rate[0], terms[-1], rtol=1e-6)
@@ -196,7 +195,7 @@ def test_decodings_share_their_start_and_not_their_noise():
 )
 def test_what_could_not_be_measured_is_refused_before_training(script, change, words):
     with pytest.raises(ValueError, match=words):
-        replace(script.SCALES["cpu"], **change)
+        replace(script.SCALES["cpu"].setup, **change)
 
 
 def test_the_roll_is_of_the_plane():

@@ -13,6 +13,7 @@ from aigc_jax import data, train, vae
 from aigc_jax.core import Optim
 from experiments import (
     _cli,
+    _iwae,
     cgan_mnist,
     gan_digits,
     gan_mnist,
@@ -93,11 +94,11 @@ def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
 @pytest.mark.slow
 def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypatch):
     """IWAE's paper in small: two stages an arm, table 2 from their ends."""
-    monkeypatch.setattr(iwae_table, "Run", partial(train.Run, devices=1))  # compiles in half the time
-    monkeypatch.setattr(iwae_table, "ONE", replace(iwae_table.ONE, hidden=(8,), latent_dim=4))
-    setup = replace(iwae_table.SCALES["smoke"], folder=str(tmp_path), epochs=1, stages=2, further=1, ks=(1, 2),
+    monkeypatch.setattr(_iwae, "Run", partial(train.Run, devices=1))  # compiles in half the time
+    monkeypatch.setattr(_iwae, "ONE", replace(_iwae.ONE, hidden=(8,), latent_dim=4))
+    setup = replace(iwae_table.SCALES["smoke"].setup, folder=str(tmp_path), epochs=1, stages=2, further=1, ks=(1, 2),
                     vae_ks=(1,), two_layers=(), batch_size=480, lr=1e-3, test=20, draws=20)  # fmt: skip
-    found = iwae_table.rows(setup, tmp_path)
+    found = iwae_table.run(setup, tmp_path)
     runs = {str(p.parent.relative_to(tmp_path)): json.loads(p.read_text()) for p in tmp_path.rglob("run.json")}
     first, second = (runs[f"1-IWAE-k2-1epochs/seed0/stage{i}"] for i in (0, 1))
     assert first["run"]["steps"] * 3 == second["run"]["steps"] == 9
@@ -116,31 +117,31 @@ def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypat
 
     result = train.load(tmp_path / "1-VAE-k1-1epochs/seed0/stage1")
     x = np.asarray(vae.preprocess(result.config, data.load("digits", "test[:20]").batch(0, 0, 20), jax.random.key(9)))
-    ours = iwae_table.nll(result, x, draws=20).mean()
+    ours = _iwae.nll(result, x, draws=20).mean()
     np.testing.assert_allclose(named["1 layer, VAE k=1, 4 epochs: NLL (nats)"], ours, rtol=1e-6)
     kept = np.arange(4) % 2 == 0
-    mu, logvar = vae.encode(result.config, iwae_table.pruned(result.state.params, kept), jnp.asarray(x))
+    mu, logvar = vae.encode(result.config, _iwae.pruned(result.state.params, kept), jnp.asarray(x))
     before = vae.encode(result.config, result.state.params, jnp.asarray(x))[0]
     assert (mu[:, ~kept] == 0).all() and (logvar[:, ~kept] == 0).all()
     np.testing.assert_allclose(mu[:, kept], before[:, kept])
 
 
 def test_the_papers_protocol_is_the_papers():
-    setup = iwae_table.SCALES["paper"]
+    setup = iwae_table.SCALES["paper"].setup
     assert sum(setup.epochs * 3**i for i in range(setup.stages)) == 3280 and setup.batch_size == 20
-    arms = {arm[:3] for arm in iwae_table.arms(setup) if not arm.after}
-    assert arms == set(iwae_table.PAPER)
+    arms = {arm[:3] for arm in _iwae.arms(setup) if not arm.after}
+    assert arms == set(_iwae.PAPER)
     assert "2 layers, IWAE k=50, 3280 epochs: NLL (nats)" in iwae_table.CRITERIA
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [vae_elbo_curves, vae_samples])
 def test_curves_and_samples_are_drawn(tmp_path, script):
-    small = script.SCALES["smoke"]
+    small = script.SCALES["smoke"].setup
     every = {"eval_every": 30} if script is vae_elbo_curves else {}
     run = replace(small.run, folder=str(tmp_path), steps=60, steps_per_call=30, devices=1, **every)
     setup = replace(small, run=run, latents=(2, 3), **({"seeds": 2} if every else {}))
-    found = script.rows(setup, tmp_path)
+    found = script.run(setup, tmp_path)
     assert all(np.isfinite(row.ours) for row in found)
     if script is vae_elbo_curves:
         assert all(row.error is not None for row in found[:4])
@@ -174,8 +175,8 @@ def test_slopes_of_a_critic_are_those_of_its_gradients():
 )
 def test_a_gan_is_trained_and_measured(tmp_path, flags):
     run = replace(gan_digits.RUN, folder=str(tmp_path), steps=20, eval_every=10, steps_per_call=10, devices=1)
-    setup = replace(gan_digits.SCALES["smoke"], run=run, model=replace(gan_digits.MODEL, **flags))
-    found = gan_digits.rows(setup, tmp_path)
+    setup = replace(gan_digits.SCALES["smoke"].setup, run=run, model=replace(gan_digits.MODEL, **flags))
+    found = gan_digits.run(setup, tmp_path)
     assert all(np.isfinite(row.ours) for row in found) and (tmp_path / "gan_digits.png").exists()
     assert not any("kernel distance" in row.quantity for row in found)  # of 360 digits it is noise
 
@@ -199,7 +200,7 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
         (parzen_table, {"run": replace(parzen_table.RUN, eval_every=0)}, "run.eval_every must be at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            replace(script.SCALES["cpu"], **change)
+            replace(script.SCALES["cpu"].setup, **change)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_what_is_measured_outlasts_what_fails_later(script, kept, tmp_path, monk
     monkeypatch.setattr(train, "load", lambda folder: None)
     monkeypatch.setattr(train, "evaluate", lambda *args: {"nll_nats": 20.0, "kl_nats": 5.0})
     monkeypatch.setattr(vae_digits, "marginal_nats", marginal)
-    found, failed = _cli.measured(script, script.SCALES["smoke"], tmp_path)
+    found, failed = _cli.measured(script, script.SCALES["smoke"].setup, tmp_path)
     assert isinstance(failed, MemoryError | train.NonFinite) and len(found) == len(kept)
     assert all(row.quantity.startswith(name) for row, name in zip(found, kept, strict=True))
 

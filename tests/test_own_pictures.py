@@ -132,9 +132,9 @@ def reach(name, source, tmp_path, monkeypatch, **change):
         raise Reached(make, cfg, training, options.get("valid"))
 
     monkeypatch.setattr(train, "fit", fit)
-    setup = replace(script.SCALES["smoke"], data=source, **change)
+    setup = replace(script.SCALES["smoke"].setup, data=source, **change)
     with pytest.raises(Reached) as e:
-        script.rows(setup, tmp_path)
+        script.run(setup, tmp_path)
     return e.value.args
 
 
@@ -171,11 +171,11 @@ def test_the_script_that_measures_first_has_its_pictures_before(flat, tmp_path, 
         raise Reached
 
     monkeypatch.setattr(train, "fit", fit)
-    setup = vdm_invariance.SCALES["smoke"]
+    setup = vdm_invariance.SCALES["smoke"].setup
     with pytest.raises(Reached):
-        vdm_invariance.rows(replace(setup, data=Source(flat)), tmp_path)
-    with pytest.raises(SystemExit):
-        vdm_invariance.rows(replace(setup, data=Source(flat), model=replace(setup.model, shape=(9, 9, 1))), tmp_path)
+        vdm_invariance.run(replace(setup, data=Source(flat)), tmp_path)
+    with pytest.raises(ValueError):
+        vdm_invariance.run(replace(setup, data=Source(flat), model=replace(setup.model, shape=(9, 9, 1))), tmp_path)
 
 
 @pytest.fixture
@@ -271,9 +271,9 @@ def test_halvings():
 
 
 def smallest(family, source, tmp_path, **change):
-    setup = own_pictures.scales(family)["smoke"]
+    setup = own_pictures.scales(family)["smoke"].setup
     run = replace(setup.run, folder=str(tmp_path / "run"), steps=4, eval_every=5, batch_size=8, devices=1)
-    return own_pictures.rows(replace(setup, run=run, data=source, samples=12, **change), tmp_path)
+    return own_pictures.run(replace(setup, run=run, data=source, samples=12, **change), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_own_pictures_are_trained_drawn_and_measured(family, classes, tmp_path):
 
 def test_the_family_is_a_first_flag_and_part_of_the_record(flat, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(own_pictures, "rows", lambda setup, folder: (folder.mkdir(), [_cli.Row("x", 1.0)])[1])
+    monkeypatch.setattr(own_pictures, "run", lambda setup, folder: (folder.mkdir(), [_cli.Row("x", 1.0)])[1])
     flags = ["--run.folder", "run", "--family", "ddpm", "--model.T", "9", "--data.name", flat, "--scale", "smoke"]
     monkeypatch.setattr(sys, "argv", ["own_pictures", *flags])
     _cli.main("own_pictures")

@@ -192,12 +192,12 @@ def test_chorales_are_learnt_scored_and_written(chorales, tmp_path):
     import mido
 
     folder, pieces = chorales
-    small = jsb_chorales.SCALES["smoke"]
+    small = jsb_chorales.SCALES["smoke"].setup
     run = replace(small.run, folder=str(tmp_path / "run"), steps=20, eval_every=10, batch_size=2, devices=1)
     setup = replace(small, run=run, data=_cli.Source("jsb_chorales", str(folder)), seeds=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run").rmdir()
-    found = {row.quantity: row.ours for row in jsb_chorales.rows(setup, tmp_path / "run")}
+    found = {row.quantity: row.ours for row in jsb_chorales.run(setup, tmp_path / "run")}
     result = train.load(tmp_path / "run")
     logits = jax.jit(lambda roll: jsb_chorales.logits(result.config, result.state.params, roll))
     total, frames = 0.0, 0
@@ -262,18 +262,18 @@ def test_the_nanogpt_configuration_is_nanogpts():
 
 @pytest.mark.slow
 def test_gpt2_and_finetune_run_on_a_small_model(tmp_path):
-    setup = replace(gpt2.SCALES["smoke"], folder=str(tmp_path / "gpt2"))
-    found = {row.quantity: row.ours for row in gpt2.rows(setup, tmp_path / "gpt2")}
+    setup = replace(gpt2.SCALES["smoke"].setup, folder=str(tmp_path / "gpt2"))
+    found = {row.quantity: row.ours for row in gpt2.run(setup, tmp_path / "gpt2")}
     assert found["gpt2: parameters"] == 124_439_808 and 0 < found[gpt2.BITS] < 20
-    small = finetune.SCALES["smoke"]
+    small = finetune.SCALES["smoke"].setup
     run = replace(small.run, folder=str(tmp_path / "run"), devices=1)
-    found = {row.quantity: row.ours for row in finetune.rows(replace(small, run=run), tmp_path / "run")}
+    found = {row.quantity: row.ours for row in finetune.run(replace(small, run=run), tmp_path / "run")}
     assert found[finetune.GAIN] > 0
     cfg, params = transformer.load_gpt2(tmp_path / "run" / "gpt2")  # what it wrote is what it takes
     again = replace(
         small, weights=str(tmp_path / "run" / "gpt2"), run=replace(run, folder=str(tmp_path / "b"), steps=20)
     )
-    more = {row.quantity: row.ours for row in finetune.rows(again, tmp_path / "b")}
+    more = {row.quantity: row.ours for row in finetune.run(again, tmp_path / "b")}
     np.testing.assert_allclose(more[finetune.BEFORE], found[finetune.AFTER], rtol=1e-4)
 
 
@@ -288,17 +288,17 @@ def test_scripts_refuse_what_they_could_not_do(tmp_path):
         (in_context_regression, {"prompts": 1}, "prompts must be at least 2"),
     ):
         with pytest.raises(ValueError, match=words):
-            replace(script.SCALES["cpu"], **change)
+            replace(script.SCALES["cpu"].setup, **change)
     for of in (in_context_regression, jsb_chorales):
         with pytest.raises(ValueError, match="micro"):
             replace(of.Config(), net=replace(of.NET, micro=2))
-    small = finetune.SCALES["smoke"]
+    small = finetune.SCALES["smoke"].setup
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         for setup in (finetune.Setup(), replace(small, length=100), replace(small, prompt="")):
-            with pytest.raises(SystemExit):
-                finetune.rows(setup, tmp_path / "none")
+            with pytest.raises(ValueError):
+                finetune.run(setup, tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    small = decoding.SCALES["smoke"]
+    small = decoding.SCALES["smoke"].setup
     with pytest.raises(train.Refused, match="beams must lie in 1.."):
-        decoding.rows(replace(small, beams=1000), tmp_path / "none")
+        decoding.run(replace(small, beams=1000), tmp_path / "none")
