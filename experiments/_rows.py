@@ -94,7 +94,7 @@ def verdict(row: Row, criteria: Mapping[str, _criteria.Criterion]) -> str:
     if row.ours is None:
         return f"not measured: {words}"
     met = row.ours != NOT_REACHED and _criteria.parse(criterion)(row.ours)
-    return f"{'holds' if met else 'FAILS'}: {words}"
+    return f"{'met' if met else 'not met'}: {words}"
 
 
 def mean_and_error(values) -> tuple[float, float | None]:

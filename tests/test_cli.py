@@ -64,7 +64,7 @@ def digits_run(tmp_path_factory):
 def test_smoke_run_draws_and_measures(digits_run):
     result = json.loads((digits_run / "rows.json").read_text())
     bound, marginal = result["rows"][:2]
-    assert bound["verdict"].startswith("holds") and bound["ours"] < marginal["ours"]
+    assert bound["verdict"].startswith("met") and bound["ours"] < marginal["ours"]
     assert abs(marginal["ours"] - 26.8) < 0.1
     assert result["scale"] == "smoke" and result["command"].endswith("--scale smoke --run.devices 1")
     with Image.open(digits_run / "vae_digits.png") as picture:
@@ -266,11 +266,11 @@ def test_list_and_usage(call):
 
 def test_rows_and_verdicts():
     row = _cli.Row("a", 3.0, error=0.1)
-    assert _cli.verdict(row, {"a": "< 4"}) == "holds: < 4"
-    assert _cli.verdict(row, {"a": "< 2"}) == "FAILS: < 2"
+    assert _cli.verdict(row, {"a": "< 4"}) == "met: < 4"
+    assert _cli.verdict(row, {"a": "< 2"}) == "not met: < 2"
     assert _cli.verdict(row, {}) == ""
     missed = row._replace(ours=_cli.NOT_REACHED)
-    assert _cli.verdict(missed, {"a": "< 2"}) == "FAILS: < 2"
+    assert _cli.verdict(missed, {"a": "< 2"}) == "not met: < 2"
     assert _cli.verdict(row._replace(ours=None), {"a": "< 2"}) == "not measured: < 2"
     mean, error = _cli.mean_and_error([1.0, 2.0, 4.0])
     np.testing.assert_allclose((mean, error), (7 / 3, np.std([1, 2, 4], ddof=1) / 3**0.5))
@@ -750,7 +750,7 @@ def test_a_row_that_cannot_be_measured_says_why_and_costs_no_other(toy, tmp_path
     code, out, err = toy(rows)
     assert code == 0 and err == ""
     assert verdicts(tmp_path / "toy") == {
-        "a": "holds: < 2",
+        "a": "met: < 2",
         "c": "not measured: needs our classifier",
         "b": "not measured: 6-grams of 4533 tokens do not fit",
         "toy.png": "not measured: 6-grams of 4533 tokens do not fit",
@@ -791,8 +791,8 @@ def test_a_fault_in_a_measurement_keeps_its_traceback_in_the_folder(toy, tmp_pat
     assert err.splitlines()[-1] == "error: KeyError: 'nothing'"
     assert "in draw" in (tmp_path / "toy" / "error.txt").read_text()
     assert verdicts(tmp_path / "toy") == {
-        "a": "FAILS: < 2",
-        "b": "holds: > 0",
+        "a": "not met: < 2",
+        "b": "met: > 0",
         "toy.png": "not measured: KeyError: 'nothing'",
     }
 
@@ -822,7 +822,7 @@ def test_what_ends_a_script_after_training_leaves_its_rows(toy, tmp_path, error,
     assert (tmp_path / "toy" / "error.txt").exists() == isinstance(error, ZeroDivisionError | MemoryError)
     found = verdicts(tmp_path / "toy")
     assert found == {
-        "a": "holds: < 2",
+        "a": "met: < 2",
         "beside": "",
         "lost": "not measured: later",
         "b": f"not measured: {words.strip()}",
@@ -877,7 +877,7 @@ def test_a_figure_that_fails_costs_a_real_script_nothing_else(call, monkeypatch,
     found = verdicts(tmp_path / "run")
     assert code == 1 and "error" not in err  # in CI no row may be missing
     assert found.pop("vae_digits.png") == "not measured: no such font"
-    assert len(found) == 3 and found[vae_digits.BOUND].startswith("holds")
+    assert len(found) == 3 and found[vae_digits.BOUND].startswith("met")
 
 
 def test_the_scale_works_wherever_it_stands(toy, tmp_path):
