@@ -68,22 +68,9 @@ def compare(
     check_seed(seed)
     size = _recorded_size(other) if data_size is None else data_size
     real, fake = _pictures(reference, size), _pictures(other, size)
-    shape = real.info.shape
-    if fake.info.shape != shape:
-        one, two = (" x ".join(map(str, found.info.shape)) for found in (real, fake))
-        raise train.Refused(
-            f"pictures of one size are compared: {reference} has {one}, {other} {two}"
-        )
-    if real.info.fingerprint == fake.info.fingerprint:
-        raise train.Refused(f"{reference} and {other} hold the same pictures")
-    most = min(real.info.examples // 2, fake.info.examples)
-    there = f"{reference} holds {real.info.examples} pictures, {other} {fake.info.examples}"
-    if most < FEWEST:
-        raise train.Refused(f"{there}: at least {2 * FEWEST} and {FEWEST} are needed")
-    n = most if n is None else n
-    if not FEWEST <= n <= most:
-        raise train.Refused(f"{there}: n must lie in {FEWEST}..{most}, got {n}")
+    n = _check_pictures(reference, other, real, fake, n)
     classifier = None if features == "pixels" else metrics.load_classifier(features)
+    shape = real.info.shape
     if classifier and shape != classifier.shape:
         wanted, got = (" x ".join(map(str, s)) for s in (classifier.shape, shape))
         raise train.Refused(
@@ -106,6 +93,27 @@ def compare(
     print(f"{n} pictures a side, {width} features: {used}")
     if n < 10 * width:
         print(f"fewer than {10 * width} pictures: the Frechet distance is mostly its floor")
+
+
+def _check_pictures(
+    reference: Path, other: Path, real: data.Data, fake: data.Data, n: int | None
+) -> int:
+    """Returns how many pictures per side are compared; raises Refused if that says nothing."""
+    if fake.info.shape != real.info.shape:
+        one, two = (" x ".join(map(str, found.info.shape)) for found in (real, fake))
+        raise train.Refused(
+            f"pictures of one size are compared: {reference} has {one}, {other} {two}"
+        )
+    if real.info.fingerprint == fake.info.fingerprint:
+        raise train.Refused(f"{reference} and {other} hold the same pictures")
+    most = min(real.info.examples // 2, fake.info.examples)
+    there = f"{reference} holds {real.info.examples} pictures, {other} {fake.info.examples}"
+    if most < FEWEST:
+        raise train.Refused(f"{there}: at least {2 * FEWEST} and {FEWEST} are needed")
+    n = most if n is None else n
+    if not FEWEST <= n <= most:
+        raise train.Refused(f"{there}: n must lie in {FEWEST}..{most}, got {n}")
+    return n
 
 
 def _scores(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, tuple[float, ...]]:

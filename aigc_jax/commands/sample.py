@@ -127,12 +127,8 @@ def sample(
             f"{bad} of {n} samples hold values that are not finite: nothing was written"
         )
     step = int(result.state.step)
-    for place in places:
-        with _replacing(place) as new:
-            if place.suffix.lower() in forms:
-                _write_all(new, place.suffix.lower(), samples, f"{run_folder}, step {step}")
-            else:
-                _write_each(new, forms[0] if kind == "image" else ".npy", samples)
+    single = forms[0] if kind == "image" else ".npy"
+    _write(places, forms, single, samples, f"{run_folder}, step {step}")
     best = folders.read(run_folder)["run"].get("best")
     chosen = f" (lowest {best} of those kept)" if best else ""
     where = " and, one by one, ".join(str(place) for place in places)
@@ -229,6 +225,16 @@ def _replacing(place: Path) -> Iterator[Path]:
         if new.is_dir():
             shutil.rmtree(new, ignore_errors=True)
         new.unlink(missing_ok=True)
+
+
+def _write(places: list[Path], forms, single: str, samples: np.ndarray, caption: str) -> None:
+    """Writes the samples to each place: a file with an ending of `forms`, or a folder."""
+    for place in places:
+        with _replacing(place) as new:
+            if place.suffix.lower() in forms:
+                _write_all(new, place.suffix.lower(), samples, caption)
+            else:
+                _write_each(new, single, samples)
 
 
 def _write_all(file: Path, form: str, samples: np.ndarray, caption: str) -> None:
