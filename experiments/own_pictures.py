@@ -60,7 +60,7 @@ def discriminator(shape: tuple[int, ...]) -> gan.Net:
 
 def unet(shape: tuple[int, ...]) -> ddpm.Net:
     """A U-Net that attends where a picture has few places left."""
-    widths = (32, 64, 96, *[128] * 5)[: 1 + halvings(shape)]
+    widths = (24, 48, 96, *[128] * 5)[: 1 + halvings(shape)]
     return ddpm.Net(widths=widths, blocks=1, attention=(4, 5, 6, 7, 8), groups=8, dropout=0.1)
 
 
