@@ -4,8 +4,8 @@
     "within 0.5 .. 2"                                   both ends included
     "within 0.3 of 86.76"                               a distance, its end included
 
-A note for the reader may follow: after a comma, or in brackets. Where words cannot say it, a criterion is a pair
-(words, function of the value).
+A note for the reader may follow: after a comma, or in brackets. Where words cannot say it, a
+criterion is a pair (words, function of the value).
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def command(name: str, scale: str, flags: list[str]) -> str:
 
 
 def recordable(scale: str, flags: list[str]) -> str:
-    """Returns the commit that a record will name. Raises ValueError where the run could not be repeated from it."""
+    """Returns the commit that a record will name. Raises ValueError where the run could not be
+    repeated from it.
+    """
     if scale == "smoke":
         raise ValueError("a smoke run is no result: record scale cpu or paper")
     if any(
@@ -67,7 +69,9 @@ def recordable(scale: str, flags: list[str]) -> str:
 
 
 def check_began_at(commit: str, folder: Path) -> None:
-    """Raises ValueError where a run below the folder was begun at another commit, or with changed files."""
+    """Raises ValueError where a run below the folder was begun at another commit, or with changed
+    files.
+    """
     for path in folder.rglob("run.json"):
         if (began := folders.read(path.parent)["environment"].get("commit")) != commit:
             raise ValueError(

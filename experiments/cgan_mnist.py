@@ -2,11 +2,12 @@
 
     python -m experiments.cgan_mnist                    about 16 minutes on 2 cores; MNIST (12 MB)
 
-Downloads MNIST or takes its files as vae_manifold does. Labels enter both nets by concatenation, as in the paper. Its
-only number is a Parzen log-likelihood of 132 +- 1.8 nats, which its authors call a proof of concept. Expect 208 nats.
-Our classifier, 99 % accurate on real digits, puts 97 % of the samples in their class. Coverage is 0.90 and fid_mnist
-4.2; the first 10,000 training images have 0.94 and 2.5 (as recorded), random ones 0.95 and 1.6 (as measured now).
-Coverage stands beside accuracy, because one good picture per class would be enough for a high accuracy.
+Downloads MNIST or takes its files as vae_manifold does. Labels enter both nets by concatenation, as
+in the paper. Its only number is a Parzen log-likelihood of 132 +- 1.8 nats, which its authors call
+a proof of concept. Expect 208 nats. Our classifier, 99 % accurate on real digits, puts 97 % of the
+samples in their class. Coverage is 0.90 and fid_mnist 4.2; the first 10,000 training images have
+0.94 and 2.5 (as recorded), random ones 0.95 and 1.6 (as measured now). Coverage stands beside
+accuracy, because one good picture per class would be enough for a high accuracy.
 """
 
 from dataclasses import dataclass, replace

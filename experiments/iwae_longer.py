@@ -2,9 +2,9 @@
 
     python -m experiments.iwae_longer                   about 60 minutes on 2 cores; MNIST (12 MB)
 
-Downloads MNIST or takes its files as vae_manifold does. As iwae_table, with k = 1 and 5 for 800 epochs each (the paper:
-3,280), and -L_5000 over the whole test set: expect 86.8 and 86.2 nats (the paper: 86.76 and 85.54).
-`python -m experiments.iwae_table --scale paper` is the full protocol.
+Downloads MNIST or takes its files as vae_manifold does. As iwae_table, with k = 1 and 5 for 800
+epochs each (the paper: 3,280), and -L_5000 over the whole test set: expect 86.8 and 86.2 nats (the
+paper: 86.76 and 85.54). `python -m experiments.iwae_table --scale paper` is the full protocol.
 """
 
 from experiments import _cli

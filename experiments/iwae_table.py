@@ -1,12 +1,12 @@
 """Importance weighted autoencoders: Burda, Grosse & Salakhutdinov 2016 (IWAE), tables 1 and 2 on MNIST
 
     python -m experiments.iwae_table                    about 50 minutes on 2 cores; MNIST (12 MB)
-    python -m experiments.iwae_table --scale paper      the paper's 3,280 epochs per arm: days on a GPU
+    python -m experiments.iwae_table --scale paper    the paper's 3,280 epochs per arm: days on a GPU
 
-Downloads MNIST or takes its files as vae_manifold does. NLL is -L_5000 with dynamically binarised images. Expect, at 25
-epochs each, about 92.3, 91.0 and 90.2 nats for k = 1, 5, 50 (paper, 3,280 epochs: 86.76, 85.54, 84.78). Where every k
-trains for as long as k = 50 does, the order is reversed. Then two stochastic layers, and table 2: a trained model goes
-on with the other objective.
+Downloads MNIST or takes its files as vae_manifold does. NLL is -L_5000 with dynamically binarised
+images. Expect, at 25 epochs each, about 92.3, 91.0 and 90.2 nats for k = 1, 5, 50 (paper, 3,280
+epochs: 86.76, 85.54, 84.78). Where every k trains for as long as k = 50 does, the order is
+reversed. Then two stochastic layers, and table 2: a trained model goes on with the other objective.
 """
 
 from experiments import _cli

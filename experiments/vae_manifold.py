@@ -1,12 +1,13 @@
 """The learned manifold of a VAE with two latents: AEVB (Kingma & Welling 2014), fig. 4
 
-    python -m experiments.vae_manifold                              about 2 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.vae_manifold    about 2 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_manifold --data.name fashion_mnist    Fashion-MNIST (31 MB)
-    python -m experiments.vae_manifold --scale paper                1e8 images: about 70 minutes on 2 cores
+    python -m experiments.vae_manifold --scale paper    1e8 images: about 70 minutes on 2 cores
 
-The first start downloads the set, or takes its four .gz files from --data.folder FOLDER or AIGC_DATA/<name>. Debian's
-dataset-fashion-mnist is found by itself. Expect a test bound about 58 nats below a per-pixel marginal on MNIST, and
-digits that turn into one another along the grid. The paper prints the picture and no number.
+The first start downloads the set, or takes its four .gz files from --data.folder FOLDER or
+AIGC_DATA/<name>. Debian's dataset-fashion-mnist is found by itself. Expect a test bound about 58
+nats below a per-pixel marginal on MNIST, and digits that turn into one another along the grid. The
+paper prints the picture and no number.
 """
 
 from dataclasses import dataclass, replace

@@ -3,9 +3,9 @@
     python -m experiments.vae_samples                  about 4 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_samples --scale paper    1e8 images per size: about 2 hours on 2 cores
 
-Downloads MNIST or takes its files as vae_manifold does. Expect strokes that sharpen with the number of latents. With
-more latent dimensions the bound improves, but fewer samples look like digits: the prior fits the codes less well. The
-paper prints pictures and no numbers.
+Downloads MNIST or takes its files as vae_manifold does. Expect strokes that sharpen with the number
+of latents. With more latent dimensions the bound improves, but fewer samples look like digits: the
+prior fits the codes less well. The paper prints pictures and no numbers.
 """
 
 from dataclasses import dataclass, replace
