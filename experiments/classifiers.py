@@ -170,10 +170,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         error = 100 * (accuracy * (1 - accuracy) / test.info.examples) ** 0.5
         found += [
             Row(ACCURACY.format(name), 100 * accuracy, error=error),
-            Row(
-                f"{name}: parameters",
-                float(_cli.parameters(result)),
-            ),
+            Row(f"{name}: parameters", float(_cli.parameters(result))),
             Row(SIZE.format(name), size / 1000),
         ]
     return found

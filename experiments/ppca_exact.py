@@ -57,13 +57,7 @@ GAP_SE = "wrong posterior: |ELBO - L_1| in standard errors"
 RISE = "wrong posterior: smallest step L_1, L_10, L_100, L_k, log p(x), in s.e. of the paired difference"
 GAIN = "wrong posterior: L_10 - L_1 (nats; +- s.e.)"
 LEFT = "wrong posterior: |log p(x) - L_k| (nats; +- s.e.)"
-CRITERIA = {
-    CONSTANT: "< 1e-4",
-    GAP_SE: "< 3",
-    RISE: ">= -3",
-    GAIN: "> 0.2",
-    LEFT: "< 0.05",
-}
+CRITERIA = {CONSTANT: "< 1e-4", GAP_SE: "< 3", RISE: ">= -3", GAIN: "> 0.2", LEFT: "< 0.05"}
 INVARIANTS = CRITERIA
 
 
