@@ -2,10 +2,12 @@
 
 A script is a module with
 
-SCALES      {name: Scale(setup, difference)} for the scales smoke, cpu and, where it has one, paper. A setup is a frozen
-            dataclass, whose fields are the flags. The difference from the paper's protocol is "" where there is none.
+SCALES      {name: Scale(setup, difference)} for the scales smoke, cpu and, where it has one, paper.
+            A setup is a frozen dataclass, whose fields are the flags. The difference from the
+            paper's protocol is "" where there is none.
 CRITERIA    {quantity: criterion}: what must hold of a row, in words that are parsed (see _criteria)
-INVARIANTS  the same for scale smoke, which is too short for the criteria; one that is not met gives exit code 1
+INVARIANTS  the same for scale smoke, which is too short for the criteria; one that is not met
+            gives exit code 1
 run(setup, folder) -> list of Row: trains, measures, calls plot
 plot(...)   draws the figure into the folder from what was measured
 

@@ -55,7 +55,8 @@ def recordable(scale: str, flags: list[str]) -> str:
         flag.startswith("--data.folder") or "images:" in flag or "text:" in flag for flag in flags
     ):
         raise ValueError(
-            "a recorded command holds no path to data: use a named set, and AIGC_DATA instead of --data.folder"
+            "a recorded command holds no path to data: use a named set, and AIGC_DATA instead of "
+            "--data.folder"
         )
     try:
         dirty = _git("status", "--porcelain", "--", ".", ":!results", ":!docs/reproduction.md")
@@ -75,7 +76,8 @@ def check_began_at(commit: str, folder: Path) -> None:
     for path in folder.rglob("run.json"):
         if (began := folders.read(path.parent)["environment"].get("commit")) != commit:
             raise ValueError(
-                f"{path.parent} began at commit {began or 'unknown'}, not {commit}: record from a new folder"
+                f"{path.parent} began at commit {began or 'unknown'}, not {commit}: record from a "
+                "new folder"
             )
 
 
@@ -84,7 +86,8 @@ def table() -> str:
     out = [
         "# What was reproduced",
         "",
-        "Made by `python -m experiments table` from `results/*.json`; do not edit. Scale *cpu* is the paper's effect",
+        "Made by `python -m experiments table` from `results/*.json`; do not edit. Scale *cpu* is "
+        "the paper's effect",
         "at reduced scale; only scale *paper* follows the published protocol. A failing row stays.",
     ]
     for path in sorted(RESULTS.glob("*.json")):

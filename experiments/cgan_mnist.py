@@ -42,10 +42,7 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "cgan_mnist", conditional=True, own=True)
-        if self.samples < 6:
-            raise ValueError(
-                f"samples must be at least 6, which coverage needs, got {self.samples} (--samples)"
-            )
+        _cli.at_least(self, samples=6)  # coverage needs so many
 
 
 NETS = {"gen": replace(GEN, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}
@@ -59,9 +56,10 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, small nets, 2,000 updates"),
     "cpu": Scale(
         Setup(),
-        "3e6 images, Adam for SGD, averaged generator, N(0, I) for uniform noise (with which D won and G collapsed), "
-        "the 2014 GAN's widths with the label beside the input (the paper: separate first layers for label and "
-        "input), no early stopping",
+        "3e6 images, Adam for SGD, averaged generator, N(0, I) for uniform noise (with which D won "
+        "and G collapsed), the 2014 GAN's widths with the label beside the input (the paper: "
+        "separate "
+        "first layers for label and input), no early stopping",
     ),
 }
 PARZEN = "Parzen log-likelihood (nats; +- s.e. over test)"

@@ -75,7 +75,8 @@ class Setup:
                 )
         if min(self.steps) > 100 or min(self.digit_steps) > 20:
             raise ValueError(
-                "sigma-hat is compared at few steps: steps must hold one up to 100, digit_steps up to 20"
+                "sigma-hat is compared at few steps: steps must hold one up to 100, digit_steps "
+                "up to 20"
             )
         if min(self.samples, self.many, self.digits) < 100:
             raise ValueError("samples, many and digits must be at least 100")
@@ -94,7 +95,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "two columns, a tiny digits model"),
     "cpu": Scale(
         Setup(),
-        "a grid of normals with its exact denoiser, and 8x8 digits with T = 100 (CIFAR-10 and CelebA, T = 1000)",
+        "a grid of normals with its exact denoiser, and 8x8 digits with T = 100 (CIFAR-10 and "
+        "CelebA, T = 1000)",
     ),
 }
 FAR = "grid, S = 1000: furthest from the truth of all eta and sigma-hat (points)"

@@ -51,7 +51,8 @@ class Setup:
     def __post_init__(self):
         if self.model.classes:
             raise ValueError(
-                f"ddpm_cifar10 trains an unconditional model: model.classes cannot be {self.model.classes}"
+                "ddpm_cifar10 trains an unconditional model: model.classes cannot be "
+                f"{self.model.classes}"
             )
         if self.model.schedule == "learned":
             raise ValueError(
@@ -63,7 +64,8 @@ class Setup:
             or not 0 <= self.terms <= self.model.T
         ):
             raise ValueError(
-                "watched and samples must be at least 1, images at least 2, and terms lie in 0..model.T"
+                "watched and samples must be at least 1, images at least 2, and terms lie in "
+                "0..model.T"
             )
 
 
@@ -89,7 +91,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, a tiny net, 50 steps, 200 updates"),
     "cpu": Scale(
         CPU,
-        "the same code at reduced scale, not comparable: 1.1 million parameters, 2,000 updates of 64, lr 1e-3, "
+        "the same code at reduced scale, not comparable: 1.1 million parameters, 2,000 updates of "
+        "64, lr 1e-3, "
         "averages of 0.995",
     ),
     "paper": Scale(Setup(), "no FID"),

@@ -68,7 +68,8 @@ class Setup:
             raise ValueError(f"w must hold 0, got {self.w}")
         if max(self.w) > 0 and not self.model.unlabelled:
             raise ValueError(
-                "guidance needs a model that has seen images without label: model.unlabelled above 0"
+                "guidance needs a model that has seen images without label: model.unlabelled "
+                "above 0"
             )
         if self.samples < 100 or self.images < 2 or not 0 <= self.terms <= self.model.T:
             raise ValueError(
@@ -91,7 +92,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, a tiny net, 50 steps, 300 updates"),
     "cpu": Scale(
         Setup(),
-        "our own set and network: DDPM has no Fashion-MNIST; cosine schedule, v, learned variances, labels",
+        "our own set and network: DDPM has no Fashion-MNIST; cosine schedule, v, learned "
+        "variances, labels",
     ),
 }
 BOUND = "bound on test, given the label (bits per dim; +- s.e. over images)"

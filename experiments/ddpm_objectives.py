@@ -54,7 +54,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup(),
-        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 1000, 35.7 million, "
+        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 1000, "
+        "35.7 million, "
         "800,000 of 128)",
     ),
 }

@@ -54,7 +54,8 @@ class Setup:
             raise ValueError("texts must be at least 2, and prompt, new and beams at least 1")
         if self.prompt + self.new > min(self.length, self.model.context):
             raise ValueError(
-                f"prompt + new = {self.prompt + self.new} must not exceed the length the model trains on, "
+                f"prompt + new = {self.prompt + self.new} must not exceed the length the model "
+                "trains on, "
                 f"{min(self.length, self.model.context)}"
             )
 
@@ -82,7 +83,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny model on Python's source, 8 texts"),
     "cpu": Scale(
         Setup(),
-        "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on WebText), 100 texts (5,000), "
+        "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on "
+        "WebText), 100 texts (5,000), "
         "k = 5 and 20 for 40 and 640; without stochastic beam search and HUSE",
     ),
 }

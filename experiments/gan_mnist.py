@@ -43,10 +43,7 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "gan_mnist", conditional=False, own=True)
-        if self.samples < 40:
-            raise ValueError(
-                f"samples must be at least 40, which the figure shows, got {self.samples} (--samples)"
-            )
+        _cli.at_least(self, samples=40)  # the figure shows so many
 
 
 NETS = {"gen": replace(MODEL.gen, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}

@@ -38,7 +38,7 @@ class Setup:
     """Flags of gpt2."""
 
     folder: str = "runs/gpt2"
-    weights: str = ""  # a folder of Hugging Face's; "": only the parameter counts; random: a tiny model, for a try
+    weights: str = ""  # a folder; "": only the parameter counts; random: a tiny model, for a try
     data: Source = Source("python_source")
     split: str = "validation[:30000]"
     length: int = 1024  # of windows, half of which overlap

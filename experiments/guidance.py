@@ -51,7 +51,8 @@ class Setup:
         _pictures.check(self, "guidance", conditional=True)
         if not self.model.unlabelled:
             raise ValueError(
-                "guidance needs a model that has seen digits without label: model.unlabelled above 0"
+                "guidance needs a model that has seen digits without label: model.unlabelled "
+                "above 0"
             )
         if 0.0 not in self.w or len(self.w) < 2:
             raise ValueError(f"w must hold 0 and another, got {self.w}")
@@ -75,7 +76,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny digits model, two values of w, 200 samples"),
     "cpu": Scale(
         Setup(),
-        "normals with exact scores, and 8x8 digits measured by our classifier (ImageNet by Inception)",
+        "normals with exact scores, and 8x8 digits measured by our classifier (ImageNet by "
+        "Inception)",
     ),
 }
 TOY_W = (0.0, 0.5, 1.0, 2.0, 4.0)

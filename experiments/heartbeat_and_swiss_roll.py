@@ -111,8 +111,10 @@ PAPER = Setup(
     run=replace(Setup.run, folder="runs/heartbeat_and_swiss_roll-paper", steps=100_000),
 )
 DIFFERS = (
-    "its net predicts x_0, given the time (x_{t-1}, one readout per step), with SiLU, by Adam (sigmoids, SFO), over "
-    "cosine levels (1 / (T - t + 1)); the roll by an MLP of 128s (a net of 16 radial units), its width and its levels "
+    "its net predicts x_0, given the time (x_{t-1}, one readout per step), with SiLU, by Adam "
+    "(sigmoids, SFO), over "
+    "cosine levels (1 / (T - t + 1)); the roll by an MLP of 128s (a net of 16 radial units), its "
+    "width and its levels "
     "ours"
 )
 SCALES = {

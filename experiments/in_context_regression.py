@@ -81,7 +81,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup(),
-        "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256), 30,000 updates at 1e-3, "
+        "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256), 30,000 "
+        "updates at 1e-3, "
         "decayed (500,001 at 1e-4)",
     ),
     "paper": Scale(

@@ -77,7 +77,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup(),
-        "synthetic sequences of 100 symbols (the paper: text), width 64; the score is the weight on what "
+        "synthetic sequences of 100 symbols (the paper: text), width 64; the score is the weight "
+        "on what "
         "followed any earlier copy",
     ),
 }

@@ -21,7 +21,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup("runs/iwae_longer", epochs=800, test=10_000, **ONE_LAYER),
-        "800 epochs for 3,280, batch 100 for 20, one cosine decay from 3e-3 after 600 updates of warm-up for the "
+        "800 epochs for 3,280, batch 100 for 20, one cosine decay from 3e-3 after 600 updates of "
+        "warm-up for the "
         "staircase, 6,000 updates of KL warm-up; Flax's initialisation, no bias from pixel means",
     ),
 }

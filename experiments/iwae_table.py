@@ -54,9 +54,12 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, 20 epochs"),
     "cpu": Scale(
         Setup(),
-        "the epochs named, batch 100, one cosine decay from 3e-3 after 600 updates of warm-up for the staircase, "
-        "6,000 updates of KL warm-up, three seeds for VAE k=1 and IWAE k=5 at 25 epochs, one for the rest, table 2 "
-        "goes on for 10 epochs at 3e-4; first 1,000 test images (+- 0.8 nats); Flax's initialisation, no bias from "
+        "the epochs named, batch 100, one cosine decay from 3e-3 after 600 updates of warm-up for "
+        "the staircase, "
+        "6,000 updates of KL warm-up, three seeds for VAE k=1 and IWAE k=5 at 25 epochs, one for "
+        "the rest, table 2 "
+        "goes on for 10 epochs at 3e-4; first 1,000 test images (+- 0.8 nats); Flax's "
+        "initialisation, no bias from "
         "pixel means",
     ),
     "paper": Scale(

@@ -96,7 +96,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny model, 150 updates"),
     "cpu": Scale(
         Setup(),
-        "a transformer of 0.6 million parameters in batches of 16 pieces (TCN: 0.3 million, one piece at a time)",
+        "a transformer of 0.6 million parameters in batches of 16 pieces (TCN: 0.3 million, one "
+        "piece at a time)",
     ),
 }
 PUBLISHED = {"RNN": 8.91, "LSTM": 8.45, "GRU": 8.43, "TCN": 8.10}
@@ -237,7 +238,10 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     title = "a sample, not chosen; the first 8 quarter notes are Bach's"
     notes.set(xlabel="quarter notes", ylabel="MIDI number", title=title)
     net = setup.model.net
-    caption = f"{net.layers} layers of {net.width}, dropout {net.dropout}, batches of {setup.run.batch_size} pieces"
+    caption = (
+        f"{net.layers} layers of {net.width}, dropout {net.dropout}, batches of "
+        f"{setup.run.batch_size} pieces"
+    )
     figures.save(fig, folder / "jsb_chorales.png", caption)
 
 

@@ -99,8 +99,10 @@ SCALES = {
     "smoke": Scale(SMOKE, "300 updates"),
     "cpu": Scale(
         Setup(),
-        "10,000 updates (the unrolled demonstration: 25,000) with its nets on PacGAN's sets, D's rate 3e-4 for 1e-4, "
-        "16 latents for 256; fresh points for 100,000 fixed ones; non-saturating loss; the ring has 8 modes (the "
+        "10,000 updates (the unrolled demonstration: 25,000) with its nets on PacGAN's sets, D's "
+        "rate 3e-4 for 1e-4, "
+        "16 latents for 256; fresh points for 100,000 fixed ones; non-saturating loss; the ring "
+        "has 8 modes (the "
         "demonstration's: 7)",
     ),
     "paper": Scale(
@@ -209,7 +211,10 @@ def plot(setup: Setup, folder: Path, samples: dict, scores: dict) -> None:
             title = f"{arm}: {scores[name, arm][0].modes} of {len(modes)} modes"
             figures.points(ax, samples[name, arm], title=title)
             ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    caption = f"{setup.samples} samples of the first seed after {setup.run.steps} updates; crosses: the modes"
+    caption = (
+        f"{setup.samples} samples of the first seed after {setup.run.steps} updates; crosses: the "
+        "modes"
+    )
     figures.save(fig, folder / "mode_collapse.png", caption)
 
 

@@ -104,7 +104,8 @@ class Setup:
             )
         if any(mark % self.run.eval_every for mark in self.marks):
             raise ValueError(
-                f"marks must be multiples of run.eval_every = {self.run.eval_every}, got {self.marks}"
+                f"marks must be multiples of run.eval_every = {self.run.eval_every}, got "
+                f"{self.marks}"
             )
 
 
@@ -125,9 +126,12 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, small nets, 600 updates"),
     "cpu": Scale(
         Setup(),
-        "the SGD arm has the authors' nets, dropout, schedule, 250 epochs and test, but updates D before G and not "
-        "both at once, with N(0, I) latents for uniform ones and G's last biases begun at 0 and not at the log odds "
-        "of the mean image (with which ours collapsed: -334 nats after 250 epochs); which checkpoint they scored is "
+        "the SGD arm has the authors' nets, dropout, schedule, 250 epochs and test, but updates D "
+        "before G and not "
+        "both at once, with N(0, I) latents for uniform ones and G's last biases begun at 0 and "
+        "not at the log odds "
+        "of the mean image (with which ours collapsed: -334 nats after 250 epochs); which "
+        "checkpoint they scored is "
         "unknown; the Adam arm is ours; k-means with 2,000 centroids",
     ),
 }

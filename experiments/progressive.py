@@ -64,7 +64,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny digits model"),
     "cpu": Scale(
         Setup(),
-        "8x8 digits of 17 levels, T = 100, the label given except for interpolation (CIFAR-10, 1000)",
+        "8x8 digits of 17 levels, T = 100, the label given except for interpolation (CIFAR-10, "
+        "1000)",
     ),
 }
 LATE = "share of the bits that the last tenth of the steps takes (%)"
@@ -249,7 +250,10 @@ def plot(
     pictures = _diffusion.unit(np.concatenate([x[:, 0] for x in shared.values()]))
     title = f"ten decodings of one x_t, t = {', '.join(map(str, shared))}"
     figures.images(decoded, pictures, 10, title=title)
-    caption = f"digits 8x8, U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates; nothing chosen"
+    caption = (
+        f"digits 8x8, U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates; nothing "
+        "chosen"
+    )
     figures.save(fig, folder / "progressive.png", caption)
 
 

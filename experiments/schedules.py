@@ -72,7 +72,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "40 updates of one dense layer"),
     "cpu": Scale(
         Setup(),
-        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 4000, 500,000 of 128)",
+        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 4000, "
+        "500,000 of 128)",
     ),
 }
 

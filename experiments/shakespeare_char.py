@@ -85,7 +85,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "tiny models on Python's source, 200 updates"),
     "cpu": Scale(
         Setup(),
-        "nanoGPT's configuration for CPUs, as its README has it (GELU in its tanh form), scored on 200 batches of "
+        "nanoGPT's configuration for CPUs, as its README has it (GELU in its tanh form), scored "
+        "on 200 batches of "
         "crops (20); the second model is ours",
     ),
     "paper": Scale(

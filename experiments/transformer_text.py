@@ -96,7 +96,10 @@ def plot(setup: Setup, folder: Path, each: float, grams: dict, text: str) -> Non
     """Draws the loss beside the best n-gram, and a sample."""
     best, path = min(grams, key=grams.get), folder / "transformer_text.png"
     curves = {"transformer": _text.curve(folder, "nll_nats_per_token", each)}
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size} x {setup.length} {_text.unit(setup.data)}"
+    updates = (
+        f"{setup.run.steps} updates of {setup.run.batch_size} x {setup.length} "
+        f"{_text.unit(setup.data)}"
+    )
     caption = (
         f"{setup.model.layers} layers of {setup.model.width}, {updates}; sample at temperature 0.8"
     )

@@ -47,8 +47,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "tiny nets, 200 updates"),
     "cpu": Scale(
         Setup(),
-        "8x8 digits, 0.7 million parameters (ImageNet, 33 to 675 million); one rate for both, the U-Net's, "
-        "its decay cut off after 2,000 of 2,500 updates",
+        "8x8 digits, 0.7 million parameters (ImageNet, 33 to 675 million); one rate for both, the "
+        "U-Net's, its decay cut off after 2,000 of 2,500 updates",
     ),
 }
 NETS = ("U-Net", "DiT")

@@ -166,7 +166,10 @@ def plot(setup: Setup, folder: Path, curves: dict) -> None:
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter("")  # labels between the decades would overlap
         ax.set_ylim(low, high + 0.05 * (high - low))
-    nets = f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, dynamic binarisation"
+    nets = (
+        f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, "
+        "dynamic binarisation"
+    )
     caption = f"{nets}; first of {setup.seeds} seeds; train: mean over batches"
     figures.save(fig, folder / "vae_elbo_curves.png", caption)
 

@@ -57,11 +57,13 @@ SCALES = {
     "smoke": Scale(SMOKE, "500 updates of a small net"),
     "cpu": Scale(
         Setup(),
-        "2.4e6 images, Adam for Adagrad, no weight decay, Flax's initialisation; grey-level targets",
+        "2.4e6 images, Adam for Adagrad, no weight decay, Flax's initialisation; grey-level "
+        "targets",
     ),
     "paper": Scale(
         PAPER,
-        "1e8 images (the paper gives no length here); no N(0, I) prior on the weights, Flax's initialisation",
+        "1e8 images (the paper gives no length here); no N(0, I) prior on the weights, Flax's "
+        "initialisation",
     ),
 }
 BELOW = "negative bound, test: below the per-pixel marginal (nats)"
@@ -102,9 +104,12 @@ def plot(setup: Setup, folder: Path, result: train.Result, test: data.Data, nats
     figures.images(a, grid.reshape(-1, *cfg.shape), 20, title=title)
     title = f"posterior means of {len(mu):,} test images{', by class' if 'label' in batch else ''}"
     figures.points(b, mu, batch.get("label"), title=title, axes=("z_1", "z_2"))
-    caption = f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of {setup.run.batch_size}"
-    caption = f"{caption}; test: {nats:.1f} nats (-ELBO, grey-level targets)"
-    figures.save(fig, folder / "vae_manifold.png", caption)
+    caption = (
+        f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of "
+        f"{setup.run.batch_size}"
+    )
+    score = f"test: {nats:.1f} nats (-ELBO, grey-level targets)"
+    figures.save(fig, folder / "vae_manifold.png", f"{caption}; {score}")
 
 
 if __name__ == "__main__":

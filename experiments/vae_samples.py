@@ -99,7 +99,10 @@ def plot(setup: Setup, folder: Path, results: dict, bounds: dict) -> None:
         figures.images(
             ax, samples, 10, title=f"{latents} latents: {-bounds[latents]:.1f} nats (-ELBO)"
         )
-    caption = f"{setup.data.name}, means of p(x|z) for z ~ N(0, I), {setup.model.hidden} {setup.model.activation}"
+    caption = (
+        f"{setup.data.name}, means of p(x|z) for z ~ N(0, I), {setup.model.hidden} "
+        f"{setup.model.activation}"
+    )
     caption = f"{caption}, {setup.run.steps} updates of {setup.run.batch_size}"
     figures.save(fig, folder / "vae_samples.png", caption)
 

@@ -61,7 +61,8 @@ class Setup:
             or min(self.steps) < 2
         ):
             raise ValueError(
-                "samples must be at least 20,000, gamma_steps positive, and steps two numbers above 1"
+                "samples must be at least 20,000, gamma_steps positive, and steps two numbers "
+                "above 1"
             )
 
 
@@ -76,7 +77,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "few samples, 40 updates of one dense layer on digits"),
     "cpu": Scale(
         Setup(),
-        "a grid of normals with its exact denoiser, and 8x8 digits (CIFAR-10, 31 residual blocks of 128)",
+        "a grid of normals with its exact denoiser, and 8x8 digits (CIFAR-10, 31 residual blocks "
+        "of 128)",
     ),
 }
 
@@ -305,7 +307,10 @@ def plot(
     ylabel, title = "bound less the continuous one (nats)", "the bound of T steps comes down"
     figures.curves(steps, curves, xlabel="steps T", ylabel=ylabel, title=title)
     steps.set(xscale="log", yscale="log")
-    caption = f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}; {setup.samples:,} points per bound"
+    caption = (
+        f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}; {setup.samples:,} points per "
+        "bound"
+    )
     figures.save(fig, folder / "vdm_invariance.png", caption)
 
 

@@ -83,7 +83,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "300 and 100 critic updates, width 256 for 512"),
     "cpu": Scale(
         Setup(),
-        "5,000 critic updates of width 256 (the authors' code: 512, 5 critic updates for each of 100,000 of the "
+        "5,000 critic updates of width 256 (the authors' code: 512, 5 critic updates for each of "
+        "100,000 of the "
         "generator); fig. 1b of width 128 after 2,000 updates, generator fixed as in fig. 1a",
     ),
     "paper": Scale(
@@ -297,7 +298,10 @@ def plot(setup: Setup, folder: Path, critics: dict, deep: dict) -> None:
             title=f"weights of the critic, {name}", xlabel="weight", ylabel="count", yscale="log"
         )
     updates = f"{setup.run.steps} critic updates of {setup.run.batch_size} points"
-    caption = f"generator fixed at real + N(0, I); {updates}; {setup.depth} layers: {setup.deep_steps} updates"
+    caption = (
+        f"generator fixed at real + N(0, I); {updates}; {setup.depth} layers: {setup.deep_steps} "
+        "updates"
+    )
     figures.save(fig, folder / "wgan_gp_toys.png", caption)
 
 
