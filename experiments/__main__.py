@@ -26,7 +26,9 @@ def _parsed(name: str) -> ast.Module:
 
 
 def families(name: str) -> set[str]:
-    """Returns the families that a script imports, itself or through a module that it shares with others."""
+    """Returns the families that a script imports, itself or through a module that it shares with
+    others.
+    """
     found, shared = set(), []
     for node in ast.walk(_parsed(name)):
         if isinstance(node, ast.ImportFrom) and node.module == "aigc_jax":
@@ -37,7 +39,9 @@ def families(name: str) -> set[str]:
 
 
 def needs(name: str, doc: str) -> str:
-    """Returns what a script needs beside Python, read from the line of its docstring that shows its command."""
+    """Returns what a script needs beside Python, read from the line of its docstring that shows its
+    command.
+    """
     flags, _, after = re.search(rf"python -m experiments\.{name}\b(.*)", doc)[1].partition(";")
     given = re.search(r"--\w+ [A-Z]+", flags)
     return after.replace("downloads nothing", "nothing").strip() or (given[0] if given else "")
@@ -86,8 +90,10 @@ def short_list() -> str:
         [
             *lines,
             "",
-            "minutes: of the run in results/, on its machine; +: it continued an earlier run; in brackets: its scale",
-            "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke tries it in a minute;",
+            "minutes: of the run in results/, on its machine; +: it continued an earlier run; in "
+            "brackets: its scale",
+            "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke "
+            "tries it in a minute;",
             "python -m experiments list says more about each, table writes docs/reproduction.md",
         ]
     )

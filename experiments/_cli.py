@@ -2,19 +2,23 @@
 
 A script is a module with
 
-SCALES      {name: Scale(setup, difference)} for the scales smoke, cpu and, where it has one, paper. A setup is a frozen
-            dataclass, whose fields are the flags. The difference from the paper's protocol is "" where there is none.
+SCALES      {name: Scale(setup, difference)} for the scales smoke, cpu and, where it has one, paper.
+            A setup is a frozen dataclass, whose fields are the flags. The difference from the
+            paper's protocol is "" where there is none.
 CRITERIA    {quantity: criterion}: what must hold of a row, in words that are parsed (see _criteria)
-INVARIANTS  the same for scale smoke, which is too short for the criteria; one that is not met gives exit code 1
+INVARIANTS  the same for scale smoke, which is too short for the criteria; one that is not met
+            gives exit code 1
 run(setup, folder) -> list of Row: trains, measures, calls plot
 plot(...)   draws the figure into the folder from what was measured
 
-A criterion whose row is missing is shown as not measured. A row of NOT_REACHED does not meet its criterion. What may
-fail after the training stands in `with costs(QUANTITY, ...)`: then only these rows are lost. Rows in a list from `kept`
-are written even if the script fails later. Data that cannot be used raise DataError: one line and exit code 2.
+A criterion whose row is missing is shown as not measured. A row of NOT_REACHED does not meet its
+criterion. What may fail after the training stands in `with costs(QUANTITY, ...)`: then only these
+rows are lost. Rows in a list from `kept` are written even if the script fails later. Data that
+cannot be used raise DataError: one line and exit code 2.
 
-A script may have more than one set of scales: FIRST = {"family": ("vae", "gan")} makes --family a flag, its first
-choice the default, and scales(family) returns the SCALES of a choice. docs/your_own_experiment.md shows a whole script.
+A script may have more than one set of scales: FIRST = {"family": ("vae", "gan")} makes --family a
+flag, its first choice the default, and scales(family) returns the SCALES of a choice.
+docs/your_own_experiment.md shows a whole script.
 """
 
 from __future__ import annotations
@@ -185,8 +189,9 @@ def expanded(args: list[str]) -> list[str]:
 def parse(name: str, script, args: list[str]) -> Asked:
     """Reads the flags of a script.
 
-    The scale, and before it the script's FIRST choices, decide which setup holds the defaults. So they are looked for
-    first. Then all flags are read at once, and --help shows them all. Wrong flags end in a box and exit code 2.
+    The scale, and before it the script's FIRST choices, decide which setup holds the defaults. So
+    they are looked for first. Then all flags are read at once, and --help shows them all. Wrong
+    flags end in a box and exit code 2.
     """
     choices = dict(getattr(script, "FIRST", {}))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -231,15 +236,17 @@ def parse(name: str, script, args: list[str]) -> Asked:
 
 
 def _begun(folder: Path) -> dict:
-    """Returns which runs lie in a folder, and when each was last started: fit writes run.json at every start."""
+    """Returns which runs lie in a folder, and when each was last started: fit writes run.json at
+    every start.
+    """
     return {path: path.stat().st_mtime_ns for path in folder.rglob("run.json")}
 
 
 def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
     """Returns the rows of a script, and the exception that ended it early, if one did.
 
-    Before a training has begun, a failure ends the program with one line. The exit code is 2 for data that cannot be
-    used, a refused flag or a wrong path, and 1 for anything else.
+    Before a training has begun, a failure ends the program with one line. The exit code is 2 for
+    data that cannot be used, a refused flag or a wrong path, and 1 for anything else.
     """
     before, failed = _begun(folder), None
     with collected() as made:
@@ -317,7 +324,9 @@ def main(name: str) -> None:
 
 
 def criteria_of(script, asked: Asked) -> dict[str, _criteria.Criterion]:
-    """Returns the criteria of a run, all of which can be read. They are of named sets: your own may be harder."""
+    """Returns the criteria of a run, all of which can be read. They are of named sets: your own may
+    be harder.
+    """
     source = getattr(asked.setup, "data", Source())
     if ":" in source.name or source.tokenizer:
         return {}

@@ -4,8 +4,8 @@
     "within 0.5 .. 2"                                   both ends included
     "within 0.3 of 86.76"                               a distance, its end included
 
-A note for the reader may follow: after a comma, or in brackets. Where words cannot say it, a criterion is a pair
-(words, function of the value).
+A note for the reader may follow: after a comma, or in brackets. Where words cannot say it, a
+criterion is a pair (words, function of the value).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def parse(criterion: Criterion) -> Callable[[Any], bool]:
         if distance >= 0:
             return lambda value: bool(abs(value - centre) <= distance)
     raise ValueError(
-        f"cannot read the criterion {criterion!r}: write it as '>= 30', 'within 0.5 .. 2' or 'within 0.3 of 86.76', "
+        f"cannot read the criterion {criterion!r}: write it as '>= 30', 'within 0.5 .. 2' or "
+        "'within 0.3 of 86.76', "
         "a note after a comma; else give a pair (words, function)"
     )

@@ -15,10 +15,12 @@ from experiments import _cli
 
 
 def denoise(x_t, signal, noise, centres: np.ndarray, std: float):
-    """Returns E[eps | x_t] [B, d] where x_t = signal x_0 + noise eps and x_0 is a mixture of equal normals.
+    """Returns E[eps | x_t] [B, d] where x_t = signal x_0 + noise eps and x_0 is a mixture of equal
+    normals.
 
     Component k has the posterior of a normal, eps = noise (x_t - signal c_k) / v, and the weight
-    softmax(-|x_t - signal c_k|^2 / 2v), with v = signal^2 std^2 + noise^2. signal and noise: [B, 1].
+    softmax(-|x_t - signal c_k|^2 / 2v), with v = signal^2 std^2 + noise^2. signal and noise: [B,
+    1].
     """
     v = signal**2 * std**2 + noise**2
     apart = x_t[:, None] - signal[:, None] * jnp.asarray(centres, jnp.float32)[None]
@@ -37,7 +39,9 @@ def exact_eps(schedule: ddpm.Schedule, centres: np.ndarray, std: float):
 
 
 def mixture_nll(x: np.ndarray, centres: np.ndarray, std: float) -> np.ndarray:
-    """Returns -log p(x) [N] in nats, float64, of equal normals of width std around the centres [K, d]."""
+    """Returns -log p(x) [N] in nats, float64, of equal normals of width std around the centres [K,
+    d].
+    """
     squared = ((x[:, None].astype(np.float64) - centres[None]) ** 2).sum(-1) / (2 * std**2)
     least = squared.min(-1, keepdims=True)
     d = x.shape[-1]
@@ -58,7 +62,8 @@ def unit(x) -> np.ndarray:
 def bound(result: train.Result, x_0: np.ndarray, label, key, *, batch: int = 180) -> np.ndarray:
     """Returns every term of the bound, [T + 1] in bits per dim, as means over the images.
 
-    x_0: [N, H, W, C] in [-1, 1]. Term 0 is the decoder's, the last is the prior's L_T (Ho et al. 2020, eq. 5).
+    x_0: [N, H, W, C] in [-1, 1]. Term 0 is the decoder's, the last is the prior's L_T (Ho et al.
+    2020, eq. 5).
     """
     cfg, params = result.config, _cli.weights(result)
 
@@ -78,10 +83,11 @@ def bound(result: train.Result, x_0: np.ndarray, label, key, *, batch: int = 180
 def sampled_bound(
     result, examples: dict, key, *, terms: int, batch: int = 100
 ) -> tuple[float, float]:
-    """Returns the bound of a set's arrays in bits per dim, from `terms` of T terms per image (0: all).
+    """Returns the bound of a set's arrays in bits per dim, from `terms` of T terms per image (0:
+    all).
 
-    The second number is the standard error over images. It holds both how the images differ and what the random draws
-    of steps and noise add.
+    The second number is the standard error over images. It holds both how the images differ and
+    what the random draws of steps and noise add.
     """
     run = compiled(ddpm.make(replace(result.config, terms=terms)).evaluate)
     names = ("image", "label") if result.config.classes else ("image",)
@@ -102,7 +108,8 @@ def prior(cfg: ddpm.Config, image: np.ndarray) -> float:
 
 
 def histogram_bits(training: np.ndarray, test: np.ndarray, levels: int) -> float:
-    """Returns the bits per dim of test pixels under each pixel's histogram over the training images.
+    """Returns the bits per dim of test pixels under each pixel's histogram over the training
+    images.
 
     One count is added per level.
     """
@@ -114,7 +121,9 @@ def histogram_bits(training: np.ndarray, test: np.ndarray, levels: int) -> float
 
 
 def way(result: train.Result, key, *, n: int, label=None) -> tuple[np.ndarray, np.ndarray]:
-    """Samples n pictures and returns every x_t and every x_0_hat, [T + 1, n, H, W, C] in [0, 1], noise first."""
+    """Samples n pictures and returns every x_t and every x_0_hat, [T + 1, n, H, W, C] in [0, 1],
+    noise first.
+    """
     cfg = result.config
 
     def sample(state, key):
@@ -136,7 +145,9 @@ def way(result: train.Result, key, *, n: int, label=None) -> tuple[np.ndarray, n
 
 
 def draw_way(ax, way: tuple[np.ndarray, np.ndarray], which: Iterable[int]) -> None:
-    """Draws for each picture a row of x_t and, below it, the row of x_0_hat that the net predicts from it."""
+    """Draws for each picture a row of x_t and, below it, the row of x_0_hat that the net predicts
+    from it.
+    """
     x_t, x_0_hat = way
     T = len(x_0_hat)
     left = [round(share * T) for share in (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)]

@@ -18,7 +18,9 @@ def nearest_rows(fake: np.ndarray, seen: np.ndarray, real: np.ndarray) -> list[R
 
 
 def draw_discriminator(ax, result: train.Result, title: str) -> None:
-    """Draws D's accuracy, or its logit where it has none, on training images, held-out images and samples."""
+    """Draws D's accuracy, or its logit where it has none, on training images, held-out images and
+    samples.
+    """
     steps, _ = _cli.history(result.folder, "real_accuracy")
     kind = "accuracy" if len(steps) else "logit"
     who = {"training images": "seen_real", "held-out images": "real", "samples": "fake"}

@@ -53,11 +53,13 @@ class Setup:
             raise ValueError(f"ks must rise from 1 and hold two numbers or more, got {self.ks}")
         if min((1, *self.vae_ks, *self.two_layers)) < 1:
             raise ValueError(
-                f"vae_ks and two_layers must hold numbers from 1 on, got {self.vae_ks}, {self.two_layers}"
+                f"vae_ks and two_layers must hold numbers from 1 on, got {self.vae_ks}, "
+                f"{self.two_layers}"
             )
         if len(self.longer) >= len(self.ks) or any(more <= self.epochs for more in self.longer):
             raise ValueError(
-                f"longer is for all ks but the largest, above {self.epochs} epochs each, got {self.longer}"
+                f"longer is for all ks but the largest, above {self.epochs} epochs each, got "
+                f"{self.longer}"
             )
         _cli.at_least(
             self, epochs=1, further=0, stages=0, kl_warmup=0, batch_size=1, seeds=1, test=2, draws=1
@@ -335,6 +337,9 @@ def plot(setup: Setup, folder: Path, nlls: dict, minutes: dict) -> None:
     result = train.load(place(setup, folder, best, setup.seed))
     drawn = train.sample(result, jax.random.key(0), n=100)
     figures.images(samples, drawn, 10, title=f"means of p(x|z), z ~ p(z): {best.name}")
-    setting = f"{setup.data.name}, dynamic binarisation, batch {setup.batch_size}, at most {setup.test} test images"
+    setting = (
+        f"{setup.data.name}, dynamic binarisation, batch {setup.batch_size}, at most {setup.test} "
+        "test images"
+    )
     caption = f"{setting}; every point is a training of its own with its own decay"
     figures.save(fig, folder / "iwae_table.png", caption)

@@ -45,14 +45,17 @@ def command(name: str, scale: str, flags: list[str]) -> str:
 
 
 def recordable(scale: str, flags: list[str]) -> str:
-    """Returns the commit that a record will name. Raises ValueError where the run could not be repeated from it."""
+    """Returns the commit that a record will name. Raises ValueError where the run could not be
+    repeated from it.
+    """
     if scale == "smoke":
         raise ValueError("a smoke run is no result: record scale cpu or paper")
     if any(
         flag.startswith("--data.folder") or "images:" in flag or "text:" in flag for flag in flags
     ):
         raise ValueError(
-            "a recorded command holds no path to data: use a named set, and AIGC_DATA instead of --data.folder"
+            "a recorded command holds no path to data: use a named set, and AIGC_DATA instead of "
+            "--data.folder"
         )
     try:
         dirty = _git("status", "--porcelain", "--", ".", ":!results", ":!docs/reproduction.md")
@@ -66,11 +69,14 @@ def recordable(scale: str, flags: list[str]) -> str:
 
 
 def check_began_at(commit: str, folder: Path) -> None:
-    """Raises ValueError where a run below the folder was begun at another commit, or with changed files."""
+    """Raises ValueError where a run below the folder was begun at another commit, or with changed
+    files.
+    """
     for path in folder.rglob("run.json"):
         if (began := folders.read(path.parent)["environment"].get("commit")) != commit:
             raise ValueError(
-                f"{path.parent} began at commit {began or 'unknown'}, not {commit}: record from a new folder"
+                f"{path.parent} began at commit {began or 'unknown'}, not {commit}: record from a "
+                "new folder"
             )
 
 

@@ -15,7 +15,9 @@ NOT_REACHED = "not reached"  # the value of a row whose event never came; its cr
 
 
 class DataError(ValueError):
-    """Data that a script cannot use, or cannot find. `main` prints it as one line, with exit code 2."""
+    """Data that a script cannot use, or cannot find. `main` prints it as one line, with exit code
+    2.
+    """
 
 
 class Row(NamedTuple):
@@ -45,7 +47,9 @@ def collected() -> Iterator[list[list[Row]]]:
 
 
 def kept() -> list[Row]:
-    """Returns a new list for rows. If the script fails later, its rows are still written to rows.json."""
+    """Returns a new list for rows. If the script fails later, its rows are still written to
+    rows.json.
+    """
     rows: list[Row] = []
     if (made := _made.get()) is not None:
         made.append(rows)
@@ -54,10 +58,12 @@ def kept() -> list[Row]:
 
 @contextlib.contextmanager
 def costs(*quantities: str) -> Iterator[None]:
-    """Limits a failure to these rows or figures: each is listed with the reason, and the run goes on.
+    """Limits a failure to these rows or figures: each is listed with the reason, and the run goes
+    on.
 
-    For everything after the training: measurements, samples, figures. It also decorates functions that return nothing.
-    Errors that end a training (NonFinite, SaveFailed, ReadFailed) pass through. Outside of `main` all errors do.
+    For everything after the training: measurements, samples, figures. It also decorates functions
+    that return nothing. Errors that end a training (NonFinite, SaveFailed, ReadFailed) pass
+    through. Outside of `main` all errors do.
     """
     try:
         yield
@@ -115,7 +121,9 @@ def number(value: Any) -> str:
 
 
 def as_json(row: Row, words: str) -> dict:
-    """Returns a row as rows.json keeps it, with its verdict; it has a reason only where there is one."""
+    """Returns a row as rows.json keeps it, with its verdict; it has a reason only where there is
+    one.
+    """
     reason = {} if row.reason is None else {"reason": why(row.reason)}
     values = {name: value for name, value in row._asdict().items() if name != "reason"}
     return {**values, "verdict": words, **reason}

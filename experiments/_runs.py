@@ -53,8 +53,8 @@ def arrays(source: data.Data) -> dict[str, np.ndarray]:
 def seeded(run: train.Run, seeds: int) -> list[train.Run]:
     """Returns the run with `seeds` seeds, counted from run.seed.
 
-    Of several, each has its own folder below run.folder. They train one after another: on two cores, ten seeds at once
-    (vmap) cost as much as ten runs.
+    Of several, each has its own folder below run.folder. They train one after another: on two
+    cores, ten seeds at once (vmap) cost as much as ten runs.
     """
     if not 1 <= seeds <= 1000:
         raise ValueError(f"seeds must lie in 1..1000, got {seeds}")

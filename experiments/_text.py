@@ -43,9 +43,11 @@ SHAKESPEARE_RUN = train.Run(
 
 
 def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> str:
-    """Returns the split to load: `split`, or all of its part where a script's default asks for more than there is.
+    """Returns the split to load: `split`, or all of its part where a script's default asks for more
+    than there is.
 
-    Raises DataError, which names the flag, for a slice that a user typed and the text does not have.
+    Raises DataError, which names the flag, for a slice that a user typed and the text does not
+    have.
     """
     if not source.name.startswith(("text:", "python_source", "tiny_shakespeare")):
         raise DataError(
@@ -75,9 +77,11 @@ def unit(source: Source) -> str:
 
 
 def tokens_per_character(valid: data.Data, folder: str | None = None) -> float:
-    """Returns the factor from nats per token to nats per character, which compare between tokenizers.
+    """Returns the factor from nats per token to nats per character, which compare between
+    tokenizers.
 
-    The characters are those of the text itself; a tokenizer may lose some. folder: where the file is, as in data.load.
+    The characters are those of the text itself; a tokenizer may lose some. folder: where the file
+    is, as in data.load.
     """
     tokens, info = _cli.arrays(valid)["text"], valid.info
     back = Tokenizer(info.tokenizer).decode(tokens)
@@ -116,7 +120,9 @@ def ngram_nats(training: np.ndarray, valid: np.ndarray, n: int, vocab: int) -> f
 
 
 def _counts(training: np.ndarray, valid: np.ndarray, n: int, length: int, vocab: int) -> np.ndarray:
-    """Returns for each n-gram of `valid` how many of `training` begin with the same `length` tokens."""
+    """Returns for each n-gram of `valid` how many of `training` begin with the same `length`
+    tokens.
+    """
     border, rest = len(training) - n + 1, len(valid) - n + 1
     code, codes = np.zeros(border + rest, np.int64), 1
     for i in range(length):
@@ -145,7 +151,9 @@ def crops_nats(valid: data.Data, batches: int, size: int):
 
 
 def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
-    """Returns the tokens of `wish`, or the beginning of the held-out text where the tokenizer lacks tokens for it."""
+    """Returns the tokens of `wish`, or the beginning of the held-out text where the tokenizer lacks
+    tokens for it.
+    """
     text = _cli.arrays(valid)["text"]
     try:
         tokens = Tokenizer(valid.info.tokenizer).encode(wish)
@@ -155,7 +163,9 @@ def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
 
 
 def written(result: train.Result, prompt: np.ndarray, new: int, seed: int = 0, **sampling) -> str:
-    """Returns the text of the prompt and of what a run writes after it, at most to the end of its context."""
+    """Returns the text of the prompt and of what a run writes after it, at most to the end of its
+    context.
+    """
     tokenizer, new = Tokenizer(result.info.tokenizer), min(new, result.config.context - len(prompt))
     if new < 1:
         return tokenizer.decode(prompt)
@@ -194,13 +204,17 @@ def validations(folder: Path) -> list[dict]:
 
 
 def curve(folder: Path, name: str, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (updates, values) of a validation value in a run folder, the values multiplied by `times`."""
+    """Returns (updates, values) of a validation value in a run folder, the values multiplied by
+    `times`.
+    """
     steps, values = _cli.history(folder, name)
     return steps, values * times
 
 
 def random_gpt2(folder: Path) -> str:
-    """Writes a small random GPT-2 with a tokenizer, in the published layout, and returns its folder."""
+    """Writes a small random GPT-2 with a tokenizer, in the published layout, and returns its
+    folder.
+    """
     cfg = transformer.Config(vocab=300, context=48, layers=2, heads=2, width=16)
     transformer.save_gpt2(folder, cfg, jax.jit(partial(transformer.init, cfg))(jax.random.key(0)))
     text = data.load("python_source", "train[:20000]", length=8, tokenizer="bpe:300")

@@ -2,11 +2,12 @@
 
     python -m experiments.cgan_mnist                    about 16 minutes on 2 cores; MNIST (12 MB)
 
-Downloads MNIST or takes its files as vae_manifold does. Labels enter both nets by concatenation, as in the paper. Its
-only number is a Parzen log-likelihood of 132 +- 1.8 nats, which its authors call a proof of concept. Expect 208 nats.
-Our classifier, 99 % accurate on real digits, puts 97 % of the samples in their class. Coverage is 0.90 and fid_mnist
-4.2; the first 10,000 training images have 0.94 and 2.5 (as recorded), random ones 0.95 and 1.6 (as measured now).
-Coverage stands beside accuracy, because one good picture per class would be enough for a high accuracy.
+Downloads MNIST or takes its files as vae_manifold does. Labels enter both nets by concatenation, as
+in the paper. Its only number is a Parzen log-likelihood of 132 +- 1.8 nats, which its authors call
+a proof of concept. Expect 208 nats. Our classifier, 99 % accurate on real digits, puts 97 % of the
+samples in their class. Coverage is 0.90 and fid_mnist 4.2; the first 10,000 training images have
+0.94 and 2.5 (as recorded), random ones 0.95 and 1.6 (as measured now). Coverage stands beside
+accuracy, because one good picture per class would be enough for a high accuracy.
 """
 
 from dataclasses import dataclass, replace
@@ -41,10 +42,7 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "cgan_mnist", conditional=True, own=True)
-        if self.samples < 6:
-            raise ValueError(
-                f"samples must be at least 6, which coverage needs, got {self.samples} (--samples)"
-            )
+        _cli.at_least(self, samples=6)  # coverage needs so many
 
 
 NETS = {"gen": replace(GEN, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}
@@ -58,9 +56,10 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, small nets, 2,000 updates"),
     "cpu": Scale(
         Setup(),
-        "3e6 images, Adam for SGD, averaged generator, N(0, I) for uniform noise (with which D won and G collapsed), "
-        "the 2014 GAN's widths with the label beside the input (the paper: separate first layers for label and "
-        "input), no early stopping",
+        "3e6 images, Adam for SGD, averaged generator, N(0, I) for uniform noise (with which D won "
+        "and G collapsed), the 2014 GAN's widths with the label beside the input (the paper: "
+        "separate "
+        "first layers for label and input), no early stopping",
     ),
 }
 PARZEN = "Parzen log-likelihood (nats; +- s.e. over test)"

@@ -1,14 +1,15 @@
 """The frozen classifiers behind fid_<set>, precision, recall and classifier scores (aigc_jax/weights)
 
-    python -m experiments.classifiers                    about 10 minutes on 2 cores; MNIST and Fashion-MNIST
+    python -m experiments.classifiers    about 10 minutes on 2 cores; MNIST and Fashion-MNIST
 
-Downloads MNIST (12 MB) and Fashion-MNIST (31 MB) or takes their files as vae_manifold does. Expect, on the test splits,
-about 99.4 % for MNIST, 92.9 % for Fashion-MNIST and 98.6 % for the 8x8 digits. Test images choose nothing: the weights
-are the average (EMA) at the last update. The net of the digits was chosen on train[1100:].
+Downloads MNIST (12 MB) and Fashion-MNIST (31 MB) or takes their files as vae_manifold does. Expect,
+on the test splits, about 99.4 % for MNIST, 92.9 % for Fashion-MNIST and 98.6 % for the 8x8 digits.
+Test images choose nothing: the weights are the average (EMA) at the last update. The net of the
+digits was chosen on train[1100:].
 
-Each set leaves <folder>/<name>.safetensors, which aigc_jax.metrics.load_classifier reads. Copied into aigc_jax/weights/
-it becomes the one that the package ships. Then everything measured with the old file is another metric: results name
-the file's sha256.
+Each set leaves <folder>/<name>.safetensors, which aigc_jax.metrics.load_classifier reads. Copied
+into aigc_jax/weights/ it becomes the one that the package ships. Then everything measured with the
+old file is another metric: results name the file's sha256.
 """
 
 import json
@@ -64,7 +65,9 @@ def moved(images, key, *, shift: int, mirror: bool):
 
 
 def make(cfg: Config, *, axis_name=None) -> Family:
-    """Returns the classifier as a family; `evaluate` gives the cross-entropy in nats and the error (0 or 1)."""
+    """Returns the classifier as a family; `evaluate` gives the cross-entropy in nats and the error
+    (0 or 1).
+    """
     net, ema = metrics.Classifier(cfg.channels, cfg.width, cfg.classes), EMA(cfg.ema)
 
     def cross_entropy(logits, batch):
@@ -107,7 +110,9 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """Flags of classifiers; originals of the sets come from AIGC_DATA, a prepared copy or the network."""
+    """Flags of classifiers; originals of the sets come from AIGC_DATA, a prepared copy or the
+    network.
+    """
 
     folder: str = "runs/classifiers"
     sets: tuple[str, ...] = ("digits", "mnist", "fashion_mnist")
@@ -165,17 +170,16 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         error = 100 * (accuracy * (1 - accuracy) / test.info.examples) ** 0.5
         found += [
             Row(ACCURACY.format(name), 100 * accuracy, error=error),
-            Row(
-                f"{name}: parameters",
-                float(_cli.parameters(result)),
-            ),
+            Row(f"{name}: parameters", float(_cli.parameters(result))),
             Row(SIZE.format(name), size / 1000),
         ]
     return found
 
 
 def write(path: Path, name: str, result: train.Result, test, epochs: float) -> tuple[float, int]:
-    """Writes weights as float16, with their accuracy on the test split; returns it and the file's bytes."""
+    """Writes weights as float16, with their accuracy on the test split; returns it and the file's
+    bytes.
+    """
     from safetensors.numpy import save_file
 
     cfg = result.config

@@ -1,14 +1,15 @@
 """Few steps and much noise do not go together: samplers from 10 to 1000 steps, Song, Meng & Ermon 2021 (DDIM), table 1
 
-    python -m experiments.ddim_steps            about 7 minutes on 2 cores, 5 more for its model; downloads nothing
+    python -m experiments.ddim_steps    about 7 minutes on 2 cores, 5 more for its model; downloads nothing
 
-On a grid of 25 normals the denoiser is exact. There, 98.9 % of true samples lie within three standard deviations of a
-mode, and any deviation from 98.9 % is caused by the sampler. Many steps with no noise in the last one end up to a point
-above it: a little too narrow. Then the digits model of `ddpm_digits`, by the Frechet distance in our classifier's
-features (given ddpm_digits' --run.folder it is not trained again). Expect the paper's order: noise of the larger
-sigma-hat is worst, on the grid at every S up to 100, on digits up to 20. At S = 1000, with no noise in the last step,
-all agree. Encoding and decoding (table 2) comes back closer with more steps. The paper's numbers are FIDs and squared
-errors on CIFAR-10: compare orders, not values.
+On a grid of 25 normals the denoiser is exact. There, 98.9 % of true samples lie within three
+standard deviations of a mode, and any deviation from 98.9 % is caused by the sampler. Many steps
+with no noise in the last one end up to a point above it: a little too narrow. Then the digits model
+of `ddpm_digits`, by the Frechet distance in our classifier's features (given ddpm_digits'
+--run.folder it is not trained again). Expect the paper's order: noise of the larger sigma-hat is
+worst, on the grid at every S up to 100, on digits up to 20. At S = 1000, with no noise in the last
+step, all agree. Encoding and decoding (table 2) comes back closer with more steps. The paper's
+numbers are FIDs and squared errors on CIFAR-10: compare orders, not values.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ SAMPLERS = {
     "sigma-hat": {"sigma_hat": True},
 }
 ETAS = [name for name in SAMPLERS if name != "sigma-hat"]
-# FID on CIFAR-10 at S = 10, 20, 50, 100, 1000 (table 1), and squared error there and back (table 2).
+# FID on CIFAR-10 at S = 10, 20, 50, 100, 1000 (table 1), and squared error there and back (table
+# 2).
 PUBLISHED = {
     "eta 0": (13.36, 6.84, 4.67, 4.16, 4.04),
     "eta .2": (14.04, 7.11, 4.77, 4.25, 4.09),
@@ -73,7 +75,8 @@ class Setup:
                 )
         if min(self.steps) > 100 or min(self.digit_steps) > 20:
             raise ValueError(
-                "sigma-hat is compared at few steps: steps must hold one up to 100, digit_steps up to 20"
+                "sigma-hat is compared at few steps: steps must hold one up to 100, digit_steps "
+                "up to 20"
             )
         if min(self.samples, self.many, self.digits) < 100:
             raise ValueError("samples, many and digits must be at least 100")
@@ -92,7 +95,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "two columns, a tiny digits model"),
     "cpu": Scale(
         Setup(),
-        "a grid of normals with its exact denoiser, and 8x8 digits with T = 100 (CIFAR-10 and CelebA, T = 1000)",
+        "a grid of normals with its exact denoiser, and 8x8 digits with T = 100 (CIFAR-10 and "
+        "CelebA, T = 1000)",
     ),
 }
 FAR = "grid, S = 1000: furthest from the truth of all eta and sigma-hat (points)"
@@ -115,7 +119,9 @@ INVARIANTS = {WORST: CRITERIA[WORST]}
 
 
 def measure_grid(setup: Setup) -> tuple[dict, dict, list[Row]]:
-    """Returns {(name, S): % within three sigma}, {S: squared error there and back}, and the other rows."""
+    """Returns {(name, S): % within three sigma}, {S: squared error there and back}, and the other
+    rows.
+    """
     schedule = ddpm.linear_schedule(1000)
     eps_fn = _diffusion.exact_eps(schedule, CENTRES, STD)
     key = jax.random.key(setup.run.seed)
@@ -159,7 +165,9 @@ def measure_grid(setup: Setup) -> tuple[dict, dict, list[Row]]:
 
 
 def measure_digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
-    """Returns {(name, S): Frechet distance to the training set}, and samples: an x_T per column, an S per row."""
+    """Returns {(name, S): Frechet distance to the training set}, and samples: an x_T per column, an
+    S per row.
+    """
     cfg, seen = result.config, _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
     n, params = min(setup.digits, len(seen["label"])), _cli.weights(result)
     schedule, label = ddpm.schedule_of(cfg, params), jnp.asarray(seen["label"][:n])
@@ -211,7 +219,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("ddim_steps.png")
 def plot(setup: Setup, folder: Path, cells: dict, back: dict, of_digits: dict, shown) -> None:
-    """Draws quality against steps on both sets, the way there and back, and digits of few and many steps."""
+    """Draws quality against steps on both sets, the way there and back, and digits of few and many
+    steps.
+    """
     fig, ((grid, digits, inverse, samples),) = figures.figure(1, 4, size=(17, 4.4))
     for ax, found, steps in ((grid, cells, setup.steps), (digits, of_digits, setup.digit_steps)):
         curves = {

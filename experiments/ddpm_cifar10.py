@@ -1,15 +1,16 @@
 """The recipe of DDPM for CIFAR-10: Ho et al. 2020, section 4 and appendix B, table 1
 
-    python -m experiments.ddpm_cifar10                  about 25 minutes on 2 cores; CIFAR-10 (170 MB)
+    python -m experiments.ddpm_cifar10    about 25 minutes on 2 cores; CIFAR-10 (170 MB)
     python -m experiments.ddpm_cifar10 --scale paper    800,000 updates; the paper: 10.6 hours of a TPU v3-8
 
 Downloads CIFAR-10, or takes cifar-10-binary.tar.gz from --data.folder or AIGC_DATA. Scale paper is
-`ddpm.Config(mirror=True)`: a U-Net of 35,746,307 parameters, 1000 linear steps, eps by the simple loss, sigma^2 = beta.
-An update takes 128 images, half of them mirrored, with Adam at 2e-4 after 5,000 updates of warm-up, gradients clipped
-at 1, dropout 0.1 and averages of 0.9999. In the end all terms of the bound are taken of 10,000 images of test and of
-train: 2e7 passes. On two cores one update takes minutes. Scale cpu runs the same code on a net of 1.1 million for 2,000
-updates: expect blots of the right colours, and a bound that does not compare with the paper's 3.75. FID and Inception
-score need Inception's weights and are not measured.
+`ddpm.Config(mirror=True)`: a U-Net of 35,746,307 parameters, 1000 linear steps, eps by the simple
+loss, sigma^2 = beta. An update takes 128 images, half of them mirrored, with Adam at 2e-4 after
+5,000 updates of warm-up, gradients clipped at 1, dropout 0.1 and averages of 0.9999. In the end all
+terms of the bound are taken of 10,000 images of test and of train: 2e7 passes. On two cores one
+update takes minutes. Scale cpu runs the same code on a net of 1.1 million for 2,000 updates: expect
+blots of the right colours, and a bound that does not compare with the paper's 3.75. FID and
+Inception score need Inception's weights and are not measured.
 """
 
 from dataclasses import dataclass, replace
@@ -50,7 +51,8 @@ class Setup:
     def __post_init__(self):
         if self.model.classes:
             raise ValueError(
-                f"ddpm_cifar10 trains an unconditional model: model.classes cannot be {self.model.classes}"
+                "ddpm_cifar10 trains an unconditional model: model.classes cannot be "
+                f"{self.model.classes}"
             )
         if self.model.schedule == "learned":
             raise ValueError(
@@ -62,7 +64,8 @@ class Setup:
             or not 0 <= self.terms <= self.model.T
         ):
             raise ValueError(
-                "watched and samples must be at least 1, images at least 2, and terms lie in 0..model.T"
+                "watched and samples must be at least 1, images at least 2, and terms lie in "
+                "0..model.T"
             )
 
 
@@ -88,7 +91,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, a tiny net, 50 steps, 200 updates"),
     "cpu": Scale(
         CPU,
-        "the same code at reduced scale, not comparable: 1.1 million parameters, 2,000 updates of 64, lr 1e-3, "
+        "the same code at reduced scale, not comparable: 1.1 million parameters, 2,000 updates of "
+        "64, lr 1e-3, "
         "averages of 0.995",
     ),
     "paper": Scale(Setup(), "no FID"),

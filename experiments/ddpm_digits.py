@@ -1,15 +1,16 @@
 """A class-conditional diffusion model of 8x8 digits: samples, their denoising, and a bound in bits per dimension
 
-    python -m experiments.ddpm_digits           about 5 minutes of training on 2 free cores; downloads nothing
+    python -m experiments.ddpm_digits    about 5 minutes of training on 2 free cores; downloads nothing
 
-A U-Net of 0.7 million parameters predicts v over 100 steps of the cosine schedule, with learned variances (hybrid
-loss). A tenth of the labels is withheld, so that guidance can be tried. The bound is that of Ho et al. 2020 (DDPM),
-eq. 5, with all 100 terms; the last is a discretised decoder over the 17 grey levels, so that it compares with any model
-of these pixels. More steps make this bound worse: they add noise finer than a grey level, whose bits the net does not
-win back. No paper has numbers for this set: the criteria are ours. Expect digits as good as real ones to our
-classifier. The test digits are by other writers than the training digits; held-out digits of the same writers cost
-fewer bits. `ddim_steps`, `guidance` and `progressive` take this model apart: given the same --run.folder, they find it
-trained.
+A U-Net of 0.7 million parameters predicts v over 100 steps of the cosine schedule, with learned
+variances (hybrid loss). A tenth of the labels is withheld, so that guidance can be tried. The bound
+is that of Ho et al. 2020 (DDPM), eq. 5, with all 100 terms; the last is a discretised decoder over
+the 17 grey levels, so that it compares with any model of these pixels. More steps make this bound
+worse: they add noise finer than a grey level, whose bits the net does not win back. No paper has
+numbers for this set: the criteria are ours. Expect digits as good as real ones to our classifier.
+The test digits are by other writers than the training digits; held-out digits of the same writers
+cost fewer bits. `ddim_steps`, `guidance` and `progressive` take this model apart: given the same
+--run.folder, they find it trained.
 """
 
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("ddpm_digits.png")
 def plot(setup: Setup, folder: Path, result: train.Result, fake, label, bits: float) -> None:
-    """Draws samples by class, their denoising, the bound while training; and the denoising as a GIF."""
+    """Draws samples by class, their denoising, the bound while training; and the denoising as a
+    GIF.
+    """
     fig, ((samples, denoising, curve),) = figures.figure(1, 3, size=(15, 4.4))
     rows = _pictures.by_class(fake, label, 12)
     figures.images(samples, rows, 12, title="samples, not chosen; one class per row")

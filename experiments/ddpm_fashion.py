@@ -1,18 +1,20 @@
 """A class-conditional diffusion model of Fashion-MNIST: samples by class, their distances, its bound in bits per dim
 
-    python -m experiments.ddpm_fashion          two hours on 2 cores shared with other work; Fashion-MNIST (31 MB)
+    python -m experiments.ddpm_fashion    two hours on 2 cores shared with other work; Fashion-MNIST (31 MB)
 
-Downloads Fashion-MNIST, or takes Debian's dataset-fashion-mnist or its files as vae_manifold does. A U-Net of 1.5
-million parameters predicts v over 1000 steps of the cosine schedule, with learned variances (hybrid loss, Nichol &
-Dhariwal 2021). It trains for 4,000 updates of 64 images: four epochs. A tenth of the labels is withheld, so that
-samples can be guided: w is Ho & Salimans', 0 is conditional sampling. Samples take 50 steps of DDIM with eta 1. The
-bound is that of Ho et al. 2020 (DDPM), eq. 5, of the first test images, from 20 evenly spread terms of 1000 per image.
-No paper has numbers for this net and set: the criteria are ours.
+Downloads Fashion-MNIST, or takes Debian's dataset-fashion-mnist or its files as vae_manifold does.
+A U-Net of 1.5 million parameters predicts v over 1000 steps of the cosine schedule, with learned
+variances (hybrid loss, Nichol & Dhariwal 2021). It trains for 4,000 updates of 64 images: four
+epochs. A tenth of the labels is withheld, so that samples can be guided: w is Ho & Salimans', 0 is
+conditional sampling. Samples take 50 steps of DDIM with eta 1. The bound is that of Ho et al. 2020
+(DDPM), eq. 5, of the first test images, from 20 evenly spread terms of 1000 per image. No paper has
+numbers for this net and set: the criteria are ours.
 
-Expect clothes that a person recognises, none a copy of a training image. Our classifier puts 79 % of the samples in
-their class, where 80 was asked for: not met. With guidance it is 90 %, at the cost of recall. The bound is 4.1 +- 0.5
-bits per dimension, where less than 4 was asked for: not met. Twenty terms give a loose estimate: with --terms 0 and the
-first 100 test images, the same model has 3.6 +- 0.1.
+Expect clothes that a person recognises, none a copy of a training image. Our classifier puts 79 %
+of the samples in their class, where 80 was asked for: not met. With guidance it is 90 %, at the
+cost of recall. The bound is 4.1 +- 0.5 bits per dimension, where less than 4 was asked for: not
+met. Twenty terms give a loose estimate: with --terms 0 and the first 100 test images, the same
+model has 3.6 +- 0.1.
 """
 
 from dataclasses import dataclass, replace
@@ -66,7 +68,8 @@ class Setup:
             raise ValueError(f"w must hold 0, got {self.w}")
         if max(self.w) > 0 and not self.model.unlabelled:
             raise ValueError(
-                "guidance needs a model that has seen images without label: model.unlabelled above 0"
+                "guidance needs a model that has seen images without label: model.unlabelled "
+                "above 0"
             )
         if self.samples < 100 or self.images < 2 or not 0 <= self.terms <= self.model.T:
             raise ValueError(
@@ -89,7 +92,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, a tiny net, 50 steps, 300 updates"),
     "cpu": Scale(
         Setup(),
-        "our own set and network: DDPM has no Fashion-MNIST; cosine schedule, v, learned variances, labels",
+        "our own set and network: DDPM has no Fashion-MNIST; cosine schedule, v, learned "
+        "variances, labels",
     ),
 }
 BOUND = "bound on test, given the label (bits per dim; +- s.e. over images)"
@@ -153,7 +157,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 def plot(
     setup: Setup, folder: Path, result: train.Result, samples: dict, label, bits: float, key
 ) -> None:
-    """Draws samples by class for the least and the most guidance, their denoising, the bound while training."""
+    """Draws samples by class for the least and the most guidance, their denoising, the bound while
+    training.
+    """
     ends = sorted({min(setup.w), max(setup.w)})
     panels = len(ends) + 2
     fig, (axes,) = figures.figure(1, panels, size=(4.6 * panels, 4.4))

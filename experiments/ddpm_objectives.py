@@ -1,12 +1,13 @@
 """What the net predicts and what it is trained on: Ho et al. 2020 (DDPM), tables 1 and 2, on 8x8 digits
 
-    python -m experiments.ddpm_objectives       two hours on 2 cores shared with other work; downloads nothing
+    python -m experiments.ddpm_objectives    two hours on 2 cores shared with other work; downloads nothing
 
-Five arms share net, data, updates and seeds: eps by the simple loss, eps by the bound, mu by the bound, mu by its
-squared error, and v by the simple loss (not the paper's). The bound is all T terms on the test digits, in bits per dim.
-Samples are compared with the training digits, as in the paper, in our classifier's features. In the paper, training on
-the bound gives the better bound, and the simple loss the better pictures. Expect the pictures. The bounds are equal
-here (2.588 by the simple loss, 2.595 by the bound, +- 0.006), so that criterion is not met. mu is far behind eps and v.
+Five arms share net, data, updates and seeds: eps by the simple loss, eps by the bound, mu by the
+bound, mu by its squared error, and v by the simple loss (not the paper's). The bound is all T terms
+on the test digits, in bits per dim. Samples are compared with the training digits, as in the paper,
+in our classifier's features. In the paper, training on the bound gives the better bound, and the
+simple loss the better pictures. Expect the pictures. The bounds are equal here (2.588 by the simple
+loss, 2.595 by the bound, +- 0.006), so that criterion is not met. mu is far behind eps and v.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup(),
-        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 1000, 35.7 million, "
+        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 1000, "
+        "35.7 million, "
         "800,000 of 128)",
     ),
 }

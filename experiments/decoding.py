@@ -1,17 +1,19 @@
 """Greedy text repeats itself, sampled text does not: decoding strategies, Holtzman et al. 2020, table 1
 
-    python -m experiments.decoding                      about 10 minutes on 2 cores; Tiny Shakespeare (1 MB)
+    python -m experiments.decoding    about 10 minutes on 2 cores; Tiny Shakespeare (1 MB)
 
-Downloads Tiny Shakespeare (--data.folder takes its file). A character model, trained as our own of `shakespeare_char`,
-continues 40 characters of held-out text by 200 more, with eight strategies. Beside them stands what Shakespeare wrote.
-Measured as in the paper's code: perplexity under the model itself, self-BLEU-4 and Zipf's exponent of words, and the
-share of texts that end in a phrase repeated over and over.
+Downloads Tiny Shakespeare (--data.folder takes its file). A character model, trained as our own of
+`shakespeare_char`, continues 40 characters of held-out text by 200 more, with eight strategies.
+Beside them stands what Shakespeare wrote. Measured as in the paper's code: perplexity under the
+model itself, self-BLEU-4 and Zipf's exponent of words, and the share of texts that end in a phrase
+repeated over and over.
 
-Expect the paper's order in repetition (greedy 92 %, beam search 36 %, sampling none) and in likelihood: greedy and beam
-search are at least twice as likely as people's text. Not so for the paper's nucleus, which comes closest to people
-there. This model has seen a megabyte, and people's held-out text is less likely to it than its own (perplexity 4.3
-against 3.6; in the paper 12 against 23). So pure sampling is the closest, and two criteria are not met. The paper's
-numbers are GPT-2 Large's on web text: absolute values do not compare, and k is scaled to 65 characters.
+Expect the paper's order in repetition (greedy 92 %, beam search 36 %, sampling none) and in
+likelihood: greedy and beam search are at least twice as likely as people's text. Not so for the
+paper's nucleus, which comes closest to people there. This model has seen a megabyte, and people's
+held-out text is less likely to it than its own (perplexity 4.3 against 3.6; in the paper 12 against
+23). So pure sampling is the closest, and two criteria are not met. The paper's numbers are GPT-2
+Large's on web text: absolute values do not compare, and k is scaled to 65 characters.
 """
 
 import math
@@ -52,7 +54,8 @@ class Setup:
             raise ValueError("texts must be at least 2, and prompt, new and beams at least 1")
         if self.prompt + self.new > min(self.length, self.model.context):
             raise ValueError(
-                f"prompt + new = {self.prompt + self.new} must not exceed the length the model trains on, "
+                f"prompt + new = {self.prompt + self.new} must not exceed the length the model "
+                "trains on, "
                 f"{min(self.length, self.model.context)}"
             )
 
@@ -80,7 +83,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny model on Python's source, 8 texts"),
     "cpu": Scale(
         Setup(),
-        "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on WebText), 100 texts (5,000), "
+        "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on "
+        "WebText), 100 texts (5,000), "
         "k = 5 and 20 for 40 and 640; without stochastic beam search and HUSE",
     ),
 }
@@ -142,8 +146,11 @@ INVARIANTS = {MOST: "< 20"}
 
 
 def repeats(tokens: list[int], longest: int = 90) -> bool:
-    """Returns whether a text ends in a phrase that repeats: of at least 3 tokens, or more than 50 times."""
-    # How often, and minus how long: of equal counts the shortest phrase, so that "ababab" is three of "ab".
+    """Returns whether a text ends in a phrase that repeats: of at least 3 tokens, or more than 50
+    times.
+    """
+    # How often, and minus how long: of equal counts the shortest phrase, so that "ababab" is three
+    # of "ab".
     best = (0, 0)
     for n in range(1, longest + 1):
         phrase, times = tokens[-n:], 1
@@ -191,14 +198,17 @@ def zipf(texts: list[list[str]], most: int = 5000) -> float:
 
 
 def decode_all(setup: Setup, cfg, params, text: np.ndarray) -> tuple[np.ndarray, dict]:
-    """Returns prompts [texts, prompt] of held-out text, and {strategy: tokens [texts, new]} after them."""
+    """Returns prompts [texts, prompt] of held-out text, and {strategy: tokens [texts, new]} after
+    them.
+    """
     starts = np.linspace(0, len(text) - setup.prompt - setup.new - 1, setup.texts).astype(int)
     prompts = text[starts[:, None] + np.arange(setup.prompt)]
     written = {"human": text[starts[:, None] + setup.prompt + np.arange(setup.new)]}
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
     for i, (name, sampling) in enumerate(SAMPLERS.items()):
         written[name] = np.asarray(generate(params, prompts, jax.random.key(i), sampling=sampling))
-    # By log p alone, as Holtzman et al.: all texts have the same length, so a length penalty changes nothing.
+    # By log p alone, as Holtzman et al.: all texts have the same length, so a length penalty
+    # changes nothing.
     options = {"beams": setup.beams, "max_new_tokens": setup.new, "length_penalty": 0.0}
     search = jax.jit(partial(transformer.beam_search, cfg, **options))
     size = math.gcd(setup.texts, 10)

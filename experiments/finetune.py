@@ -1,11 +1,12 @@
 """GPT-2 fine-tuned on a text file of your own
 
-    python -m experiments.finetune --weights FOLDER --data.name text:FILE       about 15 minutes on 2 cores
+    python -m experiments.finetune --weights FOLDER --data.name text:FILE    about 15 minutes on 2 cores
 
-Downloads nothing: FOLDER holds GPT-2's config.json, model.safetensors and tokenizer, as experiments.gpt2 says. The
-first nine tenths of the file are trained on, 20,000 characters of the rest are scored before and after. The weights of
-the lowest validation loss are written to runs/finetune/gpt2, which `transformers` opens, and which --weights takes
-again. Expect the text's style within a hundred updates, and a loss that rises again soon after: a file is small.
+Downloads nothing: FOLDER holds GPT-2's config.json, model.safetensors and tokenizer, as
+experiments.gpt2 says. The first nine tenths of the file are trained on, 20,000 characters of the
+rest are scored before and after. The weights of the lowest validation loss are written to
+runs/finetune/gpt2, which `transformers` opens, and which --weights takes again. Expect the text's
+style within a hundred updates, and a loss that rises again soon after: a file is small.
 """
 
 from dataclasses import dataclass, replace
@@ -69,7 +70,9 @@ INVARIANTS = CRITERIA
 
 
 def load(setup: Setup, folder: Path):
-    """Returns the model, its parameters, the two parts of the text, the tokenizer and the prompt's tokens."""
+    """Returns the model, its parameters, the two parts of the text, the tokenizer and the prompt's
+    tokens.
+    """
     if not setup.weights:
         raise DataError(
             "finetune needs --weights FOLDER: GPT-2's config.json, model.safetensors and tokenizer"

@@ -2,10 +2,11 @@
 
     python -m experiments.gan_digits            about 40 s on 2 cores; downloads nothing
 
-Hinge loss, a spectrally normalised discriminator with projection, BatchNorm in the generator, all small. Expect rows of
-recognisable digits, some of them wrong. Our classifier puts 98 % in their class. Coverage is 0.75; that of as many
-training digits is 0.78. With 360 digits such a floor moves by 0.02 from draw to draw, and that of fid_digits by 5. No
-paper has numbers for this set: the criteria are ours.
+Hinge loss, a spectrally normalised discriminator with projection, BatchNorm in the generator, all
+small. Expect rows of recognisable digits, some of them wrong. Our classifier puts 98 % in their
+class. Coverage is 0.75; that of as many training digits is 0.78. With 360 digits such a floor moves
+by 0.02 from draw to draw, and that of fid_digits by 5. No paper has numbers for this set: the
+criteria are ours.
 """
 
 from dataclasses import dataclass, replace

@@ -2,12 +2,14 @@
 
     python -m experiments.gan_mnist                     about 11 minutes on 2 cores; MNIST (12 MB)
 
-Downloads MNIST or takes its files as vae_manifold does. The nets of the paper under Adam, 3e6 images; samples are not
-chosen. Expect digits, some malformed, none copied: their distance to the nearest training image is 1.03 times that of
-test images. Coverage is 0.80 and fid_mnist 19; the first 10,000 training images have 2.5 (as recorded), random ones
-1.6 (as measured now). Such distances use the features of our own small classifier. They compare with what training
-images score, and with no published FID. `python -m experiments.parzen_table` trains by the authors' own schedule. Other
-nets and losses by flags: --model.loss wasserstein --model.penalty gp --model.n-critic 5 --run.batch-size 500.
+Downloads MNIST or takes its files as vae_manifold does. The nets of the paper under Adam, 3e6
+images; samples are not chosen. Expect digits, some malformed, none copied: their distance to the
+nearest training image is 1.03 times that of test images. Coverage is 0.80 and fid_mnist 19; the
+first 10,000 training images have 2.5 (as recorded), random ones 1.6 (as measured now). Such
+distances use the features of our own small classifier. They compare with what training images
+score, and with no published FID. `python -m experiments.parzen_table` trains by the authors' own
+schedule. Other nets and losses by flags: --model.loss wasserstein --model.penalty gp
+--model.n-critic 5 --run.batch-size 500.
 """
 
 from dataclasses import dataclass, replace
@@ -41,10 +43,7 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "gan_mnist", conditional=False, own=True)
-        if self.samples < 40:
-            raise ValueError(
-                f"samples must be at least 40, which the figure shows, got {self.samples} (--samples)"
-            )
+        _cli.at_least(self, samples=40)  # the figure shows so many
 
 
 NETS = {"gen": replace(MODEL.gen, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}
@@ -94,7 +93,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("gan_mnist.png")
 def plot(setup: Setup, folder: Path, result: train.Result, fake, seen, score: Row | None) -> None:
-    """Draws fig. 2 (each row's fifth sample and its nearest training image), fig. 3 (lines between latents), and D."""
+    """Draws fig. 2 (each row's fifth sample and its nearest training image), fig. 3 (lines between
+    latents), and D.
+    """
     cfg = result.config
     fig, ((samples, lines, curves),) = figures.figure(1, 3, size=(13.5, 4.8))
     last = fake[4:40:5]

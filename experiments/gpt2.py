@@ -1,12 +1,13 @@
 """GPT-2 from its published weights: the nats per token of a text, and a continuation; Radford et al. 2019
 
-    python -m experiments.gpt2 --weights FOLDER         about 2 minutes on 2 cores for 30,000 characters
+    python -m experiments.gpt2 --weights FOLDER    about 2 minutes on 2 cores for 30,000 characters
 
-Downloads nothing: FOLDER holds config.json, model.safetensors and the tokenizer (vocab.json and merges.txt, or
-tokenizer.json), as at https://huggingface.co/openai-community/gpt2 (548 MB). Scores a text file, by default the end of
-Python's own source. Every token counts once, with at least half a context before it. Then it continues a prompt.
-Without weights only the parameter counts of the four sizes are checked. Papers give perplexity per word, of text that
-they split in their own way: compare bits per byte of the same file.
+Downloads nothing: FOLDER holds config.json, model.safetensors and the tokenizer (vocab.json and
+merges.txt, or tokenizer.json), as at https://huggingface.co/openai-community/gpt2 (548 MB). Scores
+a text file, by default the end of Python's own source. Every token counts once, with at least half
+a context before it. Then it continues a prompt. Without weights only the parameter counts of the
+four sizes are checked. Papers give perplexity per word, of text that they split in their own way:
+compare bits per byte of the same file.
 """
 
 import math
@@ -22,7 +23,8 @@ from aigc_jax.data.text import Tokenizer
 from experiments import _cli, _text
 from experiments._cli import Row, Scale, Source
 
-# (layers, heads, width, parameters) of the published sizes; the paper calls them 117M, 345M, 762M and 1542M.
+# (layers, heads, width, parameters) of the published sizes; the paper calls them 117M, 345M, 762M
+# and 1542M.
 SIZES = {
     "gpt2": (12, 12, 768, 124_439_808),
     "gpt2-medium": (24, 16, 1024, 354_823_168),
@@ -36,7 +38,7 @@ class Setup:
     """Flags of gpt2."""
 
     folder: str = "runs/gpt2"
-    weights: str = ""  # a folder of Hugging Face's; "": only the parameter counts; random: a tiny model, for a try
+    weights: str = ""  # a folder; "": only the parameter counts; random: a tiny model, for a try
     data: Source = Source("python_source")
     split: str = "validation[:30000]"
     length: int = 1024  # of windows, half of which overlap

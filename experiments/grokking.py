@@ -1,12 +1,13 @@
 """Memorised first, understood much later: grokking on modular addition, Power et al. 2022
 
-    python -m experiments.grokking                      about 8 minutes on 2 cores; downloads nothing
+    python -m experiments.grokking    about 8 minutes on 2 cores; downloads nothing
 
-Two layers of width 128 learn a + b mod 97 from a share of all 9,409 equations, written `a + b =`. Loss and accuracy are
-of the answer alone. With weight decay 1 the paper's effect comes after thousands of updates, while its figure 1
-(without decay) takes a million. Expect 100 % on the training equations after 200 to 300 updates. The other equations
-are then at 26 % (trained on half) and 9 % (on 0.3). They reach 99 % 1,000 and 2,800 updates later (one seed): the
-smaller the share, the longer the wait. Now and then both accuracies fall for a moment and come back. The loss is 1e-3
+Two layers of width 128 learn a + b mod 97 from a share of all 9,409 equations, written `a + b =`.
+Loss and accuracy are of the answer alone. With weight decay 1 the paper's effect comes after
+thousands of updates, while its figure 1 (without decay) takes a million. Expect 100 % on the
+training equations after 200 to 300 updates. The other equations are then at 26 % (trained on half)
+and 9 % (on 0.3). They reach 99 % 1,000 and 2,800 updates later (one seed): the smaller the share,
+the longer the wait. Now and then both accuracies fall for a moment and come back. The loss is 1e-3
 by then, and weight decay and Adam push in opposite directions.
 """
 
@@ -25,9 +26,9 @@ from experiments._cli import NOT_REACHED, Row, Scale
 
 P = 97
 OPTIM = Optim(lr=1e-3, b2=0.98, weight_decay=1.0, warmup=10)
-# std 0.05 is that of PyTorch's default for layers of this width, U(+-128^-0.5), which the paper's code uses. The delay
-# depends on it. Trained on half, a net with 0.02 generalises as soon as it memorises, one with 0.1 two thousand updates
-# later.
+# std 0.05 is that of PyTorch's default for layers of this width, U(+-128^-0.5), which the paper's
+# code uses. The delay depends on it. Trained on half, a net with 0.02 generalises as soon as it
+# memorises, one with 0.1 two thousand updates later.
 MODEL = transformer.Config(
     vocab=P + 2, context=4, layers=2, heads=4, width=128, activation="relu", std=0.05, optim=OPTIM
 )
@@ -88,7 +89,9 @@ INVARIANTS = {AT_END.format(0.5): "> 5, five times chance"}
 
 
 def equations(fraction: float, seed: int = 0) -> tuple[data.Data, data.Data]:
-    """Returns `a + b = c` as tokens a, 97, b, 98, c for all a and b: a share of them, and the others."""
+    """Returns `a + b = c` as tokens a, 97, b, 98, c for all a and b: a share of them, and the
+    others.
+    """
     a, b = (x.reshape(-1) for x in np.meshgrid(np.arange(P), np.arange(P), indexing="ij"))
     tokens = np.stack([a, np.full_like(a, P), b, np.full_like(a, P + 1), (a + b) % P], -1)
     tokens = tokens[np.random.default_rng(seed).permutation(len(tokens))]
@@ -116,7 +119,9 @@ def accuracies(cfg: transformer.Config, parts: dict[str, data.Data]):
 
 
 def moments(steps, seen, others) -> tuple:
-    """Returns when all training equations are right, the accuracy on the others then, and the delay to 99 % there."""
+    """Returns when all training equations are right, the accuracy on the others then, and the delay
+    to 99 % there.
+    """
     memorised, understood = np.flatnonzero(seen > 99.99), np.flatnonzero(others >= 99)
     if not len(memorised):
         return NOT_REACHED, NOT_REACHED, NOT_REACHED

@@ -1,17 +1,18 @@
 """Guidance trades diversity for certainty: Ho & Salimans 2022 (classifier-free guidance), figures 1, 2 and 4, table 1
 
-    python -m experiments.guidance              about 30 minutes on 2 cores, 5 more for its model; downloads nothing
+    python -m experiments.guidance    about 30 minutes on 2 cores, 5 more for its model; downloads nothing
 
-Three normals in the plane, one per class. Their centres lie on a circle of radius 1, their standard deviation is 0.5
-(the paper gives neither). The grey density is the motivation of guidance, p(x|c) p(c|x)^w, normalised on a grid. Over
-it lie samples that are guided by the exact scores. They have another distribution: the tilted score of a noise level is
-not the score of the tilted density under noise.
+Three normals in the plane, one per class. Their centres lie on a circle of radius 1, their standard
+deviation is 0.5 (the paper gives neither). The grey density is the motivation of guidance, p(x|c)
+p(c|x)^w, normalised on a grid. Over it lie samples that are guided by the exact scores. They have
+another distribution: the tilted score of a noise level is not the score of the tilted density under
+noise.
 
-Then the digits model of `ddpm_digits` (given its --run.folder it is not trained again). w is the paper's: 0 is
-conditional sampling, and other libraries' "guidance scale" is 1 + w. Expect the classifier score to rise from 9.90 of
-10 at w = 0 to 9.995 at w = 2 and no further: the digits are easy, so little is left to gain. The Frechet distance is
-least at w = 0, and 13 times as large at w = 4. On ImageNet, the paper's is least at 0.1, and at 4 it is 15 times that of
-w = 0.
+Then the digits model of `ddpm_digits` (given its --run.folder it is not trained again). w is the
+paper's: 0 is conditional sampling, and other libraries' "guidance scale" is 1 + w. Expect the
+classifier score to rise from 9.90 of 10 at w = 0 to 9.995 at w = 2 and no further: the digits are
+easy, so little is left to gain. The Frechet distance is least at w = 0, and 13 times as large at w
+= 4. On ImageNet, the paper's is least at 0.1, and at 4 it is 15 times that of w = 0.
 """
 
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Setup:
         _pictures.check(self, "guidance", conditional=True)
         if not self.model.unlabelled:
             raise ValueError(
-                "guidance needs a model that has seen digits without label: model.unlabelled above 0"
+                "guidance needs a model that has seen digits without label: model.unlabelled "
+                "above 0"
             )
         if 0.0 not in self.w or len(self.w) < 2:
             raise ValueError(f"w must hold 0 and another, got {self.w}")
@@ -74,7 +76,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny digits model, two values of w, 200 samples"),
     "cpu": Scale(
         Setup(),
-        "normals with exact scores, and 8x8 digits measured by our classifier (ImageNet by Inception)",
+        "normals with exact scores, and 8x8 digits measured by our classifier (ImageNet by "
+        "Inception)",
     ),
 }
 TOY_W = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -133,7 +136,9 @@ def measure_normals(setup: Setup) -> tuple[list[Row], dict[float, np.ndarray]]:
 
 
 def measure_digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
-    """Returns {w: (Frechet distance to the training digits, classifier score, class accuracy in %)}, and samples."""
+    """Returns {w: (Frechet distance to the training digits, classifier score, class accuracy in
+    %)}, and samples.
+    """
     seen = _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
     net = metrics.load_classifier(setup.data.name)
     _, real = net.apply(seen["image"] / (setup.model.levels - 1))
@@ -182,7 +187,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("guidance.png")
 def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.ndarray) -> None:
-    """Draws density and samples for each w, the trade on digits, and digits of little and much guidance."""
+    """Draws density and samples for each w, the trade on digits, and digits of little and much
+    guidance.
+    """
     fig, axes = figures.figure(2, 4, size=(15, 7.4))
     *normals, fids, scores, digits = axes.ravel()
     for ax, w in zip(normals, TOY_W, strict=True):

@@ -1,13 +1,14 @@
 """Two data sets whose truth is known: Sohl-Dickstein et al. 2015, table 1 (the swiss roll and the heartbeat), figure 1
 
-    python -m experiments.heartbeat_and_swiss_roll      about 3 minutes on 2 cores; downloads nothing
+    python -m experiments.heartbeat_and_swiss_roll    about 3 minutes on 2 cores; downloads nothing
 
-A heartbeat is a one in every fifth of 20 bins at a random phase: five sequences. So log2 p = -2.322 bits is the best
-that any model can have, and a bound K above it would prove an error. The binomial process keeps bits or draws them anew,
-here in 200 steps (scale paper: the paper's 2000, and 100,000 updates; not run here). The swiss roll has unit variance,
-with noise of 0.01 across it. The paper does not give its width, and K depends on it. The roll's density is known by
-quadrature. It takes 40 steps as in the paper, at levels evenly spaced in log noise (the paper learns them). The variance
-of each coordinate is learned, ours between beta and beta-tilde.
+A heartbeat is a one in every fifth of 20 bins at a random phase: five sequences. So log2 p = -2.322
+bits is the best that any model can have, and a bound K above it would prove an error. The binomial
+process keeps bits or draws them anew, here in 200 steps (scale paper: the paper's 2000, and 100,000
+updates; not run here). The swiss roll has unit variance, with noise of 0.01 across it. The paper
+does not give its width, and K depends on it. The roll's density is known by quadrature. It takes 40
+steps as in the paper, at levels evenly spaced in log noise (the paper learns them). The variance of
+each coordinate is learned, ours between beta and beta-tilde.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +36,9 @@ BEAT = ddpm.DiscreteConfig(
 
 @dataclass(frozen=True)
 class RollConfig:
-    """Points by T normal steps. The mean and variance of each coordinate are learned, the levels reach to `width`."""
+    """Points by T normal steps. The mean and variance of each coordinate are learned, the levels
+    reach to `width`.
+    """
 
     dim: int = 2
     T: int = 40
@@ -108,8 +111,10 @@ PAPER = Setup(
     run=replace(Setup.run, folder="runs/heartbeat_and_swiss_roll-paper", steps=100_000),
 )
 DIFFERS = (
-    "its net predicts x_0, given the time (x_{t-1}, one readout per step), with SiLU, by Adam (sigmoids, SFO), over "
-    "cosine levels (1 / (T - t + 1)); the roll by an MLP of 128s (a net of 16 radial units), its width and its levels "
+    "its net predicts x_0, given the time (x_{t-1}, one readout per step), with SiLU, by Adam "
+    "(sigmoids, SFO), over "
+    "cosine levels (1 / (T - t + 1)); the roll by an MLP of 128s (a net of 16 radial units), its "
+    "width and its levels "
     "ours"
 )
 SCALES = {
@@ -152,7 +157,9 @@ def heartbeats(n: int, dim: int, seed: int) -> data.Data:
 
 
 def spiral(u: np.ndarray) -> np.ndarray:
-    """Returns the middle of the roll at u in [0, 1], scaled so that the mean variance of its coordinates is 1."""
+    """Returns the middle of the roll at u in [0, 1], scaled so that the mean variance of its
+    coordinates is 1.
+    """
     middle = _spiral(np.linspace(0, 1, 100_001))
     return (_spiral(u) - middle.mean(0)) / np.sqrt(middle.var(0).mean())
 
@@ -210,7 +217,9 @@ def heartbeat_rows(setup: Setup) -> tuple[list[Row], np.ndarray]:
 
 
 def levels(cfg: RollConfig) -> ddpm.Schedule:
-    """Returns T levels, evenly in log noise-to-signal ratio from the data's least width to almost no signal, e^-5."""
+    """Returns T levels, evenly in log noise-to-signal ratio from the data's least width to almost
+    no signal, e^-5.
+    """
     low = 2 * np.log(cfg.width)
     return ddpm.discretise(lambda u: low + (5 - low) * u, cfg.T)
 
@@ -233,7 +242,9 @@ def model(cfg: RollConfig, params):
 
 
 def make_roll(cfg: RollConfig, *, axis_name: str | None = None) -> Family:
-    """Returns the family, on batches `points` [B, d], trained on the bound itself at evenly spread steps."""
+    """Returns the family, on batches `points` [B, d], trained on the bound itself at evenly spread
+    steps.
+    """
     ema, schedule = EMA(cfg.ema), levels(cfg)
 
     def init(key):
@@ -320,7 +331,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 def plot(
     setup: Setup, folder: Path, sequences, clouds: dict, result: train.Result, K: dict
 ) -> None:
-    """Draws samples of both sets, and which way the net moves points of the plane, as the paper's figure 1."""
+    """Draws samples of both sets, and which way the net moves points of the plane, as the paper's
+    figure 1.
+    """
     fig, (axes,) = figures.figure(1, 4, size=(15, 3.9))
     axes[0].imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
     axes[0].set(title="heartbeats, sampled, not chosen", xlabel="bin", ylabel="sample")

@@ -1,13 +1,14 @@
 """A transformer that regresses in its forward pass: in-context learning of linear functions, Garg et al. 2022, fig. 2
 
-    python -m experiments.in_context_regression         about 10 minutes on 2 cores; downloads nothing
+    python -m experiments.in_context_regression    about 10 minutes on 2 cores; downloads nothing
 
-Prompts x_1, w.x_1, x_2, w.x_2, ... with w and all x from N(0, I) in five dimensions. The model predicts w.x_k before it
-is shown, with no update of its weights. The oracle is exact: after k examples the minimum-norm least-squares solution
-errs by max(d - k, 0) / d of the variance. Expect the net to match least squares up to 3 examples. At 4 and 5 examples,
-where the problem is nearly singular, its error is 0.07 and 0.165 above the exact one; the criterion, within 0.05 for all
-k <= d, is not met. At k = 2 d its error is 0.03, far below 3 nearest neighbours and averaging. Out of distribution
-(noisy labels, one orthant, skewed inputs) it is worse, but no worse than predicting 0.
+Prompts x_1, w.x_1, x_2, w.x_2, ... with w and all x from N(0, I) in five dimensions. The model
+predicts w.x_k before it is shown, with no update of its weights. The oracle is exact: after k
+examples the minimum-norm least-squares solution errs by max(d - k, 0) / d of the variance. Expect
+the net to match least squares up to 3 examples. At 4 and 5 examples, where the problem is nearly
+singular, its error is 0.07 and 0.165 above the exact one; the criterion, within 0.05 for all k <=
+d, is not met. At k = 2 d its error is 0.03, far below 3 nearest neighbours and averaging. Out of
+distribution (noisy labels, one orthant, skewed inputs) it is worse, but no worse than predicting 0.
 """
 
 from dataclasses import dataclass, field, replace
@@ -80,7 +81,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup(),
-        "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256), 30,000 updates at 1e-3, "
+        "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256), 30,000 "
+        "updates at 1e-3, "
         "decayed (500,001 at 1e-4)",
     ),
     "paper": Scale(
@@ -102,7 +104,9 @@ INVARIANTS = {ZERO: "within 0.9 .. 1.1"}
 
 
 def predict(cfg: Config, params, x, y):
-    """Returns predictions [B, n] of y [B, n] from x [B, n, d] and the pairs before each: x_1, y_1, x_2, ... as in the paper."""
+    """Returns predictions [B, n] of y [B, n] from x [B, n, d] and the pairs before each: x_1, y_1,
+    x_2, ... as in the paper.
+    """
     B, n, d = x.shape
     pairs = jnp.stack([x, jnp.pad(y[..., None], ((0, 0), (0, 0), (0, d - 1)))], 2).reshape(
         B, 2 * n, d
@@ -145,7 +149,9 @@ def make_regression(cfg: Config, *, axis_name: str | None = None) -> Family:
         return {"squared_error": errors(state.params, batch).mean(-1)}
 
     def sample(state, key, *, n):
-        """Returns prompts of the training distribution, since it generates none: [n, points * dim + dim]."""
+        """Returns prompts of the training distribution, since it generates none: [n, points * dim +
+        dim].
+        """
         return jax.random.normal(key, (n, (cfg.points + 1) * cfg.dim))
 
     return Family(
@@ -167,7 +173,9 @@ def functions(cfg: Config, split: str) -> data.Data:
 
 
 def least_squares(x, y, query) -> np.ndarray:
-    """Returns predictions [B] of minimum-norm least squares, one problem per row: x [B, k, d], y [B, k], query [B, d]."""
+    """Returns predictions [B] of minimum-norm least squares, one problem per row: x [B, k, d], y
+    [B, k], query [B, d].
+    """
     if not x.shape[1]:
         return np.zeros(len(query))
     return np.einsum("bd,bd->b", np.einsum("bdk,bk->bd", np.linalg.pinv(x), y), query)
@@ -185,7 +193,9 @@ def averaging(x, y, query) -> np.ndarray:
 
 
 def risks(cfg: Config, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns {baseline: squared error after k examples, over the variance}; nan where it needs more examples."""
+    """Returns {baseline: squared error after k examples, over the variance}; nan where it needs
+    more examples.
+    """
     baselines = {
         "least squares": (least_squares, 0),
         "3 nearest neighbours": (neighbours, 3),

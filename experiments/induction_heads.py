@@ -1,12 +1,13 @@
 """The moment at which a model learns to copy: induction heads, Olsson et al. 2022
 
-    python -m experiments.induction_heads               about 10 minutes on 2 cores; downloads nothing
+    python -m experiments.induction_heads    about 10 minutes on 2 cores; downloads nothing
 
-Attention-only models of one and two layers read sequences of 64 symbols. Half of these repeat a random segment, half
-follow a Markov chain. An induction head attends from a symbol to what followed it last time, and so predicts a copy; its
-prefix-matching score is that attention weight. This takes two layers. Expect the score of the best head to jump in the
-two-layer model, at the moment when the loss on second copies falls, and to stay near 0 in the one-layer model. Rotary
-positions act on queries and keys alone, as the paper's do. With learned positions and a rate of 1e-3, the best head
+Attention-only models of one and two layers read sequences of 64 symbols. Half of these repeat a
+random segment, half follow a Markov chain. An induction head attends from a symbol to what followed
+it last time, and so predicts a copy; its prefix-matching score is that attention weight. This takes
+two layers. Expect the score of the best head to jump in the two-layer model, at the moment when the
+loss on second copies falls, and to stay near 0 in the one-layer model. Rotary positions act on
+queries and keys alone, as the paper's do. With learned positions and a rate of 1e-3, the best head
 scored 0.07 after 5,000 updates and had just begun to rise (one run).
 """
 
@@ -76,7 +77,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup(),
-        "synthetic sequences of 100 symbols (the paper: text), width 64; the score is the weight on what "
+        "synthetic sequences of 100 symbols (the paper: text), width 64; the score is the weight "
+        "on what "
         "followed any earlier copy",
     ),
 }
@@ -92,7 +94,9 @@ INVARIANTS = {ONE: CRITERIA[ONE]}
 
 
 def sequences() -> data.Data:
-    """Returns endless rows: the first half repeat a random segment of 20 to 50 symbols, the others follow a Markov chain."""
+    """Returns endless rows: the first half repeat a random segment of 20 to 50 symbols, the others
+    follow a Markov chain.
+    """
     chain = np.random.default_rng(0).dirichlet(np.full(SYMBOLS, 0.1), SYMBOLS).cumsum(-1)
 
     def draw(rng, size):
@@ -118,7 +122,9 @@ NAMES = ("prefix_matching", "first_copy_nats", "second_copy_nats")
 
 
 def scores(cfg: transformer.Config):
-    """Returns an `on_eval`: the best head's prefix-matching score, the loss on first and second copies of 40 symbols."""
+    """Returns an `on_eval`: the best head's prefix-matching score, the loss on first and second
+    copies of 40 symbols.
+    """
     rng = np.random.default_rng(1)
     begin = np.full((64, 1), BEGIN)
     four = np.concatenate([begin, np.tile(rng.integers(0, SYMBOLS, (64, SEGMENT)), (1, 4))], 1)
@@ -143,7 +149,8 @@ def scores(cfg: transformer.Config):
 
 
 def jump_of(steps: np.ndarray, score: np.ndarray, second: np.ndarray) -> tuple:
-    """Returns how long the score takes from < 0.1 to > 0.5, and its distance from the steepest fall of the loss.
+    """Returns how long the score takes from < 0.1 to > 0.5, and its distance from the steepest fall
+    of the loss.
 
     Both in percent of the training. second: the loss on second copies.
     """

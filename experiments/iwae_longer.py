@@ -2,9 +2,9 @@
 
     python -m experiments.iwae_longer                   about 60 minutes on 2 cores; MNIST (12 MB)
 
-Downloads MNIST or takes its files as vae_manifold does. As iwae_table, with k = 1 and 5 for 800 epochs each (the paper:
-3,280), and -L_5000 over the whole test set: expect 86.8 and 86.2 nats (the paper: 86.76 and 85.54).
-`python -m experiments.iwae_table --scale paper` is the full protocol.
+Downloads MNIST or takes its files as vae_manifold does. As iwae_table, with k = 1 and 5 for 800
+epochs each (the paper: 3,280), and -L_5000 over the whole test set: expect 86.8 and 86.2 nats (the
+paper: 86.76 and 85.54). `python -m experiments.iwae_table --scale paper` is the full protocol.
 """
 
 from experiments import _cli
@@ -21,7 +21,8 @@ SCALES = {
     ),
     "cpu": Scale(
         Setup("runs/iwae_longer", epochs=800, test=10_000, **ONE_LAYER),
-        "800 epochs for 3,280, batch 100 for 20, one cosine decay from 3e-3 after 600 updates of warm-up for the "
+        "800 epochs for 3,280, batch 100 for 20, one cosine decay from 3e-3 after 600 updates of "
+        "warm-up for the "
         "staircase, 6,000 updates of KL warm-up; Flax's initialisation, no bias from pixel means",
     ),
 }

@@ -1,12 +1,12 @@
 """Importance weighted autoencoders: Burda, Grosse & Salakhutdinov 2016 (IWAE), tables 1 and 2 on MNIST
 
     python -m experiments.iwae_table                    about 50 minutes on 2 cores; MNIST (12 MB)
-    python -m experiments.iwae_table --scale paper      the paper's 3,280 epochs per arm: days on a GPU
+    python -m experiments.iwae_table --scale paper    the paper's 3,280 epochs per arm: days on a GPU
 
-Downloads MNIST or takes its files as vae_manifold does. NLL is -L_5000 with dynamically binarised images. Expect, at 25
-epochs each, about 92.3, 91.0 and 90.2 nats for k = 1, 5, 50 (paper, 3,280 epochs: 86.76, 85.54, 84.78). Where every k
-trains for as long as k = 50 does, the order is reversed. Then two stochastic layers, and table 2: a trained model goes
-on with the other objective.
+Downloads MNIST or takes its files as vae_manifold does. NLL is -L_5000 with dynamically binarised
+images. Expect, at 25 epochs each, about 92.3, 91.0 and 90.2 nats for k = 1, 5, 50 (paper, 3,280
+epochs: 86.76, 85.54, 84.78). Where every k trains for as long as k = 50 does, the order is
+reversed. Then two stochastic layers, and table 2: a trained model goes on with the other objective.
 """
 
 from experiments import _cli
@@ -54,9 +54,12 @@ SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, 20 epochs"),
     "cpu": Scale(
         Setup(),
-        "the epochs named, batch 100, one cosine decay from 3e-3 after 600 updates of warm-up for the staircase, "
-        "6,000 updates of KL warm-up, three seeds for VAE k=1 and IWAE k=5 at 25 epochs, one for the rest, table 2 "
-        "goes on for 10 epochs at 3e-4; first 1,000 test images (+- 0.8 nats); Flax's initialisation, no bias from "
+        "the epochs named, batch 100, one cosine decay from 3e-3 after 600 updates of warm-up for "
+        "the staircase, "
+        "6,000 updates of KL warm-up, three seeds for VAE k=1 and IWAE k=5 at 25 epochs, one for "
+        "the rest, table 2 "
+        "goes on for 10 epochs at 3e-4; first 1,000 test images (+- 0.8 nats); Flax's "
+        "initialisation, no bias from "
         "pixel means",
     ),
     "paper": Scale(

@@ -1,13 +1,15 @@
 """Bach's chorales frame by frame: Bai et al. 2018 (TCN), table 1
 
-    python -m experiments.jsb_chorales                  about 8 minutes on 2 cores; JSB Chorales (0.4 MB)
+    python -m experiments.jsb_chorales    about 8 minutes on 2 cores; JSB Chorales (0.4 MB)
 
-Downloads the quarter-note chorales (--data.folder takes their file). A causal transformer reads 88 keys per frame and
-predicts the next frame as 88 independent Bernoullis. As in the paper's code, the score sums over keys and takes the
-mean over all frames of all pieces, from the second frame on. 229 pieces are few: the model of the lowest validation loss
-is scored on test, 8.32 +- 0.01 over five seeds. Published under this protocol: RNN 8.91, LSTM 8.45, GRU 8.43, TCN 8.10.
-Scores per note, or joint over the notes of a frame (RNN-NADE and others), are other numbers. The script writes a
-sampled chorale as a MIDI file. With --model.transpose 5, a thousand updates end at 8.55 and still improve (one seed).
+Downloads the quarter-note chorales (--data.folder takes their file). A causal transformer reads 88
+keys per frame and predicts the next frame as 88 independent Bernoullis. As in the paper's code, the
+score sums over keys and takes the mean over all frames of all pieces, from the second frame on. 229
+pieces are few: the model of the lowest validation loss is scored on test, 8.32 +- 0.01 over five
+seeds. Published under this protocol: RNN 8.91, LSTM 8.45, GRU 8.43, TCN 8.10. Scores per note, or
+joint over the notes of a frame (RNN-NADE and others), are other numbers. The script writes a
+sampled chorale as a MIDI file. With --model.transpose 5, a thousand updates end at 8.55 and still
+improve (one seed).
 """
 
 from dataclasses import dataclass, field, replace
@@ -46,7 +48,9 @@ class Config:
             raise ValueError(f"transpose must lie in 0..11, got {self.transpose}")
 
     def check(self, info) -> None:
-        """Raises ValueError for data that are not rolls of this many keys, or longer than the context."""
+        """Raises ValueError for data that are not rolls of this many keys, or longer than the
+        context.
+        """
         if info.kind != "roll" or info.shape[1] != self.keys or info.shape[0] > self.net.context:
             takes = f"rolls [T, {self.keys}] with T <= {self.net.context}"
             raise ValueError(
@@ -92,7 +96,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny model, 150 updates"),
     "cpu": Scale(
         Setup(),
-        "a transformer of 0.6 million parameters in batches of 16 pieces (TCN: 0.3 million, one piece at a time)",
+        "a transformer of 0.6 million parameters in batches of 16 pieces (TCN: 0.3 million, one "
+        "piece at a time)",
     ),
 }
 PUBLISHED = {"RNN": 8.91, "LSTM": 8.45, "GRU": 8.43, "TCN": 8.10}
@@ -103,7 +108,9 @@ INVARIANTS = {TEST: "< 13"}
 
 
 def logits(cfg: Config, params, roll, key=None):
-    """Returns logits [B, T, keys] of the frame after each of roll [B, T, keys]. With a key, dropout is on."""
+    """Returns logits [B, T, keys] of the frame after each of roll [B, T, keys]. With a key, dropout
+    is on.
+    """
     h = roll @ params["read_in"]["kernel"] + params["read_in"]["bias"][None, None]
     h = transformer.backbone(cfg.net, params["net"], h, key)
     return h @ params["read_out"]["kernel"] + params["read_out"]["bias"][None, None]
@@ -112,8 +119,9 @@ def logits(cfg: Config, params, roll, key=None):
 def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
     """Returns the family, on batches `roll` uint8 [B, T, keys] and `mask` [B, T].
 
-    evaluate: `nll_nats`, a sum over frames from the second on, and `frames`, how many. sample(state, key, *, n,
-    frames=64, start=None): rolls [n, frames, keys] of 0 and 1, which begin with `start` [n, S, keys].
+    evaluate: `nll_nats`, a sum over frames from the second on, and `frames`, how many.
+    sample(state, key, *, n, frames=64, start=None): rolls [n, frames, keys] of 0 and 1, which begin
+    with `start` [n, S, keys].
     """
     ema, optim = EMA(cfg.ema), cfg.net.optim
 
@@ -175,7 +183,9 @@ def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
 
 
 def marginal_nats(training: dict, test: dict) -> float:
-    """Returns nats per frame on test, each key an independent Bernoulli with its mean over the training frames."""
+    """Returns nats per frame on test, each key an independent Bernoulli with its mean over the
+    training frames.
+    """
     p = training["roll"][training["mask"] == 1].mean(0, dtype=np.float64)
     p = np.clip(p, 1e-4, 1 - 1e-4)
     frames = test["roll"][:, 1:][test["mask"][:, 1:] == 1].astype(np.float64)
@@ -228,7 +238,10 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     title = "a sample, not chosen; the first 8 quarter notes are Bach's"
     notes.set(xlabel="quarter notes", ylabel="MIDI number", title=title)
     net = setup.model.net
-    caption = f"{net.layers} layers of {net.width}, dropout {net.dropout}, batches of {setup.run.batch_size} pieces"
+    caption = (
+        f"{net.layers} layers of {net.width}, dropout {net.dropout}, batches of "
+        f"{setup.run.batch_size} pieces"
+    )
     figures.save(fig, folder / "jsb_chorales.png", caption)
 
 

@@ -1,29 +1,32 @@
 """Mode collapse on 25 Gaussians in a grid and 8 on a ring: Lin et al. 2018 (PacGAN), table 1; Metz et al. 2017, fig. 2
 
-    python -m experiments.mode_collapse                 about 20 minutes on 2 cores; downloads nothing
-    python -m experiments.mode_collapse --scale paper --unrolled-seeds 5       about 80 minutes: the recorded run
+    python -m experiments.mode_collapse    about 20 minutes on 2 cores; downloads nothing
+    python -m experiments.mode_collapse --scale paper --unrolled-seeds 5    about 80 minutes: the recorded run
 
-The nets of the unrolled GAN's demonstration on the sets of PacGAN: plain, packed by 2 and 4, unrolled by 5 updates, and
-WGAN-GP. Scale paper has the demonstration's rates and its 25,000 updates. Expect the plain GAN to lose modes of the grid
-there (8.3 of 25 found, ten seeds), packing to keep more (19.4 and 19.7) and unrolling as many (20.8, five seeds). But
-none is good. Packed GANs have 2 % of high-quality samples, near the 1.8 % of points spread evenly; plain ones have 4 %
-and unrolled ones 9 %.
+The nets of the unrolled GAN's demonstration on the sets of PacGAN: plain, packed by 2 and 4,
+unrolled by 5 updates, and WGAN-GP. Scale paper has the demonstration's rates and its 25,000
+updates. Expect the plain GAN to lose modes of the grid there (8.3 of 25 found, ten seeds), packing
+to keep more (19.4 and 19.7) and unrolling as many (20.8, five seeds). But none is good. Packed GANs
+have 2 % of high-quality samples, near the 1.8 % of points spread evenly; plain ones have 4 % and
+unrolled ones 9 %.
 
-Collapse depends on rates and on time. Scale cpu has D's rate 3e-4 for 1e-4, 16 latents for 256, and 10,000 updates.
-There plain, Pac2, Pac4 and unrolled find 12.2, 19.0, 18.4 and 24.0 modes (commit e0c36fb, the same seeds). Two of the
-four criteria are not met: Pac4 less Pac2 is -0.6 +- 1.3, and the reverse KL is 2.6 times lower. Continued to 25,000
-updates, the same runs find 24.1, 19.3, 16.3 and 23.8, with 60, 2, 2 and 73 % of high quality: no criterion is met. With
-D's rate at 5e-4 a plain GAN had all 25 modes after 10,000 updates (three seeds). At equal updates and points, D sees
-half and a quarter as many packs. This may be why packed GANs train more slowly; we have not tested it.
+Collapse depends on rates and on time. Scale cpu has D's rate 3e-4 for 1e-4, 16 latents for 256, and
+10,000 updates. There plain, Pac2, Pac4 and unrolled find 12.2, 19.0, 18.4 and 24.0 modes (commit
+e0c36fb, the same seeds). Two of the four criteria are not met: Pac4 less Pac2 is -0.6 +- 1.3, and
+the reverse KL is 2.6 times lower. Continued to 25,000 updates, the same runs find 24.1, 19.3, 16.3
+and 23.8, with 60, 2, 2 and 73 % of high quality: no criterion is met. With D's rate at 5e-4 a plain
+GAN had all 25 modes after 10,000 updates (three seeds). At equal updates and points, D sees half
+and a quarter as many packs. This may be why packed GANs train more slowly; we have not tested it.
 
-**The unrolled rows are to be measured again.** In the recorded runs, after D's updates, G saw D's loss of fake points
-only. In Metz et al. (eq. 3, and their demonstration) G maximises D's whole loss there, with the term of real points. So
-the unrolled objective lacked a term, and the numbers above for unrolling, at both scales, say nothing about their
-algorithm. `gan` has the whole loss now. Plain and packed GANs are as they were.
+**The unrolled rows are to be measured again.** In the recorded runs, after D's updates, G saw D's
+loss of fake points only. In Metz et al. (eq. 3, and their demonstration) G maximises D's whole loss
+there, with the term of real points. So the unrolled objective lacked a term, and the numbers above
+for unrolling, at both scales, say nothing about their algorithm. `gan` has the whole loss now.
+Plain and packed GANs are as they were.
 
-A mode counts if one of 2,500 samples lies within 3 standard deviations of it. Such a sample is of high quality (HQ). A
-correct model has 98.9 % of them; more means collapsed variance. Absolute numbers do not compare across papers, whose
-nets differ.
+A mode counts if one of 2,500 samples lies within 3 standard deviations of it. Such a sample is of
+high quality (HQ). A correct model has 98.9 % of them; more means collapsed variance. Absolute
+numbers do not compare across papers, whose nets differ.
 """
 
 from dataclasses import dataclass, replace
@@ -96,8 +99,10 @@ SCALES = {
     "smoke": Scale(SMOKE, "300 updates"),
     "cpu": Scale(
         Setup(),
-        "10,000 updates (the unrolled demonstration: 25,000) with its nets on PacGAN's sets, D's rate 3e-4 for 1e-4, "
-        "16 latents for 256; fresh points for 100,000 fixed ones; non-saturating loss; the ring has 8 modes (the "
+        "10,000 updates (the unrolled demonstration: 25,000) with its nets on PacGAN's sets, D's "
+        "rate 3e-4 for 1e-4, "
+        "16 latents for 256; fresh points for 100,000 fixed ones; non-saturating loss; the ring "
+        "has 8 modes (the "
         "demonstration's: 7)",
     ),
     "paper": Scale(
@@ -206,7 +211,10 @@ def plot(setup: Setup, folder: Path, samples: dict, scores: dict) -> None:
             title = f"{arm}: {scores[name, arm][0].modes} of {len(modes)} modes"
             figures.points(ax, samples[name, arm], title=title)
             ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    caption = f"{setup.samples} samples of the first seed after {setup.run.steps} updates; crosses: the modes"
+    caption = (
+        f"{setup.samples} samples of the first seed after {setup.run.steps} updates; crosses: the "
+        "modes"
+    )
     figures.save(fig, folder / "mode_collapse.png", caption)
 
 

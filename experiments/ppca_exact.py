@@ -1,11 +1,11 @@
 """Bounds against a model whose log p(x) is known: a linear-Gaussian VAE is probabilistic PCA
 
-    python -m experiments.ppca_exact            under 30 s on 2 cores; downloads nothing, trains nothing
+    python -m experiments.ppca_exact    under 30 s on 2 cores; downloads nothing, trains nothing
 
-With orthogonal loadings the exact posterior of probabilistic PCA (Tipping & Bishop 1999) has a diagonal covariance. So
-`vae.Encoder` without hidden layers can be set to it by hand. Expect, in float64: with the exact posterior every log
-weight equals log p(x). With a wrong one the ELBO equals L_1, and L_1 <= L_10 <= L_100 <= L_5000 <= log p(x) (Burda et
-al. 2016, theorem 1).
+With orthogonal loadings the exact posterior of probabilistic PCA (Tipping & Bishop 1999) has a
+diagonal covariance. So `vae.Encoder` without hidden layers can be set to it by hand. Expect, in
+float64: with the exact posterior every log weight equals log p(x). With a wrong one the ELBO equals
+L_1, and L_1 <= L_10 <= L_100 <= L_5000 <= log p(x) (Burda et al. 2016, theorem 1).
 """
 
 from dataclasses import dataclass
@@ -57,18 +57,14 @@ GAP_SE = "wrong posterior: |ELBO - L_1| in standard errors"
 RISE = "wrong posterior: smallest step L_1, L_10, L_100, L_k, log p(x), in s.e. of the paired difference"
 GAIN = "wrong posterior: L_10 - L_1 (nats; +- s.e.)"
 LEFT = "wrong posterior: |log p(x) - L_k| (nats; +- s.e.)"
-CRITERIA = {
-    CONSTANT: "< 1e-4",
-    GAP_SE: "< 3",
-    RISE: ">= -3",
-    GAIN: "> 0.2",
-    LEFT: "< 0.05",
-}
+CRITERIA = {CONSTANT: "< 1e-4", GAP_SE: "< 3", RISE: ">= -3", GAIN: "> 0.2", LEFT: "< 0.05"}
 INVARIANTS = CRITERIA
 
 
 def log_p(x: np.ndarray, w: np.ndarray, b: np.ndarray, std: float) -> np.ndarray:
-    """Returns log N(x; b, W W^T + std^2 I) in nats, [N], for x [N, dim] (Tipping & Bishop 1999, eq. 3)."""
+    """Returns log N(x; b, W W^T + std^2 I) in nats, [N], for x [N, dim] (Tipping & Bishop 1999, eq.
+    3).
+    """
     root = np.linalg.cholesky(w @ w.T + std**2 * np.eye(len(b)))
     z = np.linalg.solve(root, (x - b).T)
     return -0.5 * (z**2).sum(0) - np.log(np.diag(root)).sum() - 0.5 * len(b) * np.log(2 * np.pi)
@@ -83,10 +79,11 @@ def linear_vae(
     shift: float = 0.0,
     latents: int = 5,
 ):
-    """Returns (cfg, params) of a VAE that is PPCA, its encoder the exact posterior or one wrong by the last three arguments.
+    """Returns (cfg, params) of a VAE that is PPCA, its encoder the exact posterior or one wrong by
+    the last three arguments.
 
-    q(z|x) = N(M^-1 W^T (x - b), std^2 M^-1), M = W^T W + std^2 I (Tipping & Bishop 1999, eq. 6), diagonal because the
-    columns of W are orthogonal.
+    q(z|x) = N(M^-1 W^T (x - b), std^2 M^-1), M = W^T W + std^2 I (Tipping & Bishop 1999, eq. 6),
+    diagonal because the columns of W are orthogonal.
     """
     dim, k = w.shape
     m = np.diag(w.T @ w) + std**2
@@ -106,7 +103,9 @@ def linear_vae(
 
 
 def bounds(log_w: np.ndarray, k: int) -> np.ndarray:
-    """Returns L_k of every x, [N], from log weights [K, N]: the mean over K // k groups of log-mean-exp in a group."""
+    """Returns L_k of every x, [N], from log weights [K, N]: the mean over K // k groups of
+    log-mean-exp in a group.
+    """
     groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
     top = groups.max(1, keepdims=True)
     return (np.log(np.exp(groups - top).mean(1)) + top[:, 0]).mean(0)
@@ -145,7 +144,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 
 def compare(exact: np.ndarray, log_w: np.ndarray, elbos: np.ndarray, levels: dict) -> list[Row]:
-    """Returns the rows. The x are given and the draws are random, so errors come from the independent draws of each x."""
+    """Returns the rows. The x are given and the draws are random, so errors come from the
+    independent draws of each x.
+    """
     *bound, truth = levels.values()
     gaps = [later - earlier for earlier, later in zip(bound, [*bound[1:], truth], strict=True)]
     gap = elbos.mean(0) - levels["L_1"]

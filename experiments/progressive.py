@@ -1,12 +1,13 @@
 """Where the bits go: progressive coding, generation and interpolation, Ho et al. 2020 (DDPM), figures 5 to 9, table 4
 
-    python -m experiments.progressive           about 4 minutes on 2 cores, 5 more for its model; downloads nothing
+    python -m experiments.progressive    about 4 minutes on 2 cores, 5 more for its model; downloads nothing
 
-The digits model of `ddpm_digits` (given its --run.folder it is not trained again). Read the bound as a lossy code. Its
-terms from T down to t are the bits that have been sent at step t. The x_0 that the net predicts from x_t shows how far
-the picture is still off. Most bits pay for detail that no eye sees. Interpolating at step t mixes what x_t keeps of two
-digits: at 0 their pixels, at T nothing. Expect 69 % of the bits in the last tenth of the steps, where the paper has
-93 %: digits of 64 pixels and 17 levels have less detail than CIFAR-10.
+The digits model of `ddpm_digits` (given its --run.folder it is not trained again). Read the bound
+as a lossy code. Its terms from T down to t are the bits that have been sent at step t. The x_0 that
+the net predicts from x_t shows how far the picture is still off. Most bits pay for detail that no
+eye sees. Interpolating at step t mixes what x_t keeps of two digits: at 0 their pixels, at T
+nothing. Expect 69 % of the bits in the last tenth of the steps, where the paper has 93 %: digits of
+64 pixels and 17 levels have less detail than CIFAR-10.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny digits model"),
     "cpu": Scale(
         Setup(),
-        "8x8 digits of 17 levels, T = 100, the label given except for interpolation (CIFAR-10, 1000)",
+        "8x8 digits of 17 levels, T = 100, the label given except for interpolation (CIFAR-10, "
+        "1000)",
     ),
 }
 LATE = "share of the bits that the last tenth of the steps takes (%)"
@@ -86,7 +88,8 @@ INVARIANTS = {BLEND: CRITERIA[BLEND], LATE: CRITERIA[LATE]}
 
 
 def coding(result: train.Result, x_0, label, key) -> tuple[np.ndarray, float, np.ndarray]:
-    """Returns after step T, ... 1: bits per dim sent so far [T], the decoder's, squared errors of x_0_hat [T].
+    """Returns after step T, ... 1: bits per dim sent so far [T], the decoder's, squared errors of
+    x_0_hat [T].
 
     Errors are means over pixels in [0, 1].
     """
@@ -177,7 +180,9 @@ def coding_rows(rate: np.ndarray, decoder: float, error: np.ndarray) -> list[Row
 
 
 def distance_to_nearer(x: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the mean distance of interpolants [K, B, ...] to the nearer of their sources a and b [B, ...]."""
+    """Returns the mean distance of interpolants [K, B, ...] to the nearer of their sources a and b
+    [B, ...].
+    """
     each = (np.linalg.norm((x - end[None]).reshape(*x.shape[:2], -1), axis=-1) for end in (a, b))
     return np.minimum(*each).mean()
 
@@ -217,7 +222,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 def plot(
     setup: Setup, folder: Path, result, k_way, code: tuple, between: dict, shared: dict
 ) -> None:
-    """Draws rate and distortion, the predicted x_0 on the way, interpolations by t, decodings of one x_t."""
+    """Draws rate and distortion, the predicted x_0 on the way, interpolations by t, decodings of
+    one x_t.
+    """
     fig, axes = figures.figure(2, 3, size=(14, 8))
     distortion, bits, both, predicted, mixed, decoded = axes.ravel()
     T, (rate, error) = setup.model.T, code
@@ -243,7 +250,10 @@ def plot(
     pictures = _diffusion.unit(np.concatenate([x[:, 0] for x in shared.values()]))
     title = f"ten decodings of one x_t, t = {', '.join(map(str, shared))}"
     figures.images(decoded, pictures, 10, title=title)
-    caption = f"digits 8x8, U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates; nothing chosen"
+    caption = (
+        f"digits 8x8, U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates; nothing "
+        "chosen"
+    )
     figures.save(fig, folder / "progressive.png", caption)
 
 

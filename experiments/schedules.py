@@ -2,12 +2,13 @@
 
     python -m experiments.schedules             about 35 minutes on 2 cores; downloads nothing
 
-Exact curves need no training: what the linear and the cosine schedule leave of the picture, and how soon beta and
-beta-tilde agree. Then 8x8 digits: linear and cosine by the simple loss, cosine with learned variances by the hybrid
-loss, by the bound with uniform t, and by the bound with t drawn by importance. Expect the bound to improve from simple
-to hybrid to vlb. The linear schedule has the best bound here, while in the paper cosine is ahead. Training on the bound
-gives the worst pictures. A tenth of the steps hurts the hybrid model less than the simple one. Importance sampling
-steadies the loss of the bound.
+Exact curves need no training: what the linear and the cosine schedule leave of the picture, and how
+soon beta and beta-tilde agree. Then 8x8 digits: linear and cosine by the simple loss, cosine with
+learned variances by the hybrid loss, by the bound with uniform t, and by the bound with t drawn by
+importance. Expect the bound to improve from simple to hybrid to vlb. The linear schedule has the
+best bound here, while in the paper cosine is ahead. Training on the bound gives the worst pictures.
+A tenth of the steps hurts the hybrid model less than the simple one. Importance sampling steadies
+the loss of the bound.
 """
 
 from dataclasses import dataclass, replace
@@ -71,7 +72,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "40 updates of one dense layer"),
     "cpu": Scale(
         Setup(),
-        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 4000, 500,000 of 128)",
+        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 4000, "
+        "500,000 of 128)",
     ),
 }
 
@@ -122,9 +124,11 @@ def exact_rows() -> list[Row]:
 
 
 def variances(setup: Setup, result: train.Result) -> tuple[float, float]:
-    """Returns the variance over batches of the bound's loss at this net, in nats: t uniform, and t by importance.
+    """Returns the variance over batches of the bound's loss at this net, in nats: t uniform, and t
+    by importance.
 
-    p_t ~ sqrt(E[L_t^2]) comes from a pass of its own over the training digits, where the paper keeps a history.
+    p_t ~ sqrt(E[L_t^2]) comes from a pass of its own over the training digits, where the paper
+    keeps a history.
     """
     cfg, params, batch = result.config, _cli.weights(result), setup.run.batch_size
     x = np.asarray(ddpm.preprocess(cfg, _cli.arrays(setup.data.load("train"))))
@@ -194,7 +198,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("schedules.png")
 def plot(setup: Setup, folder: Path, x_0: np.ndarray, shown: dict) -> None:
-    """Draws the schedules, a digit under their noise, the terms of the bound, and the loss while training."""
+    """Draws the schedules, a digit under their noise, the terms of the bound, and the loss while
+    training.
+    """
     fig, axes = figures.figure(2, 3, size=(14, 7.6))
     left, ratio, noisy, terms, loss, empty = axes.ravel()
     T = 1000

@@ -2,13 +2,14 @@
 
     python -m experiments.shakespeare_char      about 17 minutes on 2 cores; Tiny Shakespeare (1 MB)
 
-Downloads Tiny Shakespeare (--data.folder takes its file). nanoGPT's configuration for CPUs has 1.88 nats in its README.
-Over 5 seeds it has 1.91 here on random crops, and 1.89 over the whole set. A smoothed 5-gram, which needs no training,
-has 1.75. So there is a second model of ours: rotary positions, RMSNorm, SwiGLU, longer context, more tokens. It has 1.48
-after 1,500 updates, about eight minutes. nanoGPT scores 20 batches of random crops, whose first characters have little
-context. Ours are 200 batches, because 20 leave a standard error of 0.014 nats. Beside that stands a strided evaluation:
-it counts every character once, with at least half a context before it. `--scale paper` is nanoGPT's configuration for
-GPUs (README: 1.4697).
+Downloads Tiny Shakespeare (--data.folder takes its file). nanoGPT's configuration for CPUs has 1.88
+nats in its README. Over 5 seeds it has 1.91 here on random crops, and 1.89 over the whole set. A
+smoothed 5-gram, which needs no training, has 1.75. So there is a second model of ours: rotary
+positions, RMSNorm, SwiGLU, longer context, more tokens. It has 1.48 after 1,500 updates, about
+eight minutes. nanoGPT scores 20 batches of random crops, whose first characters have little
+context. Ours are 200 batches, because 20 leave a standard error of 0.014 nats. Beside that stands a
+strided evaluation: it counts every character once, with at least half a context before it. `--scale
+paper` is nanoGPT's configuration for GPUs (README: 1.4697).
 """
 
 from dataclasses import dataclass, replace
@@ -84,7 +85,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "tiny models on Python's source, 200 updates"),
     "cpu": Scale(
         Setup(),
-        "nanoGPT's configuration for CPUs, as its README has it (GELU in its tanh form), scored on 200 batches of "
+        "nanoGPT's configuration for CPUs, as its README has it (GELU in its tanh form), scored "
+        "on 200 batches of "
         "crops (20); the second model is ours",
     ),
     "paper": Scale(

@@ -1,11 +1,12 @@
 """A small language model of Python's own standard library, character by character
 
     python -m experiments.transformer_text      about 3 minutes on 2 cores; downloads nothing
-    python -m experiments.transformer_text --data.name text:FILE --data.tokenizer bpe:1000      a text of your own
+    python -m experiments.transformer_text --data.name text:FILE --data.tokenizer bpe:1000    a text of your own
 
-The source of the standard library's modules: 4.4 million characters, of which every Python has its own copy. The first
-nine tenths are trained on, the last are scored, every character once. Rotary positions, RMSNorm and SwiGLU. Expect a
-lower loss than the best n-gram, and samples that look like code from a distance. No paper has numbers for this set.
+The source of the standard library's modules: 4.4 million characters, of which every Python has its
+own copy. The first nine tenths are trained on, the last are scored, every character once. Rotary
+positions, RMSNorm and SwiGLU. Expect a lower loss than the best n-gram, and samples that look like
+code from a distance. No paper has numbers for this set.
 """
 
 from dataclasses import dataclass, replace
@@ -95,7 +96,10 @@ def plot(setup: Setup, folder: Path, each: float, grams: dict, text: str) -> Non
     """Draws the loss beside the best n-gram, and a sample."""
     best, path = min(grams, key=grams.get), folder / "transformer_text.png"
     curves = {"transformer": _text.curve(folder, "nll_nats_per_token", each)}
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size} x {setup.length} {_text.unit(setup.data)}"
+    updates = (
+        f"{setup.run.steps} updates of {setup.run.batch_size} x {setup.length} "
+        f"{_text.unit(setup.data)}"
+    )
     caption = (
         f"{setup.model.layers} layers of {setup.model.width}, {updates}; sample at temperature 0.8"
     )

@@ -2,10 +2,11 @@
 
     python -m experiments.unet_or_dit           about 10 minutes on 2 cores; downloads nothing
 
-The model of `ddpm_digits` with its U-Net of 0.7 million parameters and with a DiT of as many, both at the U-Net's rate.
-They train one after the other, alone on the machine. The held-out bound is shown against updates and against minutes,
-beside the quality of the samples in the end. The minutes are this machine's; a GPU would give others. No paper has
-numbers for this set, so the only criterion is that both learn.
+The model of `ddpm_digits` with its U-Net of 0.7 million parameters and with a DiT of as many, both
+at the U-Net's rate. They train one after the other, alone on the machine. The held-out bound is
+shown against updates and against minutes, beside the quality of the samples in the end. The minutes
+are this machine's; a GPU would give others. No paper has numbers for this set, so the only
+criterion is that both learn.
 """
 
 import time
@@ -46,8 +47,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "tiny nets, 200 updates"),
     "cpu": Scale(
         Setup(),
-        "8x8 digits, 0.7 million parameters (ImageNet, 33 to 675 million); one rate for both, the U-Net's, "
-        "its decay cut off after 2,000 of 2,500 updates",
+        "8x8 digits, 0.7 million parameters (ImageNet, 33 to 675 million); one rate for both, the "
+        "U-Net's, its decay cut off after 2,000 of 2,500 updates",
     ),
 }
 NETS = ("U-Net", "DiT")
@@ -57,7 +58,9 @@ INVARIANTS = {BITS[net]: "< 4.1, log2 of 17 levels" for net in NETS}
 
 
 def clock(folder: str):
-    """Returns an `on_eval` that reports the minutes of the run, those before it was stopped and resumed included."""
+    """Returns an `on_eval` that reports the minutes of the run, those before it was stopped and
+    resumed included.
+    """
     _, before = _cli.history(folder, "minutes")
     begin = time.monotonic() - 60 * max(before, default=0.0)
     return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}

@@ -2,9 +2,10 @@
 
     python -m experiments.vae_digits            about 12 s on 2 cores; downloads nothing
 
-Expect a negative bound of about 23.9 nats on the 360 test digits, whose targets are grey levels. A per-pixel marginal
-costs 26.8 nats. The script trains on the first 1,237 digits, keeps the checkpoint that is best on the next 200, and
-reads the test digits once. The paper has no numbers for this set: the criteria are ours.
+Expect a negative bound of about 23.9 nats on the 360 test digits, whose targets are grey levels. A
+per-pixel marginal costs 26.8 nats. The script trains on the first 1,237 digits, keeps the
+checkpoint that is best on the next 200, and reads the test digits once. The paper has no numbers
+for this set: the criteria are ours.
 """
 
 from dataclasses import dataclass, replace

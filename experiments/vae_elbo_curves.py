@@ -1,12 +1,12 @@
 """The bound while training, against wake-sleep, for five latent sizes: AEVB (Kingma & Welling 2014), fig. 2
 
-    python -m experiments.vae_elbo_curves                  about 25 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.vae_elbo_curves    about 25 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_elbo_curves --scale paper    1e8 images per arm: about 10 hours on 2 cores
 
-Downloads MNIST or takes its files as vae_manifold does. Both algorithms train the same nets from the same
-initialisation on the same batches. Wake-sleep (Hinton et al. 1995) fits the encoder to samples of the model itself.
-Expect AEVB ahead at every size, and no overfitting of 200 latents. The paper prints curves and no numbers: the criteria
-are ours.
+Downloads MNIST or takes its files as vae_manifold does. Both algorithms train the same nets from
+the same initialisation on the same batches. Wake-sleep (Hinton et al. 1995) fits the encoder to
+samples of the model itself. Expect AEVB ahead at every size, and no overfitting of 200 latents. The
+paper prints curves and no numbers: the criteria are ours.
 """
 
 from dataclasses import dataclass, replace
@@ -80,8 +80,8 @@ INVARIANTS = {ORDER: CRITERIA[ORDER]}  # not AHEAD: so early, wake-sleep is ahea
 def make_wake_sleep(cfg: vae.Config, *, axis_name: str | None = None) -> Family:
     """Returns the VAE's nets trained by wake-sleep (Hinton et al. 1995).
 
-    Wake trains the decoder on z ~ q(z|x). Sleep trains the encoder on (z, x) ~ p(x|z) p(z). Neither differentiates
-    through a draw. So each loss trains one net, and their sum trains both.
+    Wake trains the decoder on z ~ q(z|x). Sleep trains the encoder on (z, x) ~ p(x|z) p(z). Neither
+    differentiates through a draw. So each loss trains one net, and their sum trains both.
     """
     family = vae.make(cfg)
 
@@ -141,7 +141,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 
 def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns images seen, the bound on test, and its mean over the training batches since the last validation."""
+    """Returns images seen, the bound on test, and its mean over the training batches since the last
+    validation.
+    """
     steps, nats = _cli.history(run.folder, "nll_nats")
     at, batches = _cli.history(run.folder, "elbo_nats", "train")
     means = [batches[(step - run.eval_every < at) & (at <= step)].mean() for step in steps]
@@ -164,7 +166,10 @@ def plot(setup: Setup, folder: Path, curves: dict) -> None:
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter("")  # labels between the decades would overlap
         ax.set_ylim(low, high + 0.05 * (high - low))
-    nets = f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, dynamic binarisation"
+    nets = (
+        f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, "
+        "dynamic binarisation"
+    )
     caption = f"{nets}; first of {setup.seeds} seeds; train: mean over batches"
     figures.save(fig, folder / "vae_elbo_curves.png", caption)
 

@@ -1,12 +1,13 @@
 """The learned manifold of a VAE with two latents: AEVB (Kingma & Welling 2014), fig. 4
 
-    python -m experiments.vae_manifold                              about 2 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.vae_manifold    about 2 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_manifold --data.name fashion_mnist    Fashion-MNIST (31 MB)
-    python -m experiments.vae_manifold --scale paper                1e8 images: about 70 minutes on 2 cores
+    python -m experiments.vae_manifold --scale paper    1e8 images: about 70 minutes on 2 cores
 
-The first start downloads the set, or takes its four .gz files from --data.folder FOLDER or AIGC_DATA/<name>. Debian's
-dataset-fashion-mnist is found by itself. Expect a test bound about 58 nats below a per-pixel marginal on MNIST, and
-digits that turn into one another along the grid. The paper prints the picture and no number.
+The first start downloads the set, or takes its four .gz files from --data.folder FOLDER or
+AIGC_DATA/<name>. Debian's dataset-fashion-mnist is found by itself. Expect a test bound about 58
+nats below a per-pixel marginal on MNIST, and digits that turn into one another along the grid. The
+paper prints the picture and no number.
 """
 
 from dataclasses import dataclass, replace
@@ -56,11 +57,13 @@ SCALES = {
     "smoke": Scale(SMOKE, "500 updates of a small net"),
     "cpu": Scale(
         Setup(),
-        "2.4e6 images, Adam for Adagrad, no weight decay, Flax's initialisation; grey-level targets",
+        "2.4e6 images, Adam for Adagrad, no weight decay, Flax's initialisation; grey-level "
+        "targets",
     ),
     "paper": Scale(
         PAPER,
-        "1e8 images (the paper gives no length here); no N(0, I) prior on the weights, Flax's initialisation",
+        "1e8 images (the paper gives no length here); no N(0, I) prior on the weights, Flax's "
+        "initialisation",
     ),
 }
 BELOW = "negative bound, test: below the per-pixel marginal (nats)"
@@ -101,9 +104,12 @@ def plot(setup: Setup, folder: Path, result: train.Result, test: data.Data, nats
     figures.images(a, grid.reshape(-1, *cfg.shape), 20, title=title)
     title = f"posterior means of {len(mu):,} test images{', by class' if 'label' in batch else ''}"
     figures.points(b, mu, batch.get("label"), title=title, axes=("z_1", "z_2"))
-    caption = f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of {setup.run.batch_size}"
-    caption = f"{caption}; test: {nats:.1f} nats (-ELBO, grey-level targets)"
-    figures.save(fig, folder / "vae_manifold.png", caption)
+    caption = (
+        f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of "
+        f"{setup.run.batch_size}"
+    )
+    score = f"test: {nats:.1f} nats (-ELBO, grey-level targets)"
+    figures.save(fig, folder / "vae_manifold.png", f"{caption}; {score}")
 
 
 if __name__ == "__main__":

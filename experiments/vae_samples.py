@@ -3,9 +3,9 @@
     python -m experiments.vae_samples                  about 4 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_samples --scale paper    1e8 images per size: about 2 hours on 2 cores
 
-Downloads MNIST or takes its files as vae_manifold does. Expect strokes that sharpen with the number of latents. With
-more latent dimensions the bound improves, but fewer samples look like digits: the prior fits the codes less well. The
-paper prints pictures and no numbers.
+Downloads MNIST or takes its files as vae_manifold does. Expect strokes that sharpen with the number
+of latents. With more latent dimensions the bound improves, but fewer samples look like digits: the
+prior fits the codes less well. The paper prints pictures and no numbers.
 """
 
 from dataclasses import dataclass, replace
@@ -99,7 +99,10 @@ def plot(setup: Setup, folder: Path, results: dict, bounds: dict) -> None:
         figures.images(
             ax, samples, 10, title=f"{latents} latents: {-bounds[latents]:.1f} nats (-ELBO)"
         )
-    caption = f"{setup.data.name}, means of p(x|z) for z ~ N(0, I), {setup.model.hidden} {setup.model.activation}"
+    caption = (
+        f"{setup.data.name}, means of p(x|z) for z ~ N(0, I), {setup.model.hidden} "
+        f"{setup.model.activation}"
+    )
     caption = f"{caption}, {setup.run.steps} updates of {setup.run.batch_size}"
     figures.save(fig, folder / "vae_samples.png", caption)
 

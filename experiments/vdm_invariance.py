@@ -2,12 +2,13 @@
 
     python -m experiments.vdm_invariance        about 15 minutes on 2 cores; downloads nothing
 
-A grid of 25 normals has a denoiser in closed form and a known entropy. With this denoiser the continuous bound is the
-entropy plus the terms of the ends, whatever the schedule between equal ends. The bound of T steps comes down to it as T
-grows. What the schedule does change is the variance of the bound's estimate. VDM's monotone net, trained for that
-alone, lowers it. A straight gamma has 197 squared nats; no gamma has less than 108 here, so the paper's factor of two
-cannot be reached. Then 8x8 digits with a learned schedule, by the net and the updates of `ddpm_objectives`, whose arms'
-bits compare.
+A grid of 25 normals has a denoiser in closed form and a known entropy. With this denoiser the
+continuous bound is the entropy plus the terms of the ends, whatever the schedule between equal
+ends. The bound of T steps comes down to it as T grows. What the schedule does change is the
+variance of the bound's estimate. VDM's monotone net, trained for that alone, lowers it. A straight
+gamma has 197 squared nats; no gamma has less than 108 here, so the paper's factor of two cannot be
+reached. Then 8x8 digits with a learned schedule, by the net and the updates of `ddpm_objectives`,
+whose arms' bits compare.
 """
 
 from dataclasses import dataclass, replace
@@ -60,7 +61,8 @@ class Setup:
             or min(self.steps) < 2
         ):
             raise ValueError(
-                "samples must be at least 20,000, gamma_steps positive, and steps two numbers above 1"
+                "samples must be at least 20,000, gamma_steps positive, and steps two numbers "
+                "above 1"
             )
 
 
@@ -75,7 +77,8 @@ SCALES = {
     "smoke": Scale(SMOKE, "few samples, 40 updates of one dense layer on digits"),
     "cpu": Scale(
         Setup(),
-        "a grid of normals with its exact denoiser, and 8x8 digits (CIFAR-10, 31 residual blocks of 128)",
+        "a grid of normals with its exact denoiser, and 8x8 digits (CIFAR-10, 31 residual blocks "
+        "of 128)",
     ),
 }
 
@@ -122,7 +125,9 @@ def exact(x_t, gamma_u):
 
 
 def squared_error(gamma_u, key):
-    """Returns |eps - E[eps | x_t]|^2 [n] at random points of the grid, at minus log signal-to-noise ratios [n]."""
+    """Returns |eps - E[eps | x_t]|^2 [n] at random points of the grid, at minus log signal-to-noise
+    ratios [n].
+    """
     k_mode, k_x, k_eps = jax.random.split(key, 3)
     x_0 = sample_grid(k_mode, k_x, len(gamma_u))
     eps = jax.random.normal(k_eps, x_0.shape)
@@ -138,11 +143,12 @@ def continuous_bound(gamma, key, n: int):
 
 
 def entropy_and_ends() -> tuple[float, float]:
-    """Returns the grid's entropy in nats (its modes do not overlap), and what the two ends add to the bound.
+    """Returns the grid's entropy in nats (its modes do not overlap), and what the two ends add to
+    the bound.
 
-    At u = 0 the decoder N(x_0; x_u / alpha, s2) takes the place of the posterior of x_0, a normal of variance
-    1 / (1 / std^2 + 1 / s2). That adds log(1 + s2 / std^2) nats in two dimensions. At u = 1 it is KL(q(x_1) || N(0, I)),
-    by quadrature: q(x_1) is the shrunken grid under noise.
+    At u = 0 the decoder N(x_0; x_u / alpha, s2) takes the place of the posterior of x_0, a normal
+    of variance 1 / (1 / std^2 + 1 / s2). That adds log(1 + s2 / std^2) nats in two dimensions. At u
+    = 1 it is KL(q(x_1) || N(0, I)), by quadrature: q(x_1) is the shrunken grid under noise.
     """
     entropy = float(np.log(25) + np.log(2 * np.pi * np.e * STD**2))
     first = float(np.log1p(np.exp(LOW) / STD**2))
@@ -186,10 +192,12 @@ def learn_gamma(setup: Setup):
 
 
 def least_variance() -> tuple[float, float]:
-    """Returns the variance of the diffusion term's estimate under linear gamma, and the least that any gamma could have.
+    """Returns the variance of the diffusion term's estimate under linear gamma, and the least that
+    any gamma could have.
 
-    At gamma the estimate is X = gamma' D / 2 with D the squared error of eps. E X^2 = int gamma' E[D^2] / 4 dgamma is
-    least where gamma' ~ E[D^2]^-1/2, by Cauchy and Schwarz: (int E[D^2]^1/2 / 2 dgamma)^2.
+    At gamma the estimate is X = gamma' D / 2 with D the squared error of eps. E X^2 = int gamma'
+    E[D^2] / 4 dgamma is least where gamma' ~ E[D^2]^-1/2, by Cauchy and Schwarz: (int E[D^2]^1/2 /
+    2 dgamma)^2.
     """
     g = np.linspace(LOW, HIGH, 367)
 
@@ -228,7 +236,9 @@ def in_steps(setup: Setup, T: int, key) -> float:
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
-    """Trains on the digits, then takes the bounds of the grid under every schedule and number of steps."""
+    """Trains on the digits, then takes the bounds of the grid under every schedule and number of
+    steps.
+    """
     training, test = _pictures.parts(setup.data, "train", "test")
     setup = _pictures.adopt(setup, SCALES, training.info)
     place = replace(setup.run, folder=str(folder / "digits"))
@@ -297,7 +307,10 @@ def plot(
     ylabel, title = "bound less the continuous one (nats)", "the bound of T steps comes down"
     figures.curves(steps, curves, xlabel="steps T", ylabel=ylabel, title=title)
     steps.set(xscale="log", yscale="log")
-    caption = f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}; {setup.samples:,} points per bound"
+    caption = (
+        f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}; {setup.samples:,} points per "
+        "bound"
+    )
     figures.save(fig, folder / "vdm_invariance.png", caption)
 
 
