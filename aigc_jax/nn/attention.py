@@ -46,7 +46,7 @@ class Attention(nn.Module):
         past: tuple[Array, Array] | None = None,
         slot: Any = 0,
     ) -> tuple[Array, tuple[Array, Array]]:
-        """Returns the output, shaped like x, and the keys and values [B, H, S, K] that it looked at.
+        """Returns the output, shaped like x, and the keys and values [B, H, S, K] that it used.
 
         x_BTD: [B, T, D], or an image [B, height, width, D], whose pixels are the positions.
         mask_BTS: True where query t sees key s; None: every query sees every key.
