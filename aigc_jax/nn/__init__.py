@@ -1,0 +1,50 @@
+"""Networks as Flax modules, for every family: none of them knows a family's Config.
+
+blocks.py      norms, activations, layers that change the resolution
+embeddings.py  sinusoids, time and label as one vector, rotary positions, adaLN-Zero
+attention.py   one Attention: causal or not, with or without a cache, over the input or a context
+mlp.py         one MLP, and the nets for points that are made of it
+conv.py        generators and discriminators of DCGAN and SNGAN
+unet.py        the U-Net of DDPM
+transformer.py the transformer block and the decoder trunk
+dit.py         a transformer over patches
+
+Every net has `dtype` (of activations; parameters are float32) and `remat` (recompute blocks in the
+backward pass: less memory, about a third more work). Outputs are float32. Dropout is on where the
+caller passes an rng named dropout.
+"""
+
+from .attention import Attention
+from .blocks import GroupNorm, Norm, NormAct, pixel_shuffle
+from .conv import ConvDiscriminator, ConvGenerator
+from .dit import DiT
+from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
+from .mlp import MLP, MLPDiscriminator, MLPGenerator, TimeMLP
+from .transformer import Block, Decoder, causal
+from .unet import PixelAttention, ResBlock, UNet
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Block",
+    "Condition",
+    "ConvDiscriminator",
+    "ConvGenerator",
+    "Decoder",
+    "DiT",
+    "GroupNorm",
+    "MLPDiscriminator",
+    "MLPGenerator",
+    "Norm",
+    "NormAct",
+    "PixelAttention",
+    "ResBlock",
+    "TimeMLP",
+    "UNet",
+    "adaln_zero",
+    "causal",
+    "modulate",
+    "pixel_shuffle",
+    "rotate",
+    "sinusoids",
+]
