@@ -168,6 +168,14 @@ def test_a_respaced_process_has_the_same_marginals():
         np.testing.assert_array_equal(ddpm.q_sample(few, x_0, jnp.full(4, i), eps), same)
 
 
+def test_a_schedule_knows_its_signal_and_noise():
+    for schedule in (LINEAR, COSINE, ddpm.respace(LINEAR, 10)):
+        np.testing.assert_allclose(schedule.signal**2 + schedule.noise**2, 1, rtol=1e-12)
+        t, x_0, eps = jnp.array([0, 4, 9]), normal(1, 3, 2), normal(2, 3, 2)
+        expected = schedule.signal[t][:, None] * x_0 + schedule.noise[t][:, None] * eps
+        np.testing.assert_allclose(ddpm.q_sample(schedule, x_0, t, eps), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("given", process.PREDICTIONS)
 @pytest.mark.parametrize("wanted", process.PREDICTIONS)
 def test_predictions_are_one_another(given, wanted):
