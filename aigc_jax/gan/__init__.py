@@ -40,6 +40,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from ..core import (
     EMA,
     Family,
+    Optim,
     State,
     descend,
     finish,
@@ -59,6 +60,7 @@ __all__ = [
     "Discriminator",
     "Generator",
     "Net",
+    "Optim",
     "discriminate",
     "discriminator_loss",
     "generate",

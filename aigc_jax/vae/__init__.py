@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ..core import EMA, Family, State, labels, make_step, pixels, start
+from ..core import EMA, Family, Optim, State, labels, make_step, pixels, start
 from .config import Config
 from .likelihoods import (
     bits_per_dim,
@@ -57,6 +57,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "Gaussian",
+    "Optim",
     "activity",
     "bits_per_dim",
     "decode",
