@@ -413,8 +413,9 @@ def loss(cfg: Config, params: Params, state: State, batch: dict, key: Key[Array,
             bound, log_w = _log_mean_exp(log_p_x + beta * log_ratio), log_p_x + log_ratio
         value = -bound
         terms = {"iwae": _log_mean_exp(log_w), "elbo": log_w.mean(0)}
+    value = value.mean()
     metrics = {f"{name}_nats": term.mean() for name, term in terms.items()}
-    return value.mean(), (state.extra, metrics)
+    return value, (state.extra, metrics)
 
 
 def evaluate(cfg: Config, state: State, batch: dict, key: Key[Array, ""]) -> dict[str, Nats]:
