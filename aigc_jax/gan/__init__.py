@@ -161,6 +161,7 @@ def gradient_penalty(
 
 
 def _nets(cfg: Config, axis_name: str | None = None) -> dict[str, nn.Module]:
+    """Returns G and D. With `axis_name`, BatchNorm averages over the devices of that axis."""
     projection = cfg.classes > 0 and cfg.condition == "projection"
     return {
         "gen": Generator(cfg.gen, tuple(cfg.shape), tuple(cfg.output_bias), axis_name),

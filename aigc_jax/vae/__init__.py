@@ -392,9 +392,9 @@ def _label_of(cfg: Config, batch: dict):
 
 
 def loss(cfg: Config, params: Params, state: State, batch: dict, key: Key[Array, ""]):
-    """Returns minus the bound, a mean over the batch, as `core.descend` takes it.
+    """Returns minus the bound as a mean over the batch, and (extra, metrics) for `core.descend`.
 
-    beta and its warm-up weigh log p(z) - log q(z|x) here, but not in the metrics.
+    beta and its warm-up weigh log p(z) - log q(z|x) in the loss, but not in the metrics.
     """
     k_x, k_z = jax.random.split(key)
     x, label = preprocess(cfg, batch, k_x), _label_of(cfg, batch)
