@@ -40,6 +40,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from ..core import (
     EMA,
     Family,
+    Optim,
     State,
     descend,
     finish,
@@ -59,6 +60,7 @@ __all__ = [
     "Discriminator",
     "Generator",
     "Net",
+    "Optim",
     "discriminate",
     "discriminator_loss",
     "generate",
@@ -159,6 +161,7 @@ def gradient_penalty(
 
 
 def _nets(cfg: Config, axis_name: str | None = None) -> dict[str, nn.Module]:
+    """Returns G and D. With `axis_name`, BatchNorm averages over the devices of that axis."""
     projection = cfg.classes > 0 and cfg.condition == "projection"
     return {
         "gen": Generator(cfg.gen, tuple(cfg.shape), tuple(cfg.output_bias), axis_name),

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ..core import EMA, Family, State, labels, make_step, pixels, start
+from ..core import EMA, Family, Optim, State, labels, make_step, pixels, start
 from .config import Config
 from .likelihoods import (
     bits_per_dim,
@@ -57,6 +57,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "Gaussian",
+    "Optim",
     "activity",
     "bits_per_dim",
     "decode",
@@ -391,9 +392,9 @@ def _label_of(cfg: Config, batch: dict):
 
 
 def loss(cfg: Config, params: Params, state: State, batch: dict, key: Key[Array, ""]):
-    """Returns minus the bound, a mean over the batch, as `core.descend` takes it.
+    """Returns minus the bound as a mean over the batch, and (extra, metrics) for `core.descend`.
 
-    beta and its warm-up weigh log p(z) - log q(z|x) here, but not in the metrics.
+    beta and its warm-up weigh log p(z) - log q(z|x) in the loss, but not in the metrics.
     """
     k_x, k_z = jax.random.split(key)
     x, label = preprocess(cfg, batch, k_x), _label_of(cfg, batch)
@@ -412,8 +413,9 @@ def loss(cfg: Config, params: Params, state: State, batch: dict, key: Key[Array,
             bound, log_w = _log_mean_exp(log_p_x + beta * log_ratio), log_p_x + log_ratio
         value = -bound
         terms = {"iwae": _log_mean_exp(log_w), "elbo": log_w.mean(0)}
+    value = value.mean()
     metrics = {f"{name}_nats": term.mean() for name, term in terms.items()}
-    return value.mean(), (state.extra, metrics)
+    return value, (state.extra, metrics)
 
 
 def evaluate(cfg: Config, state: State, batch: dict, key: Key[Array, ""]) -> dict[str, Nats]:

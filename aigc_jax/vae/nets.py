@@ -116,9 +116,9 @@ def init(cfg: Config, key: Key[Array, ""]) -> Params:
         "decoder": Decoder(cfg).init(k_decoder, z, y),
     }
     if cfg.upper_dim:
-        z_2 = jnp.zeros((1, cfg.upper_dim), jnp.float32)
         upper_encoder, upper_decoder = _upper_modules(cfg)
         params["upper_encoder"] = upper_encoder.init(k_upper[0], z)
+        z_2 = jnp.zeros((1, cfg.upper_dim), jnp.float32)
         params["upper_decoder"] = upper_decoder.init(k_upper[1], z_2)
     return params
 
