@@ -862,6 +862,7 @@ def test_times_are_drawn_as_said():
     assert drawn[7] > 3 * np.delete(drawn, 7).max()
 
 
+@pytest.mark.slow
 def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_way():
     cfg = dataclasses.replace(
         POINTS, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
@@ -944,7 +945,8 @@ def test_bad_values_are_refused(change, words):
         dataclasses.replace(TINY, **change)
 
 
-@pytest.mark.parametrize("w", [pytest.param(0.0, marks=pytest.mark.slow), 1.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("w", [0.0, 1.5])
 def test_a_respaced_learned_variance_is_that_of_the_levels_visited(w):
     """Through the sampler and the bound, against a function of x_t and t that asks the net by itself."""
     net = ddpm.Net("mlp", (8,), dropout=0.0)
@@ -984,9 +986,8 @@ def test_a_learned_variance_asks_the_net_once_a_step():
         ddpm.sample_ddpm(schedule, lambda x, t: x, normal(0, 2, 4), key(1), sigma2="learned")
 
 
-@pytest.mark.parametrize(
-    "how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("beta", "beta_tilde", "ddim")), "eta"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["beta", "beta_tilde", "ddim", "eta"])
 def test_a_schedule_is_learned_through_samplers(how):
     """The slope in gamma's ends of a sample, against a difference: no root of 0 in the last step makes it no number."""
     x_T = normal(0, 3, 2)
