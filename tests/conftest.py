@@ -27,19 +27,31 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 MEMORY = Path("/proc/self/statm")  # of Linux; elsewhere nothing is freed early
-LIMIT = 3 * 2**29  # bytes
+LIMIT = 3 * 2**29  # bytes: 1.5 GiB
+
+
+def resident():
+    """Bytes of memory that this process holds."""
+    return int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if MEMORY.exists() else 0
+
+
+def trim():
+    """Gives back to the system what LLVM has left free on the heap (glibc keeps it)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
 def bounded_memory():
-    """Frees compiled functions, and what LLVM left on the heap, once the process holds more than 1.5 GiB."""
+    """Keeps a worker near 1.5 GiB: frees the heap after a test, and compiled functions where that is not enough."""
     yield
-    if MEMORY.exists() and int(MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LIMIT:
+    if resident() > LIMIT:
+        trim()
+    if resident() > LIMIT:
         jax.clear_caches()
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-        if trim:
-            trim(0)
+        trim()
 
 
 def pytest_collection_modifyitems(config, items):

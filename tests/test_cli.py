@@ -1,5 +1,6 @@
 """The command lines: what works, and one line with exit code 2 for a user's mistake."""
 
+import functools
 import json
 import os
 import shutil
@@ -129,6 +130,7 @@ def test_exported_weights_are_those_that_sampling_uses(call, digits_run, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
     from safetensors.numpy import load_file
 
@@ -390,25 +392,34 @@ def test_compare_takes_pictures_of_all_sizes_as_a_run_took_them(call, digits_run
 
 
 @pytest.fixture(scope="module")
-def small_runs(tmp_path_factory):
-    """{kind: run folder} of two updates each: points of 3 numbers, rolls, text."""
+def small_run(tmp_path_factory):
+    """small_run(kind) -> the folder of a run of two updates: points of 3 numbers, rolls, text."""
     root = tmp_path_factory.mktemp("small")
     rng = np.random.default_rng(0)
-    net = gan.Net("mlp", (4,))
-    (root / "own.txt").write_text("a line of text\n" * 40)
-    text = data.load(f"text:{root}/own.txt", "train", length=8)
-    roll = data.from_arrays({"roll": (rng.random((8, 6, 88)) < 0.05).astype(np.uint8)})
-    frames = jsb_chorales.Config(replace(jsb_chorales.NET, layers=1, width=8, heads=2, context=64))
-    letters = transformer.Config(vocab=text.info.levels, context=8, layers=1, heads=2, width=8)
-    runs = {
-        "points3": (gan.make, gan.Config(shape=(3,), gen=net, disc=net),
-                    data.from_arrays({"points": rng.normal(size=(20, 3))})),
-        "roll": (jsb_chorales.make_frames, frames, roll),
-        "text": (transformer.make, letters, text),
-    }  # fmt: skip
-    for kind, (make, cfg, training) in runs.items():
+
+    def points3():
+        net = gan.Net("mlp", (4,))
+        points = data.from_arrays({"points": rng.normal(size=(20, 3))})
+        return gan.make, gan.Config(shape=(3,), gen=net, disc=net), points
+
+    def roll():
+        frames = jsb_chorales.Config(replace(jsb_chorales.NET, layers=1, width=8, heads=2, context=64))
+        pieces = data.from_arrays({"roll": (rng.random((8, 6, 88)) < 0.05).astype(np.uint8)})
+        return jsb_chorales.make_frames, frames, pieces
+
+    def text():
+        (root / "own.txt").write_text("a line of text\n" * 40)
+        lines = data.load(f"text:{root}/own.txt", "train", length=8)
+        letters = transformer.Config(vocab=lines.info.levels, context=8, layers=1, heads=2, width=8)
+        return transformer.make, letters, lines
+
+    @functools.cache
+    def folder(kind):
+        make, cfg, training = {"points3": points3, "roll": roll, "text": text}[kind]()
         train.fit(make, cfg, train.Run(folder=str(root / kind), steps=2, batch_size=8, devices=1), training)
-    return {kind: root / kind for kind in runs}
+        return root / kind
+
+    return folder
 
 
 def drawn(folder, n, seed=0):
@@ -469,8 +480,8 @@ def test_samples_are_written_whole_or_not_at_all(call, digits_run, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_what_no_picture_can_show_is_written_as_numbers(call, small_runs, tmp_path):
-    run = small_runs["points3"]
+def test_what_no_picture_can_show_is_written_as_numbers(call, small_run, tmp_path):
+    run = small_run("points3")
     assert call("aigc_jax", "sample", run, "--n", 4)[0] == 0
     np.testing.assert_array_equal(np.load(run / "samples.npy"), drawn(run, 4))
     assert call("aigc_jax", "sample", run, "--n", 4, "--out", "new")[0] == 0
@@ -500,13 +511,14 @@ def test_the_form_of_samples_follows_from_their_kind_and_shape(tmp_path):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-def test_music_is_written_as_midi(call, small_runs, tmp_path):
+@pytest.mark.slow
+def test_music_is_written_as_midi(call, small_run, tmp_path):
     import mido
 
-    code, said, _ = call("aigc_jax", "sample", small_runs["roll"])
-    assert code == 0 and "wrote 1 samples" in said and (small_runs["roll"] / "samples.mid").exists()
-    assert call("aigc_jax", "sample", small_runs["roll"], "--n", 2, "--out", "two.mid")[0] == 0
-    two = drawn(small_runs["roll"], 2)
+    code, said, _ = call("aigc_jax", "sample", small_run("roll"))
+    assert code == 0 and "wrote 1 samples" in said and (small_run("roll") / "samples.mid").exists()
+    assert call("aigc_jax", "sample", small_run("roll"), "--n", 2, "--out", "two.mid")[0] == 0
+    two = drawn(small_run("roll"), 2)
     both = np.concatenate([two[0], np.zeros((4, 88)), two[1]])  # a rest of four frames between the pieces
     back, now, on = np.zeros((len(both) + 1, 88)), 0, {}
     for message in mido.MidiFile(tmp_path / "two.mid").tracks[0]:
@@ -519,8 +531,8 @@ def test_music_is_written_as_midi(call, small_runs, tmp_path):
     assert both.sum() > 10
 
 
-def test_text_is_written_to_a_file_as_to_the_terminal(call, small_runs, tmp_path):
-    flags = ("sample", small_runs["text"], "--text.prompt", "a line")
+def test_text_is_written_to_a_file_as_to_the_terminal(call, small_run, tmp_path):
+    flags = ("sample", small_run("text"), "--text.prompt", "a line")
     code, said, _ = call("aigc_jax", *flags)
     assert code == 0 and said.startswith("a line") and len(said) == len("a line") + 2 + 1  # as far as the context goes
     assert call("aigc_jax", *flags, "--out", "x.txt")[0] == 0
@@ -554,6 +566,7 @@ def test_mistakes_of_sample_are_one_line(call, digits_run, tmp_path, flags, word
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_home_is_found_where_the_shell_does_not_see_it(call, digits_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").symlink_to(digits_run)
@@ -618,6 +631,7 @@ def test_a_fault_of_ours_is_one_line_and_its_traceback_a_file(call, digits_run, 
     file.unlink()
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_is_no_error():
     """As in `... | head`: the pipe is closed from the start, so that every write meets it."""
     read, write = os.pipe()

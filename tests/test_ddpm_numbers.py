@@ -11,6 +11,8 @@ from aigc_jax import ddpm, train
 from aigc_jax.commands.sample import DiffusionOptions
 from aigc_jax.ddpm import binomial, bounds, process
 
+pytestmark = pytest.mark.slow  # test_ddpm.py holds what all of them rest on
+
 MEAN, STD = 0.3, 0.5  # of x_0
 LEARNED = ddpm.Config(
     shape=(1,), schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
@@ -227,12 +229,7 @@ BOUNDS = {
 }
 
 
-def soaked(*quick):
-    """All samplers and bounds, those that share most of their code with a quick one in `make soak`."""
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.soak) for name in SAMPLERS | BOUNDS]
-
-
-@pytest.mark.parametrize("name", soaked("ddpm", "invert", "vlb"))
+@pytest.mark.parametrize("name", SAMPLERS | BOUNDS)
 def test_a_function_of_v_or_x_0_is_as_good_as_one_of_eps(name):
     schedule, x = SCHEDULES["learned"], standardised(8).reshape(4, 2)
     call = partial((SAMPLERS | BOUNDS)[name], schedule)
@@ -422,7 +419,7 @@ def test_likelihoods_of_half_precision_are_float32(name):
         np.testing.assert_allclose(got, due, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", soaked("heun", "inpaint", "ode"))
+@pytest.mark.parametrize("name", SAMPLERS | BOUNDS)
 def test_float64_keeps_its_digits_and_float32_its_dtype(name):
     schedule = SCHEDULES["cosine"]
     with jax.enable_x64(True):

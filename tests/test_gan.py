@@ -183,6 +183,7 @@ def test_each_update_leaves_the_other_net_alone():
         assert not same(new.params[moving], state.params[moving])
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_other_optimizer():
     """The moments of each Adam depend on its own net's loss alone: G's loss scaled by 0 changes nothing in D's."""
     batch = DIGITS.batch(0, 0, 16)
@@ -369,7 +370,7 @@ def test_the_unrolled_generator_rests_on_the_data(loss, penalty):
 def test_clipping_bounds_every_weight_of_the_critic_only():
     cfg = replace(SMALL, loss="wasserstein", penalty="clip", penalty_weight=0.01)
     family = gan.make(cfg)
-    new, _ = jax.jit(family.step)(family.init(key(0)), DIGITS.batch(0, 0, 16), key(1))
+    new, _ = jax.jit(family.step)(jax.jit(family.init)(key(0)), DIGITS.batch(0, 0, 16), key(1))
     assert max(np.abs(w).max() for w in leaves(new.params["disc"])) == np.float32(0.01)
     assert max(np.abs(w).max() for w in leaves(new.params["gen"])) > 0.1
 
@@ -577,7 +578,7 @@ def test_resume_is_exact_with_statistics_and_both_optimizers(tmp_path):
     cfg = replace(SMALL, disc=gan.Net(widths=(12,), activation="leaky_relu", norm="spectral"), ema=0.9, n_critic=2)
 
     def run(steps, folder):
-        return train.Run(folder=folder, steps=steps, batch_size=16, save_every=4, steps_per_call=3)
+        return train.Run(folder=folder, steps=steps, batch_size=16, save_every=4, steps_per_call=3, devices=1)
 
     whole = train.fit(gan.make, cfg, run(11, ""), DIGITS).state
     train.fit(gan.make, cfg, run(5, str(tmp_path / "run")), DIGITS)

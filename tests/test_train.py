@@ -104,7 +104,8 @@ def test_the_batch_lies_on_eight_devices_an_eighth_each():
         np.testing.assert_array_equal(shard.data, data.order(1437, 0, 0, 16)[2 * d : 2 * d + 2])
 
 
-@pytest.mark.parametrize("k, micro", [pytest.param(1, 1, marks=pytest.mark.slow), (5, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("k, micro", [(1, 1), (5, 2)])
 def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
     cfg = dataclasses.replace(SGD, binarisation="dynamic", micro=micro)  # noise in x and in z
     one, eight = (fit(vae.make, cfg, run(steps=5, devices=n, steps_per_call=k), DIGITS).state for n in (1, 8))
@@ -116,7 +117,8 @@ def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
 # ---------------------------------------------------------------------------------------------------------------- pmap
 
 
-@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 3])
 def test_pmap_agrees_with_one_device_where_no_noise_is_drawn(k):
     cfg = dataclasses.replace(SPEAKER, micro=2, optim=Optim("sgd", lr=0.1))
     source = CROPS

@@ -368,6 +368,7 @@ def test_prompts_that_the_model_has_not_are_refused(prompt, lengths, words):
             ask(dataclasses.replace(SMALL, vocab=0))
 
 
+@pytest.mark.slow
 def test_damaged_weights_give_no_plausible_token():
     params = jax.tree.map(lambda x: x.at[0].set(jnp.nan), parameters(SMALL))
     for sampling in (Sampling(), Sampling(0.0), Sampling(top_p=0.5)):
@@ -584,6 +585,7 @@ def check_law(counts, exact, n):
     assert stats.chisquare([*seen, n - sum(seen) + 1e-9], [*due, n - sum(due) + 1e-9]).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_samples_without_repeats_have_their_law():
     cfg = dataclasses.replace(SMALL, vocab=4)
     params, n, exact = parameters(cfg), 4000, {}
