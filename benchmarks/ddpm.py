@@ -84,7 +84,7 @@ def ours() -> dict:
     from aigc_jax.train import Run
     from aigc_jax.train.engine import Engine, compiler_options
 
-    net = ddpm.Net(widths=WIDTHS, blocks=BLOCKS, attention=ATTENTION, heads=1, groups=GROUPS, dropout=0.0)
+    net = ddpm.NetConfig(widths=WIDTHS, blocks=BLOCKS, attention=ATTENTION, heads=1, groups=GROUPS, dropout=0.0)
     cfg = ddpm.Config(shape=(HEIGHT, HEIGHT, 1), net=net, ema=0.0, optim=Optim(lr=2e-4))
     engine = Engine(ddpm.make, cfg, Run(steps=10**6, batch_size=BATCH), data.from_arrays({"image": images()}))
     held, params = {"state": engine.init(), "step": 0}, engine.init().params

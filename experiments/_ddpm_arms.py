@@ -15,11 +15,11 @@ MODEL = ddpm.Config(
     levels=17,
     T=200,
     terms=8,
-    net=ddpm.Net(widths=(32, 64), blocks=1, attention=(4,), groups=8),
+    net=ddpm.NetConfig(widths=(32, 64), blocks=1, attention=(4,), groups=8),
     ema=0.995,
     optim=Optim(lr=1e-3, clip=1.0, warmup=100, decay=2000, floor=0.1),
 )
-SMOKE = replace(MODEL, T=50, net=ddpm.Net("mlp", (32,), dropout=0.0), ema=0.9)
+SMOKE = replace(MODEL, T=50, net=ddpm.NetConfig("mlp", (32,), dropout=0.0), ema=0.9)
 
 
 def run(folder: str, **changes) -> Run:

@@ -18,7 +18,7 @@ MODEL = ddpm.Config(
     variance="learned",
     objective="hybrid",
     terms=8,
-    net=ddpm.Net(widths=(32, 64), blocks=1, attention=(4,), groups=8, dropout=0.1),
+    net=ddpm.NetConfig(widths=(32, 64), blocks=1, attention=(4,), groups=8, dropout=0.1),
     ema=0.99,
     optim=Optim(lr=2e-3, clip=1.0, warmup=100, decay=2400, floor=0.05),
 )

@@ -23,7 +23,7 @@ from experiments import _cli, _gan, _pictures
 from experiments._cli import Row, Scale, Source
 
 ADAM = Optim(lr=2e-4, b1=0.5)
-GEN = gan.Net(widths=(1200, 1200), init="uniform", init_scale=0.05)
+GEN = gan.NetConfig(widths=(1200, 1200), init="uniform", init_scale=0.05)
 MODEL = gan.Config(classes=10, gen=GEN, optim=ADAM, disc_optim=ADAM, ema=0.999)
 RUN = Run("runs/cgan_mnist", 30_000, 100, eval_every=1000, save_every=10_000, log_every=100, keep=1)
 

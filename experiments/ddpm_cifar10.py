@@ -69,7 +69,7 @@ class Setup:
             )
 
 
-TINY = ddpm.Net(widths=(16,), blocks=1, attention=(), groups=8)
+TINY = ddpm.NetConfig(widths=(16,), blocks=1, attention=(), groups=8)
 SMALL = replace(MODEL.net, widths=(32, 64, 64), blocks=1, groups=8)
 OPTIM = Optim(lr=2e-3, clip=1.0, warmup=20)
 SMOKE = Setup(

@@ -39,7 +39,7 @@ MODEL = ddpm.Config(
     variance="learned",
     objective="hybrid",
     terms=8,
-    net=ddpm.Net(widths=(24, 48, 96), blocks=1, attention=(7,), groups=8, dropout=0.1),
+    net=ddpm.NetConfig(widths=(24, 48, 96), blocks=1, attention=(7,), groups=8, dropout=0.1),
     ema=0.999,
     optim=Optim(lr=4e-4, clip=1.0, warmup=300, decay=3700, floor=0.05),
 )

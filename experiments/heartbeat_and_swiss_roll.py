@@ -28,7 +28,7 @@ from experiments._cli import Row, Scale
 LN2 = float(np.log(2))
 BEAT = ddpm.DiscreteConfig(
     T=200,
-    net=ddpm.Net("mlp", (50, 50, 50), dropout=0.0),
+    net=ddpm.NetConfig("mlp", (50, 50, 50), dropout=0.0),
     ema=0.999,
     optim=Optim(lr=2e-3, clip=1.0, decay=30_000, floor=0.02),
 )
@@ -43,7 +43,7 @@ class RollConfig:
     dim: int = 2
     T: int = 40
     width: float = 0.01  # of the data where they are thinnest: the first level's noise
-    net: ddpm.Net = ddpm.Net("mlp", (128, 128, 128), dropout=0.0)
+    net: ddpm.NetConfig = ddpm.NetConfig("mlp", (128, 128, 128), dropout=0.0)
     ema: float = 0.999
     micro: int = 1
     optim: Optim = Optim(lr=1e-3, clip=1.0, decay=20_000, floor=0.02)
@@ -99,7 +99,7 @@ SMOKE_RUN = replace(
 )
 SMOKE = Setup(
     replace(BEAT, T=20, ema=0.99, optim=Optim(lr=5e-3, clip=1.0)),
-    replace(ROLL, width=0.1, ema=0.99, net=ddpm.Net("mlp", (32, 32), dropout=0.0)),
+    replace(ROLL, width=0.1, ema=0.99, net=ddpm.NetConfig("mlp", (32, 32), dropout=0.0)),
     SMOKE_RUN,
     replace(RUN, steps=600, eval_every=300, steps_per_call=100),
     500,

@@ -43,7 +43,7 @@ from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Scale
 
-NET = gan.Net(widths=(128, 128), activation="tanh", init="orthogonal", init_scale=1.4)
+NET = gan.NetConfig(widths=(128, 128), activation="tanh", init="orthogonal", init_scale=1.4)
 D_OPTIM = Optim(lr=3e-4, b1=0.5, eps_root=1e-16)
 MODEL = gan.Config(
     shape=(2,), latent_dim=16, gen=NET, disc=NET, optim=Optim(lr=1e-3, b1=0.5), disc_optim=D_OPTIM

@@ -45,23 +45,23 @@ def channels(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (32, 64, 128, *[128] * 5)[: halvings(shape)]
 
 
-def generator(shape: tuple[int, ...]) -> gan.Net:
+def generator(shape: tuple[int, ...]) -> gan.NetConfig:
     """Residual blocks, whose repeated pixels leave no dots; dense layers where the sides cannot be halved."""
     if not halvings(shape):
-        return gan.Net(widths=(256, 256), norm="batch")
-    return gan.Net("resnet", (24,) * (halvings(shape) - 2) + (48, 96)[-halvings(shape) :], norm="batch")
+        return gan.NetConfig(widths=(256, 256), norm="batch")
+    return gan.NetConfig("resnet", (24,) * (halvings(shape) - 2) + (48, 96)[-halvings(shape) :], norm="batch")
 
 
-def discriminator(shape: tuple[int, ...]) -> gan.Net:
+def discriminator(shape: tuple[int, ...]) -> gan.NetConfig:
     """DCGAN's with spectral normalisation; dense layers where the sides cannot be halved."""
     widths = (32, 64, 128, *[128] * 5)[: halvings(shape)]
-    return gan.Net("dcgan" if widths else "mlp", widths or (256, 256), activation="leaky_relu", norm="spectral")
+    return gan.NetConfig("dcgan" if widths else "mlp", widths or (256, 256), activation="leaky_relu", norm="spectral")
 
 
-def unet(shape: tuple[int, ...]) -> ddpm.Net:
+def unet(shape: tuple[int, ...]) -> ddpm.NetConfig:
     """A U-Net that attends where a picture has few places left."""
     widths = (24, 48, 96, *[128] * 5)[: 1 + halvings(shape)]
-    return ddpm.Net(widths=widths, blocks=1, attention=(4, 5, 6, 7, 8), groups=8, dropout=0.1)
+    return ddpm.NetConfig(widths=widths, blocks=1, attention=(4, 5, 6, 7, 8), groups=8, dropout=0.1)
 
 
 DIGIT = (8, 8, 1)

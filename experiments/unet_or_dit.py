@@ -27,7 +27,7 @@ class Setup:
     """Flags of unet_or_dit."""
 
     model: ddpm.Config = _ddpm_digits.MODEL
-    dit: ddpm.Net = ddpm.Net("dit", widths=(96,) * 4, heads=4, patch=2, dropout=0.1)
+    dit: ddpm.NetConfig = ddpm.NetConfig("dit", widths=(96,) * 4, heads=4, patch=2, dropout=0.1)
     run: Run = _ddpm_digits.run("runs/unet_or_dit", steps=2000)
     data: Source = Source("digits")
     training: int | None = None  # images; default 1,237 digits or 80 % of own pictures
@@ -40,7 +40,7 @@ class Setup:
 
 SMOKE = Setup(
     _ddpm_digits.SMOKE,
-    ddpm.Net("dit", widths=(32,) * 2, heads=2, patch=2, dropout=0.0),
+    ddpm.NetConfig("dit", widths=(32,) * 2, heads=2, patch=2, dropout=0.0),
     _ddpm_digits.smoke_run("runs/unet_or_dit-smoke", steps=200, eval_every=100),
 )
 SCALES = {

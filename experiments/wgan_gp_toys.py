@@ -30,7 +30,7 @@ from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Scale
 
-CRITIC = gan.Net(widths=(256, 256, 256), activation="relu", init="he")
+CRITIC = gan.NetConfig(widths=(256, 256, 256), activation="relu", init="he")
 CLIP = gan.Config(
     shape=(2,),
     latent_dim=2,

@@ -149,7 +149,7 @@ def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
 
 @pytest.mark.slow
 def test_a_diffusion_model_is_sampled_as_asked(call, digits_run, tmp_path):
-    net = ddpm.Net("mlp", (8,), dropout=0.0)
+    net = ddpm.NetConfig("mlp", (8,), dropout=0.0)
     cfg = ddpm.Config(shape=(8, 8, 1), levels=17, classes=10, T=30, net=net, ema=0.0, optim=Optim(lr=0.05))
     run = train.Run(folder=str(tmp_path / "run"), steps=30, batch_size=64)
     result = train.fit(ddpm.make, cfg, run, data.load("digits"))
@@ -398,7 +398,7 @@ def small_run(tmp_path_factory):
     rng = np.random.default_rng(0)
 
     def points3():
-        net = gan.Net("mlp", (4,))
+        net = gan.NetConfig("mlp", (4,))
         points = data.from_arrays({"points": rng.normal(size=(20, 3))})
         return gan.make, gan.Config(shape=(3,), gen=net, disc=net), points
 

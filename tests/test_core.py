@@ -363,12 +363,12 @@ def x64_vae(**options):
 
 
 def x64_gan(**options):
-    gen, disc = gan.Net(widths=(4,), norm="batch"), gan.Net(widths=(4,), dropout=(0.2, 0.5))
+    gen, disc = gan.NetConfig(widths=(4,), norm="batch"), gan.NetConfig(widths=(4,), dropout=(0.2, 0.5))
     return gan.make(gan.Config(**SMALL, latent_dim=2, gen=gen, disc=disc, penalty="gp", ema=0.9, **options))
 
 
 def x64_ddpm(**options):
-    return ddpm.make(ddpm.Config(**SMALL, T=3, net=ddpm.Net("mlp", (4,)), micro=2, mirror=True, **options))
+    return ddpm.make(ddpm.Config(**SMALL, T=3, net=ddpm.NetConfig("mlp", (4,)), micro=2, mirror=True, **options))
 
 
 X64 = {
@@ -379,7 +379,9 @@ X64 = {
     "ddpm": partial(x64_ddpm, times="importance", schedule="cosine"),
     "ddpm, learned variance": partial(x64_ddpm, variance="learned", objective="hybrid", schedule="cosine"),
     "vdm": partial(x64_ddpm, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy"),
-    "binomial": lambda: ddpm.make_discrete(ddpm.DiscreteConfig(4, T=3, terms=2, net=ddpm.Net("mlp", (4,)), micro=2)),
+    "binomial": lambda: ddpm.make_discrete(
+        ddpm.DiscreteConfig(4, T=3, terms=2, net=ddpm.NetConfig("mlp", (4,)), micro=2)
+    ),
     "transformer": lambda: transformer.make(transformer.Config(5, 8, layers=1, heads=1, width=4, micro=2)),
 }
 

@@ -558,13 +558,13 @@ def test_the_way_is_shown_and_clipping_holds():
 
 TINY = ddpm.Config(
     shape=(8, 8, 1), levels=17, classes=3, T=25, terms=0, ema=0.0, optim=Optim(lr=1e-3),
-    net=ddpm.Net(widths=(8, 16), blocks=1, attention=(4,), groups=4, dropout=0.0),
+    net=ddpm.NetConfig(widths=(8, 16), blocks=1, attention=(4,), groups=4, dropout=0.0),
 )  # fmt: skip
-DENSE = dataclasses.replace(TINY, net=ddpm.Net("mlp", (8,), dropout=0.0))  # where the net is not the subject
-POINTS = ddpm.Config(shape=(2,), T=25, terms=0, ema=0.0, net=ddpm.Net("mlp", (16, 16), dropout=0.0))
+DENSE = dataclasses.replace(TINY, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))  # where the net is not the subject
+POINTS = ddpm.Config(shape=(2,), T=25, terms=0, ema=0.0, net=ddpm.NetConfig("mlp", (16, 16), dropout=0.0))
 NETS = {
     "unet": TINY,
-    "dit": dataclasses.replace(TINY, net=ddpm.Net("dit", (16, 16), heads=2, dropout=0.0)),
+    "dit": dataclasses.replace(TINY, net=ddpm.NetConfig("dit", (16, 16), heads=2, dropout=0.0)),
     "mlp": dataclasses.replace(POINTS, classes=3),
 }
 
@@ -637,7 +637,7 @@ def test_guided_eps_is_the_guided_mix_of_two():
 @pytest.mark.slow
 def test_a_learned_schedule_of_one_step_is_asked_at_its_last_level():
     """T levels between u = 0 and 1, of one level the last, as `discretise` has it: a net that says back its time."""
-    net = ddpm.Net("mlp", (4,), dropout=0.0)
+    net = ddpm.NetConfig("mlp", (4,), dropout=0.0)
     for T, times in ((1, [1.0]), (3, [0.0, 0.5, 1.0])):
         cfg = ddpm.Config(
             shape=(2,), T=T, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
@@ -743,7 +743,7 @@ def test_evaluation_from_a_few_terms_is_unbiased():
 def test_evaluation_from_a_few_terms_counts_what_is_left_of_x_0(monkeypatch):
     """Levels that leave much of x_0 at the end, so that L_T is not small."""
     monkeypatch.setitem(ddpm._SCHEDULES, "linear", lambda T: process._from_beta(np.full(T, 0.05)))
-    cfg = dataclasses.replace(POINTS, T=6, net=ddpm.Net("mlp", (4,), dropout=0.0))
+    cfg = dataclasses.replace(POINTS, T=6, net=ddpm.NetConfig("mlp", (4,), dropout=0.0))
     batch = {"points": np.asarray(normal(0, 8, 2))}
     state = jax.jit(ddpm.make(cfg).init)(key(0))
 
@@ -773,7 +773,7 @@ def test_a_share_of_labels_is_withheld(share):
     """A net that says x_0 by the label's embedding alone: its squared error counts the labels withheld."""
     cfg = dataclasses.replace(
         POINTS, classes=2, unlabelled=share, prediction="x_0", optim=Optim(name="sgd", lr=1.0),
-        net=ddpm.Net("mlp", (16,), dropout=0.0),
+        net=ddpm.NetConfig("mlp", (16,), dropout=0.0),
     )  # fmt: skip
     family, n = ddpm.make(cfg), 8000
     batch = {"points": np.full((n, 2), 1.0), "label": np.arange(n) % 2}
@@ -808,7 +808,7 @@ def test_half_of_the_images_are_mirrored(mirror):
     """A net that says 0 to x_0: one step of SGD leaves in its last bias the mean of what it was trained on."""
     cfg = ddpm.Config(
         shape=(2, 2, 1), levels=2, T=25, prediction="x_0", ema=0.0, mirror=mirror,
-        optim=Optim(name="sgd", lr=2.0), net=ddpm.Net("mlp", (16,), dropout=0.0),
+        optim=Optim(name="sgd", lr=2.0), net=ddpm.NetConfig("mlp", (16,), dropout=0.0),
     )  # fmt: skip
     family, n = ddpm.make(cfg), 4000
     batch = {"image": np.tile(np.array([[1, 0], [0, 0]], np.uint8)[None, :, :, None], (n, 1, 1, 1))}
@@ -881,7 +881,7 @@ def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_
 def test_a_small_model_learns_points_and_samples_them():
     """Two points, far apart: every sampler ends near one of them, and the bound falls below a normal's."""
     cfg = dataclasses.replace(
-        POINTS, classes=2, T=50, net=ddpm.Net("mlp", (64, 64), dropout=0.0), optim=Optim(lr=3e-3), ema=0.99,
+        POINTS, classes=2, T=50, net=ddpm.NetConfig("mlp", (64, 64), dropout=0.0), optim=Optim(lr=3e-3), ema=0.99,
     )  # fmt: skip
     family = ddpm.make(cfg)
     state, step = jax.jit(family.init)(key(0)), jax.jit(family.step)
@@ -916,10 +916,10 @@ def test_a_small_model_learns_points_and_samples_them():
         ({"objective": "truncated_snr"}, "is for nets that do not predict eps"),
         ({"unlabelled": 1.0}, r"model.unlabelled must lie in \[0, 1\), got 1.0"),
         ({"shape": (2,), "net": POINTS.net, "mirror": True}, r"model.mirror is for images, model.shape"),
-        ({"net": ddpm.Net("transformer")}, "model.net.kind must be one of unet, dit, mlp"),
-        ({"net": ddpm.Net(widths=(24,))}, "24 does not divide into 32 groups"),
-        ({"net": ddpm.Net("dit", (8, 16))}, "widths of a dit are one number for each block"),
-        ({"net": ddpm.Net("dit", (8, 8), patch=3)}, "model.net.patch 3 does not divide H and W"),
+        ({"net": ddpm.NetConfig("transformer")}, "model.net.kind must be one of unet, dit, mlp"),
+        ({"net": ddpm.NetConfig(widths=(24,))}, "24 does not divide into 32 groups"),
+        ({"net": ddpm.NetConfig("dit", (8, 16))}, "widths of a dit are one number for each block"),
+        ({"net": ddpm.NetConfig("dit", (8, 8), patch=3)}, "model.net.patch 3 does not divide H and W"),
         ({"ema": 1.0}, "ema must lie in"),
     ],
 )
@@ -932,7 +932,7 @@ def test_bad_values_are_refused(change, words):
 @pytest.mark.parametrize("w", [0.0, 1.5])
 def test_a_respaced_learned_variance_is_that_of_the_levels_visited(w):
     """Through the sampler and the bound, against a function of x_t and t that asks the net by itself."""
-    net = ddpm.Net("mlp", (8,), dropout=0.0)
+    net = ddpm.NetConfig("mlp", (8,), dropout=0.0)
     cfg = dataclasses.replace(TINY, variance="learned", objective="hybrid", schedule="cosine", T=20, net=net)
     params = jax.tree.map(lambda a: 0.3 * a, shaken(cfg).params)
     few = ddpm.respace(ddpm.cosine_schedule(20), 5)
@@ -952,7 +952,7 @@ def test_a_respaced_learned_variance_is_that_of_the_levels_visited(w):
 
 def test_a_learned_variance_asks_the_net_once_a_step():
     cfg = dataclasses.replace(
-        TINY, variance="learned", objective="hybrid", T=21, net=ddpm.Net("mlp", (8,), dropout=0.0)
+        TINY, variance="learned", objective="hybrid", T=21, net=ddpm.NetConfig("mlp", (8,), dropout=0.0)
     )
     params, schedule, calls = shaken(cfg).params, ddpm.linear_schedule(21), []
 
@@ -998,7 +998,7 @@ def exact_eps_traced(schedule, s2):
 
 
 def test_samples_are_in_range_and_eta_is_passed_on():
-    cfg = dataclasses.replace(TINY, T=21, ema=0.0, net=ddpm.Net("mlp", (8,), dropout=0.0))
+    cfg = dataclasses.replace(TINY, T=21, ema=0.0, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))
     family, state = ddpm.make(cfg), shaken(cfg)
     draw = jax.jit(lambda eta: family.sample(state, key(0), n=4, sampler="ddim", eta=eta), static_argnums=0)
     still, noisy = draw(0.0), draw(1.0)

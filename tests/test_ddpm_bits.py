@@ -108,7 +108,9 @@ def test_samples_have_the_distribution_of_the_data():
 
 def test_a_heartbeat_is_learnt():
     """One 1 in every five bits, at a random phase: after a short training most samples are such sequences."""
-    cfg = ddpm.DiscreteConfig(dim=10, T=30, net=ddpm.Net("mlp", (64, 64), dropout=0.0), optim=Optim(lr=5e-3), ema=0.9)
+    cfg = ddpm.DiscreteConfig(
+        dim=10, T=30, net=ddpm.NetConfig("mlp", (64, 64), dropout=0.0), optim=Optim(lr=5e-3), ema=0.9
+    )
     family = ddpm.make_discrete(cfg)
     beats = np.array([[float((i + phase) % 5 == 0) for i in range(10)] for phase in range(5)], np.float32)
     rng, state, step = np.random.default_rng(0), jax.jit(family.init)(key(0)), jax.jit(family.step)
@@ -130,7 +132,7 @@ def test_a_heartbeat_is_learnt():
     [
         ({"rate": 1.0}, "model.rate must lie between 0 and 1, got 1.0"),
         ({"dim": 0}, "model.dim must be at least 1, got 0"),
-        ({"net": ddpm.Net()}, "model.net.kind must be mlp for bits, not 'unet'"),
+        ({"net": ddpm.NetConfig()}, "model.net.kind must be mlp for bits, not 'unet'"),
     ],
 )
 def test_bad_values_are_refused(change, words):

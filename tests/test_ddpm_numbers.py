@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow  # test_ddpm.py holds what all of them rest on
 MEAN, STD = 0.3, 0.5  # of x_0
 LEARNED = ddpm.Config(
     shape=(1,), schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
-    net=ddpm.Net("mlp", (4,), dropout=0.0),
+    net=ddpm.NetConfig("mlp", (4,), dropout=0.0),
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_ancestral_sampling_and_inpainting_respace_themselves(spacing):
 
 
 def test_a_family_takes_its_samplers_spacing():
-    cfg = ddpm.Config(shape=(2,), T=50, schedule="cosine", ema=0.0, net=ddpm.Net("mlp", (8,), dropout=0.0))
+    cfg = ddpm.Config(shape=(2,), T=50, schedule="cosine", ema=0.0, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))
     family = ddpm.make(cfg)
     state = jax.jit(family.init)(key(0))
     state = state._replace(params=jax.tree.map(lambda x: x + 0.1, state.params))
@@ -135,7 +135,7 @@ def test_a_family_takes_its_samplers_spacing():
 
 
 def test_the_command_line_passes_spacing_on_and_refuses_what_does_not_divide():
-    cfg = ddpm.Config(shape=(2,), T=50, net=ddpm.Net("mlp", (8,)))
+    cfg = ddpm.Config(shape=(2,), T=50, net=ddpm.NetConfig("mlp", (8,)))
     assert DiffusionOptions().options(cfg)["spacing"] is None
     assert DiffusionOptions(spacing="karras").options(cfg)["spacing"] == "karras"
     assert DiffusionOptions(spacing="paper", steps=10).options(cfg)["steps"] == 10
@@ -291,7 +291,7 @@ def test_guidance_acts_on_the_nets_own_prediction(prediction):
     """Of each it is the same line: guided eps, and guided predictions made eps."""
     cfg = ddpm.Config(
         shape=(3,), classes=2, T=30, schedule="cosine", prediction=prediction, ema=0.0,
-        net=ddpm.Net("mlp", (8,), dropout=0.0),
+        net=ddpm.NetConfig("mlp", (8,), dropout=0.0),
     )  # fmt: skip
     params = jax.tree.map(lambda x: x + 0.1, jax.jit(ddpm.make(cfg).init)(key(0)).params)
     x, t, label = jax.random.normal(key(1), (4, 3)), jnp.array([0, 9, 20, 25]), jnp.array([0, 1, 1, 0])
@@ -561,7 +561,7 @@ def test_no_time_lies_beyond_the_last_step():
 def test_the_target_of_v_is_not_a_quotient():
     """A net that says 0 at the last step of a cosine schedule, x_0 far out: the loss is the square of v itself."""
     cfg = ddpm.Config(
-        shape=(1,), T=1000, schedule="cosine", prediction="v", ema=0.0, net=ddpm.Net("mlp", (4,), dropout=0.0)
+        shape=(1,), T=1000, schedule="cosine", prediction="v", ema=0.0, net=ddpm.NetConfig("mlp", (4,), dropout=0.0)
     )
     params = jax.jit(ddpm.make(cfg).init)(key(0)).params
     a, n = tables(SCHEDULES["cosine"])
@@ -583,7 +583,7 @@ def test_an_eta_that_is_none_is_refused_whatever_its_type(eta):
 
 
 def test_points_that_are_no_bits_are_refused():
-    cfg = ddpm.DiscreteConfig(dim=4, T=3, net=ddpm.Net("mlp", (4,), dropout=0.0))
+    cfg = ddpm.DiscreteConfig(dim=4, T=3, net=ddpm.NetConfig("mlp", (4,), dropout=0.0))
     family = ddpm.make_discrete(cfg)
     state = jax.jit(family.init)(key(0))
     for wrong in (np.full((2, 4), 0.5, np.float32), jnp.full((2, 4), 2.0), np.full((2, 4), np.nan, np.float32)):

@@ -77,7 +77,7 @@ def test_the_rolls_levels_reach_from_its_width_to_noise():
 
 def test_the_roll_learns_mean_and_variance():
     """No net yet: v = 0 and raw = 0, so the variance is the geometric mean of beta and beta-tilde."""
-    cfg = replace(known.ROLL, T=10, width=0.2, net=ddpm.Net("mlp", (8,), dropout=0.0))
+    cfg = replace(known.ROLL, T=10, width=0.2, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))
     family = known.make_roll(cfg)
     params = jax.jit(family.init)(jax.random.key(0)).params
     schedule = known.levels(cfg)
@@ -140,7 +140,7 @@ def test_bent_time_makes_no_estimate_quieter_than_the_least():
 # ----------------------------------------------------------------------------------------------- an untrained model
 
 TINY = ddpm.Config(
-    shape=(4, 4, 1), levels=17, classes=2, T=21, net=ddpm.Net("mlp", (8,), dropout=0.0), ema=0.0,
+    shape=(4, 4, 1), levels=17, classes=2, T=21, net=ddpm.NetConfig("mlp", (8,), dropout=0.0), ema=0.0,
 )  # fmt: skip
 
 

@@ -17,14 +17,14 @@ SGD, STILL = Optim("sgd", lr=0.05), Optim("sgd", lr=0.0)
 DIGITS = data.load("digits")
 # Both nets linear: what one update does can be written down.
 LINEAR = gan.Config(
-    shape=(2,), latent_dim=2, gen=gan.Net(widths=()), disc=gan.Net(widths=()), optim=SGD, disc_optim=SGD
+    shape=(2,), latent_dim=2, gen=gan.NetConfig(widths=()), disc=gan.NetConfig(widths=()), optim=SGD, disc_optim=SGD
 )
 SMALL = gan.Config(
     shape=(8, 8, 1),
     levels=17,
     latent_dim=4,
-    gen=gan.Net(widths=(16,), norm="batch"),
-    disc=gan.Net(widths=(12,), activation="leaky_relu", norm="batch"),
+    gen=gan.NetConfig(widths=(16,), norm="batch"),
+    disc=gan.NetConfig(widths=(12,), activation="leaky_relu", norm="batch"),
 )
 
 
@@ -200,8 +200,8 @@ def test_no_gradient_reaches_the_other_optimizer():
 
 def test_statistics_of_the_discriminator_come_from_real_then_fake():
     """One update with all weights held still, G a constant grey: the running mean is .9 (.9 0 + .1 real) + .1 fake."""
-    disc = gan.Net(widths=(12, 12), activation="leaky_relu", norm="batch")
-    cfg = replace(SMALL, gen=gan.Net(widths=()), disc=disc, optim=STILL, disc_optim=STILL)
+    disc = gan.NetConfig(widths=(12, 12), activation="leaky_relu", norm="batch")
+    cfg = replace(SMALL, gen=gan.NetConfig(widths=()), disc=disc, optim=STILL, disc_optim=STILL)
     family = gan.make(cfg)
     state = jax.jit(family.init)(key(0))
     grey = jax.tree.map(jnp.zeros_like, state.params["gen"])
@@ -380,7 +380,7 @@ def test_clipping_bounds_every_weight_of_the_critic_only():
 
 def test_maxout_and_the_first_discriminator_by_hand():
     """Both maxout layers and the sigmoid's logit of GAN's D, in numpy, on pixels taken back to [0, 1]."""
-    cfg = gan.Config(shape=(4, 4, 1), latent_dim=3, disc=gan.Net(widths=(6, 5), activation="maxout", pieces=3))
+    cfg = gan.Config(shape=(4, 4, 1), latent_dim=3, disc=gan.NetConfig(widths=(6, 5), activation="maxout", pieces=3))
     params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (7, 4, 4, 1), minval=-1, maxval=1)
     h = (np.asarray(x).reshape(7, 16) + 1) / 2
@@ -396,7 +396,7 @@ def test_maxout_and_the_first_discriminator_by_hand():
 def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
     cfg = replace(
         LINEAR,
-        disc=gan.Net(widths=(), dropout=(0.2, 0.5)),
+        disc=gan.NetConfig(widths=(), dropout=(0.2, 0.5)),
         loss="wasserstein",
         penalty="clip",
         penalty_weight=1e6,
@@ -420,7 +420,7 @@ def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
 )
 def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
     """Held still, the power iteration converges to the singular values that numpy finds."""
-    disc = gan.Net(kind, (6,), "leaky_relu", norm="spectral")
+    disc = gan.NetConfig(kind, (6,), "leaky_relu", norm="spectral")
     cfg = replace(SMALL, disc=disc, disc_optim=STILL, optim=STILL, classes=10, condition="projection")
     family = gan.make(cfg)
     state = jax.jit(family.init)(key(0))
@@ -440,7 +440,7 @@ def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
 
 
 def test_spectral_norm_of_one_linear_layer_is_slope_one():
-    cfg = replace(LINEAR, disc=gan.Net(widths=(), norm="spectral"))
+    cfg = replace(LINEAR, disc=gan.NetConfig(widths=(), norm="spectral"))
     state = jax.jit(gan.make(cfg).init)(key(0))
     variables = {"params": state.params["disc"], "batch_stats": state.extra["disc"]}
     slope = jax.grad(lambda x: gan.discriminate(cfg, variables, x[None])[0])(jnp.array([0.3, 2.0]))
@@ -452,7 +452,7 @@ def test_spectral_norm_of_one_linear_layer_is_slope_one():
     "kind", ["mlp", pytest.param("dcgan", marks=pytest.mark.slow), pytest.param("resnet", marks=pytest.mark.slow)]
 )
 def test_both_nets_listen_to_the_label(kind, condition):
-    nets = {"gen": gan.Net(kind, (4, 4), norm="batch"), "disc": gan.Net(kind, (4, 4), "leaky_relu")}
+    nets = {"gen": gan.NetConfig(kind, (4, 4), norm="batch"), "disc": gan.NetConfig(kind, (4, 4), "leaky_relu")}
     cfg = replace(SMALL, classes=10, condition=condition, **nets)
     state = jax.jit(gan.make(cfg).init)(key(0))
     gen = {"params": state.params["gen"], "batch_stats": state.extra["gen"]}
@@ -471,7 +471,7 @@ def test_both_nets_listen_to_the_label(kind, condition):
 
 def test_projection_is_an_inner_product_with_the_label():
     """logit(y) - logit(y') = <V_y - V_y', phi(x)>, phi the last features."""
-    cfg = replace(SMALL, classes=10, condition="projection", disc=gan.Net(widths=(5,), activation="tanh"))
+    cfg = replace(SMALL, classes=10, condition="projection", disc=gan.NetConfig(widths=(5,), activation="tanh"))
     params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (3, 8, 8, 1))
     one, two = (gan.discriminate(cfg, {"params": params}, x, jnp.full(3, y)) for y in (2, 7))
@@ -482,7 +482,7 @@ def test_projection_is_an_inner_product_with_the_label():
 
 
 def test_packed_discriminator_judges_neighbours_together():
-    cfg = replace(SMALL, packing=3, disc=gan.Net("dcgan", (4,), "leaky_relu"), classes=10)
+    cfg = replace(SMALL, packing=3, disc=gan.NetConfig("dcgan", (4,), "leaky_relu"), classes=10)
     params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (6, 8, 8, 1), minval=-1)
     y = jax.nn.one_hot(jnp.arange(6), 10)
@@ -504,7 +504,7 @@ def test_the_first_biases_are_the_mean_picture():
     """GAN's code starts the last layer at the logits of the mean pixels: without noise G draws the mean image."""
     mean = np.random.default_rng(0).uniform(0.05, 0.95, 64)
     bias = tuple(float(b) for b in np.log(mean / (1 - mean)))
-    cfg = replace(SMALL, output_bias=bias, gen=gan.Net(widths=()))
+    cfg = replace(SMALL, output_bias=bias, gen=gan.NetConfig(widths=()))
     params = jax.tree.map(lambda w: w if w.ndim == 1 else 0 * w, jax.jit(gan.make(cfg).init)(key(0)).params["gen"])
     x = gan.generate(cfg, {"params": params}, jnp.zeros((1, 4)))
     np.testing.assert_allclose((x.reshape(-1) + 1) / 2, mean, atol=1e-5)
@@ -529,11 +529,11 @@ def test_uniform_noise_is_the_unit_cube():
         ({"packing": 0}, "packing must be at least 1"),
         ({"unrolled": 2}, "disc_optim.eps_root"),
         ({"unrolled": 2, "disc_optim": Optim("rmsprop")}, "D's rmsprop, whose square root has no derivative at 0"),
-        ({"gen": gan.Net("dcgan", (4, 4, 4, 4))}, r"model.gen.widths .* halve H and W 4 times"),
-        ({"gen": gan.Net(norm="spectral")}, "gen.norm 'spectral' is for the discriminator"),
-        ({"disc": gan.Net(norm="layer")}, "model.disc.norm must be one of none, batch, spectral, not 'layer'"),
-        ({"disc": gan.Net("dcgan", (4,), "maxout")}, "model.disc: maxout and dropout are for kind mlp"),
-        ({"disc": gan.Net(dropout=(0.2, 1.0))}, "model.disc.dropout must be two shares"),
+        ({"gen": gan.NetConfig("dcgan", (4, 4, 4, 4))}, r"model.gen.widths .* halve H and W 4 times"),
+        ({"gen": gan.NetConfig(norm="spectral")}, "gen.norm 'spectral' is for the discriminator"),
+        ({"disc": gan.NetConfig(norm="layer")}, "model.disc.norm must be one of none, batch, spectral, not 'layer'"),
+        ({"disc": gan.NetConfig("dcgan", (4,), "maxout")}, "model.disc: maxout and dropout are for kind mlp"),
+        ({"disc": gan.NetConfig(dropout=(0.2, 1.0))}, "model.disc.dropout must be two shares"),
         ({"output_bias": (0.0,) * 3}, "output_bias needs gen.kind mlp and 64 values, got 3"),
         ({"shape": (8, 8)}, r"model.shape must be \(H, W, C\) or \(d,\)"),
         ({"penalty_weight": 0.0}, "penalty_weight must be positive"),
@@ -575,7 +575,9 @@ def test_divergence_names_the_nets_and_the_step():
 
 
 def test_resume_is_exact_with_statistics_and_both_optimizers(tmp_path):
-    cfg = replace(SMALL, disc=gan.Net(widths=(12,), activation="leaky_relu", norm="spectral"), ema=0.9, n_critic=2)
+    cfg = replace(
+        SMALL, disc=gan.NetConfig(widths=(12,), activation="leaky_relu", norm="spectral"), ema=0.9, n_critic=2
+    )
 
     def run(steps, folder):
         return train.Run(folder=folder, steps=steps, batch_size=16, save_every=4, steps_per_call=3, devices=1)

@@ -31,12 +31,12 @@ CONFIGS = {
     "vae": (vae.make, CFG, DIGITS),
     "gan": (
         gan.make,
-        gan.Config(shape=(2,), latent_dim=2, gen=gan.Net(widths=(4,)), disc=gan.Net(widths=(4,))),
+        gan.Config(shape=(2,), latent_dim=2, gen=gan.NetConfig(widths=(4,)), disc=gan.NetConfig(widths=(4,))),
         data.load("ring"),
     ),
     "ddpm": (
         ddpm.make,
-        ddpm.Config(shape=(2,), T=5, schedule="cosine", ema=0.0, net=ddpm.Net("mlp", (4,), dropout=0.0)),
+        ddpm.Config(shape=(2,), T=5, schedule="cosine", ema=0.0, net=ddpm.NetConfig("mlp", (4,), dropout=0.0)),
         data.load("ring"),
     ),
     "transformer": (
@@ -419,8 +419,8 @@ def test_kinds_are_checked_without_the_tests_type_checker():
     "make, cfg",
     [
         (lambda **k: transformer.Config(vocab=12, context=8, heads=2, width=8, **k), {"layers": 10**9}),
-        (lambda **k: ddpm.Config(shape=(2,), net=ddpm.Net("mlp", (4,)), **k), {"T": 10**9}),
-        (lambda **k: ddpm.Net(**k).check((32, 32, 3)), {"blocks": 10**9}),
+        (lambda **k: ddpm.Config(shape=(2,), net=ddpm.NetConfig("mlp", (4,)), **k), {"T": 10**9}),
+        (lambda **k: ddpm.NetConfig(**k).check((32, 32, 3)), {"blocks": 10**9}),
     ],
 )
 def test_loops_and_tables_have_a_bound(make, cfg):

@@ -19,11 +19,18 @@ ROWS = {
     ),
     "gan": (
         gan.make,
-        partial(gan.Config, **IMAGES, latent_dim=2, gen=gan.Net(widths=(4,)), disc=gan.Net(widths=(4,)), n_critic=2),
+        partial(
+            gan.Config,
+            **IMAGES,
+            latent_dim=2,
+            gen=gan.NetConfig(widths=(4,)),
+            disc=gan.NetConfig(widths=(4,)),
+            n_critic=2,
+        ),
     ),
     "ddpm": (
         ddpm.make,
-        partial(ddpm.Config, **IMAGES, T=3, schedule="cosine", ema=0.0, net=ddpm.Net("mlp", (4,), dropout=0.0)),
+        partial(ddpm.Config, **IMAGES, T=3, schedule="cosine", ema=0.0, net=ddpm.NetConfig("mlp", (4,), dropout=0.0)),
     ),
 }
 

@@ -340,7 +340,7 @@ def test_old_records_fit_the_new_fields():
     """A run recorded before a field was added continues where that field is None by default."""
     for config in (gan.nets.NetConfig(), ddpm.nets.NetConfig()):
         assert (config.dtype, config.remat) == (None, None)
-    assert gan.Net is gan.nets.NetConfig and ddpm.Net is ddpm.nets.NetConfig
+    assert gan.NetConfig is gan.nets.NetConfig and ddpm.NetConfig is ddpm.nets.NetConfig
 
 
 @pytest.mark.parametrize(
@@ -351,14 +351,14 @@ def test_old_records_fit_the_new_fields():
             gan.Config(
                 shape=(2,),
                 latent_dim=2,
-                gen=gan.Net(widths=(4,), norm="batch", dtype="bfloat16", remat=True),
-                disc=gan.Net(widths=(4,), norm="spectral", dtype="bfloat16", remat=True),
+                gen=gan.NetConfig(widths=(4,), norm="batch", dtype="bfloat16", remat=True),
+                disc=gan.NetConfig(widths=(4,), norm="spectral", dtype="bfloat16", remat=True),
             ),
             {"points": np.ones((4, 2), np.float32)},
         ),
         (
             ddpm,
-            ddpm.Config(shape=(2,), T=25, net=ddpm.Net("mlp", (4,), dtype="bfloat16", remat=True)),
+            ddpm.Config(shape=(2,), T=25, net=ddpm.NetConfig("mlp", (4,), dtype="bfloat16", remat=True)),
             {"points": np.ones((4, 2), np.float32)},
         ),
         (
@@ -380,6 +380,6 @@ def test_families_train_in_bfloat16(family, cfg, batch):
 
 def test_nets_refuse_another_dtype():
     with pytest.raises(ValueError, match="model.gen.dtype must be one of float32, bfloat16"):
-        dataclasses.replace(gan.Net(), dtype="float16").check("gen")
+        dataclasses.replace(gan.NetConfig(), dtype="float16").check("gen")
     with pytest.raises(ValueError, match="model.net.dtype must be one of float32, bfloat16"):
-        dataclasses.replace(ddpm.Net("mlp"), dtype="float16").check((2,))
+        dataclasses.replace(ddpm.NetConfig("mlp"), dtype="float16").check((2,))

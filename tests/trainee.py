@@ -17,8 +17,8 @@ CFG = vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(32,), ema=0.9
 ACCUMULATING = dataclasses.replace(CFG, micro=2)  # what runs of several steps a call train: all that a resume must keep
 # BatchNorm, spectral norm, dropout, two optimizers, several updates of D a step: all that a resume must keep.
 GAN = gan.Config(
-    shape=(8, 8, 1), levels=17, latent_dim=4, gen=gan.Net(widths=(16,), norm="batch"),
-    disc=gan.Net(widths=(16,), activation="leaky_relu", norm="spectral", dropout=(0.2, 0.5)), n_critic=2, ema=0.9,
+    shape=(8, 8, 1), levels=17, latent_dim=4, gen=gan.NetConfig(widths=(16,), norm="batch"),
+    disc=gan.NetConfig(widths=(16,), activation="leaky_relu", norm="spectral", dropout=(0.2, 0.5)), n_critic=2, ema=0.9,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ a `Schedule` and any `eps_fn(x_t, t) -> eps_hat`, whether a network or an exact 
 Images are floats in [-1, 1] here. Only `preprocess` takes whole-number pixels, and `Family.sample`
 returns images in [0, 1].
 
-    family = make(Config(shape=(8, 8, 1), levels=17, net=Net(widths=(32, 64), groups=8)))
+    family = make(Config(shape=(8, 8, 1), levels=17, net=NetConfig(widths=(32, 64), groups=8)))
     state = family.init(key)
     step = jax.jit(family.step)
     state, metrics = step(state, batch, step_key)
@@ -39,7 +39,7 @@ from ..core import (
     labels,
     make_step,
     pixels,
-    spread,
+    shard_rows,
     start,
 )
 from . import importance, learned_schedule
@@ -58,7 +58,7 @@ from .bounds import (
     vlb_terms,
 )
 from .learned_schedule import gamma, init_gamma
-from .nets import MLP, DiT, Net, UNet, module
+from .nets import MLP, DiT, NetConfig, UNet, module
 from .process import (
     Given,
     Sample,
@@ -94,7 +94,7 @@ __all__ = [
     "DiT",
     "DiscreteConfig",
     "MLP",
-    "Net",
+    "NetConfig",
     "Schedule",
     "UNet",
     "continuous_vlb",
@@ -134,6 +134,8 @@ __all__ = [
     "vlb_terms",
 ]
 
+Net = NetConfig  # its name in versions before 0.3
+
 Params = Any  # {"net": ...}, and with a learned schedule "gamma"
 Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
 
@@ -164,7 +166,7 @@ class Config:
     times: str = "uniform"  # distribution of t: uniform | low_discrepancy | importance
     terms: int = 8  # number of t that `evaluate` draws; 0: all T (with a learned schedule, one)
     mirror: bool = False  # mirror half of the training images left to right, as DDPM on CIFAR-10
-    net: Net = Net()
+    net: NetConfig = NetConfig()
     ema: float = 0.9999
     micro: int = 1
     optim: Optimizer = Optim(lr=2e-4, clip=1.0, warmup=5000)
@@ -598,7 +600,7 @@ def generate(
         "prediction": prediction,
     }
     k_start, k_steps = jax.random.split(key)
-    x_T = spread(jax.random.normal(k_start, (n, *cfg.shape), jnp.float32))
+    x_T = shard_rows(jax.random.normal(k_start, (n, *cfg.shape), jnp.float32))
     if sampler == "ddpm":
         x_0 = sample_ddpm(schedule, fn, x_T, k_steps, sigma2=cfg.variance, **options)
     elif sampler == "ddim":

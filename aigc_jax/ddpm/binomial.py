@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from ..core import EMA, Family, Optim, Optimizer, State, make_step, spread, start
+from ..core import EMA, Family, Optim, Optimizer, State, make_step, shard_rows, start
 from .bounds import mean_over_steps
-from .nets import Net, module
+from .nets import NetConfig, module
 from .process import (
     Schedule,
     Steps,
@@ -45,7 +45,7 @@ class DiscreteConfig:
     rate: float = 0.2  # share of ones in the noise
     T: int = 200  # the paper: 2000
     terms: int = 0  # number of steps t that `evaluate` draws; 0: all T
-    net: Net = Net("mlp", (50, 50, 50), dropout=0.0)
+    net: NetConfig = NetConfig("mlp", (50, 50, 50), dropout=0.0)
     ema: float = 0.0
     micro: int = 1
     optim: Optimizer = Optim(lr=1e-3, clip=1.0)
@@ -258,7 +258,7 @@ def make_discrete(cfg: DiscreteConfig, *, axis_name: str | None = None) -> Famil
         k_start, k_way = jax.random.split(key)
         x_T = jax.random.bernoulli(k_start, cfg.rate, (n, cfg.dim)).astype(jnp.float32)
         logits_fn = logits_fn_of(cfg, ema.read(state))
-        return sample(cosine_schedule(cfg.T), logits_fn, spread(x_T), k_way, rate=cfg.rate)
+        return sample(cosine_schedule(cfg.T), logits_fn, shard_rows(x_T), k_way, rate=cfg.rate)
 
     step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
     return Family(init, step, evaluate, sample_family)

@@ -79,9 +79,6 @@ class NetConfig:
             raise ValueError(f"model.net.patch {self.patch} does not divide H and W of {shape}")
 
 
-Net = NetConfig  # its old name
-
-
 def _options(net: NetConfig) -> dict:
     """Returns the fields that all modules share."""
     dtype = jnp.dtype(net.dtype or "float32")

@@ -49,17 +49,17 @@ from ..core import (
     one_hot,
     parts,
     pixels,
-    spread,
+    shard_rows,
     start,
 )
 from .config import Config, LossName
-from .nets import Discriminator, Generator, Net
+from .nets import Discriminator, Generator, NetConfig
 
 __all__ = [
     "Config",
     "Discriminator",
     "Generator",
-    "Net",
+    "NetConfig",
     "Optim",
     "discriminate",
     "discriminator_loss",
@@ -72,6 +72,8 @@ __all__ = [
     "preprocess",
     "r1_penalty",
 ]
+
+Net = NetConfig  # its name in versions before 0.3
 
 Params = dict[str, Any]
 Stats = dict[str, Any]  # Flax's "batch_stats": running means of BatchNorm, vectors of SpectralNorm
@@ -252,7 +254,7 @@ def _apply(cfg: Config, net: str, params: Params, stats: Stats, x, y, key, axis_
 def _fake_examples(cfg: Config, params: Params, stats: Stats, y: OneHot, key, axis_name):
     """Returns G(z) for a new z per label, and G's new statistics."""
     k_z, k_dropout = jax.random.split(key)
-    z = spread(noise(cfg, k_z, y.shape[0]))
+    z = shard_rows(noise(cfg, k_z, y.shape[0]))
     return _apply(cfg, "gen", params, stats, z, y, k_dropout, axis_name)
 
 

@@ -7,7 +7,7 @@ from math import prod
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from ..core import EMA, Optim, Optimizer
-from .nets import Net
+from .nets import NetConfig
 
 LossName = Literal["minimax", "non_saturating", "least_squares", "wasserstein", "hinge"]
 
@@ -26,8 +26,8 @@ class Config:
     condition: Literal["concat", "projection"] = "concat"  # how D takes labels; G concatenates them
     latent_dim: int = 100  # length of z
     latent: Literal["normal", "uniform"] = "normal"  # z ~ N(0, I), or uniform in [0, 1) (CGAN)
-    gen: Net = Net(init="uniform", init_scale=0.05)
-    disc: Net = Net(
+    gen: NetConfig = NetConfig(init="uniform", init_scale=0.05)
+    disc: NetConfig = NetConfig(
         widths=(240, 240),
         activation="maxout",
         dropout=(0.2, 0.5),

@@ -72,9 +72,6 @@ class NetConfig:
             raise ValueError(f"model.{name}: maxout and dropout are for kind mlp, not {self.kind}")
 
 
-Net = NetConfig  # its old name
-
-
 def _options(net: NetConfig, axis_name: str | None) -> dict:
     """Returns the fields that all modules share."""
     return {
