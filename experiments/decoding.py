@@ -121,17 +121,17 @@ PUBLISHED = {
     "top-k, small, t .7": (3.48, 0.44, 1.00, 8.86),
     "nucleus .95": (13.13, 0.32, 0.95, 0.36),
 }
-FIRST = "repetition: greedy less beam search (%)"
-SECOND = "repetition: beam search less top-k, small, t .7 (%)"
-THIRD = "repetition: top-k, small, t .7 less the larger of nucleus and pure (%)"
+GREEDY = "repetition: greedy less beam search (%)"
+BEAM = "repetition: beam search less top-k, small, t .7 (%)"
+SMALL = "repetition: top-k, small, t .7 less the larger of nucleus and pure (%)"
 LIKELY = "perplexity of people over the larger of greedy and beam search"
 UNLIKELY = "perplexity: pure less people"
 CLOSEST = "closest to people in perplexity, of top-k small, the same at t .7, nucleus, pure"
 ALIKE = "self-BLEU-4: greedy less the next largest"
 CRITERIA = {
-    FIRST: "> 0",
-    SECOND: "> 0",
-    THIRD: ">= 0",
+    GREEDY: "> 0",
+    BEAM: "> 0",
+    SMALL: ">= 0",
     LIKELY: "> 1.5",
     UNLIKELY: "> 0",
     CLOSEST: ("nucleus .95", lambda ours: ours == "nucleus .95"),
@@ -266,9 +266,9 @@ def comparisons(measured: dict[str, Measured]) -> list[Row]:
     )
     fair = ("top-k, small", "top-k, small, t .7", "nucleus .95", "pure")
     return [
-        Row(FIRST, repetition["greedy"] - beam),
-        Row(SECOND, beam - small),
-        Row(THIRD, small - max(repetition["nucleus .95"], repetition["pure"])),
+        Row(GREEDY, repetition["greedy"] - beam),
+        Row(BEAM, beam - small),
+        Row(SMALL, small - max(repetition["nucleus .95"], repetition["pure"])),
         Row(LIKELY, human / max(perplexity["greedy"], perplexity["beam search"])),
         Row(UNLIKELY, perplexity["pure"] - human),
         Row(CLOSEST, min(fair, key=lambda name: abs(perplexity[name] - human))),

@@ -116,6 +116,19 @@ def logits(cfg: Config, params, roll, key=None):
     return h @ params["read_out"]["kernel"] + params["read_out"]["bias"][None, None]
 
 
+def init_params(cfg: Config, key) -> dict:
+    """Returns the parameters before training; the output bias expects four keys of 88."""
+    k_net, k_in, k_out = jax.random.split(key, 3)
+    width = cfg.net.width
+    read_in = 0.1 * jax.random.normal(k_in, (cfg.keys, width))
+    read_out = 0.02 * jax.random.normal(k_out, (width, cfg.keys))
+    return {
+        "net": transformer.init(cfg.net, k_net),
+        "read_in": {"kernel": read_in, "bias": jnp.zeros(width)},
+        "read_out": {"kernel": read_out, "bias": jnp.full(cfg.keys, -3.0)},
+    }
+
+
 def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
     """Returns the family, on batches `roll` uint8 [B, T, keys] and `mask` [B, T].
 
@@ -126,23 +139,13 @@ def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
     ema, optim = EMA(cfg.ema), cfg.net.optim
 
     def init(key):
-        k_net, k_in, k_out = jax.random.split(key, 3)
-        width = cfg.net.width
-        read_in = 0.1 * jax.random.normal(k_in, (cfg.keys, width))
-        read_out = 0.02 * jax.random.normal(k_out, (width, cfg.keys))
-        params = {
-            "net": transformer.init(cfg.net, k_net),
-            "read_in": {"kernel": read_in, "bias": jnp.zeros(width)},
-            "read_out": {"kernel": read_out, "bias": jnp.full(cfg.keys, -3.0)},  # four keys of 88
-        }
-        return start(params, optim, ema=ema)
+        return start(init_params(cfg, key), optim, ema=ema)
 
     def each(params, batch, key=None):
         """Returns -log p of the frames 1, 2, ... [B, T-1], and which of them count."""
         roll, mask = batch["roll"].astype(jnp.float32), batch["mask"][:, 1:]
-        nll = optax.sigmoid_binary_cross_entropy(
-            logits(cfg, params, roll[:, :-1], key), roll[:, 1:]
-        ).sum(-1)
+        guess = logits(cfg, params, roll[:, :-1], key)
+        nll = optax.sigmoid_binary_cross_entropy(guess, roll[:, 1:]).sum(-1)
         return nll * mask, mask
 
     def loss(params, state, batch, key):

@@ -100,3 +100,11 @@ def test_the_page_on_ones_own_experiment_runs(tmp_path, monkeypatch, capfd):
     assert len(rows) == 6 and rows[module.FALLS]["verdict"] == "holds: > 0"
     assert (tmp_path / "run" / "kl_weight.png").stat().st_size > 5000
     assert module.FALLS in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_every_scripts_flags_can_be_read(name):
+    """FIRST is a convention of the command line: a script that used the name otherwise could not start."""
+    script = importlib.import_module(f"experiments.{name}")
+    assert _cli.parse(name, script, []).scale == "cpu"
+    assert _cli.parse(name, script, ["--scale", "smoke"]).setup == script.SCALES["smoke"].setup
