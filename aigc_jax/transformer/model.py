@@ -98,12 +98,12 @@ class Config:
             raise ValueError(f"a transformer trains on text, not on {info.kind}")
         if info.levels > self.vocab:
             raise ValueError(
-                f"model.vocab is {self.vocab}, but the tokenizer has {info.levels} tokens "
+                f"model.vocab is {self.vocab}, the tokenizer has {info.levels} tokens "
                 "(data.info.levels): set model.vocab to at least that",
             )
         if info.shape[0] - 1 > self.context:
             raise ValueError(
-                f"model.context is {self.context}, but the data's length is {info.shape[0] - 1}: "
+                f"model.context is {self.context}, the data's length is {info.shape[0] - 1}: "
                 "set model.context to at least that, or shorten the data",
             )
 
