@@ -660,7 +660,7 @@ def make_toy(cfg: ToyConfig, *, axis_name=None) -> core.Family:
 
 @pytest.mark.parametrize(
     "options",
-    [{"devices": 1}, {"devices": 2}, {"devices": 2, "steps_per_call": 3}],
+    [{"devices": 1}, *(pytest.param({"devices": 2, **k}, marks=pytest.mark.slow) for k in ({}, {"steps_per_call": 3}))],
     ids=str,
 )
 def test_training_without_jit_gives_what_training_with_it_gives(tmp_path, options):
