@@ -1,7 +1,6 @@
 """Strictness for every test: 8 virtual devices, no silent rank promotion, no reused key, shapes checked."""
 
 import ctypes
-import gc
 import os
 import tempfile
 from pathlib import Path
@@ -50,7 +49,6 @@ def bounded_memory():
         trim()
     if resident() > LIMIT:
         jax.clear_caches()
-        gc.collect()
         trim()
 
 

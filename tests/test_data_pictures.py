@@ -541,7 +541,7 @@ def test_streamed_batches_are_the_resident_ones(folder, monkeypatch):
     assert data.load(f"images:{folder}").resident is None
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_streamed_training_ends_with_the_resident_bits(folder, tmp_path, k):
     """Read ahead in threads, stopped, resumed: the bits of an unbroken run, the parameters of one in memory."""
     cfg = dataclasses.replace(CFG, shape=(4, 6, 1), levels=256)

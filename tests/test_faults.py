@@ -151,6 +151,7 @@ def test_cut_off_between_saves(tmp_path, make, cfg, options):
     assert go(tmp_path / "run") == go("")
 
 
+@pytest.mark.slow
 def test_killed_while_a_save_is_under_way(tmp_path, unbroken, start):
     for attempt in range(6):
         folder = tmp_path / str(attempt)
@@ -854,6 +855,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     assert int(train.load(tmp_path / "1").state.step) == 3
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # lost tasks of Orbax, see _hush
 @pytest.mark.parametrize("file", ["_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"])
 def test_an_intact_checkpoint_that_orbax_cannot_read_is_passed_over(tmp_path, capfd, file):
     train.fit(vae.make, TINY, tiny(tmp_path, save_every=1), FEW)

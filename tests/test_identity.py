@@ -321,8 +321,7 @@ def with_changed(value, at, new):
 
 
 @pytest.mark.parametrize(
-    "family",
-    [pytest.param("vae", marks=pytest.mark.slow), "gan", pytest.param("ddpm", marks=pytest.mark.slow), "transformer"],
+    "family", ["transformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "gan", "ddpm"))]
 )
 def test_an_edited_record_is_loaded_or_refused_in_one_line(tmp_path, family):
     """Every field in turn is made something else; nothing but Refused comes out, and nothing large is made."""
@@ -456,8 +455,7 @@ def arrays(tree):
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["vae", "gan", pytest.param("ddpm", marks=pytest.mark.slow), pytest.param("transformer", marks=pytest.mark.slow)],
+    "family", ["vae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan", "ddpm", "transformer"))]
 )
 def test_a_chain_of_optax_updates_as_optax_says(family):
     """Three updates by a chain are those of Optim where both say the same: SGD with momentum."""
@@ -660,7 +658,7 @@ def make_toy(cfg: ToyConfig, *, axis_name=None) -> core.Family:
 
 @pytest.mark.parametrize(
     "options",
-    [{"devices": 1}, {"devices": 2}, {"devices": 2, "steps_per_call": 3}],
+    [{"devices": 1}, *(pytest.param({"devices": 2, **k}, marks=pytest.mark.slow) for k in ({}, {"steps_per_call": 3}))],
     ids=str,
 )
 def test_training_without_jit_gives_what_training_with_it_gives(tmp_path, options):

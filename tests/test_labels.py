@@ -39,7 +39,9 @@ def key(i):
     return jax.random.key(i)
 
 
-@pytest.fixture(params=ROWS, scope="module")
+@pytest.fixture(
+    params=["vae", pytest.param("vae of two layers", marks=pytest.mark.slow), "gan", "ddpm"], scope="module"
+)
 def families(request):
     """With three classes and without any, and a state of each."""
     make, cfg = ROWS[request.param]

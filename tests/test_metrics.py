@@ -429,6 +429,7 @@ def test_the_digits_classifier_reaches_its_accuracy():
     assert np.linalg.matrix_rank(np.cov(features, rowvar=False)) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_the_larger_classifiers_reach_their_accuracy(name, monkeypatch):
     def no_network(*args, **options):
@@ -460,6 +461,7 @@ def test_a_classifier_of_ones_own_is_read_from_its_file(tmp_path):
         metrics.load_classifier(tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_classifiers_train_on_moved_images():
     """Each is one of its 9 shifts, mirrored or not; all of them occur."""
     image = np.arange(1.0, 13.0, dtype=np.float32).reshape(3, 4, 1)
@@ -471,6 +473,7 @@ def test_classifiers_train_on_moved_images():
         assert {x.tobytes() for x in moved} == wanted
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_written_and_read(tmp_path):
     steps, optim = classifiers.plan(8, 1437, 128, 5e-3)
     small = replace(classifiers.MODELS["digits"], channels=(8,), ema=0.9, optim=optim)

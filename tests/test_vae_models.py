@@ -128,6 +128,7 @@ def test_weights_of_two_layers_are_the_definition():
     np.testing.assert_allclose(vae.log_weights(cfg, params, x, key(), k=6), brute_weights(cfg, params, x, z), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_bound_of_two_layers_reaches_the_evidence_by_quadrature():
     params, x = params_of(TWO), (images(3, TWO) > 0.5).astype(jnp.float32)
     grid = np.linspace(-7, 7, 281)
@@ -140,6 +141,7 @@ def test_bound_of_two_layers_reaches_the_evidence_by_quadrature():
     assert (vae.elbo(TWO, params, x, key(), k=4000)["elbo"] < evidence).all()
 
 
+@pytest.mark.slow
 def test_elbo_of_two_layers_is_the_mean_log_weight():
     cfg = dataclasses.replace(TWO, latent_dim=3, upper_dim=2)
     params, x = params_of(cfg), images(2, cfg)
@@ -175,7 +177,7 @@ def batch_of(cfg, n=8):
     return batch | ({"label": jnp.asarray(rng.integers(0, cfg.classes, n), jnp.int32)} if cfg.classes else {})
 
 
-@pytest.mark.parametrize("objective", ["iwae", "dreg"])
+@pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
 def test_training_logs_the_bound_that_it_trains(objective):
     cfg = dataclasses.replace(CFG, objective=objective, k=7)
     family, batch = vae.make(cfg), batch_of(cfg)
@@ -190,6 +192,7 @@ def test_training_logs_the_bound_that_it_trains(objective):
     np.testing.assert_allclose(values["nll_nats"], np.log(7) - logsumexp(log_w, axis=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg, beta", [(MLP, 1.0), (dataclasses.replace(TWO, latent_dim=2, upper_dim=2), 0.3)])
 def test_gradients_are_the_papers_sums(cfg, beta):
     """IWAE eq. 14 and DReG eq. 8, their weights and single terms made one draw at a time, in float64."""
@@ -222,7 +225,7 @@ def test_gradients_are_the_papers_sums(cfg, beta):
         np.testing.assert_allclose(flat(iwae), expected["iwae"], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("objective", ["iwae", "dreg"])
+@pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
 def test_step_takes_the_gradient_of_the_bound(objective):
     """One SGD step of rate 1, averaged over the batch, against the bound's own gradient on the same draws."""
     cfg = dataclasses.replace(MLP, objective=objective, k=4, optim=vae.Optim("sgd", lr=1.0))
@@ -240,6 +243,7 @@ def test_step_takes_the_gradient_of_the_bound(objective):
     np.testing.assert_allclose(flat(moved.params) - flat(state.params), flat(jax.grad(bound)(state.params)), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_doubly_reparameterised_gradient_has_the_same_mean_and_less_noise(beta):
     cfg = dataclasses.replace(MLP, shape=(2, 2, 1))
@@ -267,6 +271,7 @@ def test_doubly_reparameterised_gradient_has_the_same_mean_and_less_noise(beta):
     assert beta < 1 or draws["dreg"].var(0).sum() < 0.5 * draws["iwae"].var(0).sum()
 
 
+@pytest.mark.slow
 def test_doubly_reparameterised_gradient_vanishes_at_the_exact_posterior():
     """There log w does not depend on z, so nothing is left to learn; the plain gradient is all noise."""
     from experiments.ppca_exact import linear_vae
