@@ -304,8 +304,8 @@ def dreg_bound(
     """
     x = jax.lax.stop_gradient(check_images(cfg, x))
     z = sample_posterior(cfg, params, x, key, k=k, label=label)
-    beta = jnp.asarray(beta, x.dtype)
-    return _dreg(cfg, params, jax.lax.stop_gradient(params), x, z, label, beta)
+    q_params = jax.lax.stop_gradient(params)
+    return _dreg(cfg, params, q_params, x, z, label, jnp.asarray(beta, x.dtype))
 
 
 def activity(
