@@ -504,7 +504,7 @@ def test_uniform_noise_is_the_unit_cube():
     ("change", "words"),
     [
         ({"loss": "nonsaturating"}, "loss must be one of minimax, non_saturating"),
-        ({"penalty": "gp"}, "penalty 'gp' needs .* disc.norm 'batch' makes a logit depend on the whole batch"),
+        ({"penalty": "gp"}, "penalty 'gp' needs .*disc.norm 'batch' makes a logit depend on the whole batch"),
         ({"penalty": "r1"}, "penalty 'r1'"),
         ({"n_critic": 0}, "n_critic must be at least 1, got 0"),
         ({"packing": 0}, "packing must be at least 1"),
