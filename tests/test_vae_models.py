@@ -450,7 +450,6 @@ def test_bfloat16_is_inside_only():
         ({"upper_hidden": (3, 0)}, "model.upper_hidden must hold positive widths"),
         ({"channels": (4, -1)}, "model.channels must hold positive widths"),
         ({"channels": (4, 4, 4)}, "halve H and W 3 times, which 4 x 4 pixels do not allow"),
-        ({"objective": "elbow"}, "model.objective must be one of elbo, iwae, dreg, not 'elbow'"),
         ({"kl_warmup": -1}, "model.kl_warmup must be at least 0"),
         ({"likelihood": "logistic", "binarisation": "static"}, "likelihood logistic needs none"),
         ({"sigma": 0.0, "likelihood": "gaussian"}, "model.sigma must be positive"),
@@ -460,6 +459,13 @@ def test_bfloat16_is_inside_only():
 def test_bad_fields_are_refused_by_name_and_value(fields, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CFG, **fields)
+
+
+def test_a_choice_that_does_not_exist_is_refused():
+    cfg = dataclasses.replace(CFG)
+    object.__setattr__(cfg, "objective", "elbow")  # in pytest, jaxtyping would refuse it before our own check
+    with pytest.raises(ValueError, match="model.objective must be one of elbo, iwae, dreg, not 'elbow'"):
+        cfg.__post_init__()
 
 
 def test_no_draws_are_refused_by_every_bound():

@@ -264,8 +264,8 @@ def _dreg_forward(cfg, params, q_params, x, z, label, beta):
         return log_p_x + beta * log_ratio, log_p_x + log_ratio
 
     log_w_beta, vjp, log_w = jax.vjp(log_weights_of, params, z, has_aux=True)
-    w = jax.nn.softmax(log_w_beta, 0)
-    return (_log_mean_exp(log_w_beta), log_w), (w, vjp, q_params, x, beta)
+    bound, w = _log_mean_exp(log_w_beta), jax.nn.softmax(log_w_beta, 0)
+    return (bound, log_w), (w, vjp, q_params, x, beta)
 
 
 def _dreg_backward(cfg, residuals, cotangents):
@@ -304,8 +304,8 @@ def dreg_bound(
     """
     x = jax.lax.stop_gradient(check_images(cfg, x))
     z = sample_posterior(cfg, params, x, key, k=k, label=label)
-    beta = jnp.asarray(beta, x.dtype)
-    return _dreg(cfg, params, jax.lax.stop_gradient(params), x, z, label, beta)
+    q_params = jax.lax.stop_gradient(params)
+    return _dreg(cfg, params, q_params, x, z, label, jnp.asarray(beta, x.dtype))
 
 
 def activity(
