@@ -72,7 +72,9 @@ def _momentum(o):
 
     def update(grads, state, params=None, *, step=None, **_):
         if step is None:
-            raise ValueError("a momentum that moves needs the step of the update: pass step=state.step")
+            raise ValueError(
+                "a momentum that moves needs the step of the update: pass step=state.step"
+            )
         trace = jax.tree.map(lambda g, t: g + rise(step).astype(t.dtype) * t, grads, state.trace)
         return trace, optax.TraceState(trace)
 
@@ -84,7 +86,9 @@ def _scaled(o, first, accumulate):
 
     def update(grads, state, params=None):
         v = jax.tree.map(lambda v, g: accumulate(v, jnp.square(g)), state[0], grads)
-        return jax.tree.map(lambda g, v: g / (jnp.sqrt(v + o.eps_root) + o.eps), grads, v), type(state)(v)
+        return jax.tree.map(lambda g, v: g / (jnp.sqrt(v + o.eps_root) + o.eps), grads, v), type(
+            state
+        )(v)
 
     return optax.GradientTransformation(first.init, update)
 
@@ -92,7 +96,9 @@ def _scaled(o, first, accumulate):
 _DIRECTIONS = {
     "sgd": _momentum,
     "adam": lambda o: optax.scale_by_adam(o.b1, o.b2, o.eps, o.eps_root),
-    "rmsprop": lambda o: _scaled(o, optax.scale_by_rms(), lambda v, square: o.b2 * v + (1 - o.b2) * square),
+    "rmsprop": lambda o: _scaled(
+        o, optax.scale_by_rms(), lambda v, square: o.b2 * v + (1 - o.b2) * square
+    ),
     "adagrad": lambda o: _scaled(o, optax.scale_by_rss(0.0), lambda v, square: v + square),
 }
 _CURVES = {
@@ -124,7 +130,9 @@ class Optim:
 
     def __post_init__(self):
         if self.name not in _DIRECTIONS:
-            raise ValueError(f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}")
+            raise ValueError(
+                f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}"
+            )
         if self.curve not in _CURVES:
             raise ValueError(f"optim.curve must be one of {', '.join(_CURVES)}, not {self.curve!r}")
         for field in (
@@ -145,9 +153,17 @@ class Optim:
         if (self.momentum_end is None) != (self.momentum_steps == 0):
             raise ValueError("optim.momentum_end and optim.momentum_steps go together")
         if self.name != "sgd" and not self.eps + self.eps_root:
-            raise ValueError(f"optim.eps is {self.eps}, as is eps_root: without a gradient the update would be 0 / 0")
-        if not 0 <= self.floor <= 1 or (self.curve == "exponential" and self.decay and not self.floor):
-            raise ValueError(f"optim.floor must lie in [0, 1], above 0 for an exponential decay, got {self.floor}")
+            raise ValueError(
+                f"optim.eps is {self.eps}, as is eps_root: without a gradient the update would "
+                "be 0 / 0"
+            )
+        if not 0 <= self.floor <= 1 or (
+            self.curve == "exponential" and self.decay and not self.floor
+        ):
+            raise ValueError(
+                "optim.floor must lie in [0, 1], above 0 for an exponential decay, got "
+                f"{self.floor}"
+            )
 
     def chain(self) -> optax.GradientTransformation:
         """The transformation: clip, direction, weight decay. `descend` multiplies it by `rate`."""
@@ -160,14 +176,22 @@ class Optim:
         return optax.chain(
             _clip(self.clip) if self.clip else optax.identity(),
             _DIRECTIONS[self.name](self),
-            optax.add_decayed_weights(self.weight_decay, decays) if self.weight_decay else optax.identity(),
+            optax.add_decayed_weights(self.weight_decay, decays)
+            if self.weight_decay
+            else optax.identity(),
         )
 
     def rate(self, step: ArrayLike) -> jax.Array:
         """The learning rate at `State.step`."""
-        after = _CURVES[self.curve](self.lr, self.decay, self.floor) if self.decay else lambda _: self.lr
+        after = (
+            _CURVES[self.curve](self.lr, self.decay, self.floor)
+            if self.decay
+            else lambda _: self.lr
+        )
         if self.warmup:
-            after = optax.join_schedules([optax.linear_schedule(0.0, self.lr, self.warmup), after], [self.warmup])
+            after = optax.join_schedules(
+                [optax.linear_schedule(0.0, self.lr, self.warmup), after], [self.warmup]
+            )
         return jnp.asarray(after(step), jnp.float32)
 
 
@@ -182,7 +206,9 @@ def _has_rate(optim) -> bool:
 
 def is_optimizer(optim) -> bool:
     """Whether this is an Optim, a chain of optax, or an object with `chain()` and `rate(step)`."""
-    return not isinstance(optim, type) and (_has_rate(optim) or (hasattr(optim, "init") and hasattr(optim, "update")))
+    return not isinstance(optim, type) and (
+        _has_rate(optim) or (hasattr(optim, "init") and hasattr(optim, "update"))
+    )
 
 
 def transformation(optim) -> optax.GradientTransformation:
@@ -234,7 +260,9 @@ def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> S
     return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
 
 
-def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = False) -> jax.Array | None:
+def labels(
+    label, classes: int, leading: tuple[int, ...], *, in_turn: bool = False
+) -> jax.Array | None:
     """Returns classes 0..classes-1 as int32 [*leading]; None for a model without classes.
 
     label: one class for all, or an array whose shape is the last axes of `leading`.
@@ -254,7 +282,10 @@ def labels(label, classes: int, leading: tuple[int, ...], *, in_turn: bool = Fal
     label = _whole("label", label, classes, "")
     if label.shape != leading[max(0, len(leading) - label.ndim) :]:
         samples = " x ".join(map(str, leading))
-        raise ValueError(f"label must be one class or have one entry for each of {samples} samples, got {label.shape}")
+        raise ValueError(
+            f"label must be one class or have one entry for each of {samples} samples, got "
+            f"{label.shape}"
+        )
     if isinstance(label, jax.core.Tracer):
         label = label.astype(jnp.promote_types(label.dtype, jnp.int32))  # where classes is no int8
         label = jnp.where((label >= 0) & (label < classes), label.astype(jnp.int32), -1)
@@ -266,7 +297,9 @@ def one_hot(label, classes: int, leading: tuple[int, ...]) -> jax.Array:
     label = labels(label, classes, leading)
     if label is None:
         return jnp.zeros((*leading, 0), jnp.float32)
-    return jnp.where(label[..., None] < 0, jnp.nan, jax.nn.one_hot(label, classes, dtype=jnp.float32))
+    return jnp.where(
+        label[..., None] < 0, jnp.nan, jax.nn.one_hot(label, classes, dtype=jnp.float32)
+    )
 
 
 def pixels(image, levels: int) -> jax.Array:
@@ -287,12 +320,19 @@ def floats(name: str, x, *, within: tuple[int, int] | None = None):
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         interval = "" if within is None else f" in [{within[0]}, {within[1]}]"
-        raise ValueError(f"{name} must be floats{interval} here, got {dtype}: `preprocess` takes whole-number pixels")
+        raise ValueError(
+            f"{name} must be floats{interval} here, got {dtype}: `preprocess` takes whole-number "
+            "pixels"
+        )
     if within is not None and np.size(x) and not isinstance(x, jax.core.Tracer):
         known = np.asarray(x)
-        if known.min() < within[0] - 0.01 or known.max() > within[1] + 0.01:  # bfloat16 rounds to two digits
+        if (
+            known.min() < within[0] - 0.01 or known.max() > within[1] + 0.01
+        ):  # bfloat16 rounds to two digits
             got = f"{known.min():.5g}..{known.max():.5g}"
-            raise ValueError(f"{name} must lie in [{within[0]}, {within[1]}], got {got}: see `preprocess`")
+            raise ValueError(
+                f"{name} must lie in [{within[0]}, {within[1]}], got {got}: see `preprocess`"
+            )
     return x
 
 
@@ -334,7 +374,9 @@ def _part(batch: PyTree, n: int, i) -> PyTree:
     # The new axis goes behind the rows, so that each device splits its own rows. As [n, B/n] the
     # batch would be gathered, and every device would do all the work.
     return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False),
+        lambda x: jax.lax.dynamic_index_in_dim(
+            x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False
+        ),
         batch,
     )
 
@@ -389,14 +431,18 @@ def descend(
     grads, value, metrics = means
     own = {"loss": value, "grad_norm": optax.tree.norm(grads)}
     chain = optax.with_extra_args_support(transformation(optim))
-    direction, opt_state = chain.update(grads, pick(state.opt_state), params, value=value, step=state.step)
+    direction, opt_state = chain.update(
+        grads, pick(state.opt_state), params, value=value, step=state.step
+    )
     if _has_rate(optim):
         lr = own["lr"] = optim.rate(state.step)
         params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), params, direction)
     else:
         params = optax.apply_updates(params, direction)
 
-    new = state._replace(params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra)
+    new = state._replace(
+        params=put(state.params, params), opt_state=put(state.opt_state, opt_state), extra=extra
+    )
     named = {name if net is None else f"{net}_{name}": x for name, x in own.items()}
     return new, {**metrics, **named}
 
@@ -425,7 +471,9 @@ def _gradient(loss: Callable, params, state: State, batch, key, micro: int) -> t
         return (extra, total + weight, sums), None
 
     shapes = jax.eval_shape(weighted, state.extra, _part(batch, micro, 0), key)[2]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), shapes)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.result_type(s.dtype, jnp.float32)), shapes
+    )
     start = (state.extra, jnp.float32(0), zeros)
     (extra, weight, sums), _ = jax.lax.scan(add_part, start, jnp.arange(micro))  # saves memory
     return extra, weight, jax.tree.map(lambda x: x * _share(1.0, weight), sums)
@@ -435,12 +483,16 @@ def finish(state: State, ema: EMA) -> State:
     """Ends a step, once for all of its updates: moves the average and counts the step."""
     if ema.decay:
         weight = jnp.maximum(1 - ema.decay, 9 / (10 + state.step))
-        moved = jax.tree.map(lambda a, x: a + weight.astype(a.dtype) * (x - a), state.ema, ema.of(state))
+        moved = jax.tree.map(
+            lambda a, x: a + weight.astype(a.dtype) * (x - a), state.ema, ema.of(state)
+        )
         state = state._replace(ema=moved)
     return state._replace(step=state.step + 1)
 
 
-def make_step(loss: Callable, optim, *, ema: EMA = EMA(), micro: int = 1, axis_name: str | None = None) -> Callable:
+def make_step(
+    loss: Callable, optim, *, ema: EMA = EMA(), micro: int = 1, axis_name: str | None = None
+) -> Callable:
     """Returns the step of a model with one loss: `descend`, then `finish`."""
 
     def step(state, batch, key):

@@ -43,7 +43,9 @@ class Worker:
     def __init__(self, script: str, name: str, threads: int = 2):
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         command = [sys.executable, script, "--worker", name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
         assert self.process.stdout.readline().strip() == "ready", f"the worker {name} did not start"
 
     def time(self, task: str) -> float:
@@ -70,15 +72,21 @@ def alternate(workers: dict[str, Worker], tasks: tuple[str, ...], repeats: int) 
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def main(script: str, about: str, workers: dict[str, Callable[[], dict]], tasks: dict[str, Task]) -> None:
+def main(
+    script: str, about: str, workers: dict[str, Callable[[], dict]], tasks: dict[str, Task]
+) -> None:
     """Times all workers in turn and prints a table a task; ours is the first worker."""
-    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--tasks", nargs="+", choices=tuple(tasks), default=tuple(tasks))
     p.add_argument("--worker", choices=tuple(workers))
     args = p.parse_args()
     if args.worker:
-        if hasattr(os, "sched_setaffinity"):  # XLA has no flag for its threads: it takes the cores that it may run on
+        if hasattr(
+            os, "sched_setaffinity"
+        ):  # XLA has no flag for its threads: it takes the cores that it may run on
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
         serve(workers[args.worker]())
         return
@@ -95,9 +103,19 @@ def main(script: str, about: str, workers: dict[str, Callable[[], dict]], tasks:
         print("| side | ms an update | GFLOP/s | own product, GFLOP/s | share of it |")
         print("| --- | --- | --- | --- | --- |")
         for side in workers:
-            speed, product = task.flop / medians[side, name] / 1e9, PRODUCT_FLOP / medians[side, "product"] / 1e9
+            speed, product = (
+                task.flop / medians[side, name] / 1e9,
+                PRODUCT_FLOP / medians[side, "product"] / 1e9,
+            )
             a_step = 1e3 * medians[side, name] / task.updates
-            print(f"| {side} | {a_step:.2f} | {speed:.0f} | {product:.0f} | {speed / product:.2f} |")
+            print(
+                f"| {side} | {a_step:.2f} | {speed:.0f} | {product:.0f} | {speed / product:.2f} |"
+            )
         best = min(peers, key=lambda side: medians[side, name])
-        print(f"\n{ours} / {best}: {medians[ours, name] / medians[best, name]:.2f} of the time;", end=" ")
-        print(f"matrix products: XLA at {medians[best, 'product'] / medians[ours, 'product']:.2f}x PyTorch's speed")
+        print(
+            f"\n{ours} / {best}: {medians[ours, name] / medians[best, name]:.2f} of the time;",
+            end=" ",
+        )
+        print(
+            f"matrix products: XLA at {medians[best, 'product'] / medians[ours, 'product']:.2f}x PyTorch's speed"
+        )

@@ -84,9 +84,13 @@ def ours() -> dict:
     from aigc_jax.train import Run
     from aigc_jax.train.engine import Engine, compiler_options
 
-    net = ddpm.NetConfig(widths=WIDTHS, blocks=BLOCKS, attention=ATTENTION, heads=1, groups=GROUPS, dropout=0.0)
+    net = ddpm.NetConfig(
+        widths=WIDTHS, blocks=BLOCKS, attention=ATTENTION, heads=1, groups=GROUPS, dropout=0.0
+    )
     cfg = ddpm.Config(shape=(HEIGHT, HEIGHT, 1), net=net, ema=0.0, optim=Optim(lr=2e-4))
-    engine = Engine(ddpm.make, cfg, Run(steps=10**6, batch_size=BATCH), data.from_arrays({"image": images()}))
+    engine = Engine(
+        ddpm.make, cfg, Run(steps=10**6, batch_size=BATCH), data.from_arrays({"image": images()})
+    )
     held, params = {"state": engine.init(), "step": 0}, engine.init().params
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == PARAMETERS, f"our net has {count} parameters, not {PARAMETERS}"
@@ -102,7 +106,9 @@ def ours() -> dict:
     def draw(params, key):
         k_start, k_way = jax.random.split(key)
         x_T = jax.random.normal(k_start, x.shape)
-        return ddpm.sample_ddpm(few, ddpm.eps_fn_of(cfg, params), x_T, k_way, sigma2="beta", clip=1.0)
+        return ddpm.sample_ddpm(
+            few, ddpm.eps_fn_of(cfg, params), x_T, k_way, sigma2="beta", clip=1.0
+        )
 
     def train():
         for _ in range(UPDATES):
@@ -151,14 +157,21 @@ def diffusers(compiled: bool, fused: bool, channels_last: bool = False) -> dict:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    images_ = torch.from_numpy(images()).permute(0, 3, 1, 2).float().contiguous(memory_format=layout) / 127.5 - 1
+    images_ = (
+        torch.from_numpy(images()).permute(0, 3, 1, 2).float().contiguous(memory_format=layout)
+        / 127.5
+        - 1
+    )
     # fixed_large is our "beta", linspace our "uniform"; x_0_hat is clipped to 1 by default, beta linear to .02.
     scheduler = DDPMScheduler(1000, variance_type="fixed_large", timestep_spacing="linspace")
     scheduler.set_timesteps(STEPS)
     net = unet().to(memory_format=layout)
     adam = torch.optim.Adam(net.parameters(), lr=2e-4, fused=fused)
     call = torch.compile(net) if compiled else net
-    x, t = torch.ones(BATCH, 1, HEIGHT, HEIGHT).contiguous(memory_format=layout), torch.arange(BATCH)
+    x, t = (
+        torch.ones(BATCH, 1, HEIGHT, HEIGHT).contiguous(memory_format=layout),
+        torch.arange(BATCH),
+    )
 
     def train():
         net.train()
@@ -199,7 +212,9 @@ WORKERS = {
     "ours": ours,
     "diffusers eager": lambda: diffusers(compiled=False, fused=False),
     "diffusers eager, fused Adam": lambda: diffusers(compiled=False, fused=True),
-    "diffusers eager, fused Adam, channels last": lambda: diffusers(compiled=False, fused=True, channels_last=True),
+    "diffusers eager, fused Adam, channels last": lambda: diffusers(
+        compiled=False, fused=True, channels_last=True
+    ),
     "diffusers compiled, fused Adam": lambda: diffusers(compiled=True, fused=True),
 }
 

@@ -78,7 +78,10 @@ def torchs(compiled: bool, fused: bool) -> dict:
                         nn.Sigmoid())  # fmt: skip
     disc = nn.Sequential(nn.Dropout(0.2), Maxout(784, 240), nn.Dropout(0.5), Maxout(240, 240), nn.Dropout(0.5),
                          nn.Linear(240, 1))  # fmt: skip
-    adams = {net: torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=fused) for net in (gen, disc)}
+    adams = {
+        net: torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=fused)
+        for net in (gen, disc)
+    }
     g, d = (torch.compile(gen), torch.compile(disc)) if compiled else (gen, disc)
 
     def mlp():

@@ -27,8 +27,14 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_attention, self.norm_mlp = Norm(width), Norm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
+        self.up, self.down = (
+            nn.Linear(width, 4 * width, bias=False),
+            nn.Linear(4 * width, width, bias=False),
+        )
 
     def forward(self, x):
         B, T, C = x.shape
@@ -59,7 +65,9 @@ class GPT(nn.Module):
             x = block(x)
         x = self.norm(x)
         if targets is None:
-            return F.linear(x[:, [-1]], self.wte.weight)  # the last position only, as its generate needs
+            return F.linear(
+                x[:, [-1]], self.wte.weight
+            )  # the last position only, as its generate needs
         logits = F.linear(x, self.wte.weight)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 

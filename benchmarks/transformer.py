@@ -64,7 +64,11 @@ def ours() -> dict:
 
     a = jnp.asarray(np.random.default_rng(0).normal(size=(SIDE, SIDE)) / SIDE**0.5, jnp.float32)
     multiply = jax.jit(lambda a: jax.lax.fori_loop(0, PRODUCTS, lambda _, b: b @ a, a))
-    return {"train": train, "product": lambda: multiply(a).block_until_ready(), "char": _our_characters()}
+    return {
+        "train": train,
+        "product": lambda: multiply(a).block_until_ready(),
+        "char": _our_characters(),
+    }
 
 
 def _our_characters():
@@ -74,7 +78,9 @@ def _our_characters():
 
     from aigc_jax import transformer
 
-    cfg = transformer.Config(vocab=VOCAB, context=512, layers=LAYERS, heads=HEADS, width=WIDTH, bias=False)
+    cfg = transformer.Config(
+        vocab=VOCAB, context=512, layers=LAYERS, heads=HEADS, width=WIDTH, bias=False
+    )
     params = jax.jit(partial(transformer.init, cfg))(jax.random.key(0))
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=CHARACTERS))
     prompt = np.zeros((1, 1), np.int32)
@@ -111,7 +117,11 @@ def torchs(fused: bool) -> dict:
         for _ in range(PRODUCTS):
             b = b @ a
 
-    return {"train": train, "product": product, "char": lambda: longer.generate(torch.zeros(1, 1).long(), CHARACTERS)}
+    return {
+        "train": train,
+        "product": product,
+        "char": lambda: longer.generate(torch.zeros(1, 1).long(), CHARACTERS),
+    }
 
 
 def our_gpt2() -> dict:
@@ -128,7 +138,11 @@ def our_gpt2() -> dict:
     tasks = {}
     for name, rows in GPT2.items():
         prompt = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab, (rows, 16)), jnp.int32)
-        sampling = transformer.Sampling(0.0) if name.startswith("greedy") else transformer.Sampling(top_p=0.9)
+        sampling = (
+            transformer.Sampling(0.0)
+            if name.startswith("greedy")
+            else transformer.Sampling(top_p=0.9)
+        )
         for words, new in ((name, 1 + NEW), (f"first, {name}", 1)):
             call = jax.jit(partial(transformer.generate, cfg, max_new_tokens=new))
             tasks[words] = partial(lambda call, prompt, sampling: jax.block_until_ready(
@@ -145,7 +159,11 @@ def floor() -> dict:
 
     cfg = transformer.Config()
     params = jax.jit(lambda: transformer.init(cfg, jax.random.key(0)))()
-    kernels = [params[f"blocks_{i}"][n]["kernel"] for i in range(cfg.layers) for n in ("qkv", "out", "up", "down")]
+    kernels = [
+        params[f"blocks_{i}"][n]["kernel"]
+        for i in range(cfg.layers)
+        for n in ("qkv", "out", "up", "down")
+    ]
 
     @jax.jit
     def products(kernels, table, x):
@@ -159,7 +177,9 @@ def floor() -> dict:
         return jax.lax.fori_loop(0, NEW, token, x)
 
     def call(rows):
-        return jax.block_until_ready(products(kernels, params["wte"]["embedding"], jnp.ones((rows, cfg.width))))
+        return jax.block_until_ready(
+            products(kernels, params["wte"]["embedding"], jnp.ones((rows, cfg.width)))
+        )
 
     return {name: (lambda rows=rows: call(rows)) for name, rows in GPT2.items()}
 
@@ -175,7 +195,11 @@ def huggingface() -> dict:
     tasks = {}
     for name, rows in GPT2.items():
         prompt = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, (rows, 16)))
-        how = {"do_sample": False} if name.startswith("greedy") else {"do_sample": True, "top_p": 0.9, "top_k": 0}
+        how = (
+            {"do_sample": False}
+            if name.startswith("greedy")
+            else {"do_sample": True, "top_p": 0.9, "top_k": 0}
+        )
         for words, new in ((name, 1 + NEW), (f"first, {name}", 1)):
 
             def call(prompt=prompt, new=new, how=how):
@@ -218,7 +242,9 @@ def measure(names: list[str], tasks: list[str], repeats: int) -> tuple[dict, dic
 
 def main() -> None:
     """Times all groups in turn and prints a table each."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--groups", nargs="+", choices=("nano", "gpt2"), default=("nano", "gpt2"))
     p.add_argument("--worker", choices=tuple(WORKERS))
@@ -233,7 +259,9 @@ def main() -> None:
     if "nano" in args.groups:
         names = ["ours", "nanoGPT, eager", "nanoGPT, eager, fused Adam"]
         median, first = measure(names, ["product", "train", "char"], args.repeats)
-        print("| side | ms an update | GFLOP/s | share of own product | 500 characters, s | first call, s |")
+        print(
+            "| side | ms an update | GFLOP/s | share of own product | 500 characters, s | first call, s |"
+        )
         print("| --- | --- | --- | --- | --- | --- |")
         for name in names:
             train, char = median[name, "train"], median[name, "char"]
@@ -241,11 +269,16 @@ def main() -> None:
             print(f"| {name} | {1e3 * train / UPDATES:.2f} | {speed / 1e9:.0f} | {speed / product:.2f} | {char:.3f} | "
                   f"{first[name, 'train']:.1f} |")  # fmt: skip
         for peer in names[1:]:
-            update, char, product = (median["ours", task] / median[peer, task] for task in ("train", "char", "product"))
+            update, char, product = (
+                median["ours", task] / median[peer, task] for task in ("train", "char", "product")
+            )
             print(f"ours / {peer}: {update:.2f} of the time of an update, {1 / char:.1f}x the characters a second; "
                   f"matrix products: XLA at {1 / product:.2f}x PyTorch's speed")  # fmt: skip
     if "gpt2" in args.groups:
-        names, tasks = ["our GPT-2", "floor", "transformers"], [t for n in GPT2 for t in (n, f"first, {n}")]
+        names, tasks = (
+            ["our GPT-2", "floor", "transformers"],
+            [t for n in GPT2 for t in (n, f"first, {n}")],
+        )
         median, first = measure(names, tasks, args.repeats)
         print("\n| GPT-2 124M | ours, tokens/s | transformers | ours / theirs | share of the floor | "
               "first token, ms: ours | theirs | compile, s |")  # fmt: skip

@@ -64,13 +64,22 @@ def ours() -> dict:
     source, optim = data.from_arrays({"image": images()}), Optim(lr=1e-3)
     configs = {
         "dense": vae.Config(latent_dim=20, hidden=(400,), activation="relu", optim=optim),
-        "iwae": vae.Config(latent_dim=50, hidden=(200, 200), activation="tanh", objective="iwae", k=K, optim=optim),
-        "conv": vae.Config(latent_dim=20, channels=(32, 64), hidden=(128,), activation="relu", optim=optim),
+        "iwae": vae.Config(
+            latent_dim=50, hidden=(200, 200), activation="tanh", objective="iwae", k=K, optim=optim
+        ),
+        "conv": vae.Config(
+            latent_dim=20, channels=(32, 64), hidden=(128,), activation="relu", optim=optim
+        ),
     }
 
     def task(net):
         a_call = 1 if net == "conv" else STEPS[net]
-        engine = Engine(vae.make, configs[net], Run(steps=10**6, batch_size=BATCH[net], steps_per_call=a_call), source)
+        engine = Engine(
+            vae.make,
+            configs[net],
+            Run(steps=10**6, batch_size=BATCH[net], steps_per_call=a_call),
+            source,
+        )
         held = {"state": engine.init(), "step": 0}
 
         def run():
@@ -97,7 +106,11 @@ def torchs(compiled: bool, fused: bool, channels_last: bool = False) -> dict:
     flat = torch.from_numpy(images()).reshape(EXAMPLES, 784).float() / 255
 
     def dense(*widths, act=nn.ReLU):
-        layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), act())]
+        layers = [
+            layer
+            for a, b in zip(widths, widths[1:], strict=False)
+            for layer in (nn.Linear(a, b), act())
+        ]
         return nn.Sequential(*layers[:-1])
 
     def log_normal(z, mu, logvar):
@@ -116,7 +129,9 @@ def torchs(compiled: bool, fused: bool, channels_last: bool = False) -> dict:
                 return (nll + 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum()) / len(x)
             z = mu + torch.exp(0.5 * logvar) * torch.randn(self.k, *mu.shape)
             many = x.expand(self.k, *x.shape)
-            log_p = -F.binary_cross_entropy_with_logits(self.decoder(z), many, reduction="none").sum(-1)
+            log_p = -F.binary_cross_entropy_with_logits(
+                self.decoder(z), many, reduction="none"
+            ).sum(-1)
             zero = torch.zeros(())
             log_w = log_p + log_normal(z, zero, zero) - log_normal(z, mu, logvar)
             return -(torch.logsumexp(log_w, 0) - math.log(self.k)).mean()
@@ -125,7 +140,9 @@ def torchs(compiled: bool, fused: bool, channels_last: bool = False) -> dict:
         if net == "dense":
             return VAE(dense(784, 400, 40), dense(20, 400, 784))
         if net == "iwae":
-            return VAE(dense(784, 200, 200, 100, act=nn.Tanh), dense(50, 200, 200, 784, act=nn.Tanh), K)
+            return VAE(
+                dense(784, 200, 200, 100, act=nn.Tanh), dense(50, 200, 200, 784, act=nn.Tanh), K
+            )
         encoder = nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
                                 nn.Flatten(), dense(3136, 128, 40))  # fmt: skip
         decoder = nn.Sequential(dense(20, 128, 3136), nn.ReLU(), nn.Unflatten(1, (64, 7, 7)),
@@ -138,7 +155,10 @@ def torchs(compiled: bool, fused: bool, channels_last: bool = False) -> dict:
         if net == "conv":
             x = flat.reshape(EXAMPLES, 1, 28, 28)
             if channels_last:
-                model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+                model, x = (
+                    model.to(memory_format=torch.channels_last),
+                    x.to(memory_format=torch.channels_last),
+                )
         adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
         loss_of = torch.compile(model) if compiled else model
 
@@ -167,7 +187,9 @@ WORKERS = {
     "ours": ours,
     "PyTorch eager": lambda: torchs(compiled=False, fused=False),
     "PyTorch eager, fused Adam": lambda: torchs(compiled=False, fused=True),
-    "PyTorch eager, fused Adam, channels last": lambda: torchs(compiled=False, fused=True, channels_last=True),
+    "PyTorch eager, fused Adam, channels last": lambda: torchs(
+        compiled=False, fused=True, channels_last=True
+    ),
     "PyTorch compiled, fused Adam": lambda: torchs(compiled=True, fused=True),
 }
 

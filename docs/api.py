@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from pkgutil import resolve_name
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, not an installed one
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # this checkout, not an installed one
 
 import aigc_jax
 
@@ -44,7 +46,9 @@ def sentence(thing) -> str:
     """The first sentence of a docstring, or nothing where there is none of its own."""
     doc = inspect.getdoc(thing) if callable(thing) or inspect.ismodule(thing) else ""
     paragraph = " ".join((doc or "").split("\n\n")[0].split())
-    if paragraph.startswith(f"{getattr(thing, '__name__', '')}("):  # written by dataclass or NamedTuple
+    if paragraph.startswith(
+        f"{getattr(thing, '__name__', '')}("
+    ):  # written by dataclass or NamedTuple
         return ""
     return re.split(r"(?<=[^.]\.)\s+(?=[A-Z`])", paragraph)[0]
 

@@ -42,18 +42,25 @@ def parts(source: Source, *named: str, training: int | None = None) -> list[data
     for split, part in zip(splits, found, strict=True):
         if part.info.examples < LEAST:
             raise DataError(
-                f"{source.name} has {sum(sizes.values())} pictures, {part.info.examples} of them in {split}: at least "
+                f"{source.name} has {sum(sizes.values())} pictures, {part.info.examples} of them "
+                f"in {split}: at least "
                 f"{LEAST} are needed in each of {', '.join(splits)}"
             )
         if part.resident is None:
-            raise DataError(f"{source.name} takes more than 2 GiB: make it smaller with --data.size 64")
+            raise DataError(
+                f"{source.name} takes more than 2 GiB: make it smaller with --data.size 64"
+            )
     if splits[-1].startswith("train"):
-        counts = ", ".join(f"{split} ({part.info.examples})" for split, part in zip(splits, found, strict=True))
+        counts = ", ".join(
+            f"{split} ({part.info.examples})" for split, part in zip(splits, found, strict=True)
+        )
         say(f"{source.name}: no test folder, so train is cut by shares: {counts}")
     return found
 
 
-def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | None = None) -> list[str]:
+def shares(
+    name: str, sizes: dict[str, int], *, watched: bool, training: int | None = None
+) -> list[str]:
     """Returns slices of own pictures: training, validation if `watched`, and test.
 
     Test is test/, else validation/, else the last tenth of train. Validation is validation/ if
@@ -64,7 +71,10 @@ def shares(name: str, sizes: dict[str, int], *, watched: bool, training: int | N
     if "train" not in sizes:
         raise DataError(f"{name} has the splits {', '.join(sizes)} and no train")
     if training is not None and not 0 < training < sizes["train"]:
-        raise DataError(f"training must lie in 1..{sizes['train'] - 1} of the pictures of {name}, got {training}")
+        raise DataError(
+            f"training must lie in 1..{sizes['train'] - 1} of the pictures of {name}, got "
+            f"{training}"
+        )
     there = [part for part in ("validation", "test") if part in sizes][-1 - watched :]
     missing = 1 + watched - len(there)
     if training is None:
@@ -100,12 +110,17 @@ def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
     if classes:
         if info.classes is None:
             raise DataError(
-                f"{setup.data.name} has no classes, which this model needs: give each class a sub-folder, or use "
+                f"{setup.data.name} has no classes, which this model needs: give each class a "
+                "sub-folder, or use "
                 "python -m experiments.own_pictures"
             )
         found["classes"] = info.classes
     defaults = [scale.setup.model for scale in scales.values()]
-    change = {field: v for field, v in found.items() if getattr(model, field) in [getattr(d, field) for d in defaults]}
+    change = {
+        field: v
+        for field, v in found.items()
+        if getattr(model, field) in [getattr(d, field) for d in defaults]
+    }
     try:
         model = replace(model, **change)
     except ValueError as e:
@@ -136,12 +151,18 @@ def health(training: data.Data, n: int = 500) -> Callable:
 
     def on_eval(family, state, step):
         values = jax.jit(family.evaluate)(state, batch, jax.random.key(0))
-        return {f"seen_{name}": value.mean() for name, value in values.items() if name.startswith("real")}
+        return {
+            f"seen_{name}": value.mean()
+            for name, value in values.items()
+            if name.startswith("real")
+        }
 
     return on_eval
 
 
-def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, fake_label=None) -> list[Row]:
+def distances(
+    name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, fake_label=None
+) -> list[Row]:
     """Returns rows that compare samples with held-out images `real`, all in [0, 1].
 
     The features are those of our classifier of the set `name`. For own pictures, which no
@@ -151,7 +172,8 @@ def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, f
     n = min(len(fake), len(real), len(seen))
     if name.startswith("images:"):
         say(
-            f"{name}: no classifier of ours knows these pictures. Frechet distance, kernel distance, "
+            f"{name}: no classifier of ours knows these pictures. Frechet distance, kernel "
+            "distance, "
             "classifier score and class accuracy are left out. Precision, recall, density and "
             "coverage are measured on pixels.",
         )
@@ -172,7 +194,9 @@ def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, f
         kernel = {}
         if n >= 1000:  # with fewer it is noise
             blocks = metrics.kernel_distance(features["real"], features[who], jax.random.key(0))
-            kernel["kernel distance x 1000, same features (+- s.e. over blocks)"] = 1000 * np.array(blocks)
+            kernel["kernel distance x 1000, same features (+- s.e. over blocks)"] = 1000 * np.array(
+                blocks
+            )
         fid = f"fid_{name.removesuffix('_mnist')}, n = {n} ({about})"
         return {
             fid: metrics.frechet_distance(features["real"], features[who]),
@@ -186,10 +210,22 @@ def distances(name: str, fake: np.ndarray, real: np.ndarray, seen: np.ndarray, f
 
     floor, rows = measured("seen"), []
     for what, value in measured("fake").items():
-        (value, *error), (best, *_) = np.atleast_1d(value).tolist(), np.atleast_1d(floor[what]).tolist()
-        rows.append(Row(f"{what}; oracle: training images", value, error=error[0] if error else None, oracle=best))
+        (value, *error), (best, *_) = (
+            np.atleast_1d(value).tolist(),
+            np.atleast_1d(floor[what]).tolist(),
+        )
+        rows.append(
+            Row(
+                f"{what}; oracle: training images",
+                value,
+                error=error[0] if error else None,
+                oracle=best,
+            )
+        )
     if fake_label is not None:
-        rows.append(Row(ACCURACY, 100 * float((logits["fake"].argmax(-1) == fake_label[:n]).mean())))
+        rows.append(
+            Row(ACCURACY, 100 * float((logits["fake"].argmax(-1) == fake_label[:n]).mean()))
+        )
     return rows
 
 
@@ -206,7 +242,11 @@ def in_pixels(fake: np.ndarray, real: np.ndarray, seen: np.ndarray) -> list[Row]
         values[who] = (*metrics.precision_recall(real, x), *metrics.density_coverage(real, x))
     words = ("precision (k=3)", "recall (k=3)", "density (k=5)", COVERAGE)
     return [
-        Row(f"{what} of pixels, n = {len(real)}; oracle: training images", float(value), oracle=float(best))
+        Row(
+            f"{what} of pixels, n = {len(real)}; oracle: training images",
+            float(value),
+            oracle=float(best),
+        )
         for what, value, best in zip(words, values["fake"], values["seen"], strict=True)
     ]
 
@@ -215,7 +255,10 @@ def caption(found: list[Row]) -> str:
     """Returns class accuracy and coverage as text, as far as they were measured."""
     accuracy = [f"class accuracy {row.ours:.1f} %" for row in found if row.quantity == ACCURACY]
     coverage = [row for row in found if row.quantity.startswith(COVERAGE)]
-    covered = [f"coverage{' of pixels' if 'of pixels' in row.quantity else ''} {row.ours:.2f}" for row in coverage[:1]]
+    covered = [
+        f"coverage{' of pixels' if 'of pixels' in row.quantity else ''} {row.ours:.2f}"
+        for row in coverage[:1]
+    ]
     return ", ".join([*accuracy, *covered])
 
 
@@ -238,13 +281,18 @@ def check(setup, script: str, *, conditional: bool, own: bool = False) -> None:
     """
     known = [file.stem for file in sorted(metrics.WEIGHTS.glob("*.safetensors"))]
     if setup.data.name not in known and not (own and setup.data.pictures):
-        instead = "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
+        instead = (
+            "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
+        )
         raise DataError(
-            f"{script} measures by our classifier of the set: data.name must be one of {', '.join(known)}{instead}"
+            f"{script} measures by our classifier of the set: data.name must be one of "
+            f"{', '.join(known)}{instead}"
         )
     if bool(setup.model.classes) != conditional:
         kind = "a conditional" if conditional else "an unconditional"
-        raise DataError(f"{script} trains {kind} model: model.classes cannot be {setup.model.classes}")
+        raise DataError(
+            f"{script} trains {kind} model: model.classes cannot be {setup.model.classes}"
+        )
 
 
 def pixels(source: data.Data, n: int | None = None) -> np.ndarray:

@@ -49,13 +49,17 @@ def generator(shape: tuple[int, ...]) -> gan.NetConfig:
     """Residual blocks, whose repeated pixels leave no dots; dense layers where the sides cannot be halved."""
     if not halvings(shape):
         return gan.NetConfig(widths=(256, 256), norm="batch")
-    return gan.NetConfig("resnet", (24,) * (halvings(shape) - 2) + (48, 96)[-halvings(shape) :], norm="batch")
+    return gan.NetConfig(
+        "resnet", (24,) * (halvings(shape) - 2) + (48, 96)[-halvings(shape) :], norm="batch"
+    )
 
 
 def discriminator(shape: tuple[int, ...]) -> gan.NetConfig:
     """DCGAN's with spectral normalisation; dense layers where the sides cannot be halved."""
     widths = (32, 64, 128, *[128] * 5)[: halvings(shape)]
-    return gan.NetConfig("dcgan" if widths else "mlp", widths or (256, 256), activation="leaky_relu", norm="spectral")
+    return gan.NetConfig(
+        "dcgan" if widths else "mlp", widths or (256, 256), activation="leaky_relu", norm="spectral"
+    )
 
 
 def unet(shape: tuple[int, ...]) -> ddpm.NetConfig:
@@ -85,7 +89,9 @@ class VAESetup:
     """Flags of own_pictures --family vae."""
 
     model: vae.Config = VAE
-    run: Run = replace(RUN, folder="runs/own_pictures-vae", best="nll_nats")  # of few pictures it learns by heart
+    run: Run = replace(
+        RUN, folder="runs/own_pictures-vae", best="nll_nats"
+    )  # of few pictures it learns by heart
     data: Source = Source("digits")
     samples: int = 400  # at most, as many are measured as pictures are held out
 
@@ -120,7 +126,10 @@ def scales(family: str) -> dict[str, Scale]:
     run = replace(cpu.run, folder=f"{cpu.run.folder}-smoke", steps=200, eval_every=100)
     small = {"T": 25} if family == "ddpm" else {}
     smoke = replace(cpu, model=replace(cpu.model, ema=0.9, **small), run=run, samples=100)
-    return {"smoke": Scale(smoke, "200 updates"), "cpu": Scale(cpu, "no paper: nets and lengths of our own")}
+    return {
+        "smoke": Scale(smoke, "200 updates"),
+        "cpu": Scale(cpu, "no paper: nets and lengths of our own"),
+    }
 
 
 SCALES = scales("vae")
@@ -154,8 +163,14 @@ def sized(setup, info: data.Info):
         "gan": {"gen": generator, "disc": discriminator},
         "ddpm": {"net": unet},
     }[family]
-    usual = {name: make(shape) for name, make in nets.items() if getattr(model, name) == make(DIGIT)}
-    return replace(setup, model=replace(model, shape=shape, **usual)) if tuple(model.shape) == DIGIT else setup
+    usual = {
+        name: make(shape) for name, make in nets.items() if getattr(model, name) == make(DIGIT)
+    }
+    return (
+        replace(setup, model=replace(model, shape=shape, **usual))
+        if tuple(model.shape) == DIGIT
+        else setup
+    )
 
 
 def run(setup, folder: Path) -> list[Row]:
@@ -194,16 +209,25 @@ def run(setup, folder: Path) -> list[Row]:
 
 
 @_cli.costs("own_pictures.png")
-def plot(setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, found: list[Row]) -> None:
+def plot(
+    setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, found: list[Row]
+) -> None:
     """Samples beside training images; samples above their nearest training images; the run."""
     fig, ((a, b), (c, d)) = figures.figure(2, 2, size=(10, 10.4))
     figures.images(a, fake[:64], 8, title="samples, not chosen")
-    figures.images(b, seen[np.random.default_rng(0).permutation(len(seen))[:64]], 8, title="training images")
+    figures.images(
+        b, seen[np.random.default_rng(0).permutation(len(seen))[:64]], 8, title="training images"
+    )
     few = fake[:32].reshape(4, 8, *fake.shape[1:])
     nearest = seen[metrics.nearest(fake[:32], seen)[1]].reshape(few.shape)
     pairs = np.stack([few, nearest], 1).reshape(-1, *fake.shape[1:])
-    figures.images(c, pairs, 8, title="samples (rows 1, 3, 5, 7), below each its nearest training image")
-    family, lines = family_of(setup), [line for line in train.metrics(result.folder) if "valid" in line]
+    figures.images(
+        c, pairs, 8, title="samples (rows 1, 3, 5, 7), below each its nearest training image"
+    )
+    family, lines = (
+        family_of(setup),
+        [line for line in train.metrics(result.folder) if "valid" in line],
+    )
     names = {
         "vae": ("nll_nats",),
         "gan": ("seen_real_logit", "real_logit", "fake_logit"),
@@ -213,10 +237,14 @@ def plot(setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.n
              "real_logit": "held-out images", "fake_logit": "samples"}  # fmt: skip
     curves = {words[name]: np.array([(line["step"], line["valid"][name]) for line in lines]).T
               for name in names[family]}  # fmt: skip
-    ylabel = {"vae": "negative bound (nats)", "gan": "D's logit", "ddpm": "bound (bits per dim)"}[family]
+    ylabel = {"vae": "negative bound (nats)", "gan": "D's logit", "ddpm": "bound (bits per dim)"}[
+        family
+    ]
     figures.curves(d, curves, xlabel="updates", ylabel=ylabel, title="while training")
     size = " x ".join(map(str, setup.model.shape))
-    steps = f"update {int(result.state.step)} of {setup.run.steps}, batches of {setup.run.batch_size}"
+    steps = (
+        f"update {int(result.state.step)} of {setup.run.steps}, batches of {setup.run.batch_size}"
+    )
     caption = f"{family}, {size}, {steps}, {len(seen)} training images"
     figures.save(fig, folder / "own_pictures.png", f"{caption}; {_pictures.caption(found)}")
 

@@ -8,7 +8,9 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Small models compile longer than they run: LLVM without optimization takes 40 % off the contract suite. Tests in
 # processes of their own (kills, command line, README) run what users run.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import jax
 import jaxtyping

@@ -67,7 +67,9 @@ def test_smoke_run_draws_and_measures(digits_run):
     bound, marginal = result["rows"][:2]
     assert bound["verdict"].startswith("met") and bound["ours"] < marginal["ours"]
     assert abs(marginal["ours"] - 26.8) < 0.1
-    assert result["scale"] == "smoke" and result["command"].endswith("--scale smoke --run.devices 1")
+    assert result["scale"] == "smoke" and result["command"].endswith(
+        "--scale smoke --run.devices 1"
+    )
     with Image.open(digits_run / "vae_digits.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
 
@@ -88,9 +90,13 @@ def test_sample_info_replay(call, digits_run, tmp_path):
 def test_evaluate_scores_the_recorded_set_and_other_parts(call, digits_run):
     code, said, _ = call("aigc_jax", "evaluate", digits_run)
     lines = [line["valid"] for line in train.metrics(digits_run) if "valid" in line]
-    values = {name: float(value) for name, value in (line.split() for line in said.splitlines()[1:])}
+    values = {
+        name: float(value) for name, value in (line.split() for line in said.splitlines()[1:])
+    }
     assert code == 0 and "digits train[1237:], 200 examples" in said
-    assert abs(values["nll_nats"] - min(line["nll_nats"] for line in lines)) < 0.5  # other noise, the best checkpoint
+    assert (
+        abs(values["nll_nats"] - min(line["nll_nats"] for line in lines)) < 0.5
+    )  # other noise, the best checkpoint
     code, said, _ = call("aigc_jax", "evaluate", digits_run, "--split", "test")
     assert code == 0 and "digits test, 360 examples" in said
     expected = train.evaluate(train.load(digits_run), data.load("digits", "test"))
@@ -136,13 +142,22 @@ def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
 
     cfg = vae.Config(shape=(8, 8, 1), levels=17, classes=10, latent_dim=2, hidden=(5,), ema=0.5)
     folder = tmp_path / "run"
-    state = train.fit(vae.make, cfg, train.Run(folder=str(folder), steps=3, batch_size=8), data.load("digits")).state
+    state = train.fit(
+        vae.make, cfg, train.Run(folder=str(folder), steps=3, batch_size=8), data.load("digits")
+    ).state
     assert call("aigc_jax", "export", folder, tmp_path / "x.safetensors")[0] == 0
     weights = load_file(tmp_path / "x.safetensors")
     kernel = "encoder.params.Gaussian_0.Dense_0.kernel"
-    np.testing.assert_array_equal(weights[kernel], state.ema["encoder"]["params"]["Gaussian_0"]["Dense_0"]["kernel"])
-    assert (weights[kernel] != state.params["encoder"]["params"]["Gaussian_0"]["Dense_0"]["kernel"]).any()
-    assert call("aigc_jax", "sample", folder, "--n", 4, "--label", 3, "--out", tmp_path / "x.png")[0] == 0
+    np.testing.assert_array_equal(
+        weights[kernel], state.ema["encoder"]["params"]["Gaussian_0"]["Dense_0"]["kernel"]
+    )
+    assert (
+        weights[kernel] != state.params["encoder"]["params"]["Gaussian_0"]["Dense_0"]["kernel"]
+    ).any()
+    assert (
+        call("aigc_jax", "sample", folder, "--n", 4, "--label", 3, "--out", tmp_path / "x.png")[0]
+        == 0
+    )
     code, _, err = call("aigc_jax", "sample", folder, "--label", 10, "--out", tmp_path / "y.png")
     assert code == 2 and "labels lie in 0..9, got 10" in err
 
@@ -150,11 +165,17 @@ def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
 @pytest.mark.slow
 def test_a_diffusion_model_is_sampled_as_asked(call, digits_run, tmp_path):
     net = ddpm.NetConfig("mlp", (8,), dropout=0.0)
-    cfg = ddpm.Config(shape=(8, 8, 1), levels=17, classes=10, T=30, net=net, ema=0.0, optim=Optim(lr=0.05))
+    cfg = ddpm.Config(
+        shape=(8, 8, 1), levels=17, classes=10, T=30, net=net, ema=0.0, optim=Optim(lr=0.05)
+    )
     run = train.Run(folder=str(tmp_path / "run"), steps=30, batch_size=64)
     result = train.fit(ddpm.make, cfg, run, data.load("digits"))
     out, seen = tmp_path / "x.png", []
-    for flags in ([], ["--diffusion.sampler", "ddim", "--diffusion.steps", 5], ["--diffusion.w", 2.0]):
+    for flags in (
+        [],
+        ["--diffusion.sampler", "ddim", "--diffusion.steps", 5],
+        ["--diffusion.w", 2.0],
+    ):
         assert call("aigc_jax", "sample", run.folder, "--n", 4, "--out", out, *flags)[0] == 0
         seen.append(out.read_bytes())
     assert len(set(seen)) == 3
@@ -175,7 +196,10 @@ def test_a_diffusion_model_is_sampled_as_asked(call, digits_run, tmp_path):
         (["sample", "{run}", "--out", "x.png", "--label", "1"], "takes no labels"),
         (["evaluate", "nowhere"], "no run folder"),
         (["evaluate", "{run}", "--split", "tset"], "no split 'tset'"),
-        (["evaluate", "{run}", "--batch-size", "0"], "batch_size must be a whole number and at least 1"),
+        (
+            ["evaluate", "{run}", "--batch-size", "0"],
+            "batch_size must be a whole number and at least 1",
+        ),
         (["export", "{run}", "x.npz"], ".safetensors file"),
         (["export", "{run}", "nowhere/x.safetensors"], "folder that exists"),
         (["export", "nowhere", "x.safetensors"], "no run folder"),
@@ -232,7 +256,9 @@ def test_mistakes_with_a_run_folder_are_one_line(call, digits_run, tmp_path, fla
         ("ppca_exact", ["--k", "1050"], "multiple of 100"),
     ],
 )
-def test_mistakes_of_an_experiment_are_said_and_leave_nothing(call, monkeypatch, tmp_path, name, flags, words):
+def test_mistakes_of_an_experiment_are_said_and_leave_nothing(
+    call, monkeypatch, tmp_path, name, flags, words
+):
     def no_network(*args, **options):
         raise OSError("no network in this test")
 
@@ -277,7 +303,16 @@ def test_rows_and_verdicts():
     mean, error = _cli.mean_and_error([1.0, 2.0, 4.0])
     np.testing.assert_allclose((mean, error), (7 / 3, np.std([1, 2, 4], ddof=1) / 3**0.5))
     assert _cli.mean_and_error([5.0]) == (5.0, None)
-    flags = ["--data.name", "fashion_mnist", "--model.hidden", "200", "100", "--seeds=3", "--run.steps", "9"]
+    flags = [
+        "--data.name",
+        "fashion_mnist",
+        "--model.hidden",
+        "200",
+        "100",
+        "--seeds=3",
+        "--run.steps",
+        "9",
+    ]
     kept = ["--model.hidden", "200", "100", "--run.steps", "9"]
     assert _record.without(flags, "--data.name", "--seeds") == kept
     assert _record.command("x", "paper", ["--run.folder", "/a", "--seeds", "3", "--folder=/b"]) == (
@@ -292,7 +327,9 @@ def test_rows_and_verdicts():
 def folders(tmp_path_factory):
     """Folders of 8x8 pictures: real ones, others of them sorted into splits and classes, noise, few, large."""
     root = tmp_path_factory.mktemp("pictures")
-    image, label = (data.load("digits", "train[:500]").resident[0][name] for name in ("image", "label"))
+    image, label = (
+        data.load("digits", "train[:500]").resident[0][name] for name in ("image", "label")
+    )
     noise = np.random.default_rng(0).integers(0, 17, (60, 8, 8, 1))
 
     def write(name, pictures, places):
@@ -302,7 +339,11 @@ def folders(tmp_path_factory):
             Image.fromarray(np.uint8(picture[..., 0] / 16 * 255)).save(path)
 
     write("real", image[:300], [""] * 300)
-    write("sorted", image[300:], [f"{('train', 'test')[i % 2]}/{min(y, 3)}" for i, y in enumerate(label[300:])])
+    write(
+        "sorted",
+        image[300:],
+        [f"{('train', 'test')[i % 2]}/{min(y, 3)}" for i, y in enumerate(label[300:])],
+    )
     write("noise", noise, [""] * 60)
     write("few", image[:49], [""] * 49)
     write("large", image[:60].repeat(2, 1).repeat(2, 2), [""] * 60)
@@ -311,23 +352,34 @@ def folders(tmp_path_factory):
 
 def table_of(said):
     """{quantity: [value, floor]} of what `compare` prints."""
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    lines = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in said.splitlines()
+        if line.startswith("│")
+    ]
     return {name: [float(cell.split(" +- ")[0]) for cell in cells] for name, *cells in lines}
 
 
 def test_compare_reads_every_picture_and_shows_the_floor(call, folders):
-    code, said, err = call("aigc_jax", "compare", folders / "real", folders / "sorted", "--features", "digits")
+    code, said, err = call(
+        "aigc_jax", "compare", folders / "real", folders / "sorted", "--features", "digits"
+    )
     assert code == 0, err
     digest = metrics.load_classifier("digits").sha256[:12]
     assert f"150 pictures a side, 64 features: classifier digits, sha256 {digest}" in said
     assert "fewer than 640 pictures" in said
     found = table_of(said)
     assert len(found) == 7 and 0 < found["fid_digits"][0] < 4 * found["fid_digits"][1]
-    assert min(found["precision (k = 3)"] + found["recall (k = 3)"] + found["coverage (k = 5)"]) > 0.6
-    code, said, _ = call("aigc_jax", "compare", folders / "sorted", folders / "real", "--n", 100)
-    assert code == 0 and "100 pictures a side, 64 features: pixels in [0, 1]" in said  # both splits: 200 pictures
     assert (
-        call("aigc_jax", "compare", folders / "sorted", folders / "real")[1].splitlines()[1:] == said.splitlines()[1:]
+        min(found["precision (k = 3)"] + found["recall (k = 3)"] + found["coverage (k = 5)"]) > 0.6
+    )
+    code, said, _ = call("aigc_jax", "compare", folders / "sorted", folders / "real", "--n", 100)
+    assert (
+        code == 0 and "100 pictures a side, 64 features: pixels in [0, 1]" in said
+    )  # both splits: 200 pictures
+    assert (
+        call("aigc_jax", "compare", folders / "sorted", folders / "real")[1].splitlines()[1:]
+        == said.splitlines()[1:]
     )
     assert call("aigc_jax", "compare", folders / "sorted", folders / "real", "--seed", 1)[1] != said
 
@@ -337,7 +389,13 @@ def test_compare_tells_noise_from_digits(call, folders):
     assert code == 0, err
     assert "60 pictures a side" in said
     found = table_of(said)
-    assert found["precision (k = 3)"][0] == found["coverage (k = 5)"][0] == 0 < 0.6 < found["precision (k = 3)"][1]
+    assert (
+        found["precision (k = 3)"][0]
+        == found["coverage (k = 5)"][0]
+        == 0
+        < 0.6
+        < found["precision (k = 3)"][1]
+    )
     assert found["Frechet distance"][0] > 10 * found["Frechet distance"][1]
     assert found["kernel distance"][0] > 0.1 > abs(found["kernel distance"][1])
 
@@ -349,7 +407,10 @@ def test_compare_tells_noise_from_digits(call, folders):
         (["real", "few"], "holds 300 pictures, {root}/few 49: at least 100 and 50 are needed"),
         (["noise", "real"], "at least 100 and 50 are needed"),
         (["real", "large"], "{root}/real has 8 x 8 x 1, {root}/large 16 x 16 x 1"),
-        (["real", "sorted", "--features", "mnist"], "mnist takes pictures of 28 x 28 x 1, these are 8 x 8 x 1"),
+        (
+            ["real", "sorted", "--features", "mnist"],
+            "mnist takes pictures of 28 x 28 x 1, these are 8 x 8 x 1",
+        ),
         (["real", "real"], "hold the same pictures"),
         (["real", "sorted", "--n", "151"], "n must lie in 50..150, got 151"),
         (["real", "sorted", "--n", "49"], "n must lie in 50..150, got 49"),
@@ -357,9 +418,15 @@ def test_compare_tells_noise_from_digits(call, folders):
     ],
 )
 def test_mistakes_of_compare_are_one_line(call, folders, flags, words):
-    code, out, err = call("aigc_jax", "compare", *(folders / name for name in flags[:2]), *flags[2:])
+    code, out, err = call(
+        "aigc_jax", "compare", *(folders / name for name in flags[:2]), *flags[2:]
+    )
     assert code == 2 and out == ""
-    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and words.format(root=folders) in err
+    assert (
+        len(err.strip().splitlines()) == 1
+        and err.startswith("error: ")
+        and words.format(root=folders) in err
+    )
 
 
 def test_compare_takes_pictures_of_all_sizes_as_a_run_took_them(call, digits_run, tmp_path):
@@ -368,7 +435,9 @@ def test_compare_takes_pictures_of_all_sizes_as_a_run_took_them(call, digits_run
     for i in range(120):
         place = tmp_path / "own" / ("train/cat", "train/dog", "test/owl", "")[min(i % 40, 3)]
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (9 + i % 3, 8 + i % 5), dtype=np.uint8)).save(place / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (9 + i % 3, 8 + i % 5), dtype=np.uint8)).save(
+            place / f"{i}.png"
+        )
     training = data.load(f"images:{tmp_path}/own", size=8, labels=False)
     assert training.info.classes is None and training.info.examples == 120
     assert training.info.source["labels"] is False
@@ -380,10 +449,16 @@ def test_compare_takes_pictures_of_all_sizes_as_a_run_took_them(call, digits_run
         figures.save_image(tmp_path / "run" / "samples" / f"{i}.png", rng.random((8, 8, 1)))
     code, said, err = call("aigc_jax", "compare", "own", "run")
     assert code == 0 and "50 pictures a side, 64 features" in said, err
-    code, _, err = call("aigc_jax", "compare", "own", "run/samples", "--data.size", 4, "--features", "mnist")
+    code, _, err = call(
+        "aigc_jax", "compare", "own", "run/samples", "--data.size", 4, "--features", "mnist"
+    )
     assert code == 2 and "these are 4 x 4 x 1" in err
     code, _, err = call("aigc_jax", "compare", "own", "run/samples")  # says nothing of a size
-    assert code == 2 and "(--data.size 32) makes all of them 32 x 32" in err and len(err.splitlines()) == 1
+    assert (
+        code == 2
+        and "(--data.size 32) makes all of them 32 x 32" in err
+        and len(err.splitlines()) == 1
+    )
     code, _, err = call("aigc_jax", "compare", "own", "run", "--data.size", 0)
     assert code == 2 and "size must be a whole number of at least 1, got 0" in err
 
@@ -403,7 +478,9 @@ def small_run(tmp_path_factory):
         return gan.make, gan.Config(shape=(3,), gen=net, disc=net), points
 
     def roll():
-        frames = jsb_chorales.Config(replace(jsb_chorales.NET, layers=1, width=8, heads=2, context=64))
+        frames = jsb_chorales.Config(
+            replace(jsb_chorales.NET, layers=1, width=8, heads=2, context=64)
+        )
         pieces = data.from_arrays({"roll": (rng.random((8, 6, 88)) < 0.05).astype(np.uint8)})
         return jsb_chorales.make_frames, frames, pieces
 
@@ -416,7 +493,12 @@ def small_run(tmp_path_factory):
     @functools.cache
     def folder(kind):
         make, cfg, training = {"points3": points3, "roll": roll, "text": text}[kind]()
-        train.fit(make, cfg, train.Run(folder=str(root / kind), steps=2, batch_size=8, devices=1), training)
+        train.fit(
+            make,
+            cfg,
+            train.Run(folder=str(root / kind), steps=2, batch_size=8, devices=1),
+            training,
+        )
         return root / kind
 
     return folder
@@ -431,8 +513,12 @@ def drawn(folder, n, seed=0):
 def test_sample_and_compare_work_without_out(call, digits_run, folders):
     for _ in range(2):  # the second time it replaces its own samples
         code, said, _ = call("aigc_jax", "sample", digits_run)
-        assert code == 0 and f"{digits_run}/samples.png and, one by one, {digits_run}/samples" in said
-    assert sorted(p.name for p in (digits_run / "samples").iterdir()) == [f"{i:05}.png" for i in range(64)]
+        assert (
+            code == 0 and f"{digits_run}/samples.png and, one by one, {digits_run}/samples" in said
+        )
+    assert sorted(p.name for p in (digits_run / "samples").iterdir()) == [
+        f"{i:05}.png" for i in range(64)
+    ]
     for other in (digits_run / "samples", digits_run):
         code, said, err = call("aigc_jax", "compare", folders / "real", other)
         assert code == 0 and "64 pictures a side" in said, err
@@ -441,7 +527,9 @@ def test_sample_and_compare_work_without_out(call, digits_run, folders):
     assert code == 2 and "holds other files than earlier samples" in err
     shutil.rmtree(digits_run / "samples")
     code, _, err = call("aigc_jax", "compare", folders / "real", digits_run)
-    assert code == 2 and f"draw its samples first, with python -m aigc_jax sample {digits_run}" in err
+    assert (
+        code == 2 and f"draw its samples first, with python -m aigc_jax sample {digits_run}" in err
+    )
 
 
 def test_single_pictures_are_the_samples_pixel_by_pixel(call, digits_run, tmp_path):
@@ -455,9 +543,15 @@ def test_single_pictures_are_the_samples_pixel_by_pixel(call, digits_run, tmp_pa
     for i, sample in enumerate(samples):
         with Image.open(tmp_path / "new" / f"{i:05}.png") as picture:
             assert picture.mode == "L"
-            np.testing.assert_allclose(np.asarray(picture)[..., None] / 255, sample, atol=0.5001 / 255)
+            np.testing.assert_allclose(
+                np.asarray(picture)[..., None] / 255, sample, atol=0.5001 / 255
+            )
     code, _, err = call("aigc_jax", "sample", digits_run, "--out", "new")
-    assert code == 2 and "new holds other files" in err and len(list((tmp_path / "new").iterdir())) == 3
+    assert (
+        code == 2
+        and "new holds other files" in err
+        and len(list((tmp_path / "new").iterdir())) == 3
+    )
 
 
 @pytest.mark.parametrize("out", ["new", "x.png"])
@@ -519,7 +613,9 @@ def test_music_is_written_as_midi(call, small_run, tmp_path):
     assert code == 0 and "wrote 1 samples" in said and (small_run("roll") / "samples.mid").exists()
     assert call("aigc_jax", "sample", small_run("roll"), "--n", 2, "--out", "two.mid")[0] == 0
     two = drawn(small_run("roll"), 2)
-    both = np.concatenate([two[0], np.zeros((4, 88)), two[1]])  # a rest of four frames between the pieces
+    both = np.concatenate(
+        [two[0], np.zeros((4, 88)), two[1]]
+    )  # a rest of four frames between the pieces
     back, now, on = np.zeros((len(both) + 1, 88)), 0, {}
     for message in mido.MidiFile(tmp_path / "two.mid").tracks[0]:
         now += message.time
@@ -534,7 +630,9 @@ def test_music_is_written_as_midi(call, small_run, tmp_path):
 def test_text_is_written_to_a_file_as_to_the_terminal(call, small_run, tmp_path):
     flags = ("sample", small_run("text"), "--text.prompt", "a line")
     code, said, _ = call("aigc_jax", *flags)
-    assert code == 0 and said.startswith("a line") and len(said) == len("a line") + 2 + 1  # as far as the context goes
+    assert (
+        code == 0 and said.startswith("a line") and len(said) == len("a line") + 2 + 1
+    )  # as far as the context goes
     assert call("aigc_jax", *flags, "--out", "x.txt")[0] == 0
     assert (tmp_path / "x.txt").read_text() == said
     code, _, err = call("aigc_jax", *flags[:2], "--out", "x.png")
@@ -572,7 +670,16 @@ def test_a_home_is_found_where_the_shell_does_not_see_it(call, digits_run, tmp_p
     (tmp_path / "run").symlink_to(digits_run)
     assert call("aigc_jax", "sample", "~/run", "--n", 2, "--out=~/x.png")[0] == 0
     assert (tmp_path / "x.png").exists()
-    args = ["--run.folder", "~/a", "--data.name=images:~/b", "--prompt", "~/c", "--data.folder=~", "--run.steps", "3"]
+    args = [
+        "--run.folder",
+        "~/a",
+        "--data.name=images:~/b",
+        "--prompt",
+        "~/c",
+        "--data.folder=~",
+        "--run.steps",
+        "3",
+    ]
     home = str(tmp_path)
     assert _cli.expanded(args) == [
         "--run.folder", f"{home}/a", f"--data.name=images:{home}/b", "--prompt", "~/c", f"--data.folder={home}",
@@ -602,7 +709,9 @@ def test_every_function_that_reads_or_writes_a_file_finds_the_home(tmp_path, mon
     shutil.copy(metrics.WEIGHTS / "digits.safetensors", tmp_path / "home" / "mine.safetensors")
     assert metrics.load_classifier("~/mine.safetensors").shape == (8, 8, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    assert {"grid.png", "one.png", "moving.gif", "figure.png", "notes.mid", "gpt2"} <= set(os.listdir("home"))
+    assert {"grid.png", "one.png", "moving.gif", "figure.png", "notes.mid", "gpt2"} <= set(
+        os.listdir("home")
+    )
 
 
 def test_a_folder_of_runs_names_them(call, tmp_path):
@@ -613,7 +722,11 @@ def test_a_folder_of_runs_names_them(call, tmp_path):
         more = {"export": ["x.safetensors"], "replay": ["--step", 1]}.get(flags[0], [])
         code, out, err = call("aigc_jax", *flags, "runs", *more)
         assert code == 2 and not out and len(err.splitlines()) == 1
-        assert "there are runs inside" in err and "arm00/seed0, arm01/seed0" in err and "arm19/seed0 and 3 more" in err
+        assert (
+            "there are runs inside" in err
+            and "arm00/seed0, arm01/seed0" in err
+            and "arm19/seed0 and 3 more" in err
+        )
     assert "it is a file" in call("aigc_jax", "info", "runs/arm00/seed0/run.json")[2]
     assert "there is no such folder" in call("aigc_jax", "info", "nowhere")[2]
 
@@ -638,7 +751,9 @@ def test_a_reader_who_leaves_is_no_error():
     os.close(read)
     lines = (["aigc_jax", "--help"], ["experiments.vae_digits", "--help"], ["experiments"])
     started = [
-        subprocess.Popen([sys.executable, "-m", *line], stdout=write, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-m", *line], stdout=write, stderr=subprocess.PIPE, text=True
+        )
         for line in lines
     ]
     os.close(write)
@@ -655,7 +770,9 @@ def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys, code, wa
             if code is not None:
                 sys.exit(code)
     said = capsys.readouterr().err.splitlines()
-    assert ended.value.code == wanted and len(said) == (code != 1)  # what failed before has been said
+    assert ended.value.code == wanted and len(said) == (
+        code != 1
+    )  # what failed before has been said
 
 
 def test_without_a_standard_output_there_is_one_line(monkeypatch, capsys):
@@ -670,7 +787,10 @@ def test_what_is_compiled_is_kept_for_both_command_lines(call, monkeypatch, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     old = jax.config.jax_compilation_cache_dir
     try:
-        for line in (["aigc_jax", "info", "nowhere"], ["experiments.vae_digits", "--run.folder", ""]):
+        for line in (
+            ["aigc_jax", "info", "nowhere"],
+            ["experiments.vae_digits", "--run.folder", ""],
+        ):
             jax.config.update("jax_compilation_cache_dir", None)
             call(*line)
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "aigc_jax")
@@ -683,11 +803,18 @@ def test_what_is_compiled_is_kept_for_both_command_lines(call, monkeypatch, tmp_
 
 
 def test_long_loops_say_how_far_they_are(capsys, monkeypatch, digits_run):
-    assert list(progress.counted("measuring", [5, 6, 7])) == [5, 6, 7] and capsys.readouterr().err == ""
+    assert (
+        list(progress.counted("measuring", [5, 6, 7])) == [5, 6, 7]
+        and capsys.readouterr().err == ""
+    )
     monkeypatch.setattr(progress, "SECONDS", -1.0)
     result = train.load(digits_run)
     train.sample(result, jax.random.key(0), n=5, chunk=2)
-    assert capsys.readouterr().err.splitlines() == ["sampling: 1/3", "sampling: 2/3", "sampling: 3/3"]
+    assert capsys.readouterr().err.splitlines() == [
+        "sampling: 1/3",
+        "sampling: 2/3",
+        "sampling: 3/3",
+    ]
     train.evaluate(result, data.load("digits", "test"), batch_size=200)
     assert capsys.readouterr().err.splitlines() == ["evaluating: 1/2", "evaluating: 2/2"]
 
@@ -703,7 +830,9 @@ def test_the_short_list_has_every_script_with_its_recorded_minutes(call):
         assert f" {shown} " in lines[record["name"]]
         assert ("(paper)" in lines[record["name"]]) == (record["scale"] == "paper")
     assert "MNIST (12 MB)" in lines["vae_manifold"] and "--weights FOLDER" in lines["gpt2"]
-    families = {name: line for line, name in enumerate(out.splitlines()) if name in ("vae", "gan", "ddpm")}
+    families = {
+        name: line for line, name in enumerate(out.splitlines()) if name in ("vae", "gan", "ddpm")
+    }
     assert families["vae"] < out.splitlines().index(lines["iwae_longer"]) < families["gan"]
     code, _, err = call("experiments", "vae_digitz")
     assert code == 2 and "did you mean vae_digits" in err and len(err.splitlines()) == 1
@@ -713,9 +842,18 @@ def test_the_short_list_has_every_script_with_its_recorded_minutes(call):
 
 def test_help_shows_the_scale_among_the_flags(call):
     code, out, _ = call("experiments.vae_manifold", "--help")
-    assert code == 0 and "--scale {smoke,cpu,paper}" in out and "(default: cpu)" in out and "--record" in out
+    assert (
+        code == 0
+        and "--scale {smoke,cpu,paper}" in out
+        and "(default: cpu)" in out
+        and "--record" in out
+    )
     code, _, err = call("experiments.vae_manifold", "--run.steps", 3, "--scale", "huge")
-    assert code == 2 and "'huge'" in err and "('smoke', 'cpu', 'paper')" in " ".join(err.replace("│", " ").split())
+    assert (
+        code == 2
+        and "'huge'" in err
+        and "('smoke', 'cpu', 'paper')" in " ".join(err.replace("│", " ").split())
+    )
 
 
 # ---------------------------------------------------------------------------------------- a script that fails, or forks
@@ -734,7 +872,9 @@ def toy(monkeypatch, call):
     """toy(rows, *flags, **names) -> (exit code, stdout, stderr) of a script with these rows; rows.json in `toy`."""
 
     def run(rows, *flags, **names):
-        module = ModuleType("experiments.toy", "A toy\n\n    python -m experiments.toy    downloads nothing\n")
+        module = ModuleType(
+            "experiments.toy", "A toy\n\n    python -m experiments.toy    downloads nothing\n"
+        )
         scales = {"smoke": _cli.Scale(Toy("toy-smoke")), "cpu": _cli.Scale(Toy())}
         module.__dict__.update(SCALES=scales, INVARIANTS={}, run=rows)
         module.__dict__.update({"CRITERIA": {"a": "< 2", "b": "> 0"}, **names})
@@ -751,7 +891,10 @@ def begun(folder):
 
 
 def verdicts(folder):
-    return {row["quantity"]: row["verdict"] for row in json.loads((folder / "rows.json").read_text())["rows"]}
+    return {
+        row["quantity"]: row["verdict"]
+        for row in json.loads((folder / "rows.json").read_text())["rows"]
+    }
 
 
 def test_a_row_that_cannot_be_measured_says_why_and_costs_no_other(toy, tmp_path):
@@ -780,7 +923,11 @@ def test_brackets_in_a_table_are_no_markup(toy, capfd, tmp_path):
 
     def rows(setup, folder):
         begun(folder)
-        return [_cli.Row("a", 1.0), _cli.Row("b", 1), _cli.Row("[red]c", None, reason="the text has no [/INST]")]
+        return [
+            _cli.Row("a", 1.0),
+            _cli.Row("b", 1),
+            _cli.Row("[red]c", None, reason="the text has no [/INST]"),
+        ]
 
     code, out, err = toy(rows)
     assert code == 0 and err == "" and "[red]c" in out and "[/INST]" in out
@@ -833,7 +980,9 @@ def test_what_ends_a_script_after_training_leaves_its_rows(toy, tmp_path, error,
     code, out, err = toy(rows)
     assert code == 1 and "Traceback" not in out + err
     assert err.splitlines()[-1] == f"error: {words.strip()}"
-    assert (tmp_path / "toy" / "error.txt").exists() == isinstance(error, ZeroDivisionError | MemoryError)
+    assert (tmp_path / "toy" / "error.txt").exists() == isinstance(
+        error, ZeroDivisionError | MemoryError
+    )
     found = verdicts(tmp_path / "toy")
     assert found == {
         "a": "met: < 2",
@@ -841,7 +990,9 @@ def test_what_ends_a_script_after_training_leaves_its_rows(toy, tmp_path, error,
         "lost": "not measured: later",
         "b": f"not measured: {words.strip()}",
     }
-    assert len(json.loads((tmp_path / "toy" / "rows.json").read_text())["rows"]) == 4 and "lost" in out
+    assert (
+        len(json.loads((tmp_path / "toy" / "rows.json").read_text())["rows"]) == 4 and "lost" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -880,14 +1031,18 @@ def test_outside_of_main_nothing_is_caught():
     assert _cli.kept() == []
 
 
-def test_a_figure_that_fails_costs_a_real_script_nothing_else(call, monkeypatch, digits_run, tmp_path):
+def test_a_figure_that_fails_costs_a_real_script_nothing_else(
+    call, monkeypatch, digits_run, tmp_path
+):
     def broken(*args, **options):
         raise ValueError("no such font")
 
     shutil.copytree(digits_run, tmp_path / "run")  # complete, so that only the measuring is left
     (tmp_path / "run" / "rows.json").unlink()
     monkeypatch.setattr(figures, "save", broken)
-    code, _, err = call("experiments.vae_digits", "--scale", "smoke", "--run.devices", 1, "--run.folder", "run")
+    code, _, err = call(
+        "experiments.vae_digits", "--scale", "smoke", "--run.devices", 1, "--run.folder", "run"
+    )
     found = verdicts(tmp_path / "run")
     assert code == 1 and "error" not in err  # in CI no row may be missing
     assert found.pop("vae_digits.png") == "not measured: no such font"
@@ -931,7 +1086,10 @@ def test_a_script_may_have_several_sets_of_scales(toy, tmp_path):
     ):
         assert toy(rows, *flags, **names)[0] == 0
         result = json.loads((tmp_path / "toy" / "rows.json").read_text())
-        assert result["rows"][0]["ours"] == size and result["command"] == f"python -m experiments.toy{command}"
+        assert (
+            result["rows"][0]["ours"] == size
+            and result["command"] == f"python -m experiments.toy{command}"
+        )
     code, out, _ = toy(rows, "--help", "--family", "gan", **names)
     assert code == 0 and "--family {vae,gan}" in out and "(default: 21)" in out
     code, _, err = toy(rows, "--family", "ddpm", **names)

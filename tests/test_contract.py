@@ -207,7 +207,9 @@ def key(i):
 
 
 def leaves(tree):
-    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same(a, b, atol=0.0):
@@ -225,10 +227,15 @@ def averaged(cfg):
 def sgd(cfg):
     """The config with plain SGD: Adam turns the rounding noise of a zero gradient into a full step."""
     plain = Optim("sgd", lr=1e-2)
-    return dataclasses.replace(cfg, **{f.name: plain for f in dataclasses.fields(cfg) if isinstance(f.default, Optim)})
+    return dataclasses.replace(
+        cfg, **{f.name: plain for f in dataclasses.fields(cfg) if isinstance(f.default, Optim)}
+    )
 
 
-MARKED = [pytest.param(name, marks=[pytest.mark.slow] if row.extended else []) for name, row in ROWS.items()]
+MARKED = [
+    pytest.param(name, marks=[pytest.mark.slow] if row.extended else [])
+    for name, row in ROWS.items()
+]
 
 
 @pytest.fixture(params=MARKED, scope="module")  # so that all tests of a row follow each other
@@ -314,7 +321,11 @@ def test_average_follows_what_it_names(row):
     for n, x in leaves(states[-1].ema).items():
         np.testing.assert_allclose(x, expected[n], rtol=5e-7, atol=1e-6, err_msg=n)
     moved = {n for n, x in leaves(states[-1].ema).items() if (x != leaves(of(states[-1]))[n]).any()}
-    assert moved == {n for n, x in leaves(of(states[0])).items() if (x != leaves(of(states[-1]))[n]).any()} != set()
+    assert (
+        moved
+        == {n for n, x in leaves(of(states[0])).items() if (x != leaves(of(states[-1]))[n]).any()}
+        != set()
+    )
 
 
 def test_sample_gives_n_and_uses_the_average(row):
@@ -331,12 +342,16 @@ def test_sample_gives_n_and_uses_the_average(row):
 
 
 def test_evaluate_is_per_example(row):
-    values = jax.jit(row.make(row.cfg).evaluate)(history(row, sgd(row.cfg)).states[0], row.batch(0), key(1))
+    values = jax.jit(row.make(row.cfg).evaluate)(
+        history(row, sgd(row.cfg)).states[0], row.batch(0), key(1)
+    )
     assert values and all(v.shape == (B,) for v in values.values())
 
 
 def mesh_of(devices):
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    return jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
 
 
 def test_eight_devices_agree_with_one_noise_included(row):
@@ -365,7 +380,10 @@ def test_eight_devices_share_the_work(row, micro):
     state, batch = jax.eval_shape(family.init, key(0)), row.batch(0, 4096)
     alone = jax.jit(family.step).lower(state, abstract(batch), key(1)).compile()
     with jax.set_mesh(mesh):
-        state, batch = abstract(state, NamedSharding(mesh, P())), abstract(batch, NamedSharding(mesh, P("data")))
+        state, batch = (
+            abstract(state, NamedSharding(mesh, P())),
+            abstract(batch, NamedSharding(mesh, P("data"))),
+        )
         shared = jax.jit(family.step).lower(state, batch, key(1)).compile()
     assert shared.cost_analysis()["flops"] < 0.25 * alone.cost_analysis()["flops"]
     # No device sees the whole batch: gradients travel, rows do not.
@@ -441,7 +459,9 @@ def test_fit_gives_the_same_bits_however_it_is_cut_into_calls(row):
 def test_micro_batches_take_the_mean_over_parts(row):
     """Part i has the key fold_in(key, i) and the `extra` that part i - 1 left; gradients are averaged."""
     if not row.one_update:
-        pytest.skip("a GAN's step is several updates; descend's own tests hold what one of them does")
+        pytest.skip(
+            "a GAN's step is several updates; descend's own tests hold what one of them does"
+        )
     past = history(row, dataclasses.replace(sgd(row.cfg), micro=1))
     state, batch = past.states[0], row.batch(0)
     parts = jax.jit(row.make(dataclasses.replace(sgd(row.cfg), micro=4)).step)
@@ -490,7 +510,9 @@ def test_unequal_masks_weigh_what_counts_not_rows():
 
 def test_rules_place_moments_and_average_like_the_parameters():
     row = ROWS["ddpm"]
-    family = row.make(averaged(row.cfg))._replace(rules=((r"net'\]\['Dense_0.*kernel", P(None, "data")),))
+    family = row.make(averaged(row.cfg))._replace(
+        rules=((r"net'\]\['Dense_0.*kernel", P(None, "data")),)
+    )
     template = jax.eval_shape(family.init, key(0))
     placed = jax.tree_util.tree_leaves_with_path(engine.shardings_of(family, template, mesh_of(8)))
     cut = [jax.tree_util.keystr(path) for path, s in placed if s.spec == P(None, "data")]
@@ -511,7 +533,11 @@ def test_large_leaves_without_a_rule_are_cut_along_their_largest_axis():
         (),
     )
     placed = engine.shardings_of(core.Family(None, None, None, None), shapes, mesh_of(8))
-    assert {n: s.spec for n, s in placed.params.items()} == {"big": P(None, "data"), "odd": P(), "small": P()}
+    assert {n: s.spec for n, s in placed.params.items()} == {
+        "big": P(None, "data"),
+        "odd": P(),
+        "small": P(),
+    }
 
 
 def test_ema_of_zero_keeps_nothing():

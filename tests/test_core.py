@@ -56,17 +56,26 @@ def test_momentum_moves_in_a_straight_line_to_its_end():
             optax.adamw(0.01, weight_decay=0.1, mask={"kernel": True, "bias": False}),
         ),
         (Optim("rmsprop", lr=0.01, b2=0.9), optax.rmsprop(0.01, decay=0.9, eps_in_sqrt=False)),
-        (Optim("rmsprop", lr=0.01, b2=0.9, eps=0.0, eps_root=1e-3), optax.rmsprop(0.01, decay=0.9, eps=1e-3)),
+        (
+            Optim("rmsprop", lr=0.01, b2=0.9, eps=0.0, eps_root=1e-3),
+            optax.rmsprop(0.01, decay=0.9, eps=1e-3),
+        ),
         (Optim("adagrad", lr=0.1, eps=0.0, eps_root=1e-3), optax.adagrad(0.1, 0.0, eps=1e-3)),
         (Optim("sgd", lr=0.01, momentum=0.9), optax.sgd(0.01, momentum=0.9)),
-        (Optim("adam", lr=0.01, clip=0.5), optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))),
+        (
+            Optim("adam", lr=0.01, clip=0.5),
+            optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01)),
+        ),
     ],
 )
 def test_optimizers_agree_with_optax(optim, peer):
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
 
     def loss(params, state, batch, key):
-        return jnp.square(batch["x"][:, :2] @ params["kernel"] + params["bias"][None]).mean(), (None, {})
+        return jnp.square(batch["x"][:, :2] @ params["kernel"] + params["bias"][None]).mean(), (
+            None,
+            {},
+        )
 
     state, theirs, moments = core.start(params, optim), params, peer.init(params)
     for i in range(5):
@@ -89,7 +98,10 @@ def test_eps_is_added_to_the_root_as_in_torch(name, size):
     for i in range(4):
         g = size * np.asarray(jax.random.normal(jax.random.key(i), (3,)), np.float64)
         g[0] = 0  # no gradient, no update
-        loss = lambda params, state, batch, key, g=g: ((params["w"] * jnp.float32(g)).sum(), (None, {}))  # noqa: E731
+        loss = lambda params, state, batch, key, g=g: (
+            (params["w"] * jnp.float32(g)).sum(),
+            (None, {}),
+        )  # noqa: E731
         state, _ = core.descend(loss, optim, state, {}, KEY)
         v = 0.9 * v + 0.1 * g**2 if name == "rmsprop" else v + g**2
         w = w - 0.1 * g / (np.sqrt(v) + 1e-6)
@@ -104,7 +116,9 @@ def test_momentum_counts_steps_and_not_the_updates_of_a_net():
     for i in range(6):
         for j in range(3):
             state, _ = core.descend(quadratic, optim, state, rows(3 * i + j), KEY)
-            velocity = min(0.9, 0.5 + 0.1 * i) * velocity + w - np.asarray(rows(3 * i + j)["x"]).mean(0)
+            velocity = (
+                min(0.9, 0.5 + 0.1 * i) * velocity + w - np.asarray(rows(3 * i + j)["x"]).mean(0)
+            )
             w = w - 0.1 * velocity
         state = core.finish(state, EMA())
         np.testing.assert_allclose(state.params["w"], w, rtol=1e-4)
@@ -144,7 +158,9 @@ def test_rate_counts_in_state_steps_not_in_updates():
 def test_clip_acts_after_the_mean_over_micro_batches():
     optim = Optim("sgd", lr=1.0, clip=1.0)
     state = core.start({"w": jnp.zeros(1)}, optim)
-    batch = {"x": jnp.array([[100.0], [-98.0], [100.0], [-98.0]])}  # parts of mean 100 and -98, together 1
+    batch = {
+        "x": jnp.array([[100.0], [-98.0], [100.0], [-98.0]])
+    }  # parts of mean 100 and -98, together 1
     new, metrics = core.descend(quadratic, optim, state, batch, KEY, micro=2)
     np.testing.assert_allclose(new.params["w"], [1.0], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], 1.0, rtol=1e-5)
@@ -164,7 +180,12 @@ def test_micro_batches_use_little_memory():
     def peak(micro):
         state = core.start({"w": w}, optim)
         step = jax.jit(lambda s, b, k: core.descend(loss, optim, s, b, k, micro=micro))
-        return step.lower(state, {"x": jnp.ones((4096, 64))}, KEY).compile().memory_analysis().temp_size_in_bytes
+        return (
+            step.lower(state, {"x": jnp.ones((4096, 64))}, KEY)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert peak(16) < 0.4 * peak(1)
 
@@ -200,7 +221,9 @@ def test_an_update_moves_its_own_net_only(net, other):
     # Through gradients: what the update of one net becomes does not depend on the other's optimizer state.
     def moved(opt):
         s = state._replace(opt_state={**state.opt_state, other: opt})
-        return core.descend(two_nets, optims[net], s, rows(0), KEY, net=net)[0].params[net]["w"].sum()
+        return (
+            core.descend(two_nets, optims[net], s, rows(0), KEY, net=net)[0].params[net]["w"].sum()
+        )
 
     slopes = jax.grad(moved, allow_int=True)(state.opt_state[other])
     assert all(not np.any(g) for g in jax.tree.leaves(slopes) if g.dtype == jnp.float32)
@@ -218,7 +241,9 @@ def test_a_loss_cannot_read_the_parameters_under_training(net):
         return sum(jnp.sum(x) for x in jax.tree.leaves(params)), (None, {})
 
     core.descend(loss, optim, state, rows(0), KEY, net=net)
-    assert seen[0] is None if net is None else (seen[0]["gen"] is None and seen[0]["disc"] is not None)
+    assert (
+        seen[0] is None if net is None else (seen[0]["gen"] is None and seen[0]["disc"] is not None)
+    )
 
 
 def test_start_copies_the_average_and_finish_moves_it_once():
@@ -245,7 +270,9 @@ def test_the_average_is_warmed_up(decay):
         expected = d * expected + (1 - d) * w
         np.testing.assert_allclose(state.ema["w"], expected, rtol=1e-5, atol=1e-6)
     late = core.finish(state._replace(step=jnp.int32(10**8)), ema)
-    np.testing.assert_allclose(late.ema["w"], decay * expected + (1 - decay) * w, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        late.ema["w"], decay * expected + (1 - decay) * w, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_short_run_averages_near_its_end():
@@ -268,7 +295,9 @@ def test_labels_are_whole_numbers_of_the_right_shape_and_range():
     assert core.labels(None, 0, (4,)) is core.labels(None, 0, (4,), in_turn=True) is None
     assert jax.jit(lambda y: core.labels(y, 3, (4,)))(jnp.arange(4) % 3).tolist() == [0, 1, 2, 0]
     seven = jnp.array([7])
-    with pytest.raises(ValueError, match=r"label must lie in 0\.\.2, got 7\.\.7"):  # what is concrete inside of jit too
+    with pytest.raises(
+        ValueError, match=r"label must lie in 0\.\.2, got 7\.\.7"
+    ):  # what is concrete inside of jit too
         jax.jit(lambda: core.labels(seven, 3, (1,)))()
 
 
@@ -305,10 +334,16 @@ def test_pixels_are_whole_numbers_within_the_levels(levels):
     for dtype in (np.uint8, np.int32, np.int64, np.uint16):
         found = core.pixels(image.astype(dtype), levels)
         assert found.dtype == jnp.float32 and found.ravel().tolist() == list(range(levels))
-    for wrong in (image / 1.0, image.astype(np.float16), jnp.asarray(image, jnp.bfloat16), image > 0):
+    for wrong in (
+        image / 1.0,
+        image.astype(np.float16),
+        jnp.asarray(image, jnp.bfloat16),
+        image > 0,
+    ):
         for call in (core.pixels, jax.jit(core.pixels, static_argnums=1)):
             with pytest.raises(
-                ValueError, match=rf"image must be whole numbers in 0\.\.{levels - 1}, got .*encode or elbo"
+                ValueError,
+                match=rf"image must be whole numbers in 0\.\.{levels - 1}, got .*encode or elbo",
             ):
                 call(wrong, levels)
     for wrong in (image + 1, image - 1, (image + 2).astype(np.int16)):
@@ -317,7 +352,9 @@ def test_pixels_are_whole_numbers_within_the_levels(levels):
 
 
 def test_step_keys_depend_on_the_step_alone():
-    keys = [tuple(np.asarray(jax.random.key_data(core.step_key(KEY, s))).tolist()) for s in (0, 1, 2, 1)]
+    keys = [
+        tuple(np.asarray(jax.random.key_data(core.step_key(KEY, s))).tolist()) for s in (0, 1, 2, 1)
+    ]
     assert keys[1] == keys[3] and len(set(keys)) == 3
 
 
@@ -359,37 +396,60 @@ SMALL = {"shape": (4, 4, 1), "levels": 17, "classes": 3}
 
 
 def x64_vae(**options):
-    return vae.make(vae.Config(**SMALL, binarisation="dynamic", latent_dim=2, hidden=(4,), ema=0.9, **options))
+    return vae.make(
+        vae.Config(**SMALL, binarisation="dynamic", latent_dim=2, hidden=(4,), ema=0.9, **options)
+    )
 
 
 def x64_gan(**options):
-    gen, disc = gan.NetConfig(widths=(4,), norm="batch"), gan.NetConfig(widths=(4,), dropout=(0.2, 0.5))
-    return gan.make(gan.Config(**SMALL, latent_dim=2, gen=gen, disc=disc, penalty="gp", ema=0.9, **options))
+    gen, disc = (
+        gan.NetConfig(widths=(4,), norm="batch"),
+        gan.NetConfig(widths=(4,), dropout=(0.2, 0.5)),
+    )
+    return gan.make(
+        gan.Config(**SMALL, latent_dim=2, gen=gen, disc=disc, penalty="gp", ema=0.9, **options)
+    )
 
 
 def x64_ddpm(**options):
-    return ddpm.make(ddpm.Config(**SMALL, T=3, net=ddpm.NetConfig("mlp", (4,)), micro=2, mirror=True, **options))
+    return ddpm.make(
+        ddpm.Config(**SMALL, T=3, net=ddpm.NetConfig("mlp", (4,)), micro=2, mirror=True, **options)
+    )
 
 
 X64 = {
     "vae": x64_vae,
-    "vae of two layers": partial(x64_vae, upper_dim=2, upper_hidden=(3,), objective="dreg", k=2, kl_warmup=9, micro=2),
+    "vae of two layers": partial(
+        x64_vae, upper_dim=2, upper_hidden=(3,), objective="dreg", k=2, kl_warmup=9, micro=2
+    ),
     "gan": x64_gan,
     "gan in parts": partial(x64_gan, micro=2),
     "ddpm": partial(x64_ddpm, times="importance", schedule="cosine"),
-    "ddpm, learned variance": partial(x64_ddpm, variance="learned", objective="hybrid", schedule="cosine"),
-    "vdm": partial(x64_ddpm, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy"),
+    "ddpm, learned variance": partial(
+        x64_ddpm, variance="learned", objective="hybrid", schedule="cosine"
+    ),
+    "vdm": partial(
+        x64_ddpm,
+        schedule="learned",
+        variance="beta_tilde",
+        objective="vlb",
+        times="low_discrepancy",
+    ),
     "binomial": lambda: ddpm.make_discrete(
         ddpm.DiscreteConfig(4, T=3, terms=2, net=ddpm.NetConfig("mlp", (4,)), micro=2)
     ),
-    "transformer": lambda: transformer.make(transformer.Config(5, 8, layers=1, heads=1, width=4, micro=2)),
+    "transformer": lambda: transformer.make(
+        transformer.Config(5, 8, layers=1, heads=1, width=4, micro=2)
+    ),
 }
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("vae", "gan", "ddpm", "transformer") else pytest.mark.slow)
+        pytest.param(
+            name, marks=[] if name in ("vae", "gan", "ddpm", "transformer") else pytest.mark.slow
+        )
         for name in X64
     ],
 )

@@ -86,14 +86,20 @@ def test_no_script_imports_another():
 
 def test_the_page_on_ones_own_experiment_runs(tmp_path, monkeypatch, capfd):
     """Its script as it stands there, at scale smoke: the rows, the figure, the invariant."""
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_own_experiment.md").read_text(), re.DOTALL)
+    [code] = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "your_own_experiment.md").read_text(), re.DOTALL
+    )
     (tmp_path / "kl_weight.py").write_text(code)
-    spec = importlib.util.spec_from_file_location("experiments.kl_weight", tmp_path / "kl_weight.py")
+    spec = importlib.util.spec_from_file_location(
+        "experiments.kl_weight", tmp_path / "kl_weight.py"
+    )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "experiments.kl_weight", module)
     spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kl_weight", "--scale", "smoke", "--run.devices", "1", "--run.folder", "run"])
+    monkeypatch.setattr(
+        sys, "argv", ["kl_weight", "--scale", "smoke", "--run.devices", "1", "--run.folder", "run"]
+    )
     _cli.main("kl_weight")
     record = json.loads((tmp_path / "run" / "rows.json").read_text())
     rows = {row["quantity"]: row for row in record["rows"]}

@@ -18,7 +18,10 @@ SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 def arrays(n=10):
     rng = np.random.default_rng(0)
-    return {"image": rng.integers(0, 256, (n, 2, 3, 1), dtype=np.uint8), "label": rng.integers(0, 4, n)}
+    return {
+        "image": rng.integers(0, 256, (n, 2, 3, 1), dtype=np.uint8),
+        "label": rng.integers(0, 4, n),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- order
@@ -44,11 +47,19 @@ def test_a_batch_is_a_pure_function_of_seed_and_number():
 def test_order_does_not_depend_on_the_version_of_numpy():
     """Philox bits are fixed for all versions: this permutation was computed once and must never change."""
     bits = [int(b) for b in np.random.Philox(key=[3, 0]).random_raw(6)]
-    assert data.order(6, 3, 0, 6).tolist() == sorted(range(6), key=lambda j: bits[j]) == [1, 5, 2, 4, 3, 0]
+    assert (
+        data.order(6, 3, 0, 6).tolist()
+        == sorted(range(6), key=lambda j: bits[j])
+        == [1, 5, 2, 4, 3, 0]
+    )
 
 
 def test_resident_path_equals_host_path():
-    for source in (data.from_arrays(arrays()), data.load("digits"), data.load("ring", "test", examples=50)):
+    for source in (
+        data.from_arrays(arrays()),
+        data.load("digits"),
+        data.load("ring", "test", examples=50),
+    ):
         on_device, rows, take = source.resident
         got = jax.jit(take)(jax.device_put(on_device), rows(1, 3, 8))
         expected = source.batch(1, 3, 8)
@@ -76,8 +87,16 @@ def test_index_names_the_example():
         ({"label": np.full(10, 4)}, {"classes": 4}, r"0\.\.3"),
         ({}, {"levels": 17}, "does not fit levels=17"),
         ({"other": np.zeros(10)}, {}, "other"),
-        ({"points": np.zeros((10, 2))}, {}, "must hold one of image, points, tokens, roll, got image, label, points"),
-        ({"image": np.zeros((0, 2, 2, 1), np.uint8), "label": np.zeros(0, int)}, {}, "at least one"),
+        (
+            {"points": np.zeros((10, 2))},
+            {},
+            "must hold one of image, points, tokens, roll, got image, label, points",
+        ),
+        (
+            {"image": np.zeros((0, 2, 2, 1), np.uint8), "label": np.zeros(0, int)},
+            {},
+            "at least one",
+        ),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change, options, words):
@@ -121,7 +140,12 @@ def test_digits():
         ("digits", "train[5:5]", {}, "empty"),
         ("digits", "train", {"folder": "/x"}, "takes no folder"),
         ("digits", "train", {"std": 1.0}, "no option 'std'"),
-        ("ring", "train", {"sigma": 1.0}, "no option 'sigma'; it takes modes, radius, std, examples"),
+        (
+            "ring",
+            "train",
+            {"sigma": 1.0},
+            "no option 'sigma'; it takes modes, radius, std, examples",
+        ),
         ("ring", "train", {"std": -1.0}, "std must be at least 0"),
         ("ring", "train", {"modes": 0}, "modes must be at least 1"),
         ("ppca", "train", {"dim": 3, "latents": 4}, "latents"),
@@ -138,7 +162,11 @@ def test_synthetic_sets_draw_afresh_yet_repeatably(name):
     first = train.batch(0, 0, 100)["points"]
     assert first.dtype == np.float32 and train.info.examples is None and train.resident is None
     np.testing.assert_array_equal(first, data.load(name).batch(0, 0, 100)["points"])
-    for other in (train.batch(0, 1, 100), train.batch(1, 0, 100), data.load(name, "test").batch(0, 0, 100)):
+    for other in (
+        train.batch(0, 1, 100),
+        train.batch(1, 0, 100),
+        data.load(name, "test").batch(0, 0, 100),
+    ):
         assert not np.isin(first, other["points"]).any()
     finite = data.load(name, "test", examples=40)
     assert finite.info.examples == 40
@@ -146,7 +174,10 @@ def test_synthetic_sets_draw_afresh_yet_repeatably(name):
 
 
 def test_ring_and_grid_have_equal_gaussians_on_their_modes():
-    for name, centres, std in (("ring", points.ring_modes(), 0.01), ("grid", points.grid_modes(), 0.05)):
+    for name, centres, std in (
+        ("ring", points.ring_modes(), 0.01),
+        ("grid", points.grid_modes(), 0.05),
+    ):
         assert len(np.unique(centres.round(9), axis=0)) == len(centres)
         x = data.load(name).batch(0, 0, 40_000)["points"].astype(np.float64)
         away = x[:, None] - centres
@@ -160,8 +191,14 @@ def test_ring_and_grid_have_equal_gaussians_on_their_modes():
 
 def test_ppca_has_its_covariance():
     w, b = points.ppca_parameters(6, 2)
-    np.testing.assert_allclose(w.T @ w, np.diag(np.diag(w.T @ w)), atol=1e-12)  # orthogonal loadings
-    x = data.load("ppca", dim=6, latents=2, std=0.5).batch(0, 0, 200_000)["points"].astype(np.float64)
+    np.testing.assert_allclose(
+        w.T @ w, np.diag(np.diag(w.T @ w)), atol=1e-12
+    )  # orthogonal loadings
+    x = (
+        data.load("ppca", dim=6, latents=2, std=0.5)
+        .batch(0, 0, 200_000)["points"]
+        .astype(np.float64)
+    )
     np.testing.assert_allclose(np.cov(x.T), w @ w.T + 0.25 * np.eye(6), atol=0.04)
     np.testing.assert_allclose(x.mean(0), b, atol=0.02)
 
@@ -220,7 +257,9 @@ def test_official_files_are_read_whatever_their_names(tiny, monkeypatch, capfd):
     )  # their order
     np.testing.assert_array_equal(train.resident[0]["label"], content["train-labels-idx1-ubyte.gz"])
     test = data.load("mnist", "train[5:]+test")  # prepared now: neither folder nor network
-    np.testing.assert_array_equal(test.resident[0]["label"][2:], content["t10k-labels-idx1-ubyte.gz"])
+    np.testing.assert_array_equal(
+        test.resident[0]["label"][2:], content["t10k-labels-idx1-ubyte.gz"]
+    )
     assert capfd.readouterr() == ("", "")
 
 
@@ -260,7 +299,11 @@ def test_a_broken_idx_file_is_no_array(tmp_path):
     from aigc_jax.data.builders.idx import read_idx
 
     good = gzip.decompress(idx(np.zeros((3, 2))))
-    for name, raw in (("short", good[:-1]), ("long", good + b"x"), ("other", b"\x00\x00\x0d" + good[3:])):
+    for name, raw in (
+        ("short", good[:-1]),
+        ("long", good + b"x"),
+        ("other", b"\x00\x00\x0d" + good[3:]),
+    ):
         path = tmp_path / name
         path.write_bytes(gzip.compress(raw))
         with pytest.raises(ValueError, match=str(path)):
@@ -270,43 +313,89 @@ def test_a_broken_idx_file_is_no_array(tmp_path):
 def test_debian_header_gives_the_official_bytes(tmp_path, monkeypatch):
     """The package differs from the official files in the gzip header alone."""
     official = (
-        b"\x1f\x8b\x08\x08" + struct.pack("<I", 1504176606) + b"\x00\x03train-labels-idx1-ubyte\x00" + b"deflated"
+        b"\x1f\x8b\x08\x08"
+        + struct.pack("<I", 1504176606)
+        + b"\x00\x03train-labels-idx1-ubyte\x00"
+        + b"deflated"
     )
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00" + b"time" + b"\x00\x03" + b"deflated")
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
+        b"\x1f\x8b\x08\x00" + b"time" + b"\x00\x03" + b"deflated"
+    )
     monkeypatch.setattr(prepare, "DEBIAN_FASHION_MNIST", tmp_path)
-    wanted = {"train-labels-idx1-ubyte.gz": ("", hashlib.sha256(official).hexdigest(), len(official))}
+    wanted = {
+        "train-labels-idx1-ubyte.gz": ("", hashlib.sha256(official).hexdigest(), len(official))
+    }
     assert prepare._debian_fashion_mnist(wanted) == {"train-labels-idx1-ubyte.gz": official}
     wanted = {"train-labels-idx1-ubyte.gz": ("", "0" * 64, len(official))}
     with pytest.raises(ValueError, match="not the official file"):
         prepare._debian_fashion_mnist(wanted)
 
 
-@pytest.mark.skipif(not prepare.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(
+    not prepare.DEBIAN_FASHION_MNIST.is_dir(),
+    reason="Debian's dataset-fashion-mnist is not installed",
+)
 def test_debian_fashion_mnist_is_official():
     from aigc_jax.data.builders.fashion_mnist.fashion_mnist_dataset_builder import Builder
 
-    wanted = {info.filename: (url, info.checksum, info.size) for url, info in Builder.url_infos.items()}
+    wanted = {
+        info.filename: (url, info.checksum, info.size) for url, info in Builder.url_infos.items()
+    }
     assert len(prepare._debian_fashion_mnist(wanted)) == 4
 
 
 @pytest.mark.skipif(
-    not (SHARED / "mnist").is_dir(), reason="no copy of MNIST beside this checkout (../shared/data/mnist)"
+    not (SHARED / "mnist").is_dir(),
+    reason="no copy of MNIST beside this checkout (../shared/data/mnist)",
 )
 def test_mnist_itself(tmp_path, monkeypatch):
     from tensorflow_datasets.core import constants
 
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
-    train, test = (data.load("mnist", split, folder=str(SHARED / "mnist")) for split in ("train", "test"))
+    train, test = (
+        data.load("mnist", split, folder=str(SHARED / "mnist")) for split in ("train", "test")
+    )
     images._read.cache_clear()
     count = np.bincount(train.resident[0]["label"])
     assert count.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert np.bincount(test.resident[0]["label"]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert train.resident[0]["label"][:8].tolist() == [5, 0, 4, 1, 9, 2, 1, 3]  # the order of the original files
+    assert np.bincount(test.resident[0]["label"]).tolist() == [
+        980,
+        1135,
+        1032,
+        1010,
+        982,
+        892,
+        958,
+        1028,
+        974,
+        1009,
+    ]
+    assert train.resident[0]["label"][:8].tolist() == [
+        5,
+        0,
+        4,
+        1,
+        9,
+        2,
+        1,
+        3,
+    ]  # the order of the original files
 
 
 @pytest.mark.parametrize(
     "shape",
-    [(4, 8, 6), (4, 8, 5), (3, 3, 3), (1, 1, 1), (3, 8, 3), (1, 5, 3), (3, 5, 1), (4, 4, 4), (8, 8, 4), (2, 2, 1)],
+    [
+        (4, 8, 6),
+        (4, 8, 5),
+        (3, 3, 3),
+        (1, 1, 1),
+        (3, 8, 3),
+        (1, 5, 3),
+        (3, 5, 1),
+        (4, 4, 4),
+        (8, 8, 4),
+        (2, 2, 1),
+    ],
 )
 def test_small_images_with_channels_last_are_taken(shape):
     assert data.from_arrays({"image": np.zeros((5, *shape), np.uint8)}).info.shape == shape
@@ -315,7 +404,10 @@ def test_small_images_with_channels_last_are_taken(shape):
 @pytest.mark.parametrize(
     "image, words",
     [
-        (np.zeros((3, 3, 32, 32), np.uint8), r"got uint8 .*, 3, 32, 32\]; channels come last: x.transpose"),
+        (
+            np.zeros((3, 3, 32, 32), np.uint8),
+            r"got uint8 .*, 3, 32, 32\]; channels come last: x.transpose",
+        ),
         (np.zeros((3, 1, 28, 28), np.uint8), "channels come last"),
         (np.zeros((3, 4, 8, 8), np.uint8), "channels come last"),
         (np.zeros((5, 3, 4, 4), np.uint8), "channels come last"),
@@ -334,7 +426,9 @@ def test_images_of_another_layout_are_told_what_to_do(image, words):
         data.from_source([{"image": x} for x in image])
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 32, 3), (3, 3, 4, 3), (3, 1, 1, 1), (3, 4, 4, 4), (3, 1, 5, 3)])
+@pytest.mark.parametrize(
+    "shape", [(3, 32, 32, 3), (3, 3, 4, 3), (3, 1, 1, 1), (3, 4, 4, 4), (3, 1, 5, 3)]
+)
 def test_no_picture_with_its_channels_last_is_taken_for_another(shape):
     assert data.from_arrays({"image": np.zeros(shape, np.uint8)}).info.shape == shape[1:]
 

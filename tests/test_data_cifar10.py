@@ -12,7 +12,13 @@ import pytest
 from aigc_jax import data
 from aigc_jax.data import images, prepare
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "cifar10" / "cifar10_train_first4000.bin.xz"
+SHARED = (
+    Path(__file__).parent.parent.parent
+    / "shared"
+    / "data"
+    / "cifar10"
+    / "cifar10_train_first4000.bin.xz"
+)
 BATCHES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 RECORDS = 3
 
@@ -63,7 +69,9 @@ def official(tmp_path, monkeypatch):
         (folder / "renamed").write_bytes(raw)
         url = "https://example.invalid/cifar-10-binary.tar.gz"
         info = tfds.core.download.checksums.UrlInfo(
-            size=len(raw), checksum=hashlib.sha256(raw).hexdigest(), filename="cifar-10-binary.tar.gz"
+            size=len(raw),
+            checksum=hashlib.sha256(raw).hexdigest(),
+            filename="cifar-10-binary.tar.gz",
         )
         monkeypatch.setattr(Builder, "url_infos", {url: info})
         monkeypatch.setattr(Builder, "RECORDS", records)
@@ -80,7 +88,11 @@ def drawn():
     image = rng.integers(0, 256, (6 * RECORDS, 32, 32, 3), dtype=np.uint8)
     label = np.append(rng.integers(0, 10, 6 * RECORDS - 1), 9)
     rows = [slice(i * RECORDS, (i + 1) * RECORDS) for i in range(6)]
-    return image, label, {name: batch(image[r], label[r]) for name, r in zip(BATCHES, rows, strict=True)}
+    return (
+        image,
+        label,
+        {name: batch(image[r], label[r]) for name, r in zip(BATCHES, rows, strict=True)},
+    )
 
 
 def test_the_archive_is_read_in_its_order_whatever_its_name(official, monkeypatch, capfd):
@@ -90,7 +102,13 @@ def test_the_archive_is_read_in_its_order_whatever_its_name(official, monkeypatc
     said = capfd.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1 and "preparing cifar10" in said.err
     info, arrays = train.info, train.resident[0]
-    assert (info.kind, info.shape, info.levels, info.classes, info.examples) == ("image", (32, 32, 3), 256, 10, 15)
+    assert (info.kind, info.shape, info.levels, info.classes, info.examples) == (
+        "image",
+        (32, 32, 3),
+        256,
+        10,
+        15,
+    )
     assert arrays["image"].dtype == np.uint8
     np.testing.assert_array_equal(arrays["image"], image[:15])
     np.testing.assert_array_equal(arrays["label"], label[:15])
@@ -109,7 +127,10 @@ def test_environment_names_the_root(official, monkeypatch):
 
 def test_what_is_not_there_or_not_official_is_said_at_once(official, tmp_path):
     folder = official(drawn()[2])
-    with pytest.raises(FileNotFoundError, match="no network in this test.*copy cifar-10-binary.tar.gz.*--data.folder"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no network in this test.*copy cifar-10-binary.tar.gz.*--data.folder",
+    ):
         data.load("cifar10")
     raw = bytearray((folder / "renamed").read_bytes())
     raw[-1] ^= 1
@@ -160,7 +181,11 @@ def test_a_damaged_archive_is_refused_in_one_line(tmp_path, cut):
     from aigc_jax.data.builders.cifar10.cifar10_dataset_builder import read_batches
 
     raw = archive(drawn()[2])
-    damage = {"short": raw[:cut], "other": b"no archive", "flipped": raw[:99] + b"\xff\x00" + raw[101:]}
+    damage = {
+        "short": raw[:cut],
+        "other": b"no archive",
+        "flipped": raw[:99] + b"\xff\x00" + raw[101:],
+    }
     for name, content in damage.items():
         path = tmp_path / name
         path.write_bytes(content)
@@ -169,7 +194,10 @@ def test_a_damaged_archive_is_refused_in_one_line(tmp_path, cut):
         assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.skipif(not SHARED.is_file(), reason="no images of CIFAR-10 beside this checkout (../shared/data/cifar10)")
+@pytest.mark.skipif(
+    not SHARED.is_file(),
+    reason="no images of CIFAR-10 beside this checkout (../shared/data/cifar10)",
+)
 def test_real_images(official):
     """Means and deviations by channel are those of the whole file; pixels are like their neighbours."""
     raw, n = lzma.decompress(SHARED.read_bytes()), 666
@@ -179,7 +207,9 @@ def test_real_images(official):
     arrays = data.load("cifar10", "train+test", folder=str(folder)).resident[0]
     image, label = arrays["image"], arrays["label"]
     assert image.shape == (3996, 32, 32, 3) and label[:8].tolist() == [6, 9, 9, 4, 1, 1, 2, 7]
-    assert np.abs(np.bincount(label) - [396, 366, 420, 384, 422, 393, 414, 385, 407, 413]).sum() == 4
+    assert (
+        np.abs(np.bincount(label) - [396, 366, 420, 384, 422, 393, 414, 385, 407, 413]).sum() == 4
+    )
     pixels = image.astype(np.float32)
     np.testing.assert_allclose(pixels.mean((0, 1, 2)), [125.4, 122.8, 113.4], atol=0.15)
     np.testing.assert_allclose(pixels.std((0, 1, 2)), [63.0, 62.2, 66.9], atol=0.15)

@@ -36,14 +36,22 @@ def folder(tmp_path):
 def by_bytes(source):
     """{pixels: label} of every example."""
     arrays, _, _ = source.resident
-    return {image.tobytes(): int(label) for image, label in zip(arrays["image"], arrays["label"], strict=True)}
+    return {
+        image.tobytes(): int(label)
+        for image, label in zip(arrays["image"], arrays["label"], strict=True)
+    }
 
 
 def test_sub_folders_are_classes_in_alphabetical_order(folder):
     (folder / "ant" / "notes.txt").write_text("not a picture")
     (folder / "empty").mkdir()
     source = data.load(f"images:{folder}")
-    assert (source.info.shape, source.info.levels, source.info.classes, source.info.examples) == ((4, 6, 1), 256, 2, 40)
+    assert (source.info.shape, source.info.levels, source.info.classes, source.info.examples) == (
+        (4, 6, 1),
+        256,
+        2,
+        40,
+    )
     expected = {np.asarray(picture(i)).tobytes(): int(i % 2 == 0) for i in range(40)}
     assert by_bytes(source) == expected
 
@@ -78,7 +86,9 @@ def test_train_and_test_folders_are_splits(folder, tmp_path):
 
 def test_channels_are_those_of_the_whole_folder(folder):
     picture(0, "RGB").save(folder / "ant" / "colour.png")
-    shapes = {data.load(f"images:{folder}", cut).info.shape for cut in ("train[:50%]", "train[50%:]")}
+    shapes = {
+        data.load(f"images:{folder}", cut).info.shape for cut in ("train[:50%]", "train[50%:]")
+    }
     assert shapes == {(4, 6, 3)}
 
 
@@ -133,12 +143,16 @@ def test_exif_says_how_a_picture_is_looked_at(tmp_path, turn, suffix):
 def test_a_size_resizes_the_short_side_and_keeps_the_middle(tmp_path):
     """Squares of one colour beside each other: what is kept is the middle one, at every scale and either way up."""
     colours = ([255, 0, 0], [0, 255, 0], [0, 0, 255])
-    for i, (side, upright) in enumerate([(16, False), (16, True), (64, False), (8, False), (4, True)]):
+    for i, (side, upright) in enumerate(
+        [(16, False), (16, True), (64, False), (8, False), (4, True)]
+    ):
         strip = np.repeat(np.array(colours, np.uint8)[None], side, 0).repeat(side, 1)
         Image.fromarray(strip.swapaxes(0, 1) if upright else strip).save(tmp_path / f"{i}.png")
     source = data.load(f"images:{tmp_path}", size=8)
     assert source.info.shape == (8, 8, 3) and source.info.source["size"] == 8
-    away = np.abs(source.resident[0]["image"].astype(int) - [0, 255, 0])  # the edges see their neighbours
+    away = np.abs(
+        source.resident[0]["image"].astype(int) - [0, 255, 0]
+    )  # the edges see their neighbours
     assert away.max() < 80 and away[:, 2:6, 2:6].max() < 16
 
 
@@ -206,10 +220,21 @@ def test_mixed_sizes_are_refused_with_both_files_named(folder):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda f: (f / "ant" / "torn.png").write_bytes(b"no picture"), "torn.png cannot be read as a picture"),
-        (lambda f: (f / "ant" / "half.png").write_bytes((f / "ant" / "01.png").read_bytes()[:60]), "half.png"),
+        (
+            lambda f: (f / "ant" / "torn.png").write_bytes(b"no picture"),
+            "torn.png cannot be read as a picture",
+        ),
+        (
+            lambda f: (f / "ant" / "half.png").write_bytes(
+                (f / "ant" / "01.png").read_bytes()[:60]
+            ),
+            "half.png",
+        ),
         (lambda f: picture(0).save(f / "loose.png"), "loose.png lies beside the class folder"),
-        (lambda f: Image.fromarray(np.zeros((4, 6), np.uint16)).save(f / "ant" / "deep.png"), "more than 8 bits"),
+        (
+            lambda f: Image.fromarray(np.zeros((4, 6), np.uint16)).save(f / "ant" / "deep.png"),
+            "more than 8 bits",
+        ),
     ],
 )
 def test_files_that_cannot_be_used_are_named(folder, spoil, words):
@@ -256,7 +281,16 @@ def test_a_picture_whose_name_begins_with_a_hash_is_one(folder, capfd):
 
 def test_what_is_no_picture_is_counted_by_its_reason(folder, capfd):
     before = data.load(f"images:{folder}").info
-    for name in ("Thumbs.db", ".DS_Store", "._01.png", "notes.txt", "labels.csv", "a.heic", "b.heic", "suffixless"):
+    for name in (
+        "Thumbs.db",
+        ".DS_Store",
+        "._01.png",
+        "notes.txt",
+        "labels.csv",
+        "a.heic",
+        "b.heic",
+        "suffixless",
+    ):
         (folder / "bee" / name).write_bytes(b"x")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     os.mkfifo(folder / "ant" / "pipe.png")
@@ -276,7 +310,9 @@ def test_an_empty_class_is_named_with_the_numbers_of_the_others(folder, capfd):
     (folder / "bat" / "notes.txt").write_text("no picture")
     source, line = said(capfd, folder)
     assert source.info.classes == 2
-    assert "folders without pictures (2: ass, bat)" in line and "the classes are 0 ant, 1 bee" in line
+    assert (
+        "folders without pictures (2: ass, bat)" in line and "the classes are 0 ant, 1 bee" in line
+    )
 
 
 def test_linked_folders_are_read_and_loops_end(folder, tmp_path, capfd):
@@ -313,7 +349,8 @@ def test_a_class_linked_twice_is_read_once(folder, capfd):
 def tiff(*entries):
     """An EXIF block of (tag, type, count, value) whose values lie in the entries themselves."""
     body = b"".join(
-        struct.pack(">HHI", tag, kind, count) + value.ljust(4, b"\0") for tag, kind, count, value in entries
+        struct.pack(">HHI", tag, kind, count) + value.ljust(4, b"\0")
+        for tag, kind, count, value in entries
     )
     return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + body + b"\0\0\0\0"
 
@@ -329,7 +366,10 @@ def tiff(*entries):
         (tiff((0x0112, 5, 1, b"\0\0\0\xff")), False),
         (tiff((0x0112, 3, 2, b"\0\x06\0\x06")), True),
         (tiff((0x0112, 4, 1, b"\0\0\0\x06")), True),
-        (tiff((0x0112, 3, 1, b"\0\x06"), (0x011A, 1, 1, b"\x48")), True),  # Pillow's exif_transpose: TypeError
+        (
+            tiff((0x0112, 3, 1, b"\0\x06"), (0x011A, 1, 1, b"\x48")),
+            True,
+        ),  # Pillow's exif_transpose: TypeError
     ],
 )
 def test_odd_exif_stops_nothing(tmp_path, capfd, block, turned):
@@ -350,7 +390,10 @@ def test_first_frames_copies_and_enlarged_pictures_are_said(folder, capfd):
     source, line = said(capfd, folder)
     assert source.info.examples == 42
     assert "pictures with several frames, of which the first is used (1: ant/moves.gif)" in line
-    assert "copies of other files, which are kept (1: bee/again.png)" in line and "left out" not in line
+    assert (
+        "copies of other files, which are kept (1: bee/again.png)" in line
+        and "left out" not in line
+    )
     assert "enlarged pictures (42: ant/01.png, " in said(capfd, folder, size=8)[1]
 
 
@@ -364,7 +407,9 @@ def test_modes_suffixes_and_names_of_all_kinds(tmp_path, capfd):
     grey.convert("RGB").convert("CMYK").save(tmp_path / "cmyk.jpeg")
     grey.save(tmp_path / "wrong.png.bmp", format="PNG")
     (tmp_path / "a.png").rename(tmp_path / "line\nend \u732b.png")
-    (tmp_path / os.fsdecode(b"latin\xe9.png")).write_bytes((tmp_path / "wrong.png.bmp").read_bytes())
+    (tmp_path / os.fsdecode(b"latin\xe9.png")).write_bytes(
+        (tmp_path / "wrong.png.bmp").read_bytes()
+    )
     source, line = said(capfd, tmp_path)
     assert source.info.examples == 7 and source.info.shape == (4, 6, 3)
     assert "copies of other files, which are kept (2: " in line
@@ -383,7 +428,10 @@ def test_grey_with_alpha_is_grey(tmp_path):
 def test_every_file_that_cannot_be_used_is_counted(folder):
     for i in range(5):
         (folder / "ant" / f"torn{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="torn0.png cannot be .*; 4 more cannot be used: .*torn3.png, ...|torn4.png"):
+    with pytest.raises(
+        ValueError,
+        match="torn0.png cannot be .*; 4 more cannot be used: .*torn3.png, ...|torn4.png",
+    ):
         data.load(f"images:{folder}")
     for file in folder.glob("ant/torn*"):
         file.write_bytes((folder / "ant" / "01.png").read_bytes()[:60])
@@ -399,14 +447,19 @@ def test_a_picture_too_large_for_pillow_is_named(folder, monkeypatch):
     assert data.load(f"images:{folder}").info.examples == 40
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("TRAIN", "val"), ("train", "valid")])
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("training", "testing"), ("TRAIN", "val"), ("train", "valid")]
+)
 def test_splits_by_their_usual_names(tmp_path, names):
     for part, numbers in zip(names, (range(6), range(6, 9)), strict=True):
         (tmp_path / part).mkdir()
         for i in numbers:
             picture(i).save(tmp_path / part / f"{i}.png")
     sizes = pictures.picture_splits(f"images:{tmp_path}")
-    assert list(sizes.values()) == [6, 3] and set(sizes) in ({"train", "test"}, {"train", "validation"})
+    assert list(sizes.values()) == [6, 3] and set(sizes) in (
+        {"train", "test"},
+        {"train", "validation"},
+    )
     assert data.load(f"images:{tmp_path}", "+".join(sizes)).info.examples == 9
 
 
@@ -421,7 +474,9 @@ def test_splits_that_cannot_be_told_apart(tmp_path, capfd):
     (tmp_path / "val").rename(tmp_path / "Valid")
     (tmp_path / "validation").mkdir()
     picture(9).save(tmp_path / "validation" / "9.png")
-    with pytest.raises(ValueError, match="Valid and .*validation are both read as the split validation"):
+    with pytest.raises(
+        ValueError, match="Valid and .*validation are both read as the split validation"
+    ):
         data.load(f"images:{tmp_path}")
 
 
@@ -430,7 +485,9 @@ def test_a_split_that_lies_deeper_is_no_class(tmp_path, inner):
     (tmp_path / inner).mkdir(parents=True)
     picture(0).save(tmp_path / inner / "0.png")
     above = tmp_path / inner.split("/")[0]
-    with pytest.raises(ValueError, match=f"holds nothing but .*name the folder above it, as images:{above}$"):
+    with pytest.raises(
+        ValueError, match=f"holds nothing but .*name the folder above it, as images:{above}$"
+    ):
         data.load(f"images:{tmp_path}")
 
 
@@ -443,10 +500,15 @@ def test_classes_that_lie_deeper_are_not_one_class(tmp_path, above):
     with pytest.raises(ValueError) as refused:
         data.load(f"images:{tmp_path / 'top'}")
     line = str(refused.value)
-    assert f"holds nothing but {above}/, whose folders Cat, Dog would be one class" in line and "\n" not in line
+    assert (
+        f"holds nothing but {above}/, whose folders Cat, Dog would be one class" in line
+        and "\n" not in line
+    )
     named = line.split()[-1]
     assert named == f"images:{tmp_path / 'top' / above}" and data.load(named).info.classes == 2
-    (tmp_path / "top" / above / "Dog").rename(tmp_path / "dogs")  # a single class may lie at any depth
+    (tmp_path / "top" / above / "Dog").rename(
+        tmp_path / "dogs"
+    )  # a single class may lie at any depth
     assert data.load(f"images:{tmp_path / 'top'}").info.classes == 1
 
 
@@ -460,11 +522,17 @@ def test_slices_take_the_other_names_of_a_split(tmp_path):
         ("val", "validation"), ("Valid[:2]", "validation[:2]"), ("training[:50%]+val[1:]", "train[:50%]+validation[1:]")
     ):  # fmt: skip
         assert data.load(name, said).info.fingerprint == data.load(name, own).info.fingerprint
-    with pytest.raises(ValueError, match=r"'validation\[:9\]' asks for more .* a share like validation\[:50%\]"):
+    with pytest.raises(
+        ValueError, match=r"'validation\[:9\]' asks for more .* a share like validation\[:50%\]"
+    ):
         data.load(name, "val[:9]")
-    with pytest.raises(ValueError, match=r"no split 'testing'; it has train, validation, .*train\+validation \("):
+    with pytest.raises(
+        ValueError, match=r"no split 'testing'; it has train, validation, .*train\+validation \("
+    ):
         data.load(name, "testing")
-    with pytest.raises(ValueError, match=r"slices such as train\[:50%\] \(in examples: train has 6\)$"):
+    with pytest.raises(
+        ValueError, match=r"slices such as train\[:50%\] \(in examples: train has 6\)$"
+    ):
         data.load(f"{name}/training", "val")
 
 
@@ -507,7 +575,9 @@ def test_no_pictures(tmp_path):
     with pytest.raises(ValueError, match="name a folder"):
         data.load("images:")
     (tmp_path / "a.heic").write_bytes(b"x")
-    with pytest.raises(ValueError, match="no pictures .*left out files without a picture suffix .1: a.heic"):
+    with pytest.raises(
+        ValueError, match="no pictures .*left out files without a picture suffix .1: a.heic"
+    ):
         data.load(f"images:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="a.heic is a file, not a folder"):
         data.load(f"images:{tmp_path / 'a.heic'}")
@@ -519,7 +589,10 @@ def test_a_folder_that_moved_is_the_same_set_and_another_picture_is_not(folder):
     folder.rename(folder.with_name("moved"))
     assert data.load(name, folder=str(folder.with_name("moved"))).info == before
     picture(99).save(folder.with_name("moved") / "ant" / "01.png")
-    assert data.load(name, folder=str(folder.with_name("moved"))).info.fingerprint != before.fingerprint
+    assert (
+        data.load(name, folder=str(folder.with_name("moved"))).info.fingerprint
+        != before.fingerprint
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming
@@ -549,7 +622,12 @@ def test_streamed_training_ends_with_the_resident_bits(folder, tmp_path, k):
 
     def run(steps, name):
         return train.Run(
-            folder=str(tmp_path / name), steps=steps, batch_size=16, steps_per_call=k, save_every=5, eval_every=5
+            folder=str(tmp_path / name),
+            steps=steps,
+            batch_size=16,
+            steps_per_call=k,
+            save_every=5,
+            eval_every=5,
         )
 
     expected = train.fit(vae.make, cfg, run(17, "held"), held, valid=held).state
@@ -558,7 +636,9 @@ def test_streamed_training_ends_with_the_resident_bits(folder, tmp_path, k):
     state = train.fit(vae.make, cfg, run(17, "streamed"), streamed, valid=streamed).state
     assert fingerprint(state) == fingerprint(unbroken)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, expected)
-    scores = [train.metrics(tmp_path / name)[-1]["valid"]["nll_nats"] for name in ("held", "streamed")]
+    scores = [
+        train.metrics(tmp_path / name)[-1]["valid"]["nll_nats"] for name in ("held", "streamed")
+    ]
     np.testing.assert_allclose(*scores, rtol=1e-6)
 
 
@@ -567,7 +647,10 @@ def test_streamed_batches_reach_every_device(folder, options):
     cfg = dataclasses.replace(CFG, shape=(4, 6, 1), levels=256)
     a, b = (
         train.fit(
-            vae.make, cfg, train.Run(steps=4, batch_size=16, **options), data.load(f"images:{folder}", stream=s)
+            vae.make,
+            cfg,
+            train.Run(steps=4, batch_size=16, **options),
+            data.load(f"images:{folder}", stream=s),
         ).state
         for s in (False, True)
     )
@@ -598,8 +681,13 @@ def test_a_source_of_ones_own_is_read_in_the_order_of_arrays():
         jax.tree.map(np.testing.assert_array_equal, streamed.batch(1, i, 8), held.batch(1, i, 8))
     source.readers.clear()
     train.fit(vae.make, CFG, train.Run(steps=5, batch_size=8), streamed)
-    assert source.readers and threading.current_thread().name not in source.readers  # ahead of the training thread
-    assert data.from_source(Source(31), levels=17, classes=3).info.fingerprint != streamed.info.fingerprint
+    assert (
+        source.readers and threading.current_thread().name not in source.readers
+    )  # ahead of the training thread
+    assert (
+        data.from_source(Source(31), levels=17, classes=3).info.fingerprint
+        != streamed.info.fingerprint
+    )
 
 
 @pytest.mark.parametrize(
@@ -609,8 +697,16 @@ def test_a_source_of_ones_own_is_read_in_the_order_of_arrays():
         (Source(), {}, "how many classes"),
         (Source(), {"classes": 2}, "labels must lie in 0..1"),
         (Source(), {"classes": 3, "levels": 9}, "does not fit levels=9"),
-        (Source(image=lambda i: np.zeros((8, 8 + (i == 29), 1), np.uint8)), {"classes": 3}, "image 29 is"),
-        (Source(image=lambda i: np.zeros((8, 8, 1), np.float32)), {"classes": 3}, "image must be uint8"),
+        (
+            Source(image=lambda i: np.zeros((8, 8 + (i == 29), 1), np.uint8)),
+            {"classes": 3},
+            "image 29 is",
+        ),
+        (
+            Source(image=lambda i: np.zeros((8, 8, 1), np.float32)),
+            {"classes": 3},
+            "image must be uint8",
+        ),
     ],
 )
 def test_sources_that_do_not_fit_are_refused(source, options, words):
@@ -627,12 +723,17 @@ def test_a_read_that_fails_is_said_and_what_was_trained_is_kept(tmp_path):
         return np.random.default_rng(i).integers(0, 17, (8, 8, 1), dtype=np.uint8)
 
     whole, torn = (
-        data.from_source(Source(image=image) if image else Source(), levels=17, classes=3, fingerprint="x")
+        data.from_source(
+            Source(image=image) if image else Source(), levels=17, classes=3, fingerprint="x"
+        )
         for image in (None, broken)
     )
     run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=4, devices=1)
     first = next(i for i in range(20) if 29 in data.order(30, 0, i, 4))
-    with pytest.raises(train.ReadFailed, match=f"after step {first} the data cannot be read: .*29.png.*{first} stands"):
+    with pytest.raises(
+        train.ReadFailed,
+        match=f"after step {first} the data cannot be read: .*29.png.*{first} stands",
+    ):
         train.fit(vae.make, CFG, run, torn)
     assert int(train.load(run.folder).state.step) == first > 0
     again = train.fit(vae.make, CFG, run, whole).state
@@ -646,7 +747,11 @@ def test_a_validation_reads_no_further_than_its_end():
     streamed = data.from_source(source, levels=17, classes=3)
     counted = streamed._replace(batch=lambda *at: (reads.append(at), streamed.batch(*at))[1])
     train.fit(
-        vae.make, CFG, train.Run(steps=4, batch_size=8, eval_every=2, devices=1), data.load("digits"), valid=counted
+        vae.make,
+        CFG,
+        train.Run(steps=4, batch_size=8, eval_every=2, devices=1),
+        data.load("digits"),
+        valid=counted,
     )
     assert sorted(reads) == sorted([(0, i, 8) for i in range(4)] * 2)
 

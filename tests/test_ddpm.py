@@ -31,8 +31,13 @@ def exact_eps(schedule, cov, mean=0.0):
     """eps_fn of data N(mean, cov), cov [d, d] or a number: sqrt(1 - a) (a cov + (1 - a) I)^-1 (x_t - sqrt(a) mean)."""
     cov = np.atleast_2d(np.asarray(cov, np.float64))
     eye = np.eye(len(cov))
-    matrices = np.stack([(1 - a) ** 0.5 * np.linalg.inv(a * cov + (1 - a) * eye) for a in schedule.alpha_bar])
-    matrices, roots = jnp.asarray(matrices, jnp.float32), jnp.asarray(schedule.alpha_bar**0.5, jnp.float32)
+    matrices = np.stack(
+        [(1 - a) ** 0.5 * np.linalg.inv(a * cov + (1 - a) * eye) for a in schedule.alpha_bar]
+    )
+    matrices, roots = (
+        jnp.asarray(matrices, jnp.float32),
+        jnp.asarray(schedule.alpha_bar**0.5, jnp.float32),
+    )
 
     def eps_fn(x, t):
         return jnp.einsum("bij,bj->bi", matrices[t], x - roots[t][:, None] * mean)
@@ -44,7 +49,10 @@ def exact_eps(schedule, cov, mean=0.0):
 
 
 def test_schedules_are_those_of_the_papers():
-    assert round(float(LINEAR.alpha_bar[499]), 4) == 0.0786 and round(float(COSINE.alpha_bar[499]), 4) == 0.4938
+    assert (
+        round(float(LINEAR.alpha_bar[499]), 4) == 0.0786
+        and round(float(COSINE.alpha_bar[499]), 4) == 0.4938
+    )
     for schedule, first in ((LINEAR, 167), (COSINE, 185)):
         share = process.beta_tilde(schedule) / schedule.beta
         assert int(np.argmax(share >= 0.99)) == first
@@ -52,7 +60,9 @@ def test_schedules_are_those_of_the_papers():
     assert COSINE.beta.max() <= 0.999 and COSINE.alpha_bar.dtype == np.float64
     np.testing.assert_allclose(ddpm.linear_schedule(200).beta[[0, -1]], [5e-4, 0.1], rtol=1e-12)
     straight = ddpm.discretise(lambda u: -6 + 11 * u, 23)
-    np.testing.assert_allclose(straight.alpha_bar, 1 / (1 + np.exp(np.linspace(-6, 5, 23))), rtol=1e-5)
+    np.testing.assert_allclose(
+        straight.alpha_bar, 1 / (1 + np.exp(np.linspace(-6, 5, 23))), rtol=1e-5
+    )
     assert len(ddpm.discretise(lambda u: -6 + 11 * u, 1).t) == 1
 
 
@@ -72,10 +82,14 @@ def test_a_traced_schedule_keeps_its_digits_where_the_noise_is_least():
     np.testing.assert_allclose(ddpm.noise2(got), noise2, rtol=1e-5)
     np.testing.assert_allclose(got.beta, beta, rtol=1e-3)
     few = ddpm.respace(got, 100)
-    np.testing.assert_allclose(np.cumprod(1 - np.asarray(few.beta, np.float64)), 1 - noise2[few.t], rtol=1e-4)
+    np.testing.assert_allclose(
+        np.cumprod(1 - np.asarray(few.beta, np.float64)), 1 - noise2[few.t], rtol=1e-4
+    )
 
 
-@pytest.mark.parametrize("gamma", [lambda u: -10 + 130 * u, lambda u: 5 - 10 * u], ids=["too far", "falling"])
+@pytest.mark.parametrize(
+    "gamma", [lambda u: -10 + 130 * u, lambda u: 5 - 10 * u], ids=["too far", "falling"]
+)
 def test_a_schedule_without_a_way_back_is_refused(gamma):
     with pytest.raises(ValueError, match="betas of a schedule must lie between 0 and 1: at step"):
         ddpm.discretise(gamma, 10)
@@ -94,30 +108,54 @@ def test_only_step_0_has_the_variance_of_step_1():
     tilde, t = np.asarray(process.beta_tilde(schedule)), jnp.arange(20)
     expected = np.append(tilde[1], tilde[1:])
     x = jnp.zeros((20, 1))
-    np.testing.assert_allclose(bounds.positive_variance(schedule, "beta_tilde", x, t)[:, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        bounds.positive_variance(schedule, "beta_tilde", x, t)[:, 0], expected, rtol=1e-5
+    )
     np.testing.assert_allclose(ddpm.learned_variance(schedule, x - 1, t)[:, 0], expected, rtol=1e-4)
-    np.testing.assert_allclose(ddpm.learned_variance(schedule, x + 1, t)[:, 0], schedule.beta, rtol=1e-4)
+    np.testing.assert_allclose(
+        ddpm.learned_variance(schedule, x + 1, t)[:, 0], schedule.beta, rtol=1e-4
+    )
 
 
 def test_parallel_noises_are_mixed_in_a_line():
     a = normal(0, 4, 3)
     np.testing.assert_allclose(ddpm.slerp(a, 1.0001 * a, 0.5), a, rtol=2e-4)
     mixed = ddpm.slerp(a, normal(1, 4, 3), 0.3)
-    assert np.isfinite(mixed).all() and np.isfinite(jax.grad(lambda a: ddpm.slerp(a, a, 0.5).sum())(a)).all()
+    assert (
+        np.isfinite(mixed).all()
+        and np.isfinite(jax.grad(lambda a: ddpm.slerp(a, a, 0.5).sum())(a)).all()
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda x: ddpm.sample_ddpm(COSINE, lambda x, t: x, x, key(0), start=1001), "start counts levels, 0..1000"),
-        (lambda x: ddpm.sample_ddpm(COSINE, lambda x, t: x, x, key(0), start=-3), "start counts levels, 0..1000"),
-        (lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=3.0), "eta must lie in 0..1"),
-        (lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=-1.0), "eta must lie in 0..1"),
         (
-            lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=0.5, sigma_hat=True),
+            lambda x: ddpm.sample_ddpm(COSINE, lambda x, t: x, x, key(0), start=1001),
+            "start counts levels, 0..1000",
+        ),
+        (
+            lambda x: ddpm.sample_ddpm(COSINE, lambda x, t: x, x, key(0), start=-3),
+            "start counts levels, 0..1000",
+        ),
+        (
+            lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=3.0),
+            "eta must lie in 0..1",
+        ),
+        (
+            lambda x: ddpm.sample_ddim(COSINE, lambda x, t: x, x, key(0), steps=5, eta=-1.0),
+            "eta must lie in 0..1",
+        ),
+        (
+            lambda x: ddpm.sample_ddim(
+                COSINE, lambda x, t: x, x, key(0), steps=5, eta=0.5, sigma_hat=True
+            ),
             "be 0 with sigma_hat",
         ),
-        (lambda x: ddpm.ode_log_likelihood(COSINE, lambda x, t: x, x, key(0), steps=1), "steps counts levels, 2..1000"),
+        (
+            lambda x: ddpm.ode_log_likelihood(COSINE, lambda x, t: x, x, key(0), steps=1),
+            "steps counts levels, 2..1000",
+        ),
     ],
 )
 def test_samplers_refuse_what_they_would_do_wrong(call, words):
@@ -126,14 +164,20 @@ def test_samplers_refuse_what_they_would_do_wrong(call, words):
 
 
 def test_steps_are_spaced_as_said():
-    assert process.spaced(1000, 4).tolist() == [0, 333, 666, 999] and process.spaced(1000, 1).tolist() == [999]
+    assert process.spaced(1000, 4).tolist() == [0, 333, 666, 999] and process.spaced(
+        1000, 1
+    ).tolist() == [999]
     assert process.spaced(1000, 4, "paper").tolist() == [0, 250, 500, 750]
     assert process.spaced(10, 10, "quadratic").tolist() == list(range(10))
     for T in (1, 2, 7, 50, 1000):
         for steps in {1, 2, T // 3, T // 2, T - 1, T} - {0}:
             for spacing in ("uniform", "quadratic"):
                 found = process.spaced(T, min(steps, T), spacing)
-                assert (np.diff(found) > 0).all() and found[-1] == T - 1 and (found[0] == 0 or steps == 1)
+                assert (
+                    (np.diff(found) > 0).all()
+                    and found[-1] == T - 1
+                    and (found[0] == 0 or steps == 1)
+                )
     for bad, words in (((10, 11), r"steps must lie in 1..10, got 11"), ((10, 0), r"steps must lie in 1..10, got 0"),
                        ((10, 3, "paper"), "needs steps that divide T = 10, got 3"),
                        ((10, 3, "log"), "spacing must be one of uniform, paper, quadratic")):  # fmt: skip
@@ -141,12 +185,16 @@ def test_steps_are_spaced_as_said():
             process.spaced(*bad)
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, SHORT["cosine"], ddpm.respace(LINEAR, 7)], ids=["1000", "12", "respaced"])
+@pytest.mark.parametrize(
+    "schedule", [LINEAR, SHORT["cosine"], ddpm.respace(LINEAR, 7)], ids=["1000", "12", "respaced"]
+)
 def test_the_posterior_is_bayes_rule(schedule):
     """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0), as a product of two normals in x_{t-1}."""
     x_0, x_t = (np.asarray(normal(i, 5, 2), np.float64) for i in (1, 2))
     for t in range(0, len(schedule.t), max(1, len(schedule.t) // 5)):
-        mean, variance = ddpm.q_posterior(schedule, jnp.asarray(x_0), jnp.asarray(x_t), jnp.full(5, t))
+        mean, variance = ddpm.q_posterior(
+            schedule, jnp.asarray(x_0), jnp.asarray(x_t), jnp.full(5, t)
+        )
         if t == 0:
             np.testing.assert_allclose(mean, x_0, atol=1e-6)
             assert not variance.any()
@@ -173,7 +221,9 @@ def test_a_schedule_knows_its_signal_and_noise():
         np.testing.assert_allclose(schedule.signal**2 + schedule.noise**2, 1, rtol=1e-12)
         t, x_0, eps = jnp.array([0, 4, 9]), normal(1, 3, 2), normal(2, 3, 2)
         expected = schedule.signal[t][:, None] * x_0 + schedule.noise[t][:, None] * eps
-        np.testing.assert_allclose(ddpm.q_sample(schedule, x_0, t, eps), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            ddpm.q_sample(schedule, x_0, t, eps), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("given", process.PREDICTIONS)
@@ -186,7 +236,9 @@ def test_predictions_are_one_another(given, wanted):
     ab = np.asarray(schedule.alpha_bar)[np.asarray(t)].reshape(-1, 1, 1, 1)
     true = {"eps": eps, "x_0": x_0, "v": ab**0.5 * eps - (1 - ab) ** 0.5 * x_0}
     true["mu"] = ddpm.q_posterior(schedule, x_0, x_t, t)[0]
-    got = ddpm.convert(schedule, jnp.asarray(true[given], jnp.float32), x_t, t, given=given, wanted=wanted)
+    got = ddpm.convert(
+        schedule, jnp.asarray(true[given], jnp.float32), x_t, t, given=given, wanted=wanted
+    )
     # alpha_bar is 2e-6 at the last step: what divides by its root loses three digits.
     np.testing.assert_allclose(got, true[wanted], atol=2e-3 if given == "eps" else 2e-4)
 
@@ -194,10 +246,14 @@ def test_predictions_are_one_another(given, wanted):
 # --------------------------------------------------------------------------------------------------------- the bounds
 
 
-@pytest.mark.parametrize(("mean", "sigma"), [(0.1, 0.05), (0.93, 0.01), (-3.0, 0.1), (0.0, 2.0), (1.0, 0.003)])
+@pytest.mark.parametrize(
+    ("mean", "sigma"), [(0.1, 0.05), (0.93, 0.01), (-3.0, 0.1), (0.0, 2.0), (1.0, 0.003)]
+)
 def test_grey_levels_have_the_mass_of_a_normal(mean, sigma):
     levels = jnp.linspace(-1, 1, 17)[:, None]
-    got = bounds.log_discretised(levels, jnp.full((17, 1), mean), jnp.full((17, 1), sigma**2), levels=17)
+    got = bounds.log_discretised(
+        levels, jnp.full((17, 1), mean), jnp.full((17, 1), sigma**2), levels=17
+    )
     edges = np.concatenate([[-np.inf], (np.arange(16) + 0.5) / 8 - 1, [np.inf]])
     a, b = (edges[:-1] - mean) / sigma, (edges[1:] - mean) / sigma
     flip = a + b > 0
@@ -245,7 +301,13 @@ def test_the_bound_is_tight_where_the_chain_is_right():
     """For data N(0, I) the reversed chain is Gaussian with variance beta: any number of steps costs nothing."""
     x_0 = normal(0, 40_000, 1)
     for schedule in (*SHORT.values(), ddpm.cosine_schedule(1), ddpm.respace(LINEAR, 3)):
-        terms = jax.jit(partial(ddpm.vlb_terms, schedule, exact_eps(LINEAR if schedule.t[-1] > 500 else schedule, 1.0)))
+        terms = jax.jit(
+            partial(
+                ddpm.vlb_terms,
+                schedule,
+                exact_eps(LINEAR if schedule.t[-1] > 500 else schedule, 1.0),
+            )
+        )
         got = terms(x_0, key(1)).sum(0)
         assert abs(got.mean() - 0.5 * math.log(2 * math.pi * math.e)) < 4 * got.std() / 200
     # For a single point it is beta_tilde, and no step but the first costs anything at all.
@@ -258,7 +320,9 @@ def test_the_bound_is_tight_where_the_chain_is_right():
     terms = ddpm.vlb_terms(schedule, eps_fn, point, key(0), levels=17, sigma2="beta_tilde")
     np.testing.assert_allclose(terms[1:-1], 0, atol=1e-5)
     last = schedule.alpha_bar[-1]
-    np.testing.assert_allclose(terms[-1], 0.5 * (last * 0.25**2 - last - math.log(1 - last)), atol=1e-6)
+    np.testing.assert_allclose(
+        terms[-1], 0.5 * (last * 0.25**2 - last - math.log(1 - last)), atol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -322,17 +386,26 @@ def test_grey_levels_in_continuous_time():
 
 def test_the_flow_gives_the_density():
     cov = np.array([[0.5, 0.3], [0.3, 0.4]])
-    x = jnp.asarray(np.random.default_rng(0).multivariate_normal(np.zeros(2), cov, 200), jnp.float32)
+    x = jnp.asarray(
+        np.random.default_rng(0).multivariate_normal(np.zeros(2), cov, 200), jnp.float32
+    )
     first = 1 / LINEAR.alpha_bar[0] - 1
     exact = stats.multivariate_normal(np.zeros(2), cov + first * np.eye(2)).logpdf(x)
     density = jax.jit(
-        partial(ddpm.ode_log_likelihood, LINEAR, exact_eps(LINEAR, cov)), static_argnames=("steps", "trace")
+        partial(ddpm.ode_log_likelihood, LINEAR, exact_eps(LINEAR, cov)),
+        static_argnames=("steps", "trace"),
     )
-    errors = [np.abs(density(x, key(0), steps=steps, trace="exact") - exact).max() for steps in (125, 250, 500)]
+    errors = [
+        np.abs(density(x, key(0), steps=steps, trace="exact") - exact).max()
+        for steps in (125, 250, 500)
+    ]
     assert errors[2] < 0.02 and errors[0] > 2.5 * errors[1] > 5 * errors[2]  # second order
     # Unbiased over its probe vectors, of which +-1 has two kinds here: equal signs and unequal ones.
     several = np.stack([density(x, key(i), steps=500, trace="hutchinson") for i in range(12)])
-    kinds = [several[np.abs(several - value).argmin(0), np.arange(200)] for value in (several.min(0), several.max(0))]
+    kinds = [
+        several[np.abs(several - value).argmin(0), np.arange(200)]
+        for value in (several.min(0), several.max(0))
+    ]
     assert np.abs(several - exact[None]).max() > 0.1
     np.testing.assert_allclose(np.mean(kinds, 0), exact, atol=0.02)
     with pytest.raises(ValueError, match="trace must be hutchinson or exact"):
@@ -352,7 +425,9 @@ def test_ancestral_samples_have_the_variance_of_their_chain(name):
             second = a[t] * s2 + 1 - a[t]
             x_0_hat = (1 - (1 - a[t]) / second) / a[t] ** 0.5
             of_x_0 = earlier[t] ** 0.5 * schedule.beta[t] / (1 - a[t])
-            factor = of_x_0 * x_0_hat + (1 - schedule.beta[t]) ** 0.5 * (1 - earlier[t]) / (1 - a[t])
+            factor = of_x_0 * x_0_hat + (1 - schedule.beta[t]) ** 0.5 * (1 - earlier[t]) / (
+                1 - a[t]
+            )
             variance = factor**2 * variance + (added[t] if t else 0.0)  # no noise in the last step
         x = jax.jit(partial(ddpm.sample_ddpm, schedule, exact_eps(schedule, s2), sigma2=sigma2))(
             normal(0, 50_000, 1), key(1)
@@ -366,7 +441,12 @@ def test_ddim_with_eta_one_is_ancestral_sampling():
     ancestral = ddpm.sample_ddpm(few, eps_fn, x_T, key(1), sigma2="beta_tilde")
     implicit = ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=9, eta=1.0, spacing="quadratic")
     np.testing.assert_allclose(implicit, ancestral, atol=1e-4)
-    assert np.abs(implicit - ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=9, spacing="quadratic")).max() > 0.1
+    assert (
+        np.abs(
+            implicit - ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=9, spacing="quadratic")
+        ).max()
+        > 0.1
+    )
 
 
 @pytest.mark.slow
@@ -389,7 +469,10 @@ def test_deterministic_samplers_follow_the_flow():
                 got = getattr(ddpm, f"sample_{name}")(LINEAR, eps_fn, x_T, steps=steps)
             errors[name].append(float(np.abs(got - true).max()))
         falls = np.array(errors[name][:-1]) / np.array(errors[name][1:])
-        assert (falls[1:] > 1.6 if order[name] == 1 else falls[1:] > 2.8).all(), (name, errors[name])
+        assert (falls[1:] > 1.6 if order[name] == 1 else falls[1:] > 2.8).all(), (
+            name,
+            errors[name],
+        )
     assert errors["heun"][1] < errors["ddim"][1] and errors["dpm_solver"][2] < errors["ddim"][2]
     # A step of DDIM, by hand.
     few = ddpm.respace(LINEAR, 2)
@@ -397,7 +480,9 @@ def test_deterministic_samplers_follow_the_flow():
     a, b = few.alpha_bar[1], few.alpha_bar[0]
     x = b**0.5 * (np.asarray(x_T) - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
     expected = (x - (1 - b) ** 0.5 * np.asarray(eps_fn(jnp.asarray(x), jnp.array([0, 0])))) / b**0.5
-    np.testing.assert_allclose(ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=2), expected, rtol=1e-3)
+    np.testing.assert_allclose(
+        ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=2), expected, rtol=1e-3
+    )
     # With x_0_hat clipped, eps_hat is what that x_0_hat says.
     clipped = np.clip((np.asarray(x_T) - (1 - a) ** 0.5 * eps) / a**0.5, -0.1, 0.1)
     x = b**0.5 * clipped + (1 - b) ** 0.5 * (np.asarray(x_T) - a**0.5 * clipped) / (1 - a) ** 0.5
@@ -405,13 +490,19 @@ def test_deterministic_samplers_follow_the_flow():
     np.testing.assert_allclose(way[0], x, rtol=1e-3)
     # Of second order with uneven steps too, where DPM-Solver weighs the last two by their lengths.
     falls = [
-        float(np.abs(ddpm.sample_dpm_solver(LINEAR, eps_fn, x_T, steps=steps, spacing="quadratic") - true).max())
+        float(
+            np.abs(
+                ddpm.sample_dpm_solver(LINEAR, eps_fn, x_T, steps=steps, spacing="quadratic") - true
+            ).max()
+        )
         for steps in (50, 100, 200)
     ]
     assert falls[0] > 2.8 * falls[1] > 2.8**2 * falls[2], falls
     for solve in (ddpm.sample_heun, ddpm.sample_dpm_solver):
         one = solve(LINEAR, eps_fn, x_T, steps=1)
-        np.testing.assert_allclose(one, ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=1), rtol=1e-5)
+        np.testing.assert_allclose(
+            one, ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(0), steps=1), rtol=1e-5
+        )
 
 
 def test_sigma_hat_adds_the_larger_noise():
@@ -421,7 +512,9 @@ def test_sigma_hat_adds_the_larger_noise():
     def eps_fn(x, t):
         return x / jnp.sqrt(1 - jnp.asarray(schedule.alpha_bar, jnp.float32)[t])[:, None]
 
-    _, (x, _) = ddpm.sample_ddim(schedule, eps_fn, normal(0, 40_000, 1), key(1), steps=25, sigma_hat=True, path=True)
+    _, (x, _) = ddpm.sample_ddim(
+        schedule, eps_fn, normal(0, 40_000, 1), key(1), steps=25, sigma_hat=True, path=True
+    )
     tilde, variance = process.beta_tilde(schedule), 1.0
     for i, t in enumerate(range(24, 0, -1)):
         kept = (1 - schedule.alpha_bar[t - 1] - tilde[t]) / (1 - schedule.alpha_bar[t])
@@ -436,16 +529,22 @@ def test_inversion_comes_back_and_more_so_with_more_steps():
     errors = []
     for steps in (10, 50, 250, 1000):
         x_T = ddpm.ddim_invert(LINEAR, eps_fn, x_0, steps=steps)
-        errors.append(float(((ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=steps) - x_0) ** 2).mean()))
+        errors.append(
+            float(((ddpm.sample_ddim(LINEAR, eps_fn, x_T, key(1), steps=steps) - x_0) ** 2).mean())
+        )
     assert sorted(errors, reverse=True) == errors and errors[-1] < 1e-3
     assert abs(float(x_T.std()) - 1) < 0.1
     # Three steps by hand: eps_hat where each begins, the first where it ends.
     few, x = ddpm.respace(LINEAR, 3), np.asarray(x_0)
-    for step, (asked, before) in enumerate(((0, 1.0), (0, few.alpha_bar[0]), (1, few.alpha_bar[1]))):
+    for step, (asked, before) in enumerate(
+        ((0, 1.0), (0, few.alpha_bar[0]), (1, few.alpha_bar[1]))
+    ):
         eps = np.asarray(eps_fn(jnp.asarray(x), jnp.full(500, few.t[asked])))
         to = few.alpha_bar[step]
         x = to**0.5 * (x - (1 - before) ** 0.5 * eps) / before**0.5 + (1 - to) ** 0.5 * eps
-    np.testing.assert_allclose(ddpm.ddim_invert(LINEAR, eps_fn, x_0, steps=3), x, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        ddpm.ddim_invert(LINEAR, eps_fn, x_0, steps=3), x, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_schedule_may_be_an_argument_of_a_compiled_function():
@@ -453,7 +552,9 @@ def test_a_schedule_may_be_an_argument_of_a_compiled_function():
     given = ddpm.Schedule(*(jnp.asarray(a) for a in LINEAR))
     for f in (ddpm.sample_ddim, lambda s, e, x, k, steps: ddpm.ddim_invert(s, e, x, steps=steps)):
         got = jax.jit(lambda s, f=f: f(s, eps_fn, x_T, key(1), steps=20))(given)
-        np.testing.assert_allclose(got, f(LINEAR, eps_fn, x_T, key(1), steps=20), rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(
+            got, f(LINEAR, eps_fn, x_T, key(1), steps=20), rtol=1e-2, atol=1e-3
+        )
 
 
 MODES = jnp.array([[1.0, 0.0], [-0.5, 0.866], [-0.5, -0.866]])
@@ -474,9 +575,13 @@ def mixture_eps(schedule, weights, s=0.15):
 
 def test_a_mixture_is_sampled_with_its_weights():
     weights = jnp.array([0.5, 0.3, 0.2])
-    x = ddpm.sample_ddpm(ddpm.respace(LINEAR, 100), mixture_eps(LINEAR, weights), normal(0, 20_000, 2), key(1))
+    x = ddpm.sample_ddpm(
+        ddpm.respace(LINEAR, 100), mixture_eps(LINEAR, weights), normal(0, 20_000, 2), key(1)
+    )
     distance = jnp.linalg.norm(x[:, None] - MODES[None], axis=-1)
-    np.testing.assert_allclose(np.bincount(distance.argmin(1), minlength=3) / 20_000, weights, atol=0.015)
+    np.testing.assert_allclose(
+        np.bincount(distance.argmin(1), minlength=3) / 20_000, weights, atol=0.015
+    )
     assert (distance.min(1) < 3 * 0.15).mean() > 0.97
 
 
@@ -545,10 +650,16 @@ def test_the_way_is_shown_and_clipping_holds():
     eps_fn = exact_eps(LINEAR, 0.3)
     few = ddpm.respace(LINEAR, 6)
     x_0, (x, hats) = ddpm.sample_ddpm(few, eps_fn, 3 * normal(0, 4, 2), key(1), clip=0.2, path=True)
-    assert x.shape == hats.shape == (6, 4, 2) and np.abs(hats).max() <= 0.2 and np.abs(x_0).max() <= 0.2
+    assert (
+        x.shape == hats.shape == (6, 4, 2)
+        and np.abs(hats).max() <= 0.2
+        and np.abs(x_0).max() <= 0.2
+    )
     np.testing.assert_array_equal(x[-1], x_0)
     for name in ("heun", "dpm_solver"):
-        x = getattr(samplers, f"sample_{name}")(LINEAR, eps_fn, 3 * normal(0, 4, 2), steps=6, clip=0.2)
+        x = getattr(samplers, f"sample_{name}")(
+            LINEAR, eps_fn, 3 * normal(0, 4, 2), steps=6, clip=0.2
+        )
         assert np.abs(x).max() <= 0.2
     with pytest.raises(ValueError, match="sigma2 must be beta, beta_tilde, learned or a function"):
         ddpm.sample_ddpm(few, eps_fn, x, key(1), sigma2="large")
@@ -560,8 +671,12 @@ TINY = ddpm.Config(
     shape=(8, 8, 1), levels=17, classes=3, T=25, terms=0, ema=0.0, optim=Optim(lr=1e-3),
     net=ddpm.NetConfig(widths=(8, 16), blocks=1, attention=(4,), groups=4, dropout=0.0),
 )  # fmt: skip
-DENSE = dataclasses.replace(TINY, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))  # where the net is not the subject
-POINTS = ddpm.Config(shape=(2,), T=25, terms=0, ema=0.0, net=ddpm.NetConfig("mlp", (16, 16), dropout=0.0))
+DENSE = dataclasses.replace(
+    TINY, net=ddpm.NetConfig("mlp", (8,), dropout=0.0)
+)  # where the net is not the subject
+POINTS = ddpm.Config(
+    shape=(2,), T=25, terms=0, ema=0.0, net=ddpm.NetConfig("mlp", (16, 16), dropout=0.0)
+)
 NETS = {
     "unet": TINY,
     "dit": dataclasses.replace(TINY, net=ddpm.NetConfig("dit", (16, 16), heads=2, dropout=0.0)),
@@ -574,7 +689,9 @@ def shaken(cfg, seed=0):
     state = jax.jit(ddpm.make(cfg).init)(key(0))
     rng = np.random.default_rng(seed)
     return state._replace(
-        params=jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), state.params)
+        params=jax.tree.map(
+            lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), state.params
+        )
     )
 
 
@@ -646,14 +763,20 @@ def test_a_learned_schedule_of_one_step_is_asked_at_its_last_level():
         params = shaken(cfg).params
         x, t = normal(0, T, 2), jnp.arange(T)
         expected = ddpm.predict(cfg, params, x, jnp.array(times))[0]
-        np.testing.assert_allclose(ddpm.eps_fn_of(cfg, params)(x, t), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            ddpm.eps_fn_of(cfg, params)(x, t), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
         ({"classes": 0}, {"w": 3.0}, "guidance .w. needs a model that was trained with labels"),
-        ({"unlabelled": 0.0}, {"w": 2.0}, "guidance .w. needs a model that was trained with labels"),
+        (
+            {"unlabelled": 0.0},
+            {"w": 2.0},
+            "guidance .w. needs a model that was trained with labels",
+        ),
         ({"classes": 0}, {"label": np.zeros(2, int)}, "takes no labels"),
         ({}, {"label": np.zeros(1, int)}, "one entry for each of 2 samples"),
         ({}, {"eta": 1.0}, "eta is an option of the sampler ddim"),
@@ -682,11 +805,15 @@ def test_objectives_agree_where_they_are_one(prediction):
     snr = ab / (1 - ab)
 
     def each(objective):
-        return ddpm.losses(dataclasses.replace(cfg, objective=objective), params, x_0, t, eps, label)
+        return ddpm.losses(
+            dataclasses.replace(cfg, objective=objective), params, x_0, t, eps, label
+        )
 
     np.testing.assert_allclose(each("snr"), of_eps, rtol=2e-3)
     if prediction != "eps":
-        np.testing.assert_allclose(each("truncated_snr"), of_eps * np.maximum(snr, 1) / snr, rtol=2e-3)
+        np.testing.assert_allclose(
+            each("truncated_snr"), of_eps * np.maximum(snr, 1) / snr, rtol=2e-3
+        )
     np.testing.assert_allclose(each("min_snr"), of_eps * np.minimum(snr, 5) / snr, rtol=2e-3)
     own = {"eps": of_eps, "x_0": of_eps / snr, "v": of_eps / ab}
     own["mu"] = of_eps / snr * (process.posterior_factors(schedule)[0][np.asarray(t)]) ** 2
@@ -696,7 +823,9 @@ def test_objectives_agree_where_they_are_one(prediction):
     weight = beta**2 / (2 * beta * (1 - beta) * (1 - ab))
     tilde = process.beta_tilde(schedule)[np.asarray(t)]
     rest = 0.5 * (tilde / beta - 1 - np.log(tilde / beta))
-    np.testing.assert_allclose(each("vlb"), cfg.T * (weight * of_eps + rest) / math.log(2), rtol=2e-3)
+    np.testing.assert_allclose(
+        each("vlb"), cfg.T * (weight * of_eps + rest) / math.log(2), rtol=2e-3
+    )
 
 
 def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
@@ -706,7 +835,11 @@ def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
     schedule = ddpm.schedule_of(cfg, params)
     tilde = process.beta_tilde(schedule)
     tilde[0] = tilde[1]
-    for raw, expected in ((1.0, schedule.beta), (-1.0, tilde), (0.0, np.sqrt(schedule.beta * tilde))):
+    for raw, expected in (
+        (1.0, schedule.beta),
+        (-1.0, tilde),
+        (0.0, np.sqrt(schedule.beta * tilde)),
+    ):
         got = ddpm.learned_variance(schedule, jnp.full((6, 1, 1, 1), raw), t).reshape(-1)
         np.testing.assert_allclose(got, expected[np.asarray(t)], rtol=1e-5)
 
@@ -718,7 +851,9 @@ def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
     hybrid, bound = gradient("hybrid"), gradient("vlb")
     # The first half is eps, the second the variance: the bound's thousandth reaches the second only.
     x_t = ddpm.q_sample(schedule, x_0, t, eps)
-    error = jax.jit(jax.grad(lambda p: ((eps - ddpm.predict(cfg, p, x_t, t, label)[0]) ** 2).mean()))
+    error = jax.jit(
+        jax.grad(lambda p: ((eps - ddpm.predict(cfg, p, x_t, t, label)[0]) ** 2).mean())
+    )
     simple = np.split(error(params)["net"]["out"]["kernel"], 2, -1)
     np.testing.assert_allclose(hybrid[0], simple[0], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(hybrid[1], 0.001 * bound[1], rtol=1e-3, atol=1e-7)
@@ -736,7 +871,9 @@ def test_evaluation_from_a_few_terms_is_unbiased():
     full = full.mean(0)
     assert (np.abs(several.mean(0) - full) < 4.5 * error).all() and (error < 0.1 * full).all()
     values = every(state, batch, key(0))
-    np.testing.assert_allclose(values["nll_bits_per_dim"], values["nll_nats"] / 64 / math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(
+        values["nll_bits_per_dim"], values["nll_nats"] / 64 / math.log(2), rtol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -748,8 +885,12 @@ def test_evaluation_from_a_few_terms_counts_what_is_left_of_x_0(monkeypatch):
     state = jax.jit(ddpm.make(cfg).init)(key(0))
 
     def draws(terms):
-        evaluate = jax.jit(jax.vmap(ddpm.make(dataclasses.replace(cfg, terms=terms)).evaluate, (None, None, 0)))
-        return np.asarray(evaluate(state, batch, jax.random.split(key(1 + terms), 3000))["nll_nats"])
+        evaluate = jax.jit(
+            jax.vmap(ddpm.make(dataclasses.replace(cfg, terms=terms)).evaluate, (None, None, 0))
+        )
+        return np.asarray(
+            evaluate(state, batch, jax.random.split(key(1 + terms), 3000))["nll_nats"]
+        )
 
     every, few = draws(0), draws(2)
     error = np.hypot(every.std(0), few.std(0)) / 3000**0.5
@@ -761,7 +902,9 @@ def test_uniform_times_reach_both_ends():
     """Far data and a net that says 0 to v: the loss at t is the mean square of v, known at each of two t."""
     cfg = dataclasses.replace(POINTS, T=2, schedule="cosine", prediction="v")
     family, n = ddpm.make(cfg), 20_000
-    _, metrics = jax.jit(family.step)(jax.jit(family.init)(key(0)), {"points": np.full((n, 2), 10.0)}, key(1))
+    _, metrics = jax.jit(family.step)(
+        jax.jit(family.init)(key(0)), {"points": np.full((n, 2), 10.0)}, key(1)
+    )
     noise2 = np.asarray(ddpm.noise2(ddpm.cosine_schedule(2)))
     each = 100 * noise2 + 1 - noise2
     np.testing.assert_allclose(metrics["loss"], each.mean(), rtol=0.02)
@@ -840,7 +983,9 @@ def test_times_are_drawn_as_said():
     losses = {name: [float(step(s, batch, key(i))[1]["loss"]) for i in range(60)] for name, s in
               (("full", full), ("plain", plain))}  # fmt: skip
     means = {name: (np.mean(v), np.std(v) / 60**0.5) for name, v in losses.items()}
-    assert abs(means["full"][0] - means["plain"][0]) < 4 * math.hypot(means["full"][1], means["plain"][1])
+    assert abs(means["full"][0] - means["plain"][0]) < 4 * math.hypot(
+        means["full"][1], means["plain"][1]
+    )
     drawn = step(full, batch, key(1))[0].extra["count"] - 50
     assert drawn[7] > 3 * np.delete(drawn, 7).max()
 
@@ -865,17 +1010,23 @@ def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_
         k_loss = jax.random.split(jax.random.split(key(5), 4)[1])[i]
         return ddpm.continuous_nll(cfg, params, batch["points"], None, k_loss) / (2 * math.log(2))
 
-    np.testing.assert_allclose(metrics["loss"], jax.jit(bound, static_argnums=1)(state.params, 0).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["loss"], jax.jit(bound, static_argnums=1)(state.params, 0).mean(), rtol=1e-5
+    )
     plain = jax.jit(jax.grad(lambda p: bound(p, 0).mean()))(state.params)
     square = jax.jit(jax.grad(lambda p: (bound(p, 1) ** 2).mean()))(state.params)
     scale = np.abs(np.concatenate([x.reshape(-1) for x in jax.tree.leaves(plain)])).max()
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), moved["net"], plain["net"]
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale),
+        moved["net"],
+        plain["net"],
     )
     np.testing.assert_allclose(moved["gamma"]["ends"], plain["gamma"]["ends"], rtol=1e-3)
     for name in ("first", "place", "last", "line"):
         limit = 1e-4 * np.abs(square["gamma"][name]).max()
-        np.testing.assert_allclose(moved["gamma"][name], square["gamma"][name], rtol=1e-2, atol=limit)
+        np.testing.assert_allclose(
+            moved["gamma"][name], square["gamma"][name], rtol=1e-2, atol=limit
+        )
 
 
 def test_a_small_model_learns_points_and_samples_them():
@@ -890,11 +1041,17 @@ def test_a_small_model_learns_points_and_samples_them():
         label = rng.integers(0, 2, 256).astype(np.int32)
         points = np.where(label[:, None] == 0, -1.0, 1.0) + 0.05 * rng.normal(size=(256, 2))
         state, _ = step(state, {"points": points.astype(np.float32), "label": label}, key(i))
-    for options in ({}, {"sampler": "heun", "steps": 10}, {"sampler": "ddim", "steps": 20, "w": 0.2}):
+    for options in (
+        {},
+        {"sampler": "heun", "steps": 10},
+        {"sampler": "ddim", "steps": 20, "w": 0.2},
+    ):
         x = jax.jit(partial(family.sample, n=200, **options))(state, key(1))
         side = np.where(np.arange(200) % 2 == 0, -1.0, 1.0)
         assert (np.abs(x - side[:, None]).max(-1) < 0.4).mean() > 0.95, options
-    values = jax.jit(family.evaluate)(state, {"points": points.astype(np.float32), "label": label}, key(2))
+    values = jax.jit(family.evaluate)(
+        state, {"points": points.astype(np.float32), "label": label}, key(2)
+    )
     assert values["nll_nats"].mean() < 0.5
     with pytest.raises(ValueError, match="sampler must be ddpm, ddim, dpm_solver or heun"):
         family.sample(state, key(1), n=2, sampler="euler")
@@ -910,16 +1067,28 @@ def test_a_small_model_learns_points_and_samples_them():
         ({"T": 20}, "linear_schedule needs T >= 21"),
         ({"schedule": "sigmoid"}, "model.schedule must be one of linear, cosine, learned"),
         ({"prediction": "score"}, "model.prediction must be one of eps, x_0, v, mu"),
-        ({"variance": "learned"}, "model.variance 'learned' is trained by objective vlb or hybrid, not simple"),
-        ({"objective": "hybrid"}, "model.objective 'hybrid' trains a learned variance: set model.variance"),
+        (
+            {"variance": "learned"},
+            "model.variance 'learned' is trained by objective vlb or hybrid, not simple",
+        ),
+        (
+            {"objective": "hybrid"},
+            "model.objective 'hybrid' trains a learned variance: set model.variance",
+        ),
         ({"schedule": "learned"}, "model.schedule 'learned' .VDM. goes with prediction eps"),
         ({"objective": "truncated_snr"}, "is for nets that do not predict eps"),
         ({"unlabelled": 1.0}, r"model.unlabelled must lie in \[0, 1\), got 1.0"),
-        ({"shape": (2,), "net": POINTS.net, "mirror": True}, r"model.mirror is for images, model.shape"),
+        (
+            {"shape": (2,), "net": POINTS.net, "mirror": True},
+            r"model.mirror is for images, model.shape",
+        ),
         ({"net": ddpm.NetConfig("transformer")}, "model.net.kind must be one of unet, dit, mlp"),
         ({"net": ddpm.NetConfig(widths=(24,))}, "24 does not divide into 32 groups"),
         ({"net": ddpm.NetConfig("dit", (8, 16))}, "widths of a dit are one number for each block"),
-        ({"net": ddpm.NetConfig("dit", (8, 8), patch=3)}, "model.net.patch 3 does not divide H and W"),
+        (
+            {"net": ddpm.NetConfig("dit", (8, 8), patch=3)},
+            "model.net.patch 3 does not divide H and W",
+        ),
         ({"ema": 1.0}, "ema must lie in"),
     ],
 )
@@ -933,7 +1102,9 @@ def test_bad_values_are_refused(change, words):
 def test_a_respaced_learned_variance_is_that_of_the_levels_visited(w):
     """Through the sampler and the bound, against a function of x_t and t that asks the net by itself."""
     net = ddpm.NetConfig("mlp", (8,), dropout=0.0)
-    cfg = dataclasses.replace(TINY, variance="learned", objective="hybrid", schedule="cosine", T=20, net=net)
+    cfg = dataclasses.replace(
+        TINY, variance="learned", objective="hybrid", schedule="cosine", T=20, net=net
+    )
     params = jax.tree.map(lambda a: 0.3 * a, shaken(cfg).params)
     few = ddpm.respace(ddpm.cosine_schedule(20), 5)
     x, label = normal(0, 5, 8, 8, 1), jnp.array([0, 1, 2, 0, 1])
@@ -952,7 +1123,11 @@ def test_a_respaced_learned_variance_is_that_of_the_levels_visited(w):
 
 def test_a_learned_variance_asks_the_net_once_a_step():
     cfg = dataclasses.replace(
-        TINY, variance="learned", objective="hybrid", T=21, net=ddpm.NetConfig("mlp", (8,), dropout=0.0)
+        TINY,
+        variance="learned",
+        objective="hybrid",
+        T=21,
+        net=ddpm.NetConfig("mlp", (8,), dropout=0.0),
     )
     params, schedule, calls = shaken(cfg).params, ddpm.linear_schedule(21), []
 
@@ -1000,7 +1175,9 @@ def exact_eps_traced(schedule, s2):
 def test_samples_are_in_range_and_eta_is_passed_on():
     cfg = dataclasses.replace(TINY, T=21, ema=0.0, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))
     family, state = ddpm.make(cfg), shaken(cfg)
-    draw = jax.jit(lambda eta: family.sample(state, key(0), n=4, sampler="ddim", eta=eta), static_argnums=0)
+    draw = jax.jit(
+        lambda eta: family.sample(state, key(0), n=4, sampler="ddim", eta=eta), static_argnums=0
+    )
     still, noisy = draw(0.0), draw(1.0)
     assert (np.asarray(still) != np.asarray(noisy)).any()
     for x in (still, noisy):
@@ -1011,7 +1188,9 @@ def test_interpolants_of_one_image_share_their_noise():
     """a = b at step T/2: all shares start from one x_t, and without a net to speak of end within its noise."""
     a = 0.3 * jnp.ones((2, 3))
     eps_fn = exact_eps(LINEAR, 1e-6 * np.eye(3), 0.3)
-    between = ddpm.interpolate(LINEAR, eps_fn, a, a, key(0), t=500, shares=jnp.array([0.0, 0.5, 1.0]))
+    between = ddpm.interpolate(
+        LINEAR, eps_fn, a, a, key(0), t=500, shares=jnp.array([0.0, 0.5, 1.0])
+    )
     np.testing.assert_allclose(between, 0.3, atol=0.05)
     t = jnp.full(2, 499)
     seen = []

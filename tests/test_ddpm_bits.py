@@ -90,17 +90,26 @@ def test_no_bound_lies_below_the_entropy_and_the_exact_net_is_best():
         ("blunt", lambda x, t: 0.5 * exact_logits(x, t)),
         ("ignorant", lambda x, t: jnp.zeros_like(x)),
     ):
-        got = jax.jit(lambda x, k, f=logits_fn: binomial.vlb(SCHEDULE, f, x, k, rate=RATE))(x_0, key(1))
+        got = jax.jit(lambda x, k, f=logits_fn: binomial.vlb(SCHEDULE, f, x, k, rate=RATE))(
+            x_0, key(1)
+        )
         found[name] = float(got.mean()), float(got.std()) / 20_000**0.5
     held = SHARES > 0
     entropy = -(SHARES[held] * np.log(SHARES[held])).sum()
-    assert entropy - 3 * found["exact"][1] < found["exact"][0] < found["blunt"][0] < found["ignorant"][0]
+    assert (
+        entropy - 3 * found["exact"][1]
+        < found["exact"][0]
+        < found["blunt"][0]
+        < found["ignorant"][0]
+    )
 
 
 def test_samples_have_the_distribution_of_the_data():
     x_T = jax.random.bernoulli(key(0), RATE, (20_000, 3)).astype(jnp.float32)
     fine = ddpm.cosine_schedule(T)
-    x = np.asarray(jax.jit(lambda x, k: binomial.sample(fine, exact_logits, x, k, rate=RATE))(x_T, key(1)))
+    x = np.asarray(
+        jax.jit(lambda x, k: binomial.sample(fine, exact_logits, x, k, rate=RATE))(x_T, key(1))
+    )
     got = np.bincount((x @ [4, 2, 1]).astype(int), minlength=8) / len(x)
     # Bits of one step are drawn apart, so that twelve steps come near the shares and not to them.
     assert np.abs(got - SHARES).sum() < 0.25 and np.abs(x.mean(0) - SHARES @ WORDS).max() < 0.02
@@ -109,10 +118,16 @@ def test_samples_have_the_distribution_of_the_data():
 def test_a_heartbeat_is_learnt():
     """One 1 in every five bits, at a random phase: after a short training most samples are such sequences."""
     cfg = ddpm.DiscreteConfig(
-        dim=10, T=30, net=ddpm.NetConfig("mlp", (64, 64), dropout=0.0), optim=Optim(lr=5e-3), ema=0.9
+        dim=10,
+        T=30,
+        net=ddpm.NetConfig("mlp", (64, 64), dropout=0.0),
+        optim=Optim(lr=5e-3),
+        ema=0.9,
     )
     family = ddpm.make_discrete(cfg)
-    beats = np.array([[float((i + phase) % 5 == 0) for i in range(10)] for phase in range(5)], np.float32)
+    beats = np.array(
+        [[float((i + phase) % 5 == 0) for i in range(10)] for phase in range(5)], np.float32
+    )
     rng, state, step = np.random.default_rng(0), jax.jit(family.init)(key(0)), jax.jit(family.step)
     for i in range(800):
         state, metrics = step(state, {"points": beats[rng.integers(0, 5, 256)]}, key(i))
@@ -124,7 +139,9 @@ def test_a_heartbeat_is_learnt():
     few = ddpm.make_discrete(dataclasses.replace(cfg, terms=6))
     several = [float(jax.jit(few.evaluate)(state, {"points": np.tile(beats, (60, 1))}, key(i))["nll_nats"].mean())
                for i in range(20)]  # fmt: skip
-    assert abs(np.mean(several) - bound.mean()) < 5 * (np.std(several) / 20**0.5 + bound.std() / 300**0.5)
+    assert abs(np.mean(several) - bound.mean()) < 5 * (
+        np.std(several) / 20**0.5 + bound.std() / 300**0.5
+    )
 
 
 @pytest.mark.parametrize(

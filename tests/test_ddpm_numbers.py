@@ -43,7 +43,10 @@ def factors(schedule, std=STD, dtype=jnp.float32):
     x_0 = a**0.5 * std**2 / (a * std**2 + n), n / (a * std**2 + n) * MEAN
     eps = n**0.5 / (a * std**2 + n), -((a * n) ** 0.5) / (a * std**2 + n) * MEAN
     v = tuple(a**0.5 * e - n**0.5 * x for e, x in zip(eps, x_0, strict=True))
-    return {name: [jnp.asarray(f, dtype) for f in both] for name, both in (("x_0", x_0), ("eps", eps), ("v", v))}
+    return {
+        name: [jnp.asarray(f, dtype) for f in both]
+        for name, both in (("x_0", x_0), ("eps", eps), ("v", v))
+    }
 
 
 def exact(schedule, prediction="eps", dtype=jnp.float32):
@@ -72,16 +75,22 @@ def test_steps_are_distinct_and_visit_both_ends(T):
                 few = ddpm.respace(schedule, steps, spacing)
                 assert len(few.t) == steps and (np.diff(few.t) > 0).all() and few.t[-1] == T - 1
                 assert steps == 1 or few.t[0] == 0
-                np.testing.assert_array_equal(few.alpha_bar, np.asarray(schedule.alpha_bar, np.float64)[few.t])
+                np.testing.assert_array_equal(
+                    few.alpha_bar, np.asarray(schedule.alpha_bar, np.float64)[few.t]
+                )
 
 
 @pytest.mark.parametrize("T", [2, 3, 1000])
 def test_traced_levels_choose_the_steps_of_those_at_hand(T):
     """But for ties, which float32 breaks another way."""
-    run = jax.jit(lambda s, steps, spacing: ddpm.respace(s, steps, spacing).t, static_argnums=(1, 2))
+    run = jax.jit(
+        lambda s, steps, spacing: ddpm.respace(s, steps, spacing).t, static_argnums=(1, 2)
+    )
     for schedule in (ddpm.cosine_schedule(T), ddpm.discretise(lambda u: -13.3 + 18.3 * u**1.2, T)):
         for spacing in ("log_snr", "karras"):
-            t = np.asarray(run(ddpm.Schedule(*(jnp.asarray(x) for x in schedule)), min(10, T), spacing))
+            t = np.asarray(
+                run(ddpm.Schedule(*(jnp.asarray(x) for x in schedule)), min(10, T), spacing)
+            )
             assert (np.diff(t) > 0).all() and t[-1] == T - 1 and t[0] == 0
             assert np.abs(t - ddpm.respace(schedule, min(10, T), spacing).t).max() <= 1
 
@@ -90,8 +99,13 @@ def test_steps_lie_evenly_in_what_they_are_named_after():
     a, n = tables(SCHEDULES["linear"])
     sigma = (n / a) ** 0.5
     ramp = np.linspace(0, 1, 10)
-    karras = (sigma[0] ** (1 / 7) + ramp * (sigma[-1] ** (1 / 7) - sigma[0] ** (1 / 7))) ** 7  # eq. 5, the least first
-    for spacing, wanted in (("karras", karras), ("log_snr", sigma[0] ** (1 - ramp) * sigma[-1] ** ramp)):
+    karras = (
+        sigma[0] ** (1 / 7) + ramp * (sigma[-1] ** (1 / 7) - sigma[0] ** (1 / 7))
+    ) ** 7  # eq. 5, the least first
+    for spacing, wanted in (
+        ("karras", karras),
+        ("log_snr", sigma[0] ** (1 - ramp) * sigma[-1] ** ramp),
+    ):
         t = ddpm.respace(SCHEDULES["linear"], 10, spacing).t
         nearest = np.abs(np.log(sigma)[None] - np.log(wanted)[:, None]).argmin(1)
         assert np.abs(t - nearest).max() <= (1 if spacing == "karras" else 0)
@@ -116,20 +130,25 @@ def test_ancestral_sampling_and_inpainting_respace_themselves(spacing):
 
 
 def test_a_family_takes_its_samplers_spacing():
-    cfg = ddpm.Config(shape=(2,), T=50, schedule="cosine", ema=0.0, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))
+    cfg = ddpm.Config(
+        shape=(2,), T=50, schedule="cosine", ema=0.0, net=ddpm.NetConfig("mlp", (8,), dropout=0.0)
+    )
     family = ddpm.make(cfg)
     state = jax.jit(family.init)(key(0))
     state = state._replace(params=jax.tree.map(lambda x: x + 0.1, state.params))
 
     def draw(sampler, **options):
-        return jax.jit(partial(family.sample, n=3, sampler=sampler, steps=6, **options))(state, key(1))
+        return jax.jit(partial(family.sample, n=3, sampler=sampler, steps=6, **options))(
+            state, key(1)
+        )
 
     for sampler, own, other in (("ddpm", "uniform", "karras"), ("heun", "log_snr", "uniform")):
         by_default = draw(sampler)
         np.testing.assert_array_equal(by_default, draw(sampler, spacing=own))
         assert np.abs(by_default - draw(sampler, spacing=other)).max() > 1e-4
     with pytest.raises(
-        ValueError, match="spacing must be one of uniform, paper, quadratic, log_snr, karras, not 'even'"
+        ValueError,
+        match="spacing must be one of uniform, paper, quadratic, log_snr, karras, not 'even'",
     ):
         draw("ddim", spacing="even")
 
@@ -139,7 +158,9 @@ def test_the_command_line_passes_spacing_on_and_refuses_what_does_not_divide():
     assert DiffusionOptions().options(cfg)["spacing"] is None
     assert DiffusionOptions(spacing="karras").options(cfg)["spacing"] == "karras"
     assert DiffusionOptions(spacing="paper", steps=10).options(cfg)["steps"] == 10
-    with pytest.raises(train.Refused, match="--diffusion.spacing paper needs --diffusion.steps that divide 50"):
+    with pytest.raises(
+        train.Refused, match="--diffusion.spacing paper needs --diffusion.steps that divide 50"
+    ):
         DiffusionOptions(spacing="paper", steps=7).options(cfg)
 
 
@@ -163,15 +184,22 @@ def spreads(schedule, solve, **spacing):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_few_steps_reach_the_spread_of_the_data(name):
-    for solve, limits in ((ddpm.sample_dpm_solver, (0.11, 0.03, 0.005)), (ddpm.sample_heun, (0.1, 0.03, 0.01))):
+    for solve, limits in (
+        (ddpm.sample_dpm_solver, (0.11, 0.03, 0.005)),
+        (ddpm.sample_heun, (0.1, 0.03, 0.01)),
+    ):
         found = spreads(SCHEDULES[name], solve)
         assert (np.abs(np.array(found) - STD) < limits).all(), (solve, found)
 
 
-@pytest.mark.parametrize(("name", "due"), [("linear", (0.392, 0.476, 0.501)), ("cosine", (0.469, 0.498, 0.501))])
+@pytest.mark.parametrize(
+    ("name", "due"), [("linear", (0.392, 0.476, 0.501)), ("cosine", (0.469, 0.498, 0.501))]
+)
 def test_the_step_into_level_0_is_of_first_order(name, due):
     """Evenly in t it is six times as long as the one before: to second order 0.693, 0.621 and 0.528 on linear."""
-    np.testing.assert_allclose(spreads(SCHEDULES[name], ddpm.sample_dpm_solver, spacing="uniform"), due, atol=1e-3)
+    np.testing.assert_allclose(
+        spreads(SCHEDULES[name], ddpm.sample_dpm_solver, spacing="uniform"), due, atol=1e-3
+    )
 
 
 def flow_by_hand(name, schedule, steps, spacing, x):
@@ -204,9 +232,13 @@ def test_solvers_are_those_written_by_hand():
     for name, steps, spacing in cases:
         schedule = SCHEDULES[name]
         for solver, solve in (("heun", ddpm.sample_heun), ("dpm_solver", ddpm.sample_dpm_solver)):
-            got = solve(schedule, exact(schedule), jnp.asarray(x, jnp.float32), steps=steps, spacing=spacing)
+            got = solve(
+                schedule, exact(schedule), jnp.asarray(x, jnp.float32), steps=steps, spacing=spacing
+            )
             by_hand = flow_by_hand(solver, schedule, steps, spacing, x)
-            np.testing.assert_allclose(got, by_hand, rtol=1e-3, atol=3e-3, err_msg=f"{solver} {spacing} {steps}")
+            np.testing.assert_allclose(
+                got, by_hand, rtol=1e-3, atol=3e-3, err_msg=f"{solver} {spacing} {steps}"
+            )
 
 
 SAMPLERS = {
@@ -237,7 +269,9 @@ def test_a_function_of_v_or_x_0_is_as_good_as_one_of_eps(name):
     for prediction in ("v", "x_0") if name in ("ddpm", "heun", "vlb") else ("v",):
         got = call(exact(schedule, prediction), x, prediction=prediction)
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-4)
-    with pytest.raises(ValueError, match="prediction must be eps, x_0 or v, not 'mu' .*convert it to x_0 first"):
+    with pytest.raises(
+        ValueError, match="prediction must be eps, x_0 or v, not 'mu' .*convert it to x_0 first"
+    ):
         call(exact(schedule), x, prediction="mu")
 
 
@@ -255,7 +289,8 @@ def test_continuous_bounds_take_v_and_x_0():
         return predict
 
     due, *others = (
-        ddpm.continuous_vlb(lambda u: -8 + 13 * u, fn(p), x, key(0), prediction=p) for p in ("eps", "x_0", "v")
+        ddpm.continuous_vlb(lambda u: -8 + 13 * u, fn(p), x, key(0), prediction=p)
+        for p in ("eps", "x_0", "v")
     )
     for other in others:
         np.testing.assert_allclose(other, due, rtol=2e-3, atol=1e-3)
@@ -269,7 +304,9 @@ def test_a_detour_through_eps_costs_what_v_keeps():
         return exact(schedule, "v")(x, t).astype(jnp.bfloat16)
 
     def eps_fn(x, t):
-        return ddpm.convert(schedule, v_fn(x, t), x, t, given="v", wanted="eps").astype(jnp.bfloat16)
+        return ddpm.convert(schedule, v_fn(x, t), x, t, given="v", wanted="eps").astype(
+            jnp.bfloat16
+        )
 
     for name, solve in (("heun", ddpm.sample_heun), ("dpm_solver", ddpm.sample_dpm_solver)):
         due = flow_by_hand(name, schedule, 10, "log_snr", np.asarray(z, np.float64))
@@ -294,7 +331,11 @@ def test_guidance_acts_on_the_nets_own_prediction(prediction):
         net=ddpm.NetConfig("mlp", (8,), dropout=0.0),
     )  # fmt: skip
     params = jax.tree.map(lambda x: x + 0.1, jax.jit(ddpm.make(cfg).init)(key(0)).params)
-    x, t, label = jax.random.normal(key(1), (4, 3)), jnp.array([0, 9, 20, 25]), jnp.array([0, 1, 1, 0])
+    x, t, label = (
+        jax.random.normal(key(1), (4, 3)),
+        jnp.array([0, 9, 20, 25]),
+        jnp.array([0, 1, 1, 0]),
+    )
     cond, uncond = (ddpm.eps_fn_of(cfg, params, y)(x, t) for y in (label, None))
     fn, own = ddpm.predict_fn_of(cfg, params, label, 1.5)
     assert own == ("x_0" if prediction == "mu" else prediction)
@@ -314,7 +355,9 @@ def test_a_net_of_mu_is_sampled_in_few_steps():
         return ddpm.convert(schedule, mu(x, t), x, t, given="mu", wanted="x_0")
 
     due = ddpm.sample_heun(schedule, x_0_fn, z, steps=9, prediction="x_0")
-    np.testing.assert_allclose(ddpm.sample_heun(schedule, back, z, steps=9, prediction="x_0"), due, atol=2e-3)
+    np.testing.assert_allclose(
+        ddpm.sample_heun(schedule, back, z, steps=9, prediction="x_0"), due, atol=2e-3
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the density
@@ -335,10 +378,20 @@ def test_the_flow_gives_the_density_of_every_schedule(name):
     fn = exact(schedule, "v")
     for trace, spacing in (("hutchinson", "uniform"), ("exact", "karras")):
         got = jax.jit(
-            partial(ddpm.ode_log_likelihood, schedule, fn, steps=200, trace=trace, spacing=spacing, prediction="v")
+            partial(
+                ddpm.ode_log_likelihood,
+                schedule,
+                fn,
+                steps=200,
+                trace=trace,
+                spacing=spacing,
+                prediction="v",
+            )
         )(x, key(0))
         np.testing.assert_allclose(got, due, atol=1e-3)
-    got = jax.jit(partial(ddpm.ode_log_likelihood, schedule, exact(schedule), steps=200, trace="exact"))(x, key(0))
+    got = jax.jit(
+        partial(ddpm.ode_log_likelihood, schedule, exact(schedule), steps=200, trace="exact")
+    )(x, key(0))
     np.testing.assert_allclose(got, due, atol=1e-3)
     assert np.isfinite(ddpm.ode_log_likelihood(schedule, exact(schedule), x, key(0), steps=2)).all()
 
@@ -346,21 +399,31 @@ def test_the_flow_gives_the_density_of_every_schedule(name):
 def test_the_flow_gives_the_density_of_several_dimensions():
     cov, schedule = np.array([[0.5, 0.3], [0.3, 0.4]]), SCHEDULES["cosine"]
     a, n = tables(schedule)
-    matrices = (n**0.5)[:, None, None] * np.linalg.inv(a[:, None, None] * cov + n[:, None, None] * np.eye(2))
+    matrices = (n**0.5)[:, None, None] * np.linalg.inv(
+        a[:, None, None] * cov + n[:, None, None] * np.eye(2)
+    )
     matrices = jnp.asarray(matrices, jnp.float32)
     x = np.random.default_rng(0).multivariate_normal(np.zeros(2), cov, 50)
     whole = cov + n[0] / a[0] * np.eye(2)
-    due = -0.5 * np.einsum("bi,ij,bj->b", x, np.linalg.inv(whole), x) - 0.5 * np.log(np.linalg.det(2 * np.pi * whole))
+    due = -0.5 * np.einsum("bi,ij,bj->b", x, np.linalg.inv(whole), x) - 0.5 * np.log(
+        np.linalg.det(2 * np.pi * whole)
+    )
     for shape in ((50, 2), (50, 1, 2, 1)):
 
         def eps_fn(x, t):
             return jnp.einsum("bij,bj->bi", matrices[t], x.reshape(-1, 2)).reshape(x.shape)
 
-        density = jax.jit(partial(ddpm.ode_log_likelihood, schedule, eps_fn, steps=100, trace="exact"))
-        np.testing.assert_allclose(density(jnp.asarray(x.reshape(shape), jnp.float32), key(0)), due, atol=0.01)
+        density = jax.jit(
+            partial(ddpm.ode_log_likelihood, schedule, eps_fn, steps=100, trace="exact")
+        )
+        np.testing.assert_allclose(
+            density(jnp.asarray(x.reshape(shape), jnp.float32), key(0)), due, atol=0.01
+        )
 
 
-@pytest.mark.parametrize(("low", "high"), [(-110.0, 10.0), (-13.0, 100.0)], ids=["no noise", "no signal"])
+@pytest.mark.parametrize(
+    ("low", "high"), [(-110.0, 10.0), (-13.0, 100.0)], ids=["no noise", "no signal"]
+)
 def test_levels_without_noise_or_signal_give_numbers(low, high):
     """In float32 alpha_bar is 1 at the first level and noise2 0; or alpha_bar 0 at the last."""
     x = jnp.array([[0.3], [-0.2]])
@@ -370,8 +433,13 @@ def test_levels_without_noise_or_signal_give_numbers(low, high):
         schedule = ddpm.discretise(lambda u: ends[0] + (ends[1] - ends[0]) * u, 400)
 
         def fn(x, t):
-            a, n = (process.extract(table, t, x) for table in (schedule.alpha_bar, ddpm.noise2(schedule)))
-            return jnp.sqrt(a) * jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + n) - jnp.sqrt(n) * (
+            a, n = (
+                process.extract(table, t, x)
+                for table in (schedule.alpha_bar, ddpm.noise2(schedule))
+            )
+            return jnp.sqrt(a) * jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (
+                a * STD**2 + n
+            ) - jnp.sqrt(n) * (
                 MEAN + jnp.sqrt(a) * STD**2 / (a * STD**2 + n) * (x - jnp.sqrt(a) * MEAN)
             )
 
@@ -379,8 +447,12 @@ def test_levels_without_noise_or_signal_give_numbers(low, high):
             return ddpm.convert(schedule, fn(x, t), x, t, given="v", wanted="eps")
 
         return {
-            "ode": ddpm.ode_log_likelihood(schedule, fn, x, key(0), steps=200, trace="exact", prediction="v"),
-            "ode of eps": ddpm.ode_log_likelihood(schedule, eps_fn, x, key(0), steps=200, trace="exact"),
+            "ode": ddpm.ode_log_likelihood(
+                schedule, fn, x, key(0), steps=200, trace="exact", prediction="v"
+            ),
+            "ode of eps": ddpm.ode_log_likelihood(
+                schedule, eps_fn, x, key(0), steps=200, trace="exact"
+            ),
             "heun": ddpm.sample_heun(schedule, fn, x, steps=50, prediction="v"),
             "dpm_solver": ddpm.sample_dpm_solver(schedule, fn, x, steps=50, prediction="v"),
             "ddpm": ddpm.sample_ddpm(schedule, fn, x, key(1), prediction="v"),
@@ -399,7 +471,10 @@ def test_levels_without_noise_or_signal_give_numbers(low, high):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_have_the_dtype_of_their_noise(name):
     """And the digits of float32, up to one rounding at the end."""
-    schedule, z = SCHEDULES["cosine"], standardised(8).reshape(4, 2).astype(jnp.bfloat16).astype(jnp.float16)
+    schedule, z = (
+        SCHEDULES["cosine"],
+        standardised(8).reshape(4, 2).astype(jnp.bfloat16).astype(jnp.float16),
+    )
     call = partial(SAMPLERS[name], schedule, exact(schedule, "v"), prediction="v")
     due = call(z.astype(jnp.float32))
     assert due.dtype == jnp.float32
@@ -423,7 +498,10 @@ def test_likelihoods_of_half_precision_are_float32(name):
 def test_float64_keeps_its_digits_and_float32_its_dtype(name):
     schedule = SCHEDULES["cosine"]
     with jax.enable_x64(True):
-        x, call = np.random.default_rng(0).normal(size=(4, 2)), partial((SAMPLERS | BOUNDS)[name], schedule)
+        x, call = (
+            np.random.default_rng(0).normal(size=(4, 2)),
+            partial((SAMPLERS | BOUNDS)[name], schedule),
+        )
         fn = exact(schedule, "v", dtype=jnp.float64)
         due = call(fn, x, prediction="v")
         narrow = call(fn, x.astype(np.float32), prediction="v")
@@ -440,7 +518,9 @@ def test_float64_is_exact_and_not_float32_in_disguise():
     due = {name: flow_by_hand(name, schedule, 12, "log_snr", x) for name in ("heun", "dpm_solver")}
     with jax.enable_x64(True):
         for name, solve in (("heun", ddpm.sample_heun), ("dpm_solver", ddpm.sample_dpm_solver)):
-            got = solve(schedule, exact(schedule, "v", dtype=jnp.float64), x, steps=12, prediction="v")
+            got = solve(
+                schedule, exact(schedule, "v", dtype=jnp.float64), x, steps=12, prediction="v"
+            )
             np.testing.assert_allclose(got, due[name], rtol=1e-11, atol=1e-11)
         a, n = tables(schedule)
         got = ddpm.q_sample(schedule, x, np.array([0, 999]), x[::-1].copy())
@@ -461,10 +541,15 @@ def test_a_learned_schedule_is_respaced_where_it_is_traced():
         schedule = ddpm.schedule_of(cfg, params)
 
         def fn(x, t):
-            a, n = (process.extract(table, t, x) for table in (schedule.alpha_bar, ddpm.noise2(schedule)))
+            a, n = (
+                process.extract(table, t, x)
+                for table in (schedule.alpha_bar, ddpm.noise2(schedule))
+            )
             return jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + n)
 
-        density = ddpm.ode_log_likelihood(schedule, fn, x, key(0), steps=200, spacing="karras", trace="exact")
+        density = ddpm.ode_log_likelihood(
+            schedule, fn, x, key(0), steps=200, spacing="karras", trace="exact"
+        )
         return [SAMPLERS[name](schedule, fn, x) for name in ("dpm_solver", "heun")], density
 
     params, z = {"gamma": ddpm.init_gamma(key(0))}, standardised(400)
@@ -472,7 +557,9 @@ def test_a_learned_schedule_is_respaced_where_it_is_traced():
     for x in samples:
         assert abs(float(x.std()) - STD) < 0.03
     schedule = SCHEDULES["learned"]
-    due = jax.jit(partial(ddpm.ode_log_likelihood, schedule, exact(schedule), steps=200, trace="exact"))(z, key(0))
+    due = jax.jit(
+        partial(ddpm.ode_log_likelihood, schedule, exact(schedule), steps=200, trace="exact")
+    )(z, key(0))
     np.testing.assert_allclose(density, due, atol=2e-3)
     samples, density = jax.eval_shape(run, params, z.astype(jnp.float16))
     assert all(x.dtype == jnp.float16 for x in samples) and density.dtype == jnp.float32
@@ -486,8 +573,12 @@ def test_bits_of_any_dtype_and_of_many_steps():
     earlier, noise_earlier = (table[t] for table in process.previous(schedule))
     for x_0 in (0.0, 1.0):
         for x_t in (0.0, 1.0):
-            one = (earlier * x_0 + noise_earlier * rate) * (1 - beta * (1 - rate) if x_t else beta * (1 - rate))
-            zero = (earlier * (1 - x_0) + noise_earlier * (1 - rate)) * (beta * rate if x_t else 1 - beta * rate)
+            one = (earlier * x_0 + noise_earlier * rate) * (
+                1 - beta * (1 - rate) if x_t else beta * (1 - rate)
+            )
+            zero = (earlier * (1 - x_0) + noise_earlier * (1 - rate)) * (
+                beta * rate if x_t else 1 - beta * rate
+            )
             bits = (np.full((4, 1), bit, np.float32) for bit in (x_0, x_t))
             got = binomial.q_posterior(schedule, *bits, t, rate)[:, 0]
             np.testing.assert_allclose(got, one / (one + zero), rtol=2e-6)
@@ -520,7 +611,10 @@ def test_a_beta_that_rounds_to_one_keeps_its_way_back():
     x_0, x_t = np.array([[0.5]], np.float32), np.array([[-1.5]], np.float32)
     kept = alpha_bar[1] / alpha_bar[0]
     due = (alpha_bar[0] ** 0.5 * (1 - kept) * x_0 + kept**0.5 * noise2[0] * x_t) / noise2[1]
-    for few in (ddpm.respace(fine, 2), jax.jit(lambda g: ddpm.discretise(lambda u: -13 + g * u, 2))(31.0)):
+    for few in (
+        ddpm.respace(fine, 2),
+        jax.jit(lambda g: ddpm.discretise(lambda u: -13 + g * u, 2))(31.0),
+    ):
         mean, variance = ddpm.q_posterior(few, x_0, x_t, np.array([1]))
         np.testing.assert_allclose(mean, due, rtol=1e-4)
         np.testing.assert_allclose(variance[0, 0], noise2[0], rtol=1e-4)
@@ -541,13 +635,19 @@ def test_noises_of_any_size_are_mixed_on_their_sphere():
     theta = np.arccos(cos)[:, None]
     due = (np.sin(0.7 * theta) * a + np.sin(0.3 * theta) * b) / np.sin(theta)
     for scale in (1.0, 1e25, 1e-25):
-        got = ddpm.slerp(jnp.asarray(scale * a, jnp.float32), jnp.asarray(scale * b, jnp.float32), 0.3)
+        got = ddpm.slerp(
+            jnp.asarray(scale * a, jnp.float32), jnp.asarray(scale * b, jnp.float32), 0.3
+        )
         np.testing.assert_allclose(np.asarray(got, np.float64) / scale, due, rtol=1e-4, atol=1e-5)
     half = ddpm.slerp(a.astype(np.float16), b.astype(np.float16), 0.3)
     assert half.dtype == jnp.float16
     np.testing.assert_allclose(half.astype(jnp.float32), due, rtol=5e-3, atol=5e-3)
     zero = np.zeros((3, 5), np.float32)
-    for pair in ((zero, b.astype(np.float32)), (zero, zero), (b.astype(np.float32), -b.astype(np.float32))):
+    for pair in (
+        (zero, b.astype(np.float32)),
+        (zero, zero),
+        (b.astype(np.float32), -b.astype(np.float32)),
+    ):
         assert np.isfinite(ddpm.slerp(*pair, 0.3)).all()
 
 
@@ -561,24 +661,39 @@ def test_no_time_lies_beyond_the_last_step():
 def test_the_target_of_v_is_not_a_quotient():
     """A net that says 0 at the last step of a cosine schedule, x_0 far out: the loss is the square of v itself."""
     cfg = ddpm.Config(
-        shape=(1,), T=1000, schedule="cosine", prediction="v", ema=0.0, net=ddpm.NetConfig("mlp", (4,), dropout=0.0)
+        shape=(1,),
+        T=1000,
+        schedule="cosine",
+        prediction="v",
+        ema=0.0,
+        net=ddpm.NetConfig("mlp", (4,), dropout=0.0),
     )
     params = jax.jit(ddpm.make(cfg).init)(key(0)).params
     a, n = tables(SCHEDULES["cosine"])
     x_0, eps = np.full((2, 1), 3e-4, np.float32), np.full((2, 1), 1.0, np.float32)
     loss = jax.jit(partial(ddpm.losses, cfg), static_argnums=4)
     got = loss(params, jnp.asarray(x_0), jnp.full(2, 999), jnp.asarray(eps), None)
-    np.testing.assert_allclose(got, (a[-1] ** 0.5 - n[-1] ** 0.5 * 3e-4) ** 2 * np.ones(2), rtol=1e-3)
+    np.testing.assert_allclose(
+        got, (a[-1] ** 0.5 - n[-1] ** 0.5 * 3e-4) ** 2 * np.ones(2), rtol=1e-3
+    )
 
 
-@pytest.mark.parametrize("eta", [np.float32(2.0), jnp.float32(-0.5), np.array(1.5), 1.01, float("nan")])
+@pytest.mark.parametrize(
+    "eta", [np.float32(2.0), jnp.float32(-0.5), np.array(1.5), 1.01, float("nan")]
+)
 def test_an_eta_that_is_none_is_refused_whatever_its_type(eta):
     x = jnp.zeros((1, 1))
     with pytest.raises(ValueError, match=r"eta must lie in 0\.\.1"):
         ddpm.sample_ddim(ddpm.cosine_schedule(3), lambda x, t: x, x, key(0), steps=2, eta=eta)
     with pytest.raises(ValueError, match="be 0 with sigma_hat"):
         ddpm.sample_ddim(
-            ddpm.cosine_schedule(3), lambda x, t: x, x, key(0), steps=2, eta=jnp.float32(1.0), sigma_hat=True
+            ddpm.cosine_schedule(3),
+            lambda x, t: x,
+            x,
+            key(0),
+            steps=2,
+            eta=jnp.float32(1.0),
+            sigma_hat=True,
         )
 
 
@@ -586,7 +701,11 @@ def test_points_that_are_no_bits_are_refused():
     cfg = ddpm.DiscreteConfig(dim=4, T=3, net=ddpm.NetConfig("mlp", (4,), dropout=0.0))
     family = ddpm.make_discrete(cfg)
     state = jax.jit(family.init)(key(0))
-    for wrong in (np.full((2, 4), 0.5, np.float32), jnp.full((2, 4), 2.0), np.full((2, 4), np.nan, np.float32)):
+    for wrong in (
+        np.full((2, 4), 0.5, np.float32),
+        jnp.full((2, 4), 2.0),
+        np.full((2, 4), np.nan, np.float32),
+    ):
         for act in (family.evaluate, family.step):
             with pytest.raises(ValueError, match="points must be bits, 0 or 1"):
                 act(state, {"points": wrong}, key(1))

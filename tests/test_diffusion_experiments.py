@@ -88,22 +88,30 @@ def test_the_roll_learns_mean_and_variance():
     eps_hat, raw = known.model(cfg, params)(x_t, t)
     np.testing.assert_allclose(eps_hat, noise2[t][:, None] ** 0.5 * x_t, rtol=1e-4)  # of v = 0
     got = np.asarray(ddpm.learned_variance(schedule, raw, t))
-    np.testing.assert_allclose(got, np.sqrt(schedule.beta * tilde)[t][:, None] * np.ones((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(
+        got, np.sqrt(schedule.beta * tilde)[t][:, None] * np.ones((1, 2)), rtol=1e-4
+    )
 
 
 def test_the_tilted_density_by_its_definition():
     """w = 0 is the class's own normal on the grid; w = 3 weighs it with p(c|x)^3."""
     at = np.stack(np.meshgrid(guidance.SIDE, guidance.SIDE - guidance.SIDE.mean()), -1)
-    each = np.stack([stats.multivariate_normal(c, guidance.STD**2).pdf(at) for c in guidance.CENTRES])
+    each = np.stack(
+        [stats.multivariate_normal(c, guidance.STD**2).pdf(at) for c in guidance.CENTRES]
+    )
     for w in (0, 3):
         expected = each[0] * (each[0] / each.sum(0)) ** w
-        np.testing.assert_allclose(guidance.tilted(w), expected / expected.sum(), rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(
+            guidance.tilted(w), expected / expected.sum(), rtol=1e-9, atol=1e-15
+        )
 
 
 def test_histogram_bits_are_those_of_counting():
     training, test = np.array([[0, 1], [0, 2], [1, 2]]), np.array([[0, 2], [2, 2]])
     bits = -np.log2([3 / 6, 3 / 6, 1 / 6, 3 / 6])
-    np.testing.assert_allclose(_diffusion.histogram_bits(training, test, 3), bits.mean(), rtol=1e-12)
+    np.testing.assert_allclose(
+        _diffusion.histogram_bits(training, test, 3), bits.mean(), rtol=1e-12
+    )
 
 
 def test_beta_tilde_agrees_first_where_the_paper_says():
@@ -124,7 +132,9 @@ def test_entropy_of_the_grid_and_its_ends_by_quadrature():
 def test_every_schedule_of_vdm_has_the_same_ends_and_rises():
     for gamma in vdm_invariance.SCHEDULES.values():
         values = np.asarray(gamma(jnp.linspace(0, 1, 101)))
-        np.testing.assert_allclose(values[[0, -1]], [vdm_invariance.LOW, vdm_invariance.HIGH], rtol=1e-4)
+        np.testing.assert_allclose(
+            values[[0, -1]], [vdm_invariance.LOW, vdm_invariance.HIGH], rtol=1e-4
+        )
         assert (np.diff(values) > 0).all()
 
 
@@ -152,7 +162,11 @@ def untrained(seed=0):
 
 def test_bits_sent_and_the_decoders_make_the_bound():
     """Rate after the last step plus the decoder's bits is the bound, by its own function with the same noise."""
-    result, x_0, label = untrained(), np.linspace(-1, 1, 48).reshape(3, 4, 4, 1).astype(np.float32), np.array([0, 1, 0])
+    result, x_0, label = (
+        untrained(),
+        np.linspace(-1, 1, 48).reshape(3, 4, 4, 1).astype(np.float32),
+        np.array([0, 1, 0]),
+    )
     rate, decoder, error = progressive.coding(result, x_0, label, jax.random.key(1))
     k_terms, _ = jax.random.split(jax.random.key(1))
     terms = _diffusion.bound(result, x_0, label, k_terms)
@@ -164,7 +178,9 @@ def test_bits_sent_and_the_decoders_make_the_bound():
 @pytest.mark.parametrize("t", [0, 21])
 def test_interpolants_end_at_pixels_or_forget(t):
     result, shares = untrained(), np.linspace(0, 1, 3)
-    a, b = (np.asarray(jax.random.uniform(jax.random.key(i), (2, 4, 4, 1), minval=-1)) for i in (1, 2))
+    a, b = (
+        np.asarray(jax.random.uniform(jax.random.key(i), (2, 4, 4, 1), minval=-1)) for i in (1, 2)
+    )
     got = progressive.interpolants(result, a, b, jax.random.key(3), t=t, shares=shares)
     if t == 0:
         np.testing.assert_allclose(got[1], (a + b) / 2, atol=1e-6)
@@ -187,8 +203,16 @@ def test_decodings_share_their_start_and_not_their_noise():
         (ddim_steps, {"steps": (200, 1000)}, "steps must hold one up to 100"),
         (ddim_steps, {"digit_steps": (50, 100)}, "digit_steps up to 20"),
         (ddim_steps, {"digits": 1}, "samples, many and digits must be at least 100"),
-        (progressive, {"pairs": 200}, "pairs must lie in 10..180, half of the test digits, got 200"),
-        (schedules, {"data": _cli.Source("mnist")}, "^schedules measures by our classifier of digits, not of mnist"),
+        (
+            progressive,
+            {"pairs": 200},
+            "pairs must lie in 10..180, half of the test digits, got 200",
+        ),
+        (
+            schedules,
+            {"data": _cli.Source("mnist")},
+            "^schedules measures by our classifier of digits, not of mnist",
+        ),
         (guidance, {"w": (4.0, 0.0)}, "w must grow from 0"),
         (guidance, {"samples": 1}, "samples must be at least 100, got 1"),
     ],
@@ -204,7 +228,9 @@ def test_the_roll_is_of_the_plane():
 
 
 def test_minutes_go_on_where_a_stopped_run_left_them(tmp_path):
-    lines = [{"step": step, "valid": {"minutes": minutes}} for step, minutes in ((10, 1.5), (20, 3.0))]
+    lines = [
+        {"step": step, "valid": {"minutes": minutes}} for step, minutes in ((10, 1.5), (20, 3.0))
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert unet_or_dit.clock(str(tmp_path))(None, None, 30)["minutes"] >= 3.0
     assert unet_or_dit.clock(str(tmp_path / "new"))(None, None, 10)["minutes"] < 1.5

@@ -28,8 +28,13 @@ def prose(text):
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"`[^`]*`", "CODE", text)
     lines = ["" if re.match(r"\s*(\||#)", line) else line for line in text.splitlines()]
-    lines = ["\n" + re.sub(r"^\s*([-*]|\d+\.) ", "", x) if re.match(r"\s*([-*]|\d+\.) ", x) else x for x in lines]
-    return [" ".join(block.split()) for block in re.split(r"\n\s*\n", "\n".join(lines)) if block.strip()]
+    lines = [
+        "\n" + re.sub(r"^\s*([-*]|\d+\.) ", "", x) if re.match(r"\s*([-*]|\d+\.) ", x) else x
+        for x in lines
+    ]
+    return [
+        " ".join(block.split()) for block in re.split(r"\n\s*\n", "\n".join(lines)) if block.strip()
+    ]
 
 
 def sentences(text):
@@ -74,7 +79,9 @@ def test_lines_are_wrapped(path):
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
 def test_sentences_have_at_most_25_words(path):
-    assert not [s for s in sentences(path.read_text()) if len(re.findall(r"[\w'.,/-]*\w[\w'.,/-]*", s)) > 25]
+    assert not [
+        s for s in sentences(path.read_text()) if len(re.findall(r"[\w'.,/-]*\w[\w'.,/-]*", s)) > 25
+    ]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -87,7 +94,9 @@ def test_links_lead_somewhere(path):
         assert there.exists(), target
         if anchor:
             heads = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], target
+            assert anchor in [
+                re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads
+            ], target
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -32,7 +32,12 @@ DIGITS = data.load("digits")
 # ---------------------------------------------------------------------------------------------------------- wake-sleep
 
 CFG = vae.Config(
-    shape=(8, 8, 1), levels=17, latent_dim=3, hidden=(6,), binarisation="static", optim=Optim("sgd", lr=1.0)
+    shape=(8, 8, 1),
+    levels=17,
+    latent_dim=3,
+    hidden=(6,),
+    binarisation="static",
+    optim=Optim("sgd", lr=1.0),
 )
 
 
@@ -42,7 +47,8 @@ def moved(batch, key):
     state = family.init(jax.random.key(0))
     after, _ = jax.jit(family.step)(state, batch, key)
     return state.params, {
-        net: jax.tree.map(lambda a, b: np.asarray(a - b), after.params[net], state.params[net]) for net in state.params
+        net: jax.tree.map(lambda a, b: np.asarray(a - b), after.params[net], state.params[net])
+        for net in state.params
     }
 
 
@@ -51,7 +57,10 @@ def test_sleep_trains_the_encoder_on_dreams_alone():
     _, a = moved(DIGITS.batch(0, 0, 16), jax.random.key(1))
     _, b = moved(DIGITS.batch(0, 1, 16), jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, a["encoder"], b["encoder"])
-    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (a["decoder"], b["decoder"])), strict=True))
+    assert any(
+        (x != y).any()
+        for x, y in zip(*map(jax.tree.leaves, (a["decoder"], b["decoder"])), strict=True)
+    )
     assert max(np.abs(x).max() for x in jax.tree.leaves(a["encoder"])) > 1e-3
 
 
@@ -66,7 +75,9 @@ def test_wake_trains_the_decoder_on_the_encoders_codes_alone():
         return vae.log_likelihood(CFG, x, vae.decode(CFG, {"decoder": decoder}, z[0])).mean()
 
     expected = jax.grad(wake)(params["decoder"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), update["decoder"], expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), update["decoder"], expected
+    )
 
 
 def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
@@ -79,7 +90,9 @@ def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
     x = jax.random.bernoulli(jax.random.key(6), p).astype(jnp.float32)
 
     def bound(state):
-        return float(vae.elbo(CFG, {**state.params, "decoder": decoder}, x, jax.random.key(7))["elbo"].mean())
+        return float(
+            vae.elbo(CFG, {**state.params, "decoder": decoder}, x, jax.random.key(7))["elbo"].mean()
+        )
 
     before = bound(state)
     for i in range(300):
@@ -99,7 +112,10 @@ def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypat
     setup = replace(iwae_table.SCALES["smoke"].setup, folder=str(tmp_path), epochs=1, stages=2, further=1, ks=(1, 2),
                     vae_ks=(1,), two_layers=(), batch_size=480, lr=1e-3, test=20, draws=20)  # fmt: skip
     found = iwae_table.run(setup, tmp_path)
-    runs = {str(p.parent.relative_to(tmp_path)): json.loads(p.read_text()) for p in tmp_path.rglob("run.json")}
+    runs = {
+        str(p.parent.relative_to(tmp_path)): json.loads(p.read_text())
+        for p in tmp_path.rglob("run.json")
+    }
     first, second = (runs[f"1-IWAE-k2-1epochs/seed0/stage{i}"] for i in (0, 1))
     assert first["run"]["steps"] * 3 == second["run"]["steps"] == 9
     assert second["run"]["init"].endswith("stage0") and first["run"]["init"] == ""
@@ -116,7 +132,11 @@ def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypat
     assert (tmp_path / "iwae_table.png").exists()
 
     result = train.load(tmp_path / "1-VAE-k1-1epochs/seed0/stage1")
-    x = np.asarray(vae.preprocess(result.config, data.load("digits", "test[:20]").batch(0, 0, 20), jax.random.key(9)))
+    x = np.asarray(
+        vae.preprocess(
+            result.config, data.load("digits", "test[:20]").batch(0, 0, 20), jax.random.key(9)
+        )
+    )
     ours = _iwae.nll(result, x, draws=20).mean()
     np.testing.assert_allclose(named["1 layer, VAE k=1, 4 epochs: NLL (nats)"], ours, rtol=1e-6)
     kept = np.arange(4) % 2 == 0
@@ -146,13 +166,17 @@ def test_curves_and_samples_are_drawn(tmp_path, script):
     if script is vae_elbo_curves:
         assert all(row.error is not None for row in found[:4])
         assert {p.name for p in (tmp_path / "AEVB-2").iterdir()} == {"seed0", "seed1"}
-    assert (tmp_path / f"{script.__name__.removeprefix('experiments.')}.png").stat().st_size > 20_000
+    assert (
+        tmp_path / f"{script.__name__.removeprefix('experiments.')}.png"
+    ).stat().st_size > 20_000
 
 
 def test_slopes_of_a_critic_are_those_of_its_gradients():
     cfg = replace(wgan_gp_toys.CLIP, disc=replace(wgan_gp_toys.CRITIC, widths=(5, 4, 3)))
     params = jax.jit(wgan_gp_toys.make_critic(cfg).init)(jax.random.key(0)).params["disc"]
-    real, fake = (jnp.asarray(np.random.default_rng(i).normal(size=(6, 2)), jnp.float32) for i in (0, 1))
+    real, fake = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(6, 2)), jnp.float32) for i in (0, 1)
+    )
     layers = wgan_gp_toys.layers(params)
 
     def loss(moves):
@@ -171,11 +195,21 @@ def test_slopes_of_a_critic_are_those_of_its_gradients():
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, pytest.param({"loss": "wasserstein", "penalty": "gp", "condition": "concat"}, marks=pytest.mark.slow)]
+    "flags",
+    [
+        {},
+        pytest.param(
+            {"loss": "wasserstein", "penalty": "gp", "condition": "concat"}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_gan_is_trained_and_measured(tmp_path, flags):
-    run = replace(gan_digits.RUN, folder=str(tmp_path), steps=20, eval_every=10, steps_per_call=10, devices=1)
-    setup = replace(gan_digits.SCALES["smoke"].setup, run=run, model=replace(gan_digits.MODEL, **flags))
+    run = replace(
+        gan_digits.RUN, folder=str(tmp_path), steps=20, eval_every=10, steps_per_call=10, devices=1
+    )
+    setup = replace(
+        gan_digits.SCALES["smoke"].setup, run=run, model=replace(gan_digits.MODEL, **flags)
+    )
     found = gan_digits.run(setup, tmp_path)
     assert all(np.isfinite(row.ours) for row in found) and (tmp_path / "gan_digits.png").exists()
     assert not any("kernel distance" in row.quantity for row in found)  # of 360 digits it is noise
@@ -188,8 +222,16 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
             {"model": replace(gan_mnist.MODEL, classes=10)},
             "an unconditional model: model.classes cannot be 10",
         ),
-        (cgan_mnist, {"data": _cli.Source("grid")}, "data.name must be one of digits, fashion_mnist, mnist"),
-        (gan_digits, {"model": replace(gan_digits.MODEL, classes=0, condition="concat")}, "trains a conditional model"),
+        (
+            cgan_mnist,
+            {"data": _cli.Source("grid")},
+            "data.name must be one of digits, fashion_mnist, mnist",
+        ),
+        (
+            gan_digits,
+            {"model": replace(gan_digits.MODEL, classes=0, condition="concat")},
+            "trains a conditional model",
+        ),
         (gan_mnist, {"samples": 39}, "samples must be at least 40, got 39"),
         (cgan_mnist, {"samples": 5}, "samples must be at least 6, got 5"),
         (mode_collapse, {"samples": 1}, "samples must be at least 2, got 1"),
@@ -197,7 +239,11 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
         (wgan_gp_toys, {"width": 0}, "width must be at least 1, got 0"),
         (wgan_gp_toys, {"deep_steps": 0}, "deep_steps must be at least 1, got 0 .--deep-steps"),
         (parzen_table, {"marks": (200_000,)}, "no mark of .* lies within run.steps"),
-        (parzen_table, {"run": replace(parzen_table.RUN, eval_every=0)}, "run.eval_every must be at least 1"),
+        (
+            parzen_table,
+            {"run": replace(parzen_table.RUN, eval_every=0)},
+            "run.eval_every must be at least 1",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             replace(script.SCALES["cpu"].setup, **change)
@@ -205,7 +251,10 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
 
 @pytest.mark.parametrize(
     "script, kept",
-    [(vae_digits, [vae_digits.BOUND]), (vae_samples, ["2 latents: negative bound", "2 latents: its KL"])],
+    [
+        (vae_digits, [vae_digits.BOUND]),
+        (vae_samples, ["2 latents: negative bound", "2 latents: its KL"]),
+    ],
 )
 def test_what_is_measured_outlasts_what_fails_later(script, kept, tmp_path, monkeypatch):
     """The per-pixel marginal of vae_digits fails, and the second size of vae_samples."""

@@ -32,7 +32,9 @@ ENV = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 def launch(folder, *flags):
     command = [sys.executable, "-m", "tests.trainee", str(folder), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture
@@ -95,7 +97,11 @@ def phase(folder):
     if any("tmp" in name for name in left):
         return "Orbax writes"
     if left:
-        return "sums are made" if not any((p / "SHA256SUMS").exists() for p in saving(folder)) else "before the rename"
+        return (
+            "sums are made"
+            if not any((p / "SHA256SUMS").exists() for p in saving(folder))
+            else "before the rename"
+        )
     return "between saves"
 
 
@@ -113,7 +119,8 @@ def check_resume(start, folder, unbroken, *flags):
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "until, flags", [(17, ()), (30, ("--steps-per-call", 4)), (22, ("--family", "gan", "--steps-per-call", 2))]
+    "until, flags",
+    [(17, ()), (30, ("--steps-per-call", 4)), (22, ("--family", "gan", "--steps-per-call", 2))],
 )
 def test_killed_between_steps(tmp_path, unbroken, start, until, flags):
     folder = tmp_path / "run"
@@ -142,7 +149,15 @@ def test_cut_off_between_saves(tmp_path, make, cfg, options):
             raise PlugPulled
 
     def go(folder, on_eval=None):
-        run = train.Run(folder=str(folder), steps=20, batch_size=16, save_every=5, eval_every=6, devices=1, **options)
+        run = train.Run(
+            folder=str(folder),
+            steps=20,
+            batch_size=16,
+            save_every=5,
+            eval_every=6,
+            devices=1,
+            **options,
+        )
         return trainee.fingerprint(train.fit(make, cfg, run, DIGITS, on_eval=on_eval).state)
 
     with pytest.raises(PlugPulled):
@@ -218,7 +233,10 @@ def asking(number, at):
 @pytest.fixture
 def handlers():
     """What handles signals is as before, and so after the test."""
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    old = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
     yield old
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -269,7 +287,13 @@ def test_a_second_interrupt_does_what_it_did_before(tmp_path, handlers):
         pytest.fail("the second came back")
 
     with pytest.raises(KeyboardInterrupt):
-        train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run", eval_every=8), DIGITS, on_eval=twice)
+        train.fit(
+            vae.make,
+            trainee.ACCUMULATING,
+            short(tmp_path / "run", eval_every=8),
+            DIGITS,
+            on_eval=twice,
+        )
     assert {n: signal.getsignal(n) for n in handlers} == handlers
     assert int(train.load(tmp_path / "run").state.step) == 5
     result = train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS)
@@ -343,7 +367,9 @@ def test_interrupts_at_random_moments_of_a_start(tmp_path):
 
 
 def short(folder, steps=20, **options):
-    return train.Run(folder=str(folder), steps=steps, batch_size=16, save_every=5, devices=1, **options)
+    return train.Run(
+        folder=str(folder), steps=steps, batch_size=16, save_every=5, devices=1, **options
+    )
 
 
 def flip_a_bit(folder):
@@ -384,7 +410,10 @@ def finished(tmp_path_factory):
     "damage",
     [
         flip_a_bit,
-        *(pytest.param(how, marks=pytest.mark.slow) for how in (truncate, lose_half, lose_the_sums, add_a_file)),
+        *(
+            pytest.param(how, marks=pytest.mark.slow)
+            for how in (truncate, lose_half, lose_the_sums, add_a_file)
+        ),
     ],
 )
 def test_damaged_checkpoint_is_passed_over(tmp_path, finished, damage, capfd):
@@ -454,7 +483,10 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read(tmp_path, finished, monkey
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "checkpoints" / "15")
-    real, todo = getattr(checkpoints.Checkpoints, at.split()[-1]), [("20", "21"), ("21", "22"), ("22", "23")]
+    real, todo = (
+        getattr(checkpoints.Checkpoints, at.split()[-1]),
+        [("20", "21"), ("21", "22"), ("22", "23")],
+    )
 
     def during(self, step, *rest):
         if at == "after restore":
@@ -471,7 +503,9 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read(tmp_path, finished, monkey
 
 def test_a_listing_that_misses_a_rename_is_made_again(finished, monkeypatch):
     scan, misses = os.scandir, [True]
-    monkeypatch.setattr(checkpoints.os, "scandir", lambda path: iter(()) if misses and misses.pop() else scan(path))
+    monkeypatch.setattr(
+        checkpoints.os, "scandir", lambda path: iter(()) if misses and misses.pop() else scan(path)
+    )
     assert checkpoints.Checkpoints(finished[0], 2).steps() == [15, 20]
 
 
@@ -488,12 +522,18 @@ def test_info_passes_over_what_is_pruned_meanwhile(tmp_path, finished, monkeypat
 
     monkeypatch.setattr(checkpoints.Checkpoints, "intact", during)
     commands.info(folder)
-    lines = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
+    lines = [
+        line.split(None, 1)[1]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("saved")
+    ]
     assert lines == ["step 15  DAMAGED: it will be passed over", "step 21"]
 
 
 @pytest.mark.soak
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # lost tasks of Orbax, see _hush
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # lost tasks of Orbax, see _hush
 def test_four_hundred_loads_of_a_run_that_trains(tmp_path, start):
     """keep = 1, a save every two updates: not one fails."""
     folder = tmp_path / "run"
@@ -538,9 +578,15 @@ runpy.run_module("tests.trainee", run_name="__main__")
 def check_full(folder, code, err):
     assert code == 1
     lines = [line for line in err.strip().splitlines() if "SaveFailed" in line]
-    assert lines and "step 10 could not be saved" in lines[-1] and "the checkpoint of step 5 stands" in lines[-1], err
+    assert (
+        lines
+        and "step 10 could not be saved" in lines[-1]
+        and "the checkpoint of step 5 stands" in lines[-1]
+    ), err
     # tensorstore's threads outlive a failed save, on a busy machine even the clearing: the next run clears saving-*.
-    assert [p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith("saving-")] == ["5"]
+    assert [
+        p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith("saving-")
+    ] == ["5"]
     assert int(train.load(folder).state.step) == 5
 
 
@@ -555,7 +601,9 @@ def test_a_file_that_cannot_grow_is_said_and_the_older_checkpoint_stands(tmp_pat
 
 def threads():
     """Threads that the end of a process waits for."""
-    return {t for t in threading.enumerate() if not t.daemon and type(t).__module__.startswith("orbax")}
+    return {
+        t for t in threading.enumerate() if not t.daemon and type(t).__module__.startswith("orbax")
+    }
 
 
 @pytest.mark.slow
@@ -572,7 +620,9 @@ def test_no_folder_for_a_checkpoint(tmp_path, after, monkeypatch):
         save(self, step, *rest)
 
     monkeypatch.setattr(checkpoints.Checkpoints, "save", broken)
-    with pytest.raises(train.SaveFailed, match=r"step \d+ could not be saved in .*; there is no checkpoint$"):
+    with pytest.raises(
+        train.SaveFailed, match=r"step \d+ could not be saved in .*; there is no checkpoint$"
+    ):
         train.fit(vae.make, trainee.ACCUMULATING, short(folder), DIGITS)
     assert not threads()
 
@@ -585,7 +635,9 @@ def test_a_log_that_cannot_be_written_says_what_stands(tmp_path, monkeypatch):
     monkeypatch.setattr(train.log.Log, "write", full)
     for at, stands in ((4, "there is no checkpoint"), (14, "the checkpoint of step 10 stands")):
         with pytest.raises(train.SaveFailed, match=f"No space left on device; {stands}$"):
-            train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / str(at), log_every=1), DIGITS)
+            train.fit(
+                vae.make, trainee.ACCUMULATING, short(tmp_path / str(at), log_every=1), DIGITS
+            )
 
 
 @pytest.mark.slow
@@ -597,17 +649,24 @@ def test_cleaning_up_hides_no_failure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints.ocp.StandardCheckpointer, "close", fail)
     monkeypatch.setattr(checkpoints, "_sums", lambda folder: fail(None))
-    with pytest.raises(train.SaveFailed, match="step 5 could not be saved.*; there is no checkpoint$"):
+    with pytest.raises(
+        train.SaveFailed, match="step 5 could not be saved.*; there is no checkpoint$"
+    ):
         train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS)
 
 
 @pytest.mark.slow
-def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tmp_path, monkeypatch, capfd
+):
     def stuck(path, **options):
         raise PermissionError(1, "Operation not permitted", str(path))
 
     monkeypatch.setattr(checkpoints.shutil, "rmtree", stuck)
-    assert int(train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS).state.step) == 20
+    assert (
+        int(train.fit(vae.make, trainee.ACCUMULATING, short(tmp_path / "run"), DIGITS).state.step)
+        == 20
+    )
     lines = [line for line in capfd.readouterr().err.splitlines() if "cannot be removed" in line]
     assert lines and all(line.startswith("warning: ") for line in lines)
     assert int(train.load(tmp_path / "run").state.step) == 20
@@ -631,9 +690,13 @@ def test_a_disk_without_inodes(tmp_path, start, inodes):
         code, out, err = finish(start(disk / "run", "--seconds", 0))
         last = err.strip().splitlines()[-1]
         assert code == 1 and out == "" and ("SaveFailed: " in last or "Refused: " in last), err
-        there = sorted(int(p.name) for p in (disk / "run").glob("checkpoints/[0-9]*") if p.name.isdecimal())
+        there = sorted(
+            int(p.name) for p in (disk / "run").glob("checkpoints/[0-9]*") if p.name.isdecimal()
+        )
         if "SaveFailed: " in last:
-            assert last.endswith(f"the checkpoint of step {there[-1]} stands" if there else "there is no checkpoint")
+            assert last.endswith(
+                f"the checkpoint of step {there[-1]} stands" if there else "there is no checkpoint"
+            )
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -655,7 +718,9 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
         assert steps and int(train.load(folder, at_most=10**6).state.step) == steps[-1]
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         again = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
-        assert again.returncode == 0 and f"continuing at step {steps[-1]} of 400" in again.stderr, again.stderr
+        assert again.returncode == 0 and f"continuing at step {steps[-1]} of 400" in again.stderr, (
+            again.stderr
+        )
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -665,7 +730,14 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("k", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, monkeypatch, capsys, k):
-    run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=16, save_every=5, steps_per_call=k, devices=1)
+    run = train.Run(
+        folder=str(tmp_path / "run"),
+        steps=20,
+        batch_size=16,
+        save_every=5,
+        steps_per_call=k,
+        devices=1,
+    )
     with pytest.raises(train.NonFinite) as stopped:
         train.fit(trainee.make_nan, trainee.ACCUMULATING, run, DIGITS)
     words = str(stopped.value)
@@ -684,7 +756,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, monkeypat
 
 def test_replay_repeats_the_logged_numbers(tmp_path, monkeypatch, capsys):
     run = train.Run(
-        folder=str(tmp_path / "run"), steps=12, batch_size=16, save_every=5, log_every=1, devices=1, steps_per_call=4
+        folder=str(tmp_path / "run"),
+        steps=12,
+        batch_size=16,
+        save_every=5,
+        log_every=1,
+        devices=1,
+        steps_per_call=4,
     )
     train.fit(vae.make, trainee.ACCUMULATING, run, DIGITS)
     for line in train.metrics(run.folder)[:1] + train.metrics(run.folder)[-1:]:
@@ -699,7 +777,9 @@ def test_save_waits_until_metrics_are_known_to_be_finite(tmp_path):
     run = train.Run(folder=str(tmp_path / "run"), steps=20, batch_size=16, save_every=4, devices=1)
     with pytest.raises(train.NonFinite, match="the checkpoint of step 4 stands"):
         train.fit(trainee.make_nan, trainee.ACCUMULATING, run, DIGITS)
-    assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), train.load(run.folder).state.params))
+    assert jax.tree.all(
+        jax.tree.map(lambda x: bool(np.isfinite(x).all()), train.load(run.folder).state.params)
+    )
 
 
 @pytest.mark.slow
@@ -718,23 +798,31 @@ def test_replay_compares_itself_with_the_log(tmp_path, monkeypatch, capsys):
     loss = lines[1]["train"]["loss"]
     lines[1]["train"]["loss"] = loss + 0.5
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert f"NOT as in metrics.jsonl: loss was {loss + 0.5!r} and is {loss!r} (0.5 apart)" in said(8)
+    assert f"NOT as in metrics.jsonl: loss was {loss + 0.5!r} and is {loss!r} (0.5 apart)" in said(
+        8
+    )
     lines[1]["train"]["loss"] = None
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert f"NOT as in metrics.jsonl: loss was None and is {loss!r}" in said(8)
 
 
 @pytest.mark.parametrize(
-    "make, leaf", [("make_nan_params", "params."), ("make_inf_ema", "ema."), ("make_nan_moments", "opt_state.")]
+    "make, leaf",
+    [("make_nan_params", "params."), ("make_inf_ema", "ema."), ("make_nan_moments", "opt_state.")],
 )
 @pytest.mark.parametrize("steps", [8, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, make, leaf, steps):
     """Loss and gradient of update 8 are finite, its state is not; at keep = 1 nothing finite is lost."""
-    run = train.Run(folder=str(tmp_path / "run"), steps=steps, batch_size=16, save_every=4, keep=1, devices=1)
+    run = train.Run(
+        folder=str(tmp_path / "run"), steps=steps, batch_size=16, save_every=4, keep=1, devices=1
+    )
     with pytest.raises(train.NonFinite) as stopped:
         train.fit(getattr(trainee, make), trainee.CFG, run, DIGITS)
     words = str(stopped.value)
-    assert words.startswith(f"step 8: {leaf}") and " is not finite; the checkpoint of step 4 stands; repeat it" in words
+    assert (
+        words.startswith(f"step 8: {leaf}")
+        and " is not finite; the checkpoint of step 4 stands; repeat it" in words
+    )
     assert [p.name for p in Path(run.folder, "checkpoints").iterdir()] == ["4"]
     assert int(train.load(run.folder).state.step) == 4
 
@@ -744,7 +832,11 @@ def test_what_counts_as_not_finite(dtype):
     def state(**changes):
         fields = {
             "step": jnp.zeros((), jnp.int32),
-            "params": {"w": jnp.ones((2, 3), dtype), "n": jnp.ones(2, jnp.int32), "key": jax.random.key(0)},
+            "params": {
+                "w": jnp.ones((2, 3), dtype),
+                "n": jnp.ones(2, jnp.int32),
+                "key": jax.random.key(0),
+            },
             "opt_state": (jnp.ones(3, dtype), jnp.ones((), bool)),
             "extra": {"history": jnp.ones(3, dtype)},
             "ema": {"w": jnp.ones((2, 3), dtype)},
@@ -763,7 +855,10 @@ def test_what_counts_as_not_finite(dtype):
         assert checkpoints.not_finite(state(params={"w": infinite})) == "params.w"
         assert checkpoints.not_finite(state(ema={"w": infinite})) == "ema.w"
         # A running minimum begins there.
-        assert checkpoints.not_finite(state(opt_state=(infinite,), extra={"history": infinite})) is None
+        assert (
+            checkpoints.not_finite(state(opt_state=(infinite,), extra={"history": infinite}))
+            is None
+        )
 
 
 @pytest.mark.slow
@@ -773,7 +868,12 @@ def test_an_older_checkpoint_that_is_not_finite_is_passed_over(tmp_path, finishe
     shutil.copytree(finished[0], folder)
     state = train.load(folder).state
     saves = checkpoints.Checkpoints(folder, 3)
-    saves.save(25, state._replace(step=state.step + 5, params=jax.tree.map(lambda x: x * jnp.nan, state.params)))
+    saves.save(
+        25,
+        state._replace(
+            step=state.step + 5, params=jax.tree.map(lambda x: x * jnp.nan, state.params)
+        ),
+    )
     saves.close()
     assert int(train.load(folder).state.step) == 20
     [line] = capfd.readouterr().err.strip().splitlines()
@@ -797,10 +897,14 @@ FEW = data.load("digits", "train[:40]")
 
 
 def tiny(folder, **options):
-    return train.Run(**{"folder": str(folder), "steps": 2, "batch_size": 20, "devices": 1, **options})
+    return train.Run(
+        **{"folder": str(folder), "steps": 2, "batch_size": 20, "devices": 1, **options}
+    )
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(2, "no such file"), RuntimeError("odd"), SystemExit(3)])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "no such file"), RuntimeError("odd"), SystemExit(3)]
+)
 def test_what_on_eval_raises_loses_no_training_and_is_made_up_for(tmp_path, error):
     raising = [True]
 
@@ -839,14 +943,18 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     for seed in (0, 1):
         train.fit(vae.make, TINY, tiny(tmp_path / str(seed), seed=seed), FEW)
     longer = tiny(tmp_path / "0", steps=3, keep=3, eval_every=1)
-    assert int(train.fit(vae.make, TINY, longer, FEW).state.step) == 3  # a change that is no other run
+    assert (
+        int(train.fit(vae.make, TINY, longer, FEW).state.step) == 3
+    )  # a change that is no other run
     shutil.rmtree(tmp_path / "1" / "checkpoints")
     shutil.copytree(tmp_path / "0" / "checkpoints", tmp_path / "1" / "checkpoints")
     for use in (
         lambda: train.load(tmp_path / "1"),
         lambda: train.fit(vae.make, TINY, tiny(tmp_path / "1", steps=4, seed=1), FEW),
     ):
-        with pytest.raises(train.Refused, match="step 3 in .* is of another run than the run.json beside it"):
+        with pytest.raises(
+            train.Refused, match="step 3 in .* is of another run than the run.json beside it"
+        ):
             use()
     for step in (2, 3):  # those of older versions say nothing
         folder = tmp_path / "1" / "checkpoints" / str(step)
@@ -855,7 +963,9 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     assert int(train.load(tmp_path / "1").state.step) == 3
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # lost tasks of Orbax, see _hush
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # lost tasks of Orbax, see _hush
 @pytest.mark.parametrize("file", ["_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"])
 def test_an_intact_checkpoint_that_orbax_cannot_read_is_passed_over(tmp_path, capfd, file):
     train.fit(vae.make, TINY, tiny(tmp_path, save_every=1), FEW)
@@ -870,7 +980,11 @@ def test_an_intact_checkpoint_that_orbax_cannot_read_is_passed_over(tmp_path, ca
 
 
 def test_a_number_beyond_every_float_in_the_log_is_dropped(tmp_path):
-    lines = ({"step": 1, "valid": {"a": 10**400}}, {"step": 10**400, "valid": {"a": 1}}, {"step": 2, "valid": {"a": 7}})
+    lines = (
+        {"step": 1, "valid": {"a": 10**400}},
+        {"step": 10**400, "valid": {"a": 1}},
+        {"step": 2, "valid": {"a": 7}},
+    )
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert train.metrics(tmp_path) == [{"step": 2, "valid": {"a": 7}}]
     assert train.log.ranked([{"step": 1, "valid": {"a": 10**400}}], "a", [1]) == []
@@ -889,7 +1003,8 @@ def test_a_folder_in_which_another_process_begins_meanwhile(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "option", [["-m", "aigc_jax"], ["-maigc_jax"], ["-um", "aigc_jax"], ["-X", "dev", "-bmaigc_jax"]]
+    "option",
+    [["-m", "aigc_jax"], ["-maigc_jax"], ["-um", "aigc_jax"], ["-X", "dev", "-bmaigc_jax"]],
 )
 def test_the_module_of_a_command_is_found(option):
     assert interrupt._module(["python", *option, "-m", "other"]) == "aigc_jax"

@@ -17,7 +17,12 @@ SGD, STILL = Optim("sgd", lr=0.05), Optim("sgd", lr=0.0)
 DIGITS = data.load("digits")
 # Both nets linear: what one update does can be written down.
 LINEAR = gan.Config(
-    shape=(2,), latent_dim=2, gen=gan.NetConfig(widths=()), disc=gan.NetConfig(widths=()), optim=SGD, disc_optim=SGD
+    shape=(2,),
+    latent_dim=2,
+    gen=gan.NetConfig(widths=()),
+    disc=gan.NetConfig(widths=()),
+    optim=SGD,
+    disc_optim=SGD,
 )
 SMALL = gan.Config(
     shape=(8, 8, 1),
@@ -55,7 +60,9 @@ def test_losses_are_their_definitions():
     }
     assert set(expected) == set(LOSSES)
     for name, (disc, gen) in expected.items():
-        np.testing.assert_allclose(gan.discriminator_loss(name, jnp.float32(r), jnp.float32(f)), disc, atol=1e-5)
+        np.testing.assert_allclose(
+            gan.discriminator_loss(name, jnp.float32(r), jnp.float32(f)), disc, atol=1e-5
+        )
         np.testing.assert_allclose(gan.generator_loss(name, jnp.float32(f)), gen, atol=1e-5)
 
 
@@ -63,7 +70,9 @@ def test_losses_survive_large_logits():
     far = jnp.array([-1e4, 1e4])
     for name in LOSSES:
         slopes = jax.grad(lambda f, name=name: gan.generator_loss(name, f).sum())(far)
-        assert np.isfinite(slopes).all() and np.isfinite(gan.discriminator_loss(name, far, -far)).all()
+        assert (
+            np.isfinite(slopes).all() and np.isfinite(gan.discriminator_loss(name, far, -far)).all()
+        )
     # Where D is sure of a fake, the first loss of the paper has no slope left and the second all of it.
     assert jax.grad(lambda f: gan.generator_loss("minimax", f).sum())(far)[0] == 0
     assert jax.grad(lambda f: gan.generator_loss("non_saturating", f).sum())(far)[0] == -1
@@ -75,7 +84,9 @@ def test_the_best_discriminator_gives_the_jensen_shannon_divergence():
     p, q = rng.dirichlet(np.ones(7), size=2)
 
     def expected(name, logits):
-        loss = [gan.discriminator_loss(name, logits, jnp.full(7, f)) for f in np.float32(logits)]  # [fake, real]
+        loss = [
+            gan.discriminator_loss(name, logits, jnp.full(7, f)) for f in np.float32(logits)
+        ]  # [fake, real]
         return jnp.einsum("fr,f,r->", jnp.stack(loss), jnp.float32(q), jnp.float32(p))
 
     m = (p + q) / 2
@@ -83,7 +94,9 @@ def test_the_best_discriminator_gives_the_jensen_shannon_divergence():
     best = jnp.float32(np.log(p / q))
     np.testing.assert_allclose(expected("minimax", best), np.log(4) - 2 * jsd, atol=1e-5)
 
-    def separate(name, logits):  # the same, differentiable: the loss is a sum of a real and a fake part
+    def separate(
+        name, logits
+    ):  # the same, differentiable: the loss is a sum of a real and a fake part
         zero = jnp.zeros(7)
         real = gan.discriminator_loss(name, logits, zero) - gan.discriminator_loss(name, zero, zero)
         fake = gan.discriminator_loss(name, zero, logits)
@@ -91,7 +104,9 @@ def test_the_best_discriminator_gives_the_jensen_shannon_divergence():
 
     np.testing.assert_allclose(jax.grad(lambda r: separate("minimax", r))(best), 0, atol=1e-6)
     # Least squares has the same decision p / (p + q), as its value (Mao et al. 2017, eq. 5 with a = 0, b = 1).
-    np.testing.assert_allclose(jax.grad(lambda r: separate("least_squares", r))(jnp.float32(p / (p + q))), 0, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda r: separate("least_squares", r))(jnp.float32(p / (p + q))), 0, atol=1e-6
+    )
 
 
 def test_penalties_of_a_linear_critic_are_known():
@@ -102,7 +117,9 @@ def test_penalties_of_a_linear_critic_are_known():
         return jnp.einsum("bhwc,hwc->b", x, w)
 
     real, fake = jax.random.normal(key(1), (2, 6, 5, 4, 3))
-    np.testing.assert_allclose(gan.gradient_penalty(critic, real, fake, key(2)), (norm - 1) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        gan.gradient_penalty(critic, real, fake, key(2)), (norm - 1) ** 2, rtol=1e-5
+    )
     np.testing.assert_allclose(gan.r1_penalty(critic, real), norm**2, rtol=1e-5)
 
 
@@ -141,7 +158,9 @@ def test_wasserstein_critic_reaches_its_exact_optimum(kind, best):
     state = state._replace(params={**state.params, "gen": fixed})
     step = jax.jit(family.step)
     for i in range(300):
-        state, metrics = step(state, {"points": np.zeros((8, 2), np.float32)}, core.step_key(key(1), i))
+        state, metrics = step(
+            state, {"points": np.zeros((8, 2), np.float32)}, core.step_key(key(1), i)
+        )
     slope = np.asarray(state.params["disc"]["Dense_0"]["kernel"])[:, 0]
     np.testing.assert_allclose(slope, [-best, 0], atol=1e-4)
     np.testing.assert_allclose(metrics["real_logit"] - metrics["fake_logit"], a * best, rtol=1e-3)
@@ -206,7 +225,9 @@ def test_statistics_of_the_discriminator_come_from_real_then_fake():
     state = jax.jit(family.init)(key(0))
     grey = jax.tree.map(jnp.zeros_like, state.params["gen"])
     batch = DIGITS.batch(0, 0, 16)
-    new, _ = jax.jit(family.step)(state._replace(params={**state.params, "gen": grey}), batch, key(1))
+    new, _ = jax.jit(family.step)(
+        state._replace(params={**state.params, "gen": grey}), batch, key(1)
+    )
 
     layers = state.params["disc"]["_MLP_0"]
 
@@ -215,8 +236,12 @@ def test_statistics_of_the_discriminator_come_from_real_then_fake():
         return (np.where(h > 0, h, 0.2 * h) @ np.asarray(layers["Dense_1"]["kernel"])).mean(0)
 
     expected = 0.09 * mean(batch["image"] / 16) + 0.1 * mean(np.full((16, 64), 0.5))
-    [running] = [x for p, x in jax.tree_util.tree_leaves_with_path(new.extra["disc"]) if "mean" in str(p)]
-    np.testing.assert_allclose(running, expected, atol=1e-5)  # G's update saw D too, and left no trace
+    [running] = [
+        x for p, x in jax.tree_util.tree_leaves_with_path(new.extra["disc"]) if "mean" in str(p)
+    ]
+    np.testing.assert_allclose(
+        running, expected, atol=1e-5
+    )  # G's update saw D too, and left no trace
 
 
 def test_critic_updates_take_the_parts_of_the_batch_in_turn():
@@ -227,7 +252,9 @@ def test_critic_updates_take_the_parts_of_the_batch_in_turn():
     _, metrics = jax.jit(family.step)(state, {"points": x}, key(1))
     variables = {"params": state.params["disc"], "batch_stats": {}}
     np.testing.assert_allclose(
-        metrics["real_logit"], gan.discriminate(cfg, variables, jnp.asarray(x[2::3])).mean(), rtol=1e-5
+        metrics["real_logit"],
+        gan.discriminate(cfg, variables, jnp.asarray(x[2::3])).mean(),
+        rtol=1e-5,
     )
 
 
@@ -261,17 +288,28 @@ class Written:
     """D's updates on a linear logit w.x + v, fakes all at c, gamma / 2 |w|^2 its penalty: float64 numpy, on its own."""
 
     def __init__(self, loss, optim, packing=1, gamma=0.0):
-        (self.real, self.fake, self.gen), self.o, self.p, self.gamma = WRITTEN[loss], optim, packing, gamma
+        (self.real, self.fake, self.gen), self.o, self.p, self.gamma = (
+            WRITTEN[loss],
+            optim,
+            packing,
+            gamma,
+        )
         self.m = self.s = np.zeros(2 * packing + 1)
         self.t = 0
 
     def logits(self, theta, x, c):
         packed = x.reshape(-1, 2 * self.p), np.tile(c, (len(x) // self.p, self.p))
-        return [np.column_stack([a, np.ones(len(a))]) for a in packed], [a @ theta[:-1] + theta[-1] for a in packed]
+        return [np.column_stack([a, np.ones(len(a))]) for a in packed], [
+            a @ theta[:-1] + theta[-1] for a in packed
+        ]
 
     def loss(self, theta, x, c):
         _, (r, f) = self.logits(theta, x, c)
-        return self.real[0](r).mean() + self.fake[0](f).mean() + self.gamma / 2 * (theta[:-1] ** 2).sum()
+        return (
+            self.real[0](r).mean()
+            + self.fake[0](f).mean()
+            + self.gamma / 2 * (theta[:-1] ** 2).sum()
+        )
 
     def update(self, theta, x, c):
         (x, c), (r, f) = self.logits(theta, x, c)
@@ -297,14 +335,19 @@ def at_a_point(cfg, c):
 
 def theta_of(state):
     layer = state.params["disc"]["Dense_0"]
-    return np.concatenate([np.asarray(layer["kernel"], np.float64)[:, 0], np.asarray(layer["bias"], np.float64)])
+    return np.concatenate(
+        [np.asarray(layer["kernel"], np.float64)[:, 0], np.asarray(layer["bias"], np.float64)]
+    )
 
 
 @pytest.mark.parametrize(
     "loss, unrolled, optim, packing, n_critic",
     [
         *(pytest.param(loss, 2, adam(0.1), 1, 1, marks=pytest.mark.slow) for loss in LOSSES),
-        *(pytest.param(loss, 1, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow) for loss in LOSSES),
+        *(
+            pytest.param(loss, 1, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow)
+            for loss in LOSSES
+        ),
         ("non_saturating", 0, adam(0.1), 1, 1),
         pytest.param("minimax", 0, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow),
         ("minimax", 3, adam(0.1), 2, 2),
@@ -314,7 +357,15 @@ def theta_of(state):
 def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packing, n_critic):
     """d/dc of minus D's whole loss at (theta_K(c), c), by finite differences of the written updates."""
     penalty = {"penalty": "r1", "penalty_weight": 0.7} if loss == "wasserstein" else {}
-    cfg = replace(LINEAR, loss=loss, unrolled=unrolled, disc_optim=optim, packing=packing, n_critic=n_critic, **penalty)
+    cfg = replace(
+        LINEAR,
+        loss=loss,
+        unrolled=unrolled,
+        disc_optim=optim,
+        packing=packing,
+        n_critic=n_critic,
+        **penalty,
+    )
     c = np.array([0.4, -0.7])
     family, state = at_a_point(cfg, c)
     x = np.float32(np.random.default_rng(5).normal(size=(16 * n_critic, 2)) + 1).astype(np.float64)
@@ -331,7 +382,9 @@ def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packin
         for _ in range(ahead):
             theta = written.update(theta, parts[-1], at)
         whole = -written.loss(theta, parts[-1], at)
-        return own, whole if ahead else written.gen(written.logits(theta, parts[-1], at)[1][1]).mean()
+        return own, whole if ahead else written.gen(
+            written.logits(theta, parts[-1], at)[1][1]
+        ).mean()
 
     h = 1e-5 * np.eye(2)
     expected = [(objective(c + d)[1] - objective(c - d)[1]) / 2e-5 for d in h]
@@ -356,7 +409,9 @@ def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packin
 )
 def test_the_unrolled_generator_rests_on_the_data(loss, penalty):
     """G = data, D undecided: nothing that G could do to D in its next updates makes G move."""
-    cfg = replace(LINEAR, loss=loss, unrolled=2, penalty=penalty, disc_optim=Optim("sgd", lr=0.3, clip=1.0))
+    cfg = replace(
+        LINEAR, loss=loss, unrolled=2, penalty=penalty, disc_optim=Optim("sgd", lr=0.3, clip=1.0)
+    )
     c = np.array([0.4, -0.7])
     family, state = at_a_point(cfg, c)
     even = jax.tree.map(jnp.zeros_like, state.params["disc"])
@@ -380,7 +435,11 @@ def test_clipping_bounds_every_weight_of_the_critic_only():
 
 def test_maxout_and_the_first_discriminator_by_hand():
     """Both maxout layers and the sigmoid's logit of GAN's D, in numpy, on pixels taken back to [0, 1]."""
-    cfg = gan.Config(shape=(4, 4, 1), latent_dim=3, disc=gan.NetConfig(widths=(6, 5), activation="maxout", pieces=3))
+    cfg = gan.Config(
+        shape=(4, 4, 1),
+        latent_dim=3,
+        disc=gan.NetConfig(widths=(6, 5), activation="maxout", pieces=3),
+    )
     params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (7, 4, 4, 1), minval=-1, maxval=1)
     h = (np.asarray(x).reshape(7, 16) + 1) / 2
@@ -388,7 +447,9 @@ def test_maxout_and_the_first_discriminator_by_hand():
         layer = params["_MLP_0"][f"Dense_{i}"]
         pieces = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
         h = np.max([pieces[:, p * width : (p + 1) * width] for p in range(3)], 0)
-    logits = h @ np.asarray(params["Dense_0"]["kernel"])[:, 0] + np.asarray(params["Dense_0"]["bias"])
+    logits = h @ np.asarray(params["Dense_0"]["kernel"])[:, 0] + np.asarray(
+        params["Dense_0"]["bias"]
+    )
     got = gan.discriminate(cfg, {"params": params}, x)
     np.testing.assert_allclose(got, logits, atol=1e-5)
 
@@ -416,12 +477,19 @@ def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
 
 
 @pytest.mark.parametrize(
-    "kind", ["mlp", pytest.param("dcgan", marks=pytest.mark.slow), pytest.param("resnet", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "mlp",
+        pytest.param("dcgan", marks=pytest.mark.slow),
+        pytest.param("resnet", marks=pytest.mark.slow),
+    ],
 )
 def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
     """Held still, the power iteration converges to the singular values that numpy finds."""
     disc = gan.NetConfig(kind, (6,), "leaky_relu", norm="spectral")
-    cfg = replace(SMALL, disc=disc, disc_optim=STILL, optim=STILL, classes=10, condition="projection")
+    cfg = replace(
+        SMALL, disc=disc, disc_optim=STILL, optim=STILL, classes=10, condition="projection"
+    )
     family = gan.make(cfg)
     state = jax.jit(family.init)(key(0))
     step = jax.jit(family.step)
@@ -434,7 +502,9 @@ def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
     }
     sigmas = sorted(float(s) for p, s in jax.tree_util.tree_leaves_with_path(state.extra["disc"])
                     if "sigma" in jax.tree_util.keystr(p))  # fmt: skip
-    exact = sorted(np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)[0] for w in kernels.values())
+    exact = sorted(
+        np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)[0] for w in kernels.values()
+    )
     np.testing.assert_allclose(sigmas, exact, rtol=0.02)
     assert len(sigmas) == len(kernels) >= 3
 
@@ -449,10 +519,18 @@ def test_spectral_norm_of_one_linear_layer_is_slope_one():
 
 @pytest.mark.parametrize("condition", ["concat", "projection"])
 @pytest.mark.parametrize(
-    "kind", ["mlp", pytest.param("dcgan", marks=pytest.mark.slow), pytest.param("resnet", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "mlp",
+        pytest.param("dcgan", marks=pytest.mark.slow),
+        pytest.param("resnet", marks=pytest.mark.slow),
+    ],
 )
 def test_both_nets_listen_to_the_label(kind, condition):
-    nets = {"gen": gan.NetConfig(kind, (4, 4), norm="batch"), "disc": gan.NetConfig(kind, (4, 4), "leaky_relu")}
+    nets = {
+        "gen": gan.NetConfig(kind, (4, 4), norm="batch"),
+        "disc": gan.NetConfig(kind, (4, 4), "leaky_relu"),
+    }
     cfg = replace(SMALL, classes=10, condition=condition, **nets)
     state = jax.jit(gan.make(cfg).init)(key(0))
     gen = {"params": state.params["gen"], "batch_stats": state.extra["gen"]}
@@ -471,12 +549,20 @@ def test_both_nets_listen_to_the_label(kind, condition):
 
 def test_projection_is_an_inner_product_with_the_label():
     """logit(y) - logit(y') = <V_y - V_y', phi(x)>, phi the last features."""
-    cfg = replace(SMALL, classes=10, condition="projection", disc=gan.NetConfig(widths=(5,), activation="tanh"))
+    cfg = replace(
+        SMALL,
+        classes=10,
+        condition="projection",
+        disc=gan.NetConfig(widths=(5,), activation="tanh"),
+    )
     params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
     x = jax.random.uniform(key(1), (3, 8, 8, 1))
     one, two = (gan.discriminate(cfg, {"params": params}, x, jnp.full(3, y)) for y in (2, 7))
     layer = params["_MLP_0"]["Dense_0"]
-    phi = np.tanh((np.asarray(x).reshape(3, -1) + 1) / 2 @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"]))
+    phi = np.tanh(
+        (np.asarray(x).reshape(3, -1) + 1) / 2 @ np.asarray(layer["kernel"])
+        + np.asarray(layer["bias"])
+    )
     v = np.asarray(params["Dense_1"]["kernel"])
     np.testing.assert_allclose(one - two, phi @ (v[2] - v[7]), atol=1e-5)
 
@@ -505,7 +591,9 @@ def test_the_first_biases_are_the_mean_picture():
     mean = np.random.default_rng(0).uniform(0.05, 0.95, 64)
     bias = tuple(float(b) for b in np.log(mean / (1 - mean)))
     cfg = replace(SMALL, output_bias=bias, gen=gan.NetConfig(widths=()))
-    params = jax.tree.map(lambda w: w if w.ndim == 1 else 0 * w, jax.jit(gan.make(cfg).init)(key(0)).params["gen"])
+    params = jax.tree.map(
+        lambda w: w if w.ndim == 1 else 0 * w, jax.jit(gan.make(cfg).init)(key(0)).params["gen"]
+    )
     x = gan.generate(cfg, {"params": params}, jnp.zeros((1, 4)))
     np.testing.assert_allclose((x.reshape(-1) + 1) / 2, mean, atol=1e-5)
 
@@ -522,21 +610,39 @@ def test_uniform_noise_is_the_unit_cube():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"penalty": "gp"}, "penalty 'gp' needs .*disc.norm 'batch' makes a logit depend on the whole batch"),
+        (
+            {"penalty": "gp"},
+            "penalty 'gp' needs .*disc.norm 'batch' makes a logit depend on the whole batch",
+        ),
         ({"penalty": "r1"}, "penalty 'r1'"),
         ({"n_critic": 0}, "n_critic must be at least 1, got 0"),
         ({"packing": 0}, "packing must be at least 1"),
         ({"unrolled": 2}, "disc_optim.eps_root"),
-        ({"unrolled": 2, "disc_optim": Optim("rmsprop")}, "D's rmsprop, whose square root has no derivative at 0"),
-        ({"gen": gan.NetConfig("dcgan", (4, 4, 4, 4))}, r"model.gen.widths .* halve H and W 4 times"),
+        (
+            {"unrolled": 2, "disc_optim": Optim("rmsprop")},
+            "D's rmsprop, whose square root has no derivative at 0",
+        ),
+        (
+            {"gen": gan.NetConfig("dcgan", (4, 4, 4, 4))},
+            r"model.gen.widths .* halve H and W 4 times",
+        ),
         ({"gen": gan.NetConfig(norm="spectral")}, "gen.norm 'spectral' is for the discriminator"),
-        ({"disc": gan.NetConfig(norm="layer")}, "model.disc.norm must be one of none, batch, spectral, not 'layer'"),
-        ({"disc": gan.NetConfig("dcgan", (4,), "maxout")}, "model.disc: maxout and dropout are for kind mlp"),
+        (
+            {"disc": gan.NetConfig(norm="layer")},
+            "model.disc.norm must be one of none, batch, spectral, not 'layer'",
+        ),
+        (
+            {"disc": gan.NetConfig("dcgan", (4,), "maxout")},
+            "model.disc: maxout and dropout are for kind mlp",
+        ),
         ({"disc": gan.NetConfig(dropout=(0.2, 1.0))}, "model.disc.dropout must be two shares"),
         ({"output_bias": (0.0,) * 3}, "output_bias needs gen.kind mlp and 64 values, got 3"),
         ({"shape": (8, 8)}, r"model.shape must be \(H, W, C\) or \(d,\)"),
         ({"penalty_weight": 0.0}, "penalty_weight must be positive"),
-        ({"loss": "wasserstein"}, "'wasserstein' needs a Lipschitz constraint on the critic: set penalty"),
+        (
+            {"loss": "wasserstein"},
+            "'wasserstein' needs a Lipschitz constraint on the critic: set penalty",
+        ),
         ({"condition": "projection"}, "'projection' needs classes"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
     ],
@@ -548,27 +654,57 @@ def test_configs_that_cannot_work_are_refused(change, words):
 
 def test_a_choice_that_does_not_exist_is_refused():
     cfg = replace(SMALL)
-    object.__setattr__(cfg, "loss", "nonsaturating")  # in pytest, jaxtyping would refuse it before our own check
-    with pytest.raises(ValueError, match="model.loss must be one of minimax, non_saturating.*not 'nonsaturating'"):
+    object.__setattr__(
+        cfg, "loss", "nonsaturating"
+    )  # in pytest, jaxtyping would refuse it before our own check
+    with pytest.raises(
+        ValueError, match="model.loss must be one of minimax, non_saturating.*not 'nonsaturating'"
+    ):
         cfg.__post_init__()
 
 
 @pytest.mark.parametrize(
     ("change", "run", "source", "words"),
     [
-        ({"packing": 3}, {}, DIGITS, "16 does not divide by 1 devices x 1 micro-batches x 1 n_critic x 3 packing"),
+        (
+            {"packing": 3},
+            {},
+            DIGITS,
+            "16 does not divide by 1 devices x 1 micro-batches x 1 n_critic x 3 packing",
+        ),
         ({"n_critic": 5}, {}, DIGITS, "x 5 n_critic x 1 packing"),
-        ({"classes": 10}, {}, data.from_arrays({"image": np.zeros((9, 8, 8, 1), np.uint8)}, levels=17), "no labels"),
+        (
+            {"classes": 10},
+            {},
+            data.from_arrays({"image": np.zeros((9, 8, 8, 1), np.uint8)}, levels=17),
+            "no labels",
+        ),
         ({"classes": 7}, {}, DIGITS, "model.classes is 7, the examples have 10 classes"),
         ({"levels": 256}, {}, DIGITS, "model.levels is 256, the images have 17"),
-        ({}, {}, data.load("ring"), r"model.shape \(8, 8, 1\) is for image, this data set holds points"),
-        ({"shape": (16, 16, 1)}, {}, DIGITS, r"model.shape is \(16, 16, 1\), the examples are \(8, 8, 1\)"),
+        (
+            {},
+            {},
+            data.load("ring"),
+            r"model.shape \(8, 8, 1\) is for image, this data set holds points",
+        ),
+        (
+            {"shape": (16, 16, 1)},
+            {},
+            DIGITS,
+            r"model.shape is \(16, 16, 1\), the examples are \(8, 8, 1\)",
+        ),
     ],
 )
-def test_data_that_does_not_fit_is_refused_before_anything_compiles(change, run, source, words, monkeypatch):
-    monkeypatch.setattr(train.engine.Engine, "__init__", lambda *_: pytest.fail("it went on to compile"))
+def test_data_that_does_not_fit_is_refused_before_anything_compiles(
+    change, run, source, words, monkeypatch
+):
+    monkeypatch.setattr(
+        train.engine.Engine, "__init__", lambda *_: pytest.fail("it went on to compile")
+    )
     with pytest.raises(train.Refused, match=words):
-        train.fit(gan.make, replace(SMALL, **change), train.Run(batch_size=16, devices=1, **run), source)
+        train.fit(
+            gan.make, replace(SMALL, **change), train.Run(batch_size=16, devices=1, **run), source
+        )
 
 
 def test_divergence_names_the_nets_and_the_step():
@@ -576,17 +712,25 @@ def test_divergence_names_the_nets_and_the_step():
     cfg = replace(LINEAR, loss="least_squares", disc_optim=Optim("sgd", lr=1e3), optim=STILL)
     with pytest.raises(train.NonFinite) as e:
         train.fit(gan.make, cfg, train.Run(steps=50, batch_size=8, log_every=1), data.load("ring"))
-    said = re.match(r"step \d+: gen_grad_norm = inf, disc_loss = (\S+), .*disc_grad_norm = ([\d.e+]+)", str(e.value))
+    said = re.match(
+        r"step \d+: gen_grad_norm = inf, disc_loss = (\S+), .*disc_grad_norm = ([\d.e+]+)",
+        str(e.value),
+    )
     assert said and float(said[1]) > 1e6, str(e.value)
 
 
 def test_resume_is_exact_with_statistics_and_both_optimizers(tmp_path):
     cfg = replace(
-        SMALL, disc=gan.NetConfig(widths=(12,), activation="leaky_relu", norm="spectral"), ema=0.9, n_critic=2
+        SMALL,
+        disc=gan.NetConfig(widths=(12,), activation="leaky_relu", norm="spectral"),
+        ema=0.9,
+        n_critic=2,
     )
 
     def run(steps, folder):
-        return train.Run(folder=folder, steps=steps, batch_size=16, save_every=4, steps_per_call=3, devices=1)
+        return train.Run(
+            folder=folder, steps=steps, batch_size=16, save_every=4, steps_per_call=3, devices=1
+        )
 
     whole = train.fit(gan.make, cfg, run(11, ""), DIGITS).state
     train.fit(gan.make, cfg, run(5, str(tmp_path / "run")), DIGITS)

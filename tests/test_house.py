@@ -21,7 +21,15 @@ MAY = {  # the table of docs/design.md, section 1
     **dict.fromkeys(("core", "nn", "metrics", "figures", "data", "interrupt"), set()),
     **dict.fromkeys(FAMILIES, {"core", "nn"}),
     "train": {"core", "data"},
-    "__init__": {*FAMILIES, "core", "nn", "metrics", "figures", "data", "train"},  # when they are asked for
+    "__init__": {
+        *FAMILIES,
+        "core",
+        "nn",
+        "metrics",
+        "figures",
+        "data",
+        "train",
+    },  # when they are asked for
 }
 
 
@@ -34,7 +42,9 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             base = list(here[: len(here) - node.level + 1]) if node.level else []
             base += node.module.split(".") if node.module else []
-            modules = [[*base, alias.name] for alias in node.names] if base == ["aigc_jax"] else [base]
+            modules = (
+                [[*base, alias.name] for alias in node.names] if base == ["aigc_jax"] else [base]
+            )
         else:
             continue
         for parts in modules:
@@ -44,7 +54,9 @@ def imports(path):
                 yield parts[1]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_layers(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if room in ("__main__", "commands"):
@@ -76,7 +88,9 @@ def test_import_is_light():
         "tensorflow",
         "torch",
     ]
-    out = subprocess.run([sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "[]"
 
 
@@ -99,7 +113,9 @@ def test_every_script_says_what_it_needs(name):
     assert "download" in script.__doc__.lower()
     assert {"smoke", "cpu"} <= set(script.SCALES)
     assert script.CRITERIA and script.INVARIANTS
-    assert len({getattr(s.setup, "run", s.setup).folder for s in script.SCALES.values()}) == len(script.SCALES)
+    assert len({getattr(s.setup, "run", s.setup).folder for s in script.SCALES.values()}) == len(
+        script.SCALES
+    )
 
 
 def test_documents_name_only_what_exists():
@@ -117,7 +133,9 @@ def test_the_readmes_code_runs(tmp_path):
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "own_code.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for code, said in zip(blocks, ("log p(x) >= -", "def ", "standard deviation 0."), strict=True):
-        out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
         assert out.returncode == 0, out.stderr
         assert out.stdout.startswith(said)
 
@@ -125,12 +143,16 @@ def test_the_readmes_code_runs(tmp_path):
 @pytest.mark.slow
 def test_the_page_on_ones_own_net_runs(tmp_path):
     """Its module, its training twice (the second time nothing is left to do), and the command it names."""
-    module, training = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your_own_net.md").read_text(), re.DOTALL)
+    module, training = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "your_own_net.md").read_text(), re.DOTALL
+    )
     (tmp_path / "mynet.py").write_text(module)
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "XLA_FLAGS": ""}
 
     def run(*command):
-        out = subprocess.run([sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        out = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
         assert out.returncode == 0, out.stderr
         return out
 

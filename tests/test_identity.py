@@ -31,12 +31,23 @@ CONFIGS = {
     "vae": (vae.make, CFG, DIGITS),
     "gan": (
         gan.make,
-        gan.Config(shape=(2,), latent_dim=2, gen=gan.NetConfig(widths=(4,)), disc=gan.NetConfig(widths=(4,))),
+        gan.Config(
+            shape=(2,),
+            latent_dim=2,
+            gen=gan.NetConfig(widths=(4,)),
+            disc=gan.NetConfig(widths=(4,)),
+        ),
         data.load("ring"),
     ),
     "ddpm": (
         ddpm.make,
-        ddpm.Config(shape=(2,), T=5, schedule="cosine", ema=0.0, net=ddpm.NetConfig("mlp", (4,), dropout=0.0)),
+        ddpm.Config(
+            shape=(2,),
+            T=5,
+            schedule="cosine",
+            ema=0.0,
+            net=ddpm.NetConfig("mlp", (4,), dropout=0.0),
+        ),
         data.load("ring"),
     ),
     "transformer": (
@@ -176,13 +187,22 @@ def test_imports_of_a_trusted_module_pass_the_run_folder_by(tmp_path, elsewhere,
         ("def f(): f()\nf()", "RecursionError"),
         ("def (", "SyntaxError"),
         ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
-        ("class E(Exception):\n  def __str__(self): raise ValueError\nraise E", "E: <exception str"),
+        (
+            "class E(Exception):\n  def __str__(self): raise ValueError\nraise E",
+            "E: <exception str",
+        ),
         ("def make(cfg): pass", "not annotated"),
         ("def make(): pass", "ValueError"),
         ("def make(cfg: 'Gone'): pass", "NameError"),
-        ("from aigc_jax.vae import Config\nclass make:\n  def __init__(self, cfg: Config): exit()", "no such function"),
+        (
+            "from aigc_jax.vae import Config\nclass make:\n  def __init__(self, cfg: Config): exit()",
+            "no such function",
+        ),
         ("from aigc_jax.vae import make", "no such function"),
-        ("from aigc_jax.vae import Config\ndef make(cfg: Config): raise SystemExit(0)", "SystemExit: 0"),
+        (
+            "from aigc_jax.vae import Config\ndef make(cfg: Config): raise SystemExit(0)",
+            "SystemExit: 0",
+        ),
         ("from aigc_jax.vae import Config\ndef make(cfg: Config): return print", "and no Family"),
         ("def __getattr__(name): raise SystemExit(0)", "no such function"),
     ],
@@ -194,7 +214,9 @@ def test_whatever_a_module_raises_is_one_line_that_names_it(tmp_path, elsewhere,
     with pytest.raises(train.Refused) as refused:
         loaded(tmp_path / "r", trust="mine")
     text = one_line(refused)
-    assert words in text and (words in ("SystemExit: 0", "ValueError", "NameError") or "mine" in text)
+    assert words in text and (
+        words in ("SystemExit: 0", "ValueError", "NameError") or "mine" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -282,18 +304,40 @@ def test_the_command_line_in_a_run_folder_full_of_modules(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 
     def python(*words, cwd=tmp_path):
-        return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True
+        )
 
     for steps in "12":  # the second resumes, with an optimizer that its record names
         out = python("-c", train_it, steps)
         assert out.returncode == 0, out.stderr
-    assert json.loads((folder / "run.json").read_text())["config"]["optim"] == {"object": "mine.OPTIM"}
+    assert json.loads((folder / "run.json").read_text())["config"]["optim"] == {
+        "object": "mine.OPTIM"
+    }
     marks = tmp_path / "marks"
     marks.mkdir()
-    for name in ("mine", "json", "typing", "jax", "numpy", "tyro", "safetensors", "optax", "__future__"):
-        (folder / f"{name}.py").write_text(f"open({str(marks)!r} + '/{name}', 'w')\nraise SystemExit(0)\n")
-    out = python("-m", "aigc_jax", "export", ".", "../x.safetensors", "--import", "mine", cwd=folder)
-    assert (out.returncode, out.stdout) == (2, "") and len(out.stderr.splitlines()) == 1 and "mine" in out.stderr
+    for name in (
+        "mine",
+        "json",
+        "typing",
+        "jax",
+        "numpy",
+        "tyro",
+        "safetensors",
+        "optax",
+        "__future__",
+    ):
+        (folder / f"{name}.py").write_text(
+            f"open({str(marks)!r} + '/{name}', 'w')\nraise SystemExit(0)\n"
+        )
+    out = python(
+        "-m", "aigc_jax", "export", ".", "../x.safetensors", "--import", "mine", cwd=folder
+    )
+    assert (
+        (out.returncode, out.stdout) == (2, "")
+        and len(out.stderr.splitlines()) == 1
+        and "mine" in out.stderr
+    )
     assert not list(marks.iterdir())
     out = python("-m", "aigc_jax", "export", "r", "x.safetensors", "--import", "mine")
     assert out.returncode == 0, out.stderr
@@ -308,7 +352,13 @@ WRONG = (None, ["x"], "x", -1, 10**30, 1e400, {"object": "os.system"}, True)
 def places(value, at=()):
     """Every place in a record, as a path of keys."""
     yield at
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from places(inner, (*at, key))
 
 
@@ -321,7 +371,11 @@ def with_changed(value, at, new):
 
 
 @pytest.mark.parametrize(
-    "family", ["transformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "gan", "ddpm"))]
+    "family",
+    [
+        "transformer",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "gan", "ddpm")),
+    ],
 )
 def test_an_edited_record_is_loaded_or_refused_in_one_line(tmp_path, family):
     """Every field in turn is made something else; nothing but Refused comes out, and nothing large is made."""
@@ -384,7 +438,11 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path, text):
         ("optim", {"object": "os.path.join.x"}, "os.path.join"),
         ("optim", {"object": "json"}, "no such module"),
         ("optim", {"object": 3}, "no such module"),
-        ("optim", {"object": "aigc_jax.vae.Config", "fields": {}}, "optim cannot be a 'aigc_jax.vae.Config'"),
+        (
+            "optim",
+            {"object": "aigc_jax.vae.Config", "fields": {}},
+            "optim cannot be a 'aigc_jax.vae.Config'",
+        ),
         ("optim", {"object": "subprocess.Popen", "fields": {"args": "ls"}}, "optim cannot be a"),
         ("latent_dim", {"object": "aigc_jax.vae.make"}, "latent_dim cannot be"),
         ("hidden", {"object": "tests.test_identity.CHAIN"}, "hidden cannot be"),
@@ -409,7 +467,15 @@ def test_kinds_are_checked_without_the_tests_type_checker():
 
     same = Config(2, ((1.0, 2.0), (3,)), (1, (2, "x")))
     assert records.build(Config, json.loads(json.dumps(dataclasses.asdict(same)))) == same
-    for wrong in ({"n": None}, {"n": 1.0}, {"rates": [1.0]}, {"rates": [[None]]}, {"m": 1}, [], None):
+    for wrong in (
+        {"n": None},
+        {"n": 1.0},
+        {"rates": [1.0]},
+        {"rates": [[None]]},
+        {"m": 1},
+        [],
+        None,
+    ):
         with pytest.raises(TypeError):
             records.build(Config, wrong)
 
@@ -417,7 +483,10 @@ def test_kinds_are_checked_without_the_tests_type_checker():
 @pytest.mark.parametrize(
     "make, cfg",
     [
-        (lambda **k: transformer.Config(vocab=12, context=8, heads=2, width=8, **k), {"layers": 10**9}),
+        (
+            lambda **k: transformer.Config(vocab=12, context=8, heads=2, width=8, **k),
+            {"layers": 10**9},
+        ),
         (lambda **k: ddpm.Config(shape=(2,), net=ddpm.NetConfig("mlp", (4,)), **k), {"T": 10**9}),
         (lambda **k: ddpm.NetConfig(**k).check((32, 32, 3)), {"blocks": 10**9}),
     ],
@@ -455,7 +524,11 @@ def arrays(tree):
 
 
 @pytest.mark.parametrize(
-    "family", ["vae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan", "ddpm", "transformer"))]
+    "family",
+    [
+        "vae",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gan", "ddpm", "transformer")),
+    ],
 )
 def test_a_chain_of_optax_updates_as_optax_says(family):
     """Three updates by a chain are those of Optim where both say the same: SGD with momentum."""
@@ -467,7 +540,9 @@ def test_a_chain_of_optax_updates_as_optax_says(family):
         state, step = jax.jit(own.init)(jax.random.key(0)), jax.jit(own.step)
         first = arrays(state.params)
         for i in range(3):
-            state, metrics = step(state, source.batch(0, i, 8), jax.random.fold_in(jax.random.key(1), i))
+            state, metrics = step(
+                state, source.batch(0, i, 8), jax.random.fold_in(jax.random.key(1), i)
+            )
         states.append(state)
         assert any(name.endswith("lr") for name in metrics) == isinstance(optim, Optim)
     for a, b in zip(arrays(states[0].params), arrays(states[1].params), strict=True):
@@ -496,7 +571,9 @@ def test_learning_rates_and_schedules_inside_and_outside():
     assert "lr" not in quadratic(inside, 1)[1] and float(quadratic(Halving(), 2)[1]["lr"]) == 0.25
     # A transformation that asks for the loss is given it: Polyak's step goes to the minimum of a line at once.
     assert quadratic(optax.polyak_sgd(max_learning_rate=10.0), 1)[0] == pytest.approx(1.5)
-    assert quadratic(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5), 1)[0] == pytest.approx(1.5)
+    assert quadratic(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5), 1)[0] == pytest.approx(
+        1.5
+    )
 
 
 @pytest.mark.parametrize("wrong", [None, 1e-3, "adam", Optim, optax.sgd, {"lr": 1.0}])
@@ -507,7 +584,9 @@ def test_what_is_no_optimizer_is_refused(wrong):
         quadratic(wrong, 1)
 
 
-@pytest.mark.parametrize("optim", [CHAIN, Halving(0.25), NAMED], ids=["chain", "dataclass", "object"])
+@pytest.mark.parametrize(
+    "optim", [CHAIN, Halving(0.25), NAMED], ids=["chain", "dataclass", "object"]
+)
 def test_own_optimizers_come_back_from_the_record(tmp_path, optim):
     cfg = dataclasses.replace(CFG, optim=optim)
     record = recorded(tmp_path / "r", cfg=cfg)
@@ -521,7 +600,12 @@ def test_a_run_with_an_own_chain_resumes_to_the_same_bits(tmp_path):
     cfg = dataclasses.replace(CFG, optim=CHAIN)
 
     def fit(folder, steps, cfg=cfg):
-        return train.fit(vae.make, cfg, train.Run(folder=str(folder), steps=steps, batch_size=8, devices=1), DIGITS)
+        return train.fit(
+            vae.make,
+            cfg,
+            train.Run(folder=str(folder), steps=steps, batch_size=8, devices=1),
+            DIGITS,
+        )
 
     whole = fit(tmp_path / "a", 4)
     fit(tmp_path / "b", 2)
@@ -529,12 +613,17 @@ def test_a_run_with_an_own_chain_resumes_to_the_same_bits(tmp_path):
     for result in (resumed, train.load(tmp_path / "b")):
         for a, b in zip(arrays(whole.state), arrays(result.state), strict=True):
             np.testing.assert_array_equal(a, b)
-    with pytest.raises(train.Refused, match="tests.test_identity.CHAIN.* tests.test_identity.OTHER_CHAIN|OTHER_CHAIN"):
+    with pytest.raises(
+        train.Refused,
+        match="tests.test_identity.CHAIN.* tests.test_identity.OTHER_CHAIN|OTHER_CHAIN",
+    ):
         fit(tmp_path / "b", 4, dataclasses.replace(CFG, optim=OTHER_CHAIN))
     with pytest.raises(train.Refused, match="model.optim"):
         fit(tmp_path / "b", 4, CFG)
     nameless = dataclasses.replace(CFG, optim=optax.sgd(0.125))
-    with pytest.raises(train.Refused, match="config.optim is a GradientTransformation.*put it into a module"):
+    with pytest.raises(
+        train.Refused, match="config.optim is a GradientTransformation.*put it into a module"
+    ):
         fit(tmp_path / "c", 4, nameless)
     assert not (tmp_path / "c").exists()
     fit("", 1, nameless)
@@ -556,7 +645,11 @@ def exported(call_argv, monkeypatch, capfd):
 
 
 def test_export_is_whole_or_one_line(tmp_path, monkeypatch, capfd):
-    params = {"a": {"b": jnp.arange(3, dtype=jnp.bfloat16)}, "c.d": jnp.float32(2.0), "e": jnp.zeros((0, 2))}
+    params = {
+        "a": {"b": jnp.arange(3, dtype=jnp.bfloat16)},
+        "c.d": jnp.float32(2.0),
+        "e": jnp.zeros((0, 2)),
+    }
     record = recorded(tmp_path / "r")
     state = core.State(jnp.int32(7), params, ())
     result = train.Result(vae.make(CFG), state, CFG, DIGITS.info, tmp_path / "r")
@@ -564,17 +657,33 @@ def test_export_is_whole_or_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert exported([tmp_path / "r", "~/x.safetensors"], monkeypatch, capfd)[0] == 0
     got = load_file(tmp_path / "x.safetensors")
-    assert set(got) == {"a.b", "c.d", "e"} and got["a.b"].dtype == jnp.bfloat16 and got["c.d"] == 2.0
+    assert (
+        set(got) == {"a.b", "c.d", "e"} and got["a.b"].dtype == jnp.bfloat16 and got["c.d"] == 2.0
+    )
     (tmp_path / "folder.safetensors").mkdir()
-    for out in ("nowhere/x.safetensors", "folder.safetensors", "r/run.json", "/proc/x.safetensors", "x" * 300):
+    for out in (
+        "nowhere/x.safetensors",
+        "folder.safetensors",
+        "r/run.json",
+        "/proc/x.safetensors",
+        "x" * 300,
+    ):
         name = out if "." in out else f"{out}.safetensors"
         code, said, error = exported([tmp_path / "r", tmp_path / name], monkeypatch, capfd)
-        assert (code, said) == (2, "") and error.startswith("error: ") and len(error.splitlines()) == 1, name
-    twice = result._replace(state=state._replace(params={"a": {"b": jnp.zeros(1)}, "a.b": jnp.ones(1)}))
+        assert (
+            (code, said) == (2, "") and error.startswith("error: ") and len(error.splitlines()) == 1
+        ), name
+    twice = result._replace(
+        state=state._replace(params={"a": {"b": jnp.zeros(1)}, "a.b": jnp.ones(1)})
+    )
     monkeypatch.setattr(train, "load", lambda *_, **__: twice)
     before = (tmp_path / "x.safetensors").read_bytes()
     code, _, error = exported([tmp_path / "r", tmp_path / "x.safetensors"], monkeypatch, capfd)
-    assert code == 2 and "would be named a.b" in error and (tmp_path / "x.safetensors").read_bytes() == before
+    assert (
+        code == 2
+        and "would be named a.b" in error
+        and (tmp_path / "x.safetensors").read_bytes() == before
+    )
     assert record == folders.read(tmp_path / "r") and not list(tmp_path.glob(".x*"))
 
 
@@ -595,8 +704,14 @@ commands.main()
 """
     (tmp_path / "x.safetensors").write_bytes(b"before")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert out.returncode == 2 and len(out.stderr.splitlines()) == 1 and "cannot be written" in out.stderr, out.stderr
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (
+        out.returncode == 2
+        and len(out.stderr.splitlines()) == 1
+        and "cannot be written" in out.stderr
+    ), out.stderr
     assert (tmp_path / "x.safetensors").read_bytes() == b"before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r", "x.safetensors"]
 
@@ -651,14 +766,22 @@ def make_toy(cfg: ToyConfig, *, axis_name=None) -> core.Family:
     return core.Family(
         lambda key: core.start({"w": jnp.float32(0.0)}, cfg.optim),
         core.make_step(loss, cfg.optim, axis_name=axis_name),
-        lambda state, batch, key: {"w": jnp.broadcast_to(state.params["w"], (len(batch["points"]),))},
+        lambda state, batch, key: {
+            "w": jnp.broadcast_to(state.params["w"], (len(batch["points"]),))
+        },
         lambda state, key, *, n: jnp.broadcast_to(state.params["w"], (n, 1)),
     )
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"devices": 1}, *(pytest.param({"devices": 2, **k}, marks=pytest.mark.slow) for k in ({}, {"steps_per_call": 3}))],
+    [
+        {"devices": 1},
+        *(
+            pytest.param({"devices": 2, **k}, marks=pytest.mark.slow)
+            for k in ({}, {"steps_per_call": 3})
+        ),
+    ],
     ids=str,
 )
 def test_training_without_jit_gives_what_training_with_it_gives(tmp_path, options):
@@ -669,7 +792,12 @@ def test_training_without_jit_gives_what_training_with_it_gives(tmp_path, option
         run = train.Run(folder=str(folder), steps=4, batch_size=4, **options)
         result = train.fit(make_toy, ToyConfig(), run, source, valid=few)
         drawn = train.sample(result, jax.random.key(0), n=3, chunk=2)
-        return result.state, drawn, train.evaluate(result, few, batch_size=4), train.replay(folder, source, step=3)
+        return (
+            result.state,
+            drawn,
+            train.evaluate(result, few, batch_size=4),
+            train.replay(folder, source, step=3),
+        )
 
     compiled = everything("compiled")
     with jax.disable_jit():
@@ -696,7 +824,9 @@ def test_an_interrupt_is_no_fault_of_a_record():
         raise KeyboardInterrupt
 
 
-def test_the_folder_of_the_command_line_is_on_the_path_only_for_trusted_modules(tmp_path, monkeypatch):
+def test_the_folder_of_the_command_line_is_on_the_path_only_for_trusted_modules(
+    tmp_path, monkeypatch
+):
     """At the end of it, and never where it lies inside the run folder."""
     (tmp_path / "beside").mkdir()
     (tmp_path / "beside" / "mine_alone.py").write_text("import sys\nPATH = list(sys.path)\n")

@@ -15,7 +15,16 @@ ROWS = {
     "vae": (vae.make, partial(vae.Config, **IMAGES, latent_dim=2, hidden=(4,))),
     "vae of two layers": (
         vae.make,
-        partial(vae.Config, **IMAGES, latent_dim=2, hidden=(4,), upper_dim=2, upper_hidden=(3,), objective="dreg", k=2),
+        partial(
+            vae.Config,
+            **IMAGES,
+            latent_dim=2,
+            hidden=(4,),
+            upper_dim=2,
+            upper_hidden=(3,),
+            objective="dreg",
+            k=2,
+        ),
     ),
     "gan": (
         gan.make,
@@ -30,7 +39,14 @@ ROWS = {
     ),
     "ddpm": (
         ddpm.make,
-        partial(ddpm.Config, **IMAGES, T=3, schedule="cosine", ema=0.0, net=ddpm.NetConfig("mlp", (4,), dropout=0.0)),
+        partial(
+            ddpm.Config,
+            **IMAGES,
+            T=3,
+            schedule="cosine",
+            ema=0.0,
+            net=ddpm.NetConfig("mlp", (4,), dropout=0.0),
+        ),
     ),
 }
 
@@ -40,7 +56,8 @@ def key(i):
 
 
 @pytest.fixture(
-    params=["vae", pytest.param("vae of two layers", marks=pytest.mark.slow), "gan", "ddpm"], scope="module"
+    params=["vae", pytest.param("vae of two layers", marks=pytest.mark.slow), "gan", "ddpm"],
+    scope="module",
 )
 def families(request):
     """With three classes and without any, and a state of each."""
@@ -48,7 +65,10 @@ def families(request):
     made = [make(cfg(classes=classes)) for classes in (3, 0)]
     states = [jax.jit(family.init)(key(0)) for family in made]
     rng = np.random.default_rng(0)  # last layers of zeros would hide the label
-    shaken = [jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(x.dtype), s.params) for s in states]
+    shaken = [
+        jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(x.dtype), s.params)
+        for s in states
+    ]
     return [(f, s._replace(params=p)) for f, s, p in zip(made, states, shaken, strict=True)]
 
 
@@ -62,7 +82,10 @@ def batch(**changes):
     "label, words",
     [
         (7, r"label must lie in 0\.\.2, got 7"),
-        (3, r"label must lie in 0\.\.2, got 3"),  # of diffusion the label for none, which is not for callers
+        (
+            3,
+            r"label must lie in 0\.\.2, got 3",
+        ),  # of diffusion the label for none, which is not for callers
         (np.array([0, 1, 2, -1]), r"label must lie in 0\.\.2, got -1\.\.2"),
         (1.5, "label must be whole numbers"),
         (np.zeros(4), "label must be whole numbers"),
@@ -96,7 +119,11 @@ def test_batches_of_bad_labels_or_pixels_are_refused(families):
         for act in (family.step, family.evaluate):
             traced = partial(jax.eval_shape, act, state)
             if labelled:
-                for label, words in ((None, "needs label="), (np.zeros(6), "whole numbers"), (np.arange(4), "each of")):
+                for label, words in (
+                    (None, "needs label="),
+                    (np.zeros(6), "whole numbers"),
+                    (np.arange(4), "each of"),
+                ):
                     with pytest.raises(ValueError, match=words):
                         traced(batch(label=label), key(1))
                 for label in (np.arange(6), np.arange(6) % 3 - 1):
@@ -105,7 +132,9 @@ def test_batches_of_bad_labels_or_pixels_are_refused(families):
             else:
                 traced(batch(label=np.zeros(6)), key(1))  # what it is not given it does not look at
             for wrong in (image / 16, image.astype(np.float16), jnp.asarray(image, jnp.bfloat16)):
-                with pytest.raises(ValueError, match=r"image must be whole numbers in 0\.\.16.*encode or elbo"):
+                with pytest.raises(
+                    ValueError, match=r"image must be whole numbers in 0\.\.16.*encode or elbo"
+                ):
                     traced(batch(image=wrong), key(1))
             for wrong in (image.astype(np.int32) + 1, image + 200):
                 with pytest.raises(ValueError, match=r"image must lie in 0\.\.16"):
@@ -143,7 +172,9 @@ def test_functions_of_images_take_floats():
     }
     for name, call in calls.items():
         for wrong in (image, jnp.asarray(image, jnp.int32)):
-            with pytest.raises(ValueError, match=r"must be floats.* here, got (uint8|int32): `preprocess` takes"):
+            with pytest.raises(
+                ValueError, match=r"must be floats.* here, got (uint8|int32): `preprocess` takes"
+            ):
                 call(wrong)
                 pytest.fail(name)
 
@@ -161,7 +192,10 @@ def test_one_hot_of_a_traced_label():
     traced = jax.jit(lambda label: core.one_hot(label, 300, label.shape))
     np.testing.assert_array_equal(traced(jnp.array([5, 299])), np.eye(300)[[5, 299]])
     np.testing.assert_array_equal(traced(jnp.array([127], jnp.int8)), np.eye(300)[[127]])
-    assert np.isnan(traced(jnp.array([-1, 300]))).all() and np.isnan(traced(jnp.array([2**32 - 1], jnp.uint32))).all()
+    assert (
+        np.isnan(traced(jnp.array([-1, 300]))).all()
+        and np.isnan(traced(jnp.array([2**32 - 1], jnp.uint32))).all()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- train.sample
@@ -169,11 +203,15 @@ def test_one_hot_of_a_traced_label():
 
 def echo(state, key, *, n, label=None, extra=None):
     """The labels that a family is given, and one draw of each chunk."""
-    return jnp.stack([jnp.broadcast_to(jnp.asarray(label), (n,)), jax.random.randint(key, (n,), 0, 10**6)], -1)
+    return jnp.stack(
+        [jnp.broadcast_to(jnp.asarray(label), (n,)), jax.random.randint(key, (n,), 0, 10**6)], -1
+    )
 
 
 def result(sample, classes=3):
-    return train.Result(core.Family(None, None, None, sample), None, SimpleNamespace(classes=classes), None, None)
+    return train.Result(
+        core.Family(None, None, None, sample), None, SimpleNamespace(classes=classes), None, None
+    )
 
 
 @pytest.mark.parametrize("n, chunk", [(1, 1), (7, 1), (7, 3), (8, 4), (7, 7), (5, 256)])
@@ -244,7 +282,9 @@ def test_evaluation_looks_at_the_labels():
     wrong = source._replace(resident=({**arrays, "label": arrays["label"] + 1}, rows, take))
     with pytest.raises(train.Refused, match=r"label must lie in 0\.\.2, got 1\.\.3"):
         train.evaluate(trained, wrong)
-    with pytest.raises(train.Refused, match="batch_size must be a whole number and at least 1, got 0"):
+    with pytest.raises(
+        train.Refused, match="batch_size must be a whole number and at least 1, got 0"
+    ):
         train.evaluate(trained, source, batch_size=0)
 
 
@@ -253,8 +293,13 @@ def test_predictions_of_diffusion_refuse_labels_that_are_no_class():
     params = jax.jit(ddpm.make(cfg).init)(key(0)).params
     x, t = jnp.zeros((2, 4, 4, 1)), jnp.zeros(2, int)
     nobody = ddpm.predict(cfg, params, x, t)[0]
-    np.testing.assert_array_equal(ddpm.predict(cfg, params, x, t, jnp.full(2, 3))[0], nobody)  # 3 stands for none
-    for label, words in ((7, r"label must lie in 0\.\.3, got 7\.\.7"), (-1, r"label must lie in 0\.\.3, got -1")):
+    np.testing.assert_array_equal(
+        ddpm.predict(cfg, params, x, t, jnp.full(2, 3))[0], nobody
+    )  # 3 stands for none
+    for label, words in (
+        (7, r"label must lie in 0\.\.3, got 7\.\.7"),
+        (-1, r"label must lie in 0\.\.3, got -1"),
+    ):
         with pytest.raises(ValueError, match=words):
             ddpm.eps_fn_of(cfg, params, jnp.full(2, label))(x, t)
     for make in (ddpm.eps_fn_of, ddpm.predict_fn_of):

@@ -26,7 +26,10 @@ def brute_parzen(centres, x, sigma):
     """One sample and one centre after the other, in float64."""
     found = []
     for row in x:
-        kernels = [-((row - c) ** 2).sum() / (2 * sigma**2) - len(row) * log(sigma * sqrt(2 * pi)) for c in centres]
+        kernels = [
+            -((row - c) ** 2).sum() / (2 * sigma**2) - len(row) * log(sigma * sqrt(2 * pi))
+            for c in centres
+        ]
         found.append(np.logaddexp.reduce(kernels) - log(len(centres)))
     return np.array(found)
 
@@ -39,9 +42,13 @@ def test_parzen_is_the_double_loop():
     best = sigmas[np.argmax([brute_parzen(centres, validation, s).mean() for s in sigmas])]
     expected = brute_parzen(centres, test, best)
     for chunk in (4, 100):
-        mean, error, sigma = metrics.parzen_log_likelihood(centres, validation, test, sigmas=sigmas, chunk=chunk)
+        mean, error, sigma = metrics.parzen_log_likelihood(
+            centres, validation, test, sigmas=sigmas, chunk=chunk
+        )
         assert sigma == best
-        np.testing.assert_allclose((mean, error), (expected.mean(), expected.std() / sqrt(6)), rtol=1e-4)
+        np.testing.assert_allclose(
+            (mean, error), (expected.mean(), expected.std() / sqrt(6)), rtol=1e-4
+        )
 
 
 def test_parzen_of_one_centre_is_a_gaussian_with_sigma_from_validation_alone():
@@ -60,7 +67,9 @@ def test_bits_per_dim_by_hand():
     assert metrics.bits_per_dim(0.0, (8, 8, 1), levels=17) == 3
     # The uniform density on [-1, 1]: 1 bit a dimension, and 255 distances between levels.
     assert abs(metrics.bits_per_dim(5 * log(2), (5,), levels=256) - log2(255)) < 1e-12
-    np.testing.assert_allclose(metrics.bits_per_dim(np.array([0.0, log(2)]), (1,), levels=3), [0, 1])
+    np.testing.assert_allclose(
+        metrics.bits_per_dim(np.array([0.0, log(2)]), (1,), levels=3), [0, 1]
+    )
 
 
 # ------------------------------------------------------------------------------------------- distances of distributions
@@ -70,7 +79,10 @@ def with_moments(seed, n, mean, root):
     """n samples whose mean and covariance root root^T are exact."""
     x = normal(seed, n, len(mean))
     x -= x.mean(0)
-    return mean + x @ np.linalg.inv(np.linalg.cholesky(np.atleast_2d(np.cov(x, rowvar=False)))).T @ root.T
+    return (
+        mean
+        + x @ np.linalg.inv(np.linalg.cholesky(np.atleast_2d(np.cov(x, rowvar=False)))).T @ root.T
+    )
 
 
 def test_frechet_of_known_moments():
@@ -80,20 +92,33 @@ def test_frechet_of_known_moments():
     half = (v * np.sqrt(w)) @ v.T  # tr (S_a S_b)^(1/2) by the symmetric form
     cross = np.sqrt(np.linalg.eigvalsh(half @ cov_b @ half)).sum()
     expected = ((m_a - m_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    ours = metrics.frechet_distance(with_moments(4, 50, m_a, root_a), with_moments(5, 80, m_b, root_b))
+    ours = metrics.frechet_distance(
+        with_moments(4, 50, m_a, root_a), with_moments(5, 80, m_b, root_b)
+    )
     np.testing.assert_allclose(ours, expected, rtol=1e-8)
-    a, b = normal(8, 4, 6), normal(9, 7, 6) + 1  # fewer samples than numbers: the covariances have no full rank
-    roots = np.sqrt(np.linalg.eigvals(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real.clip(0)).sum()
+    a, b = (
+        normal(8, 4, 6),
+        normal(9, 7, 6) + 1,
+    )  # fewer samples than numbers: the covariances have no full rank
+    roots = np.sqrt(
+        np.linalg.eigvals(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real.clip(0)
+    ).sum()
     traces = a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * roots
     np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-6)
     assert abs(metrics.frechet_distance(a, a)) < 1e-12
-    a, b = with_moments(6, 9, np.zeros(1), np.full((1, 1), 2.0)), with_moments(7, 9, np.ones(1), np.full((1, 1), 5.0))
+    a, b = (
+        with_moments(6, 9, np.zeros(1), np.full((1, 1), 2.0)),
+        with_moments(7, 9, np.ones(1), np.full((1, 1), 5.0)),
+    )
     np.testing.assert_allclose(metrics.frechet_distance(a, b), 1 + 9, rtol=1e-8)
 
 
 def test_frechet_has_the_bias_that_it_says():
-    values = [metrics.frechet_distance(normal(2 * i, 500, 32), normal(2 * i + 1, 500, 32)) for i in range(5)]
+    values = [
+        metrics.frechet_distance(normal(2 * i, 500, 32), normal(2 * i + 1, 500, 32))
+        for i in range(5)
+    ]
     assert 0.51 < np.mean(values) / (32**2 / 500) < 0.62
 
 
@@ -101,7 +126,9 @@ def test_kernel_distance_by_hand():
     """Two disjoint blocks of two samples, kernel by kernel."""
     a, b = normal(0, 4, 3), normal(1, 5, 3) + 1
     keys = jax.random.split(jax.random.key(2))
-    order_a, order_b = (np.asarray(jax.random.permutation(k, n)) for k, n in zip(keys, (4, 5), strict=True))
+    order_a, order_b = (
+        np.asarray(jax.random.permutation(k, n)) for k, n in zip(keys, (4, 5), strict=True)
+    )
 
     def k(x, y):
         return (sum(x * y) / 3 + 1) ** 3
@@ -123,7 +150,9 @@ def test_kernel_distance_is_unbiased():
     a, b = normal(0, 20_000, 1), normal(1, 20_000, 1) + 0.5
     mean, error = metrics.kernel_distance(a, b, jax.random.key(0))
     assert 0 < error < 0.5 and abs(mean - (3 * 0.5**2 + 3 * 0.25**2 + 1.625**2)) < 4 * error
-    mean, error = metrics.kernel_distance(normal(2, 1000, 64), normal(3, 1000, 64), jax.random.key(1))
+    mean, error = metrics.kernel_distance(
+        normal(2, 1000, 64), normal(3, 1000, 64), jax.random.key(1)
+    )
     assert 0 < error < 0.01 and abs(mean) < 4 * error
 
 
@@ -137,7 +166,9 @@ def test_sliced_wasserstein_of_a_shift_and_of_shuffled_points():
     np.testing.assert_allclose(ours, expected, rtol=1e-10)
     line = a[:, :1] ** 2  # one dimension: the distance itself
     ours = metrics.sliced_wasserstein(line, 3 - line, jax.random.key(4), directions=2)
-    np.testing.assert_allclose(ours, np.sqrt(np.mean((np.sort(line, 0) - np.sort(3 - line, 0)) ** 2)), rtol=1e-10)
+    np.testing.assert_allclose(
+        ours, np.sqrt(np.mean((np.sort(line, 0) - np.sort(3 - line, 0)) ** 2)), rtol=1e-10
+    )
 
 
 def grid_points(seed, n, std):
@@ -149,7 +180,9 @@ def grid_points(seed, n, std):
 
 def test_sliced_wasserstein_has_the_floor_that_it_says():
     pairs = [[grid_points(2 * i + j, 2500, 0.05)[0] / sqrt(8) for j in range(2)] for i in range(6)]
-    floor = np.mean([metrics.sliced_wasserstein(a, b, jax.random.key(i)) for i, (a, b) in enumerate(pairs)])
+    floor = np.mean(
+        [metrics.sliced_wasserstein(a, b, jax.random.key(i)) for i, (a, b) in enumerate(pairs)]
+    )
     assert 0.055 < floor < 0.095
 
 
@@ -177,10 +210,15 @@ def test_balls_are_those_of_the_double_loop(k, monkeypatch):
     np.testing.assert_allclose(ours, (of_real.sum() / (k * 30), of_real.any(0).mean()), rtol=1e-12)
 
 
-@pytest.mark.parametrize("d, k, low, high", [(64, 3, 0.60, 0.66), (64, 5, 0.71, 0.76), (2, 3, 0.965, 0.995)])
+@pytest.mark.parametrize(
+    "d, k, low, high", [(64, 3, 0.60, 0.66), (64, 5, 0.71, 0.76), (2, 3, 0.965, 0.995)]
+)
 def test_precision_and_recall_of_equal_distributions(d, k, low, high):
     """Asking the nearest real's ball alone, a mistake seen elsewhere, gives .37 in 64 dimensions."""
-    values = [metrics.precision_recall(normal(2 * i, 1000, d), normal(2 * i + 1, 1000, d), k) for i in range(2)]
+    values = [
+        metrics.precision_recall(normal(2 * i, 1000, d), normal(2 * i + 1, 1000, d), k)
+        for i in range(2)
+    ]
     assert low < np.mean(values) < high
 
 
@@ -210,11 +248,17 @@ def test_one_outlier_lifts_precision_and_not_coverage():
 def test_nearest_neighbours_are_sklearns():
     from sklearn.neighbors import KNeighborsClassifier
 
-    known, asked = (data.load("digits", split).resident[0] for split in ("train[:300]", "test[:200]"))
+    known, asked = (
+        data.load("digits", split).resident[0] for split in ("train[:300]", "test[:200]")
+    )
     (x, y), (u, v) = ((part["image"] / 16.0, part["label"]) for part in (known, asked))
-    theirs = 1 - KNeighborsClassifier(1, algorithm="brute").fit(x.reshape(300, -1), y).score(u.reshape(200, -1), v)
+    theirs = 1 - KNeighborsClassifier(1, algorithm="brute").fit(x.reshape(300, -1), y).score(
+        u.reshape(200, -1), v
+    )
     assert theirs > 0.05
-    np.testing.assert_allclose(metrics.nearest_neighbour_error(x, y, u, v, chunk=77), theirs, atol=1e-12)
+    np.testing.assert_allclose(
+        metrics.nearest_neighbour_error(x, y, u, v, chunk=77), theirs, atol=1e-12
+    )
     distance, index = metrics.nearest(u, x, chunk=77)
     every = np.linalg.norm(u.reshape(200, 1, -1) - x.reshape(1, 300, -1), axis=-1)
     np.testing.assert_array_equal(index, every.argmin(1))
@@ -239,12 +283,22 @@ HARD = {  # real, fake: where float32, a matrix product or a shift would say som
     "clusters at +-1000, 40 dimensions": pair(lambda i, n: clusters(i, n, 40, 1e3, 1e-3)),
     "moved by 1e6": pair(lambda i, n: normal(i, n, 30) + 1e6),
     "scaled by 1e-6": pair(lambda i, n: 1e-6 * normal(i, n, 100)),
-    "one huge outlier": pair(lambda i, n: normal(i, n, 20) * np.where(np.arange(n) == 3, 1e12, 1)[:, None]),
+    "one huge outlier": pair(
+        lambda i, n: normal(i, n, 20) * np.where(np.arange(n) == 3, 1e12, 1)[:, None]
+    ),
     "float16": pair(lambda i, n: normal(i, n, 3, 7).astype(np.float16)),
-    "copies": pair(lambda i, n: normal(0, 301, 100)[np.random.default_rng(i).integers(150, size=n)].astype(np.float32)),
+    "copies": pair(
+        lambda i, n: normal(0, 301, 100)[np.random.default_rng(i).integers(150, size=n)].astype(
+            np.float32
+        )
+    ),
     "one point": pair(lambda i, n: np.full((n, 100), 0.1)),
-    "ties on a lattice, few dimensions": pair(lambda i, n: np.random.default_rng(i).integers(0, 6, (n, 2))),
-    "ties on a lattice": pair(lambda i, n: np.random.default_rng(i).integers(0, 2, (n, 20), np.uint8)),
+    "ties on a lattice, few dimensions": pair(
+        lambda i, n: np.random.default_rng(i).integers(0, 6, (n, 2))
+    ),
+    "ties on a lattice": pair(
+        lambda i, n: np.random.default_rng(i).integers(0, 2, (n, 20), np.uint8)
+    ),
 }
 
 
@@ -295,7 +349,9 @@ def test_neighbours_are_those_of_a_tree():
     assert metrics.precision_recall(y, x, 3)[0] == expected
 
 
-@pytest.mark.parametrize("name", [name for name in HARD if name not in ("one point", "one huge outlier")])
+@pytest.mark.parametrize(
+    "name", [name for name in HARD if name not in ("one point", "one huge outlier")]
+)
 def test_parzen_of_hard_sets_is_the_double_sum(name):
     real, fake = HARD[name]
     between, D = every_distance(fake, real), real[0].size
@@ -303,7 +359,9 @@ def test_parzen_of_hard_sets_is_the_double_sum(name):
     kernels = -np.square(between) / (2 * sigma**2) - D * log(sigma * sqrt(2 * pi)) - log(len(real))
     expected = np.logaddexp.reduce(kernels, 1)
     mean, error, _ = metrics.parzen_log_likelihood(real, fake, fake, sigmas=[sigma], chunk=50)
-    np.testing.assert_allclose((mean, error), (expected.mean(), expected.std() / sqrt(len(fake))), rtol=1e-9)
+    np.testing.assert_allclose(
+        (mean, error), (expected.mean(), expected.std() / sqrt(len(fake))), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("n, d", [(300, 5), (20, 64)])
@@ -318,7 +376,9 @@ def test_frechet_of_equal_sets_is_0_and_of_near_ones_what_it_should_be(n, d, sca
     # S_b = (1 + t)^2 S_a and m_b = (1 + t) m_a: t^2 (|m|^2 + tr S).
     t = 1e-7
     expected = t**2 * (np.square(a.mean(0)).sum() + a.var(0, ddof=1).sum()) * scale**2
-    np.testing.assert_allclose(metrics.frechet_distance(scale * a, scale * (1 + t) * a), expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics.frechet_distance(scale * a, scale * (1 + t) * a), expected, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int32])
@@ -333,7 +393,9 @@ def test_values_do_not_depend_on_the_type_of_the_numbers(dtype):
         lambda a, b: metrics.parzen_log_likelihood(a, b, b),
         lambda a, b: metrics.nearest(a, b)[0].sum(),
     ):
-        assert metric(a.astype(dtype), b.astype(dtype)) == metric(a.astype(np.float64), b.astype(np.float64))
+        assert metric(a.astype(dtype), b.astype(dtype)) == metric(
+            a.astype(np.float64), b.astype(np.float64)
+        )
 
 
 def test_sliced_wasserstein_does_not_see_where_zero_is():
@@ -349,7 +411,9 @@ def test_mode_count_of_a_correct_mixture():
     samples, modes = grid_points(0, 2500, 0.05)
     found = metrics.mode_count(samples, modes, 0.05)
     share = 1 - exp(-4.5)
-    assert found.modes == 25 and abs(found.high_quality - share) < 3 * sqrt(share * (1 - share) / 2500)
+    assert found.modes == 25 and abs(found.high_quality - share) < 3 * sqrt(
+        share * (1 - share) / 2500
+    )
     assert found.histogram.sum() == round(found.high_quality * 2500)
     assert metrics.reverse_kl(found.histogram) < 3 * 24 / 5000  # the bias (M - 1) / 2n, three times
     one = metrics.mode_count(samples[:, :1], modes[:, :1][:5], 0.05, within=2.0)
@@ -371,14 +435,21 @@ def test_reverse_kl_by_hand():
     assert abs(metrics.reverse_kl(np.array([7, 0])) - log(2)) < 1e-12
     assert abs(metrics.reverse_kl(np.array([3, 1])) - (0.75 * log(1.5) + 0.25 * log(0.5))) < 1e-12
     assert (
-        abs(metrics.reverse_kl(np.bincount([0, 0, 7], minlength=1000)) - (log(1000) - log(3) + 2 / 3 * log(2))) < 1e-12
+        abs(
+            metrics.reverse_kl(np.bincount([0, 0, 7], minlength=1000))
+            - (log(1000) - log(3) + 2 / 3 * log(2))
+        )
+        < 1e-12
     )
     assert np.isnan(metrics.reverse_kl(np.zeros(4)))
 
 
 def test_scores_stay_within_their_bounds():
     assert metrics.reverse_kl(np.ones(49)) == 0 and metrics.reverse_kl(np.full(7, 1e308)) == 0
-    for p in (np.full((7, 49), 1 / 49), np.random.default_rng(0).dirichlet(np.full(49, 5.0), 1).repeat(30, 0)):
+    for p in (
+        np.full((7, 49), 1 / 49),
+        np.random.default_rng(0).dirichlet(np.full(49, 5.0), 1).repeat(30, 0),
+    ):
         assert metrics.classifier_score(p) == 1
     for dtype in (np.float16, np.float32):  # rows of float16 sum to 1 within 1e-3 only
         assert 1 <= metrics.classifier_score(np.full((9, 1000), 1e-3, dtype)) < 1 + 1e-9
@@ -392,7 +463,9 @@ def test_classifier_score_by_hand():
     assert metrics.classifier_score(np.full((6, 10), 0.1)) == pytest.approx(1)
     assert metrics.classifier_score(np.tile(np.eye(10), (3, 1))) == pytest.approx(10)
     p = np.array([[0.9, 0.1], [0.5, 0.5]])
-    kl = np.mean([0.9 * log(0.9 / 0.7) + 0.1 * log(0.1 / 0.3), 0.5 * log(0.5 / 0.7) + 0.5 * log(0.5 / 0.3)])
+    kl = np.mean(
+        [0.9 * log(0.9 / 0.7) + 0.1 * log(0.1 / 0.3), 0.5 * log(0.5 / 0.7) + 0.5 * log(0.5 / 0.3)]
+    )
     assert metrics.classifier_score(jnp.asarray(p)) == pytest.approx(exp(kl), rel=1e-6)
 
 
@@ -450,7 +523,9 @@ def test_a_classifier_of_ones_own_is_read_from_its_file(tmp_path):
     with safe_open(metrics.WEIGHTS / "digits.safetensors", "np") as file:
         about = json.loads(file.metadata()["about"]) | {"accuracy": 0.5}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    weights["params.Dense_1.bias"] = weights["params.Dense_1.bias"] + np.eye(10, dtype=np.float16)[3] * 100
+    weights["params.Dense_1.bias"] = (
+        weights["params.Dense_1.bias"] + np.eye(10, dtype=np.float16)[3] * 100
+    )
     save_file(weights, tmp_path / "own.safetensors", metadata={"about": json.dumps(about)})
     found = metrics.load_classifier(tmp_path / "own.safetensors")
     images = np.zeros((4, 8, 8, 1), np.float32)
@@ -465,11 +540,18 @@ def test_a_classifier_of_ones_own_is_read_from_its_file(tmp_path):
 def test_classifiers_train_on_moved_images():
     """Each is one of its 9 shifts, mirrored or not; all of them occur."""
     image = np.arange(1.0, 13.0, dtype=np.float32).reshape(3, 4, 1)
-    every = [np.pad(image, ((1, 1), (1, 1), (0, 0)))[i : i + 3, j : j + 4] for i in range(3) for j in range(3)]
+    every = [
+        np.pad(image, ((1, 1), (1, 1), (0, 0)))[i : i + 3, j : j + 4]
+        for i in range(3)
+        for j in range(3)
+    ]
     batch = jnp.asarray(np.tile(image, (400, 1, 1, 1)))
     for mirror in (False, True):
         moved = np.asarray(classifiers.moved(batch, jax.random.key(mirror), shift=1, mirror=mirror))
-        wanted = {x.tobytes() for x in every + [np.ascontiguousarray(x[:, ::-1]) for x in every][: 9 * mirror]}
+        wanted = {
+            x.tobytes()
+            for x in every + [np.ascontiguousarray(x[:, ::-1]) for x in every][: 9 * mirror]
+        }
         assert {x.tobytes() for x in moved} == wanted
 
 
@@ -482,9 +564,13 @@ def test_a_classifier_is_trained_written_and_read(tmp_path):
     accuracy, size = classifiers.write(tmp_path / "own.safetensors", "digits", result, test, 8)
     found, right, _ = scored(tmp_path / "own.safetensors", "test", "digits")
     assert (
-        accuracy == pytest.approx(right, abs=1e-6) and found.accuracy == pytest.approx(right, abs=1e-6) and right > 0.5
+        accuracy == pytest.approx(right, abs=1e-6)
+        and found.accuracy == pytest.approx(right, abs=1e-6)
+        and right > 0.5
     )
-    assert size == (tmp_path / "own.safetensors").stat().st_size < 100_000 and found.about["channels"] == [8]
+    assert size == (tmp_path / "own.safetensors").stat().st_size < 100_000 and found.about[
+        "channels"
+    ] == [8]
     assert found.about["trained"].startswith("python -m experiments.classifiers: 8 epochs")
     with pytest.raises(train.Refused, match="no samples"):
         train.sample(result, jax.random.key(0), n=1)
@@ -542,7 +628,9 @@ def test_no_scale_of_the_data_changes_a_neighbour(width, power):
     assert metrics.density_coverage(*tiny) == metrics.density_coverage(x, y)
     plain, error, sigma = metrics.parzen_log_likelihood(x, y, y, sigmas=[0.5, 1.0])
     found = metrics.parzen_log_likelihood(*tiny, tiny[1], sigmas=np.ldexp([0.5, 1.0], power))
-    np.testing.assert_allclose(found, (plain - width * power * np.log(2), error, np.ldexp(sigma, power)), rtol=1e-9)
+    np.testing.assert_allclose(
+        found, (plain - width * power * np.log(2), error, np.ldexp(sigma, power)), rtol=1e-9
+    )
     with pytest.raises(ValueError, match="too far from the size"):
         metrics.parzen_log_likelihood(x, y, y, sigmas=[1e-170])
 

@@ -358,7 +358,9 @@ def test_old_records_fit_the_new_fields():
         ),
         (
             ddpm,
-            ddpm.Config(shape=(2,), T=25, net=ddpm.NetConfig("mlp", (4,), dtype="bfloat16", remat=True)),
+            ddpm.Config(
+                shape=(2,), T=25, net=ddpm.NetConfig("mlp", (4,), dtype="bfloat16", remat=True)
+            ),
             {"points": np.ones((4, 2), np.float32)},
         ),
         (

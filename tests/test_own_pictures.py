@@ -94,15 +94,22 @@ class Told(Source):
         return split
 
 
-@pytest.mark.parametrize("name, n", [("digits", 1237), ("mnist", 50_000), ("fashion_mnist", 50_000)])
+@pytest.mark.parametrize(
+    "name, n", [("digits", 1237), ("mnist", 50_000), ("fashion_mnist", 50_000)]
+)
 def test_named_sets_keep_their_slices(name, n):
     assert _pictures.three(Told(name), None, 50_000) == [f"train[:{n}]", f"train[{n}:]", "test"]
     assert _pictures.three(Told(name), 600, 50_000) == ["train[:600]", "train[600:]", "test"]
-    assert _pictures.parts(Told(name), "train[:55000]", "train[55000:]", "test")[1] == "train[55000:]"
+    assert (
+        _pictures.parts(Told(name), "train[:55000]", "train[55000:]", "test")[1] == "train[55000:]"
+    )
 
 
 def test_sets_too_small_to_measure_are_refused(tmp_path):
-    for n, words in ((60, "60 pictures, 6 of them in train.80%:90%.: at least 10"), (1, "empty|at least 10")):
+    for n, words in (
+        (60, "60 pictures, 6 of them in train.80%:90%.: at least 10"),
+        (1, "empty|at least 10"),
+    ):
         write(tmp_path / str(n), n)
         with pytest.raises(ValueError, match=words):
             _pictures.parts(Source(f"images:{tmp_path / str(n)}"), "a", "b", "test")
@@ -175,7 +182,9 @@ def test_the_script_that_measures_first_has_its_pictures_before(flat, tmp_path, 
     with pytest.raises(Reached):
         vdm_invariance.run(replace(setup, data=Source(flat)), tmp_path)
     with pytest.raises(ValueError):
-        vdm_invariance.run(replace(setup, data=Source(flat), model=replace(setup.model, shape=(9, 9, 1))), tmp_path)
+        vdm_invariance.run(
+            replace(setup, data=Source(flat), model=replace(setup.model, shape=(9, 9, 1))), tmp_path
+        )
 
 
 @pytest.fixture
@@ -200,11 +209,17 @@ def call(monkeypatch, capfd, tmp_path):
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_pictures_without_classes_are_refused_by_models_that_are_given_one(name, flat, call):
     code, line = call(name, "--data.name", flat)
-    assert code == 2 and "error: " in line and "has no classes" in line and "experiments.own_pictures" in line
+    assert (
+        code == 2
+        and "error: " in line
+        and "has no classes" in line
+        and "experiments.own_pictures" in line
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["parzen_table", "progressive", "guidance", "ddim_steps", "schedules", "ddpm_objectives"]
+    "name",
+    ["parzen_table", "progressive", "guidance", "ddim_steps", "schedules", "ddpm_objectives"],
 )
 def test_scripts_about_one_set_refuse_own_pictures_and_say_what_takes_them(name, flat, call):
     code, line = call(name, "--data.name", flat)
@@ -214,12 +229,28 @@ def test_scripts_about_one_set_refuse_own_pictures_and_say_what_takes_them(name,
 @pytest.mark.parametrize(
     "name, flags, words",
     [
-        ("ddpm_cifar10", ["--data.size", "10"], "halve H and W 2 times.*--data.size 8 makes them 8 x 8"),
+        (
+            "ddpm_cifar10",
+            ["--data.size", "10"],
+            "halve H and W 2 times.*--data.size 8 makes them 8 x 8",
+        ),
         ("ddpm_cifar10", ["--data.size", "63"], "--data.size 64 makes them"),
         ("vae_digits", ["--data.size", "0"], "size must be a whole number of at least 1"),
-        ("vae_digits", ["--model.shape", "9", "9", "1"], r"model.shape is \(9, 9, 1\), the images are \(12, 12, 1\)"),
-        ("vae_digits", ["--model.channels", "16", "16", "16"], "halve H and W 3 times.*--data.size 8 makes"),
-        ("own_pictures", ["--family", "gan", "--model.classes", "3"], "the examples have no labels"),
+        (
+            "vae_digits",
+            ["--model.shape", "9", "9", "1"],
+            r"model.shape is \(9, 9, 1\), the images are \(12, 12, 1\)",
+        ),
+        (
+            "vae_digits",
+            ["--model.channels", "16", "16", "16"],
+            "halve H and W 3 times.*--data.size 8 makes",
+        ),
+        (
+            "own_pictures",
+            ["--family", "gan", "--model.classes", "3"],
+            "the examples have no labels",
+        ),
         ("own_pictures", ["--samples", "3"], "samples must be at least 10, got 3"),
         ("gan_digits", ["--training", "0"], "training must be at least 1, got 0"),
         ("ddpm_digits", ["--training", "-5"], "training must be at least 1, got -5"),
@@ -252,7 +283,12 @@ def test_other_kinds_of_data_are_refused(name, call):
 def test_nets_fit_pictures_of_every_size(family, channels):
     """From 1 x 1 on, odd ones and oblong ones: the model is built, its nets named by the user stay."""
     setup = own_pictures.SETUPS[family]
-    for shape in [(side, side) for side in range(1, 70)] + [(48, 64), (7, 30), (128, 96), (256, 256)]:
+    for shape in [(side, side) for side in range(1, 70)] + [
+        (48, 64),
+        (7, 30),
+        (128, 96),
+        (256, 256),
+    ]:
         info = data.Info("image", (*shape, channels), 256)
         model = own_pictures.sized(setup, info).model
         assert model.shape == info.shape
@@ -272,16 +308,27 @@ def test_halvings():
 
 def smallest(family, source, tmp_path, **change):
     setup = own_pictures.scales(family)["smoke"].setup
-    run = replace(setup.run, folder=str(tmp_path / "run"), steps=4, eval_every=5, batch_size=8, devices=1)
+    run = replace(
+        setup.run, folder=str(tmp_path / "run"), steps=4, eval_every=5, batch_size=8, devices=1
+    )
     return own_pictures.run(replace(setup, run=run, data=source, samples=12, **change), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "family", ["vae", pytest.param("gan", marks=pytest.mark.soak), pytest.param("ddpm", marks=pytest.mark.soak)]
+    "family",
+    [
+        "vae",
+        pytest.param("gan", marks=pytest.mark.soak),
+        pytest.param("ddpm", marks=pytest.mark.soak),
+    ],
 )
 def test_own_pictures_are_trained_drawn_and_measured(family, classes, tmp_path):
     # Dense layers compile in a third of the time.
-    small = {"model": replace(own_pictures.VAE, channels=(), hidden=(8,), ema=0.0)} if family == "vae" else {}
+    small = (
+        {"model": replace(own_pictures.VAE, channels=(), hidden=(8,), ema=0.0)}
+        if family == "vae"
+        else {}
+    )
     found = smallest(family, Source(classes, size=8), tmp_path, **small)
     assert all(np.isfinite(row.ours) for row in found)
     measured = [row for row in found if "of pixels" in row.quantity]
@@ -292,18 +339,36 @@ def test_own_pictures_are_trained_drawn_and_measured(family, classes, tmp_path):
     result = train.load(tmp_path / "run")
     assert result.info.shape == (8, 8, 3) and result.info.source["size"] == 8
     again = dict(result.info.source)
-    assert data.load(again.pop("name"), again.pop("split"), **again).info.fingerprint == result.info.fingerprint
+    assert (
+        data.load(again.pop("name"), again.pop("split"), **again).info.fingerprint
+        == result.info.fingerprint
+    )
 
 
 def test_the_family_is_a_first_flag_and_part_of_the_record(flat, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(own_pictures, "run", lambda setup, folder: (folder.mkdir(), [_cli.Row("x", 1.0)])[1])
-    flags = ["--run.folder", "run", "--family", "ddpm", "--model.T", "9", "--data.name", flat, "--scale", "smoke"]
+    monkeypatch.setattr(
+        own_pictures, "run", lambda setup, folder: (folder.mkdir(), [_cli.Row("x", 1.0)])[1]
+    )
+    flags = [
+        "--run.folder",
+        "run",
+        "--family",
+        "ddpm",
+        "--model.T",
+        "9",
+        "--data.name",
+        flat,
+        "--scale",
+        "smoke",
+    ]
     monkeypatch.setattr(sys, "argv", ["own_pictures", *flags])
     _cli.main("own_pictures")
     record = json.loads((tmp_path / "run" / "rows.json").read_text())
     assert "--family=ddpm --model.T 9" in record["command"]
-    assert [row["quantity"] for row in record["rows"]] == ["x"]  # no criteria: these are of the script's own set
+    assert [row["quantity"] for row in record["rows"]] == [
+        "x"
+    ]  # no criteria: these are of the script's own set
     monkeypatch.setattr(sys, "argv", ["own_pictures", "--family", "flow"])
     with pytest.raises(SystemExit) as e:
         _cli.main("own_pictures")
@@ -319,13 +384,18 @@ def test_pixels_of_the_training_set_score_as_their_floor(capfd):
     centres = rng.random((5, 4, 4, 1))
 
     def draw(n):
-        return (centres[rng.integers(5, size=n)] + 0.05 * rng.standard_normal((n, 4, 4, 1))).astype(np.float32)
+        return (centres[rng.integers(5, size=n)] + 0.05 * rng.standard_normal((n, 4, 4, 1))).astype(
+            np.float32
+        )
 
     real, seen, fake = draw(300), draw(300), draw(300)
     for row in _pictures.distances("images:x", fake, real, seen):
         assert abs(row.ours - row.oracle) < 0.15 and "of pixels, n = 300" in row.quantity
     assert "no classifier of ours knows these pictures" in capfd.readouterr().err
-    noise = {row.quantity: row.ours for row in _pictures.in_pixels(rng.random((300, 4, 4, 1)), real, seen)}
+    noise = {
+        row.quantity: row.ours
+        for row in _pictures.in_pixels(rng.random((300, 4, 4, 1)), real, seen)
+    }
     assert all(value < 0.05 for name, value in noise.items() if not name.startswith("recall"))
 
 
@@ -360,5 +430,7 @@ def test_images_of_another_layout_are_not_drawn(shape, words, tmp_path):
 
 
 def test_the_classifier_says_how_to_transpose():
-    with pytest.raises(ValueError, match=r"got \(2, 1, 8, 8\); channels come last: images.transpose"):
+    with pytest.raises(
+        ValueError, match=r"got \(2, 1, 8, 8\); channels come last: images.transpose"
+    ):
         metrics.load_classifier("digits").apply(np.zeros((2, 1, 8, 8), np.float32))

@@ -40,7 +40,22 @@ def own(tmp_path):
 def shuffled(n: int) -> str:
     """A long text of all sorts of neighbours: words, spaces, punctuation, several scripts."""
     rng = np.random.default_rng(0)
-    parts = [*STORY, " ", "\n", "the", "don't", "'s", "  ", "，", "1,2", "\u3000", "\x1c", "x.", "²", "_"]
+    parts = [
+        *STORY,
+        " ",
+        "\n",
+        "the",
+        "don't",
+        "'s",
+        "  ",
+        "，",
+        "1,2",
+        "\u3000",
+        "\x1c",
+        "x.",
+        "²",
+        "_",
+    ]
     return "".join(rng.choice(parts, n))
 
 
@@ -54,7 +69,9 @@ def test_blocks_change_no_token(block, monkeypatch):
 
     library = tokenizer._byte_level(tokenizers.models.BPE())
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, show_progress=False
+    )
     library.train_from_iterator([whole], trainer)
     assert made.content == library.to_str()
     np.testing.assert_array_equal(made.encode(whole), library.encode(whole).ids)
@@ -81,7 +98,10 @@ def test_words_without_end_are_learnt_from_in_parts():
     for whole in (genome, "\n" * 9000, "a word, " + "b" * 2001):
         pieces = list(tokenizer._split_long_words([whole]))
         assert "".join(pieces) == whole and max(map(len, pieces)) == tokenizer.MAX_WORD
-    assert list(tokenizer._split_long_words(["a word " * 9000, "", "b" * 1999])) == ["a word " * 9000, "b" * 1999]
+    assert list(tokenizer._split_long_words(["a word " * 9000, "", "b" * 1999])) == [
+        "a word " * 9000,
+        "b" * 1999,
+    ]
     made = Tokenizer.bpe(genome, 300)
     assert made.size == 300 and made.decode(made.encode(genome)) == genome
 
@@ -100,7 +120,11 @@ def test_tokenizers_of_other_kinds_get_the_text_whole(monkeypatch):
 
 def test_reading_takes_at_most_eight_bytes_per_byte(own):
     """Of text in Latin letters, of Chinese, and of Latin letters with one emoji, which a str holds in 4 bytes each."""
-    for line in ("the cat sat on the mat, and a dog on the log\n", POEM, "plain letters, but for one\n"):
+    for line in (
+        "the cat sat on the mat, and a dog on the log\n",
+        POEM,
+        "plain letters, but for one\n",
+    ):
         content = line.encode() * (1_500_000 // len(line.encode())) + "🙂\n".encode()
         name = own(content)
         tracemalloc.start()
@@ -116,7 +140,9 @@ def test_reading_takes_at_most_eight_bytes_per_byte(own):
 def test_byte_pairs_are_learnt_in_little_memory(own):
     """In a process of its own, because the library's memory is not Python's. Whole, 1 MB of text took 150 MB."""
     rng = np.random.default_rng(0)
-    words = np.array(["cat", "mat", "dog", "log", "naive", "sat", "upon", "the"])[rng.integers(0, 8, 225_000)]
+    words = np.array(["cat", "mat", "dog", "log", "naive", "sat", "upon", "the"])[
+        rng.integers(0, 8, 225_000)
+    ]
     name = own(" ".join(words.tolist()))
     code = f"""
 import resource
@@ -127,14 +153,18 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = data.load({name!r}, length=64, tokenizer="bpe:300")
 print(found.info.levels, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     levels, kilobytes = map(int, out.stdout.split())
     assert levels > 256 and kilobytes < 60_000
 
 
 def test_a_text_beyond_int32_is_refused():
     endless = np.broadcast_to(np.int32(0), 2**31 - 8)
-    with pytest.raises(ValueError, match=r"a text of 2,147,483,640 tokens is too long: positions are int32"):
+    with pytest.raises(
+        ValueError, match=r"a text of 2,147,483,640 tokens is too long: positions are int32"
+    ):
         text.from_tokens(endless, length=8, vocab=1)
 
 
@@ -151,24 +181,38 @@ def test_any_text_comes_back(own, content):
     name = own(content)
     border = len(content) * 9 // 10
     assert text.sizes(name) == {"train": border, "validation": len(content) - border}
-    for split, part in (("train", content[:border]), ("validation[5:]+train[:3]", content[border:][5:] + content[:3])):
+    for split, part in (
+        ("train", content[:border]),
+        ("validation[5:]+train[:3]", content[border:][5:] + content[:3]),
+    ):
         found = data.load(name, split, length=4)
         assert Tokenizer(found.info.tokenizer).decode(found.resident[0]["text"]) == part
-        assert found.info.levels == len(set(content)) and found.info.bytes_per_token == len(part.encode()) / len(part)
-    pairs = data.load(name, "train", length=1, tokenizer="bpe:258") if len(set(content)) > 1 else found
-    assert Tokenizer(pairs.info.tokenizer).decode(pairs.resident[0]["text"]) in (content[:border], part)
+        assert found.info.levels == len(set(content)) and found.info.bytes_per_token == len(
+            part.encode()
+        ) / len(part)
+    pairs = (
+        data.load(name, "train", length=1, tokenizer="bpe:258") if len(set(content)) > 1 else found
+    )
+    assert Tokenizer(pairs.info.tokenizer).decode(pairs.resident[0]["text"]) in (
+        content[:border],
+        part,
+    )
 
 
 def test_a_byte_order_mark_is_no_character(own):
     plain, marked = (
-        data.load(own(mark + POEM.encode() * 9, f"{len(mark)}.txt"), length=8).info for mark in (b"", b"\xef\xbb\xbf")
+        data.load(own(mark + POEM.encode() * 9, f"{len(mark)}.txt"), length=8).info
+        for mark in (b"", b"\xef\xbb\xbf")
     )
     assert plain.fingerprint == marked.fingerprint
 
 
 WESTERN = "Les élèves étaient déjà là; où êtes-vous allés à Noël? Très bien.\n" * 20
 JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n" * 20
-RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему.\n" * 9
+RUSSIAN = (
+    "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива по-своему.\n"
+    * 9
+)
 
 
 @pytest.mark.parametrize(
@@ -181,16 +225,28 @@ RUSSIAN = "Все счастливые семьи похожи друг на д�
         ((POEM * 20).encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
         ((POEM * 20).encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8"),
         (WESTERN.encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),
-        (("plain letters\n" * 20).encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8"),  # this is UTF-8 as well
+        (
+            ("plain letters\n" * 20).encode("utf-16-le"),
+            "iconv -f UTF-16LE -t UTF-8",
+        ),  # this is UTF-8 as well
         (WESTERN.encode("utf-32"), "iconv -f UTF-32 -t UTF-8"),
         ((POEM * 20).encode("gb18030"), "iconv -f GB18030 -t UTF-8"),
-        (("人人生而自由，在尊嚴和權利上一律平等。\n" * 20).encode("big5"), "iconv -f BIG5 -t UTF-8"),
+        (
+            ("人人生而自由，在尊嚴和權利上一律平等。\n" * 20).encode("big5"),
+            "iconv -f BIG5 -t UTF-8",
+        ),
         (JAPANESE.encode("euc_jp"), "iconv -f EUC-JP -t UTF-8"),
         (RUSSIAN.encode("koi8_r"), "iconv -f KOI8-R -t UTF-8"),
         (RUSSIAN.encode("cp1251"), "iconv -f CP1251 -t UTF-8"),
         (WESTERN.encode("latin-1"), "(byte 4); it looks like CP1252"),
-        (b"plain\n" * 30_000 + "un café\n".encode("latin-1"), "(byte 180006); it looks like CP1252"),
-        ((POEM * 20).encode()[:-2], "a few bytes are damaged. Drop them: iconv -c -f UTF-8 -t UTF-8"),
+        (
+            b"plain\n" * 30_000 + "un café\n".encode("latin-1"),
+            "(byte 180006); it looks like CP1252",
+        ),
+        (
+            (POEM * 20).encode()[:-2],
+            "a few bytes are damaged. Drop them: iconv -c -f UTF-8 -t UTF-8",
+        ),
         (b"abc\xed\xa0\x80" * 30, "a few bytes are damaged"),  # half of a surrogate pair
         (bytes(range(256)) * 20, "does not look like text: name a text file"),
     ],
@@ -205,7 +261,11 @@ def test_what_cannot_be_read_says_what_it_is(own, content, words):
 
 def test_half_a_surrogate_pair_is_one_line():
     """They come from a command line that is not UTF-8."""
-    for call in (Tokenizer.characters, lambda t: Tokenizer.bpe(t, 260), Tokenizer.bpe(STORY, 260).encode):
+    for call in (
+        Tokenizer.characters,
+        lambda t: Tokenizer.bpe(t, 260),
+        Tokenizer.bpe(STORY, 260).encode,
+    ):
         with pytest.raises(ValueError, match=r"the text holds '\\udcff', half of a surrogate pair"):
             call("ab\udcff")
     with pytest.raises(ValueError, match=r"the vocabulary has no '\\udcff'"):
@@ -255,13 +315,19 @@ def test_slices_that_are_not_there_name_the_sizes(split, words):
     with pytest.raises(ValueError) as refused:
         cuts("a", split, {"train": 180, "validation": 20}, unit="characters")
     said = str(refused.value)
-    assert words.format(there="(in characters: train has 180, validation has 20)") in said and "\n" not in said
+    assert (
+        words.format(there="(in characters: train has 180, validation has 20)") in said
+        and "\n" not in said
+    )
 
 
 def test_a_default_slice_takes_what_there_is_and_a_typed_one_is_refused(own, capsys):
     source = _cli.Source(own("ab" * 2500))
     defaults = {scale.setup.valid for scale in transformer_text.SCALES.values()}
-    for split, taken in (("validation[:20000]", "validation"), ("validation[:100000]", "validation")):
+    for split, taken in (
+        ("validation[:20000]", "validation"),
+        ("validation[:100000]", "validation"),
+    ):
         assert _text.part(source, split, "--valid", defaults) == taken
         assert "validation has 500 characters, all of them are taken" in capsys.readouterr().err
     assert _text.part(source, "validation[:100]", "--valid", defaults) == "validation[:100]"
@@ -269,7 +335,9 @@ def test_a_default_slice_takes_what_there_is_and_a_typed_one_is_refused(own, cap
         _text.part(source, "validation[:501]", "--valid", defaults)
     for split in defaults:  # what was recorded stays what it was
         assert _text.part(_cli.Source("python_source"), split, "--valid", defaults) == split
-    with pytest.raises(ValueError, match=r"digits is no text: python_source, tiny_shakespeare or text:FILE"):
+    with pytest.raises(
+        ValueError, match=r"digits is no text: python_source, tiny_shakespeare or text:FILE"
+    ):
         _text.part(_cli.Source("digits"), "validation", "--valid", defaults)
 
 
@@ -294,15 +362,21 @@ def test_a_tokenizer_is_chosen_and_recorded(own, tmp_path):
         with pytest.raises(ValueError, match=words):
             _cli.Source(name, tokenizer=which).load("train", length=8)
     with pytest.raises(
-        ValueError, match="digits has no option 'tokenizer'; it takes none: --data.tokenizer is for text:"
+        ValueError,
+        match="digits has no option 'tokenizer'; it takes none: --data.tokenizer is for text:",
     ):
         _cli.Source("digits", tokenizer="char").load("train")
-    with pytest.raises(ValueError, match="digits has no option 'size'; it takes none: --data.size is for images:FOL"):
+    with pytest.raises(
+        ValueError,
+        match="digits has no option 'size'; it takes none: --data.size is for images:FOL",
+    ):
         data.load("digits", size=32)
     with pytest.raises(ValueError, match="text: name a file, as in text:FILE"):
         data.load("text:", length=8)
     for script in (finetune, gpt2):
-        with pytest.raises(ValueError, match="the weights come with their tokenizer: leave --data.tokenizer out"):
+        with pytest.raises(
+            ValueError, match="the weights come with their tokenizer: leave --data.tokenizer out"
+        ):
             replace(script.SCALES["smoke"].setup, data=_cli.Source(name, tokenizer="char"))
 
 
@@ -327,7 +401,9 @@ def words_of(known, file):
     import tokenizers
 
     unknown = {"unk_token": "[UNK]"} if "[UNK]" in known else {}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(known)}, **unknown))
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(known)}, **unknown)
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(file))
     return str(file)
@@ -336,7 +412,11 @@ def words_of(known, file):
 def test_characters_that_a_tokenizer_loses_count(own, tmp_path):
     name = own("night and morning come\n" * 100)
     lossy = words_of(["[UNK]", "night", "and"], tmp_path / "words.json")
-    for split, characters in (("validation", 230), ("validation[:115]", 115), ("validation[50%:]", 115)):
+    for split, characters in (
+        ("validation", 230),
+        ("validation[:115]", 115),
+        ("validation[50%:]", 115),
+    ):
         scored = data.load(name, split, length=4, stride=4, tokenizer=lossy)
         assert _text.tokens_per_character(scored) == len(scored.resident[0]["text"]) / characters
     moved = (tmp_path / "own.txt").rename(tmp_path / "moved.txt")
@@ -368,13 +448,17 @@ def test_ngrams_stop_where_a_text_ends():
 
 
 def test_a_prompt_is_of_the_texts_own_characters(own):
-    poem, code = (data.load(own(t * 30, "t.txt"), "validation", length=8) for t in (POEM, "def f():\n"))
+    poem, code = (
+        data.load(own(t * 30, "t.txt"), "validation", length=8) for t in (POEM, "def f():\n")
+    )
     asked = Tokenizer(code.info.tokenizer).encode("def ")
     np.testing.assert_array_equal(_text.prompt("def ", code, 64), asked)
     np.testing.assert_array_equal(_text.prompt("def ", code, 3), asked[:2])
     np.testing.assert_array_equal(_text.prompt("def ", code, 1), asked[:1])
     np.testing.assert_array_equal(_text.prompt("def ", poem, 64), poem.resident[0]["text"][:4])
-    np.testing.assert_array_equal(_text.prompt("", code, 64), code.resident[0]["text"][:4])  # no tokens
+    np.testing.assert_array_equal(
+        _text.prompt("", code, 64), code.resident[0]["text"][:4]
+    )  # no tokens
 
 
 def test_words_are_split_at_spaces_and_chinese_at_characters():
@@ -397,7 +481,9 @@ def drawn(tmp_path, content, caption="a caption"):
 
 def test_characters_without_a_font_are_boxes_and_said_so(tmp_path, caplog):
     """U+10380 .. of Ugaritic; not a word of it on standard error, where each missing one was a line."""
-    fig, page = drawn(tmp_path, "abc \U0001039f\U0001039e\U0001039f\x00$\\frac{$ \\bad$", "text:\U0001039e_$x$")
+    fig, page = drawn(
+        tmp_path, "abc \U0001039f\U0001039e\U0001039f\x00$\\frac{$ \\bad$", "text:\U0001039e_$x$"
+    )
     fonts = page.get_fontfamily()
     if figures._fonts(fonts, "\U0001039e")[1]:
         assert page.get_text() == "abc \u25a1\u25a1\u25a1·$\\frac{$ \\bad$"
@@ -415,7 +501,12 @@ def test_a_font_that_has_the_characters_is_found(tmp_path, monkeypatch):
     from matplotlib import font_manager
 
     pen = TTGlyphPen(None)
-    for move, *at in (("moveTo", 0, 0), ("lineTo", 0, 700), ("lineTo", 700, 700), ("lineTo", 700, 0)):
+    for move, *at in (
+        ("moveTo", 0, 0),
+        ("lineTo", 0, 700),
+        ("lineTo", 700, 700),
+        ("lineTo", 700, 0),
+    ):
         getattr(pen, move)(tuple(at))
     pen.closePath()
     square = pen.glyph()
@@ -433,7 +524,10 @@ def test_a_font_that_has_the_characters_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist])
     font_manager.fontManager.addfont(str(tmp_path / "squares.ttf"))
     fig, page = drawn(tmp_path, "abc \U0010ff00\U0010ff01")
-    assert page.get_fontfamily() == ["monospace", "Squares"] and page.get_text() == "abc \U0010ff00\U0010ff01"
+    assert (
+        page.get_fontfamily() == ["monospace", "Squares"]
+        and page.get_text() == "abc \U0010ff00\U0010ff01"
+    )
     assert fig._supxlabel.get_text() == "a caption"
 
 
@@ -444,7 +538,9 @@ def test_pages_are_as_wide_as_they_are_said_to_be():
     figures.page(ax, POEM * 2 + "word " * 30 + "\n\nend", columns=20, rows=50)
     lines = ax.texts[0].get_text().split("\n")
     assert max(map(cell_len, lines)) <= 20 and lines[-2:] == ["", "end"]
-    assert "".join(lines).replace(" ", "") == (POEM * 2 + "word " * 30 + "end").replace(" ", "").replace("\n", "")
+    assert "".join(lines).replace(" ", "") == (POEM * 2 + "word " * 30 + "end").replace(
+        " ", ""
+    ).replace("\n", "")
 
 
 # ------------------------------------------------------------------------------------------------------- whole scripts
@@ -486,7 +582,9 @@ def test_a_run_is_scored_again_with_the_tokenizer_that_it_keeps(own, tmp_path):
         for split, stride in (("train", 0), ("validation", 8))
     )
     cfg = transformer.Config(vocab=262, context=8, **TINY)
-    record = folders.describe(transformer.make, cfg, train.Run(folder=str(tmp_path)), training.info, valid.info)
+    record = folders.describe(
+        transformer.make, cfg, train.Run(folder=str(tmp_path)), training.info, valid.info
+    )
     folders.write(tmp_path, record, training.info)
     file.unlink()
     for which, source in (("data", training), ("valid", valid)):
@@ -510,7 +608,9 @@ def test_every_script_takes_any_text(own, tmp_path, script, which, content):
         change = {"texts": 2}
     try:
         rows = script.run(small(script, source, folder, **change), folder)
-    except ValueError:  # pairs of a text that repeats itself are few: refused before anything is written
+    except (
+        ValueError
+    ):  # pairs of a text that repeats itself are few: refused before anything is written
         assert which and not folder.exists()
         return
     assert rows and all(isinstance(row.ours, str) or np.isfinite(row.ours) for row in rows)

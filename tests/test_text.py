@@ -43,7 +43,10 @@ def test_characters_are_numbered_by_code_point():
 def byte_pairs(content: str, sentence: str) -> list[str]:
     """Byte-level BPE by the book: split by GPT-2's pattern, then merge the earliest learnt pair until none is left."""
     said = json.loads(content)["model"]
-    ranks = {tuple(m) if isinstance(m, list) else tuple(m.split(" ")): i for i, m in enumerate(said["merges"])}
+    ranks = {
+        tuple(m) if isinstance(m, list) else tuple(m.split(" ")): i
+        for i, m in enumerate(said["merges"])
+    }
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     shown = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -52,7 +55,10 @@ def byte_pairs(content: str, sentence: str) -> list[str]:
     for word in regex.findall(pattern, sentence):
         pieces = [shown[b] for b in word.encode()]
         while True:
-            pairs = [(ranks.get(pair, math.inf), i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False))]
+            pairs = [
+                (ranks.get(pair, math.inf), i)
+                for i, pair in enumerate(zip(pieces, pieces[1:], strict=False))
+            ]
             if not pairs or min(pairs)[0] == math.inf:
                 break
             rank = min(pairs)[0]
@@ -68,7 +74,9 @@ def test_byte_pairs_are_merged_in_the_order_learnt():
     for sentence in ("the cat\n\n\n sat", "it's  a  dog; 🙂 unseen Ωords 123\t", STORY[:300]):
         tokens = tokenizer.encode(sentence)
         assert tokenizer.decode(tokens) == sentence
-        assert [vocabulary[piece] for piece in byte_pairs(tokenizer.content, sentence)] == tokens.tolist()
+        assert [
+            vocabulary[piece] for piece in byte_pairs(tokenizer.content, sentence)
+        ] == tokens.tolist()
 
 
 def test_bpe_encodes_any_text_and_shortens_what_it_knows():
@@ -97,7 +105,9 @@ def test_gpt2s_files_are_a_tokenizer(tmp_path):
         Tokenizer.gpt2(tmp_path)
 
 
-@pytest.mark.parametrize("made", [Tokenizer.characters(STORY), Tokenizer.bpe(STORY, 280)], ids=["char", "bpe"])
+@pytest.mark.parametrize(
+    "made", [Tokenizer.characters(STORY), Tokenizer.bpe(STORY, 280)], ids=["char", "bpe"]
+)
 def test_a_tokenizer_is_saved_and_read(tmp_path, made):
     made.save(tmp_path / "tokenizer.json")
     read = Tokenizer.load(tmp_path / "tokenizer.json")
@@ -134,7 +144,10 @@ def test_no_setting_of_a_file_cuts_pads_or_varies_a_text(tmp_path):
         said = json.loads(read.content)
         assert said["truncation"] is said["padding"] is said["model"]["dropout"] is None
         again = Tokenizer(read.content)  # as a run folder keeps it
-        assert again.content == read.content and again.encode(STORY).tolist() == made.encode(STORY).tolist()
+        assert (
+            again.content == read.content
+            and again.encode(STORY).tolist() == made.encode(STORY).tolist()
+        )
     untouched = changed(made)
     assert Tokenizer(untouched).content == untouched
 
@@ -151,12 +164,20 @@ def test_what_a_tokenizer_loses_is_said_in_one_line(capsys):
     assert warned(gpt2.content) == warned(Tokenizer.characters("The cät, 🙂 sat").content) == ""
     lower = warned(changed(gpt2, normalizer={"type": "Lowercase"}))
     assert lower.startswith("warning: the tokenizer changes the text (Lowercase): at character 0 ")
-    assert lower.endswith(" 'The cät, 🙂 s' comes back as 'the cät, 🙂 s'\n") and lower.count("\n") == 1
+    assert (
+        lower.endswith(" 'The cät, 🙂 s' comes back as 'the cät, 🙂 s'\n")
+        and lower.count("\n") == 1
+    )
     assert warned(changed(gpt2, normalizer={"type": "Lowercase"}), "the cat") == ""
     words = library.Tokenizer(library.models.WordLevel({"?": 0, "The": 1, "sat": 2}, unk_token="?"))
     words.pre_tokenizer = library.pre_tokenizers.Whitespace()
-    assert warned(words) == "warning: the tokenizer does not know all of the text: 3 of 5 tokens are '?'\n"
-    pieces = library.Tokenizer(library.models.Unigram([("<unk>", 0.0), ("T", -1.0), ("h", -1.0)], unk_id=0))
+    assert (
+        warned(words)
+        == "warning: the tokenizer does not know all of the text: 3 of 5 tokens are '?'\n"
+    )
+    pieces = library.Tokenizer(
+        library.models.Unigram([("<unk>", 0.0), ("T", -1.0), ("h", -1.0)], unk_id=0)
+    )
     assert "tokens are '<unk>'" in warned(pieces)
     dropped = library.Tokenizer(library.models.BPE({"T": 0, "s": 1}, []))
     assert "changes the text: at character 1 'he cät, 🙂 sa' comes back as" in warned(dropped)
@@ -172,7 +193,10 @@ def test_what_a_tokenizer_loses_is_said_in_one_line(capsys):
         ('{"a":' * 10**5, "maximum recursion depth"),
         ("[]", ""),
         ('{"characters": 5}', ""),
-        ('{"model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}}', "exceeds 32 bits"),
+        (
+            '{"model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}}',
+            "exceeds 32 bits",
+        ),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}', ""),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["ab"]}}', ""),
         ('{"model": {"type": "BPE", "vocab": [], "merges": 3}}', ""),
@@ -186,10 +210,16 @@ def test_what_is_no_tokenizer_is_one_line(content, words):
 
 
 def test_numbers_with_gaps_are_counted_to_the_last():
-    said = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 900}, "unk_token": "a"}}
+    said = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 900}, "unk_token": "a"},
+    }
     tokenizer = Tokenizer(json.dumps(said))
     assert tokenizer.size == 901 and tokenizer.encode("b").tolist() == [900]
-    no_unknown = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}
+    no_unknown = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"},
+    }
     with pytest.raises(ValueError, match="the tokenizer cannot encode this text .*WordLevel"):
         Tokenizer(json.dumps(no_unknown)).encode("b")
 
@@ -211,7 +241,8 @@ def test_crops_are_pieces_of_the_text_from_everywhere():
 
 
 @pytest.mark.parametrize(
-    ("n", "length", "stride"), [(50, 7, 7), (50, 7, 3), (50, 7, 1), (8, 7, 7), (9, 7, 5), (43, 6, 6)]
+    ("n", "length", "stride"),
+    [(50, 7, 7), (50, 7, 3), (50, 7, 1), (8, 7, 7), (9, 7, 5), (43, 6, 6)],
 )
 def test_windows_count_every_token_but_the_first_once(n, length, stride):
     windows = text.from_tokens(np.arange(n), length=length, stride=stride)
@@ -231,7 +262,9 @@ def test_strided_evaluation_is_a_loop_over_the_tokens():
     family = transformer.make(cfg)
     state = family.init(jax.random.key(0))
     state = state._replace(params=jax.tree.map(lambda x: 5 * x, state.params))
-    got = train.evaluate(train.Result(family, state, cfg, windows.info, None), windows, batch_size=4)
+    got = train.evaluate(
+        train.Result(family, state, cfg, windows.info, None), windows, batch_size=4
+    )
     apply = jax.jit(lambda x: jax.nn.log_softmax(transformer.apply(cfg, state.params, x)))
     total = 0.0
     for t in range(1, 40):
@@ -250,8 +283,14 @@ def test_strided_evaluation_is_a_loop_over_the_tokens():
         ({"length": 5, "stride": 6}, r"stride must lie in 0..length = 5, got 6"),
         ({"length": 5, "vocab": 49}, r"tokens must lie in 0..48, got 0..49"),
         ({"length": 5, "tokens": np.arange(-1, 9)}, r"tokens must lie in 0..8, got -1..8"),
-        ({"length": 5, "tokens": np.arange(9.0)}, r"tokens must be whole numbers \[N\], got float64 \[9\]"),
-        ({"length": 5, "tokens": np.zeros((3, 9), int)}, r"tokens must be whole numbers \[N\], got int64 \[3, 9\]"),
+        (
+            {"length": 5, "tokens": np.arange(9.0)},
+            r"tokens must be whole numbers \[N\], got float64 \[9\]",
+        ),
+        (
+            {"length": 5, "tokens": np.zeros((3, 9), int)},
+            r"tokens must be whole numbers \[N\], got int64 \[3, 9\]",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused(options, words):
@@ -261,7 +300,9 @@ def test_what_cannot_be_cut_is_refused(options, words):
 
 def test_fingerprint_sees_tokens_cut_and_vocabulary():
     def of(tokens=range(50), **options):
-        return text.from_tokens(np.array(tokens), **{"length": 5, "vocab": 60, **options}).info.fingerprint
+        return text.from_tokens(
+            np.array(tokens), **{"length": 5, "vocab": 60, **options}
+        ).info.fingerprint
 
     found = [of(), of(range(1, 51)), of(length=6), of(stride=5), of(vocab=61)]
     assert len(set(found)) == 5 and of() == found[0]
@@ -289,12 +330,17 @@ def test_a_file_of_ones_own(tmp_path):
     both = [Tokenizer(s.info.tokenizer).decode(s.resident[0]["text"]) for s in (training, valid)]
     assert "".join(both) == STORY and len(both[0]) == len(STORY) * 9 // 10
     part = data.load(name, "train[:50%]", length=8)
-    assert Tokenizer(part.info.tokenizer).decode(part.resident[0]["text"]) == both[0][: len(both[0]) // 2]
+    assert (
+        Tokenizer(part.info.tokenizer).decode(part.resident[0]["text"])
+        == both[0][: len(both[0]) // 2]
+    )
     pairs = data.load(name, "validation", length=8, stride=8, tokenizer="bpe:280")
     tokenizer = Tokenizer(pairs.info.tokenizer)
     assert tokenizer.content == Tokenizer.bpe(both[0], 280).content  # of the training part alone
     assert tokenizer.decode(pairs.resident[0]["text"]) == both[1]
-    np.testing.assert_allclose(pairs.info.bytes_per_token, len(both[1].encode()) / len(pairs.resident[0]["text"]))
+    np.testing.assert_allclose(
+        pairs.info.bytes_per_token, len(both[1].encode()) / len(pairs.resident[0]["text"])
+    )
     tokenizer.save(tmp_path / "mine.json")
     again = data.load(name, "validation", length=8, stride=8, tokenizer=str(tmp_path / "mine.json"))
     np.testing.assert_array_equal(again.resident[0]["text"], pairs.resident[0]["text"])
@@ -309,7 +355,10 @@ def test_line_ends_are_characters(tmp_path):
     (tmp_path / "t.json").write_bytes((tmp_path / "t.json").read_bytes() + b"\r\n")
     loaded = Tokenizer.load(tmp_path / "t.json")
     loaded.save(tmp_path / "u.json")
-    assert Tokenizer.load(tmp_path / "u.json").content == loaded.content and loaded.size == tokenizer.size
+    assert (
+        Tokenizer.load(tmp_path / "u.json").content == loaded.content
+        and loaded.size == tokenizer.size
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,8 +372,16 @@ def test_line_ends_are_characters(tmp_path):
             {"length": 2, "tokenizer": "words"},
             r"tokenizer must be char \(or characters\), bpe:N, a tokenizer.json or",
         ),
-        ("text:short.txt", {"length": 2, "tokenizer": "none.json"}, "there is no tokenizer none.json"),
-        ("text:short.txt", {"length": 2, "lengths": 3}, "has no option 'lengths'; it takes length, stride, tokenizer"),
+        (
+            "text:short.txt",
+            {"length": 2, "tokenizer": "none.json"},
+            "there is no tokenizer none.json",
+        ),
+        (
+            "text:short.txt",
+            {"length": 2, "lengths": 3},
+            "has no option 'lengths'; it takes length, stride, tokenizer",
+        ),
         ("python_source", {"folder": "."}, "python_source needs no files, so it takes no folder"),
     ],
 )
@@ -366,15 +423,23 @@ def test_tiny_shakespeare_is_cut_at_nine_tenths(official, monkeypatch):
         raise OSError("no network in this test")
 
     monkeypatch.setattr(prepare.urllib.request, "urlopen", no_network)
-    with pytest.raises(FileNotFoundError, match="tiny_shakespeare is not on this machine, and .* copy input.txt into"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="tiny_shakespeare is not on this machine, and .* copy input.txt into",
+    ):
         data.load("tiny_shakespeare", length=8)
     folder, content = official
-    parts = [data.load("tiny_shakespeare", s, folder=str(folder), length=8) for s in ("train", "validation")]
+    parts = [
+        data.load("tiny_shakespeare", s, folder=str(folder), length=8)
+        for s in ("train", "validation")
+    ]
     both = [Tokenizer(p.info.tokenizer).decode(p.resident[0]["text"]) for p in parts]
     assert "".join(both) == content and len(both[0]) == len(content) * 9 // 10
 
 
-@pytest.mark.skipif(not (SHARED / "tiny_shakespeare").is_dir(), reason="shared/data/tiny_shakespeare is not here")
+@pytest.mark.skipif(
+    not (SHARED / "tiny_shakespeare").is_dir(), reason="shared/data/tiny_shakespeare is not here"
+)
 def test_tiny_shakespeare_itself(tmp_path, monkeypatch):
     from tensorflow_datasets.core import constants
 
@@ -383,13 +448,18 @@ def test_tiny_shakespeare_itself(tmp_path, monkeypatch):
     text._official_text.cache_clear()
     training, valid = (data.load("tiny_shakespeare", s, length=64) for s in ("train", "validation"))
     text._official_text.cache_clear()
-    assert (len(training.resident[0]["text"]), len(valid.resident[0]["text"])) == (1_003_854, 111_540)
+    assert (len(training.resident[0]["text"]), len(valid.resident[0]["text"])) == (
+        1_003_854,
+        111_540,
+    )
     assert training.info.levels == 65
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
 
-CFG = transformer.Config(vocab=len(set(STORY)), context=16, layers=1, heads=2, width=16, optim=Optim(lr=3e-3))
+CFG = transformer.Config(
+    vocab=len(set(STORY)), context=16, layers=1, heads=2, width=16, optim=Optim(lr=3e-3)
+)
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +482,11 @@ def call(*words):
 
 def test_a_run_keeps_its_tokenizer_and_reports_bits(run_folder):
     tokenizer = Tokenizer.load(run_folder / "tokenizer.json")
-    assert tokenizer.content == Tokenizer.characters(STORY).content == train.load(run_folder).info.tokenizer
+    assert (
+        tokenizer.content
+        == Tokenizer.characters(STORY).content
+        == train.load(run_folder).info.tokenizer
+    )
     last = [line["valid"] for line in train.metrics(run_folder) if "valid" in line][-1]
     per_byte = last["nll_nats_per_token"] / math.log(2) * len(STORY) / len(STORY.encode())
     np.testing.assert_allclose(last["nll_bits_per_byte"], per_byte, rtol=0.05)
@@ -423,7 +497,9 @@ def test_a_run_keeps_its_tokenizer_and_reports_bits(run_folder):
 
 @pytest.mark.slow
 def test_text_is_written_to_the_terminal(run_folder):
-    code, said, err = call("sample", run_folder, "--text.prompt", "the cat", "--text.new", 9, "--n", 2)
+    code, said, err = call(
+        "sample", run_folder, "--text.prompt", "the cat", "--text.new", 9, "--n", 2
+    )
     assert code == 0, err
     result = train.load(run_folder)
     tokenizer = Tokenizer(result.info.tokenizer)
@@ -433,9 +509,13 @@ def test_text_is_written_to_the_terminal(run_folder):
     prompt = jnp.asarray(tokenizer.encode("the cat"))[None]
     tokens = transformer.generate(result.config, result.state.params, prompt, key, max_new_tokens=9)
     assert said.startswith("--- 1 of 2\nthe cat" + tokenizer.decode(tokens[0]) + "\n--- 2 of 2\n")
-    code, greedy, _ = call("sample", run_folder, "--text.prompt", "the", "--text.new", 300, "--text.temperature", 0)
+    code, greedy, _ = call(
+        "sample", run_folder, "--text.prompt", "the", "--text.new", 300, "--text.temperature", 0
+    )
     assert code == 0 and len(greedy) == 16 + 1  # the context ends
-    code, stopped, _ = call("sample", run_folder, "--text.prompt", "the", "--text.stop", " ", "--text.temperature", 0)
+    code, stopped, _ = call(
+        "sample", run_folder, "--text.prompt", "the", "--text.stop", " ", "--text.temperature", 0
+    )
     assert code == 0 and stopped == greedy[: 3 + greedy[3:].index(" ") + 1] + "\n"
 
 
@@ -459,7 +539,9 @@ def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_fold
     prompt = jnp.asarray(tokenizer.encode("the the "))[None]
     tokens = transformer.generate(result.config, result.state.params, prompt, jax.random.key(0), max_length=16,
                                   sampling=transformer.Sampling(0.0), no_repeat_ngram_size=2)  # fmt: skip
-    assert write(prompt="the the ", no_repeat_ngram_size=2) == "the the " + tokenizer.decode(tokens[0])
+    assert write(prompt="the the ", no_repeat_ngram_size=2) == "the the " + tokenizer.decode(
+        tokens[0]
+    )
 
 
 def test_a_vocabulary_without_line_breaks_has_a_default_prompt():
@@ -477,7 +559,12 @@ def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
     cfg = dataclasses.replace(CFG, vocab=500)
     crops = data.load(f"text:{tmp_path / 'story.txt'}", length=16)
-    train.fit(transformer.make, cfg, train.Run(folder=str(tmp_path / "run"), steps=1, batch_size=8, devices=1), crops)
+    train.fit(
+        transformer.make,
+        cfg,
+        train.Run(folder=str(tmp_path / "run"), steps=1, batch_size=8, devices=1),
+        crops,
+    )
     code, said, err = call("sample", tmp_path / "run", "--text.prompt", "the")
     assert code == 0 and len(said) == 17, err
 
@@ -488,7 +575,10 @@ def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
         (["--text.prompt", "x" * 3], "the vocabulary has no 'x'"),
         (["--text.prompt", ""], "the prompt has 0 tokens; it must have 1 to 16"),
         (["--text.prompt", "t" * 17], "the prompt has 17 tokens; it must have 1 to 16"),
-        (["--text.no-repeat-ngram-size", "-1"], "text.no_repeat_ngram_size must be at least 0, got -1"),
+        (
+            ["--text.no-repeat-ngram-size", "-1"],
+            "text.no_repeat_ngram_size must be at least 0, got -1",
+        ),
         (["--text.top-p", "0"], "sampling.top_p must be above 0 and at most 1, got 0.0"),
         (["--text.top-p", "1.5"], "sampling.top_p must be above 0 and at most 1, got 1.5"),
         (["--text.stop", "the"], "text.stop must be one token, 'the' is 3"),
@@ -519,22 +609,38 @@ def test_training_starts_from_parameters_that_are_given(tmp_path):
     step = jax.jit(transformer.make(cfg).step)
     for i in range(4):
         state, _ = step(state, crops.batch(0, i, 8), jax.random.fold_in(keys, i))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.state.params, state.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one.state.params, state.params
+    )
     again = train.fit(transformer.make, cfg, run, crops, params=params)
     assert fingerprint(again.state) == fingerprint(one.state)
     for other in (None, jax.tree.map(lambda x: x + 1, params)):
         with pytest.raises(train.Refused, match="holds another run: params"):
             train.fit(transformer.make, cfg, run, crops, params=other)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)  # as some weights are published
-    two = train.fit(transformer.make, cfg, dataclasses.replace(run, folder=str(tmp_path / "b")), crops, params=half)
+    two = train.fit(
+        transformer.make,
+        cfg,
+        dataclasses.replace(run, folder=str(tmp_path / "b")),
+        crops,
+        params=half,
+    )
     assert {x.dtype for x in jax.tree.leaves(two.state.params)} == {jnp.dtype("float32")}
     values, _ = train.replay(tmp_path / "a", crops, step=1)
     assert np.isfinite(values["loss"])
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "0")
-    with pytest.raises(train.Refused, match="began with parameters that were given and has no intact checkpoint"):
+    with pytest.raises(
+        train.Refused, match="began with parameters that were given and has no intact checkpoint"
+    ):
         train.replay(tmp_path / "a", crops, step=1)
     with pytest.raises(train.Refused, match="params do not fit this model"):
-        train.fit(transformer.make, cfg, train.Run(steps=1, batch_size=8), crops, params={"wte": params["wte"]})
+        train.fit(
+            transformer.make,
+            cfg,
+            train.Run(steps=1, batch_size=8),
+            crops,
+            params={"wte": params["wte"]},
+        )
 
 
 def test_another_tokenizer_than_trainings_is_refused(run_folder, tmp_path):
@@ -543,7 +649,9 @@ def test_another_tokenizer_than_trainings_is_refused(run_folder, tmp_path):
     name = f"text:{tmp_path / 'other.txt'}"
     other = data.load(name, length=16, stride=16)
     result = train.load(run_folder)
-    with pytest.raises(train.Refused, match="another tokenizer than that of training: load it with tokenizer="):
+    with pytest.raises(
+        train.Refused, match="another tokenizer than that of training: load it with tokenizer="
+    ):
         train.evaluate(result, other)
     training = data.load(f"text:{run_folder.parent / 'story.txt'}", length=16)
     with pytest.raises(train.Refused, match="another tokenizer than that of training"):
@@ -557,11 +665,19 @@ def test_tokens_without_a_tokenizer_are_not_written(tmp_path, capsys, monkeypatc
 
     crops = text.from_tokens(np.arange(200) % 9, length=8)
     cfg = transformer.Config(vocab=9, context=8, layers=1, heads=2, width=8)
-    train.fit(transformer.make, cfg, train.Run(folder=str(tmp_path / "a"), steps=1, batch_size=8, devices=1), crops)
+    train.fit(
+        transformer.make,
+        cfg,
+        train.Run(folder=str(tmp_path / "a"), steps=1, batch_size=8, devices=1),
+        crops,
+    )
     monkeypatch.setattr(sys, "argv", ["aigc_jax", "sample", str(tmp_path / "a")])
     with pytest.raises(SystemExit):
         __main__.main()
-    assert "was trained on tokens without a tokenizer: use transformer.generate" in capsys.readouterr().err
+    assert (
+        "was trained on tokens without a tokenizer: use transformer.generate"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -573,6 +689,8 @@ def test_tokens_without_a_tokenizer_are_not_written(tmp_path, capsys, monkeypatc
 )
 def test_a_vocabulary_or_length_that_does_not_fit_is_refused_before_compiling(change, words):
     crops = text.from_tokens(np.random.default_rng(0).integers(0, 12, 200), length=8)
-    cfg = transformer.Config(**{"vocab": 12, "context": 8, "layers": 1, "heads": 2, "width": 8, **change})
+    cfg = transformer.Config(
+        **{"vocab": 12, "context": 8, "layers": 1, "heads": 2, "width": 8, **change}
+    )
     with pytest.raises(train.Refused, match=words):
         train.fit(transformer.make, cfg, train.Run(steps=1, batch_size=8), crops)

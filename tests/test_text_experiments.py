@@ -39,19 +39,25 @@ def test_ngrams_are_counted(n):
     def nats(alpha):
         places = range(n - 1, len(valid))
         grams = [tuple(valid[i - n + 1 : i + 1]) for i in places]
-        return np.mean([-math.log((whole[g] + alpha) / (context[g[:-1]] + 5 * alpha)) for g in grams])
+        return np.mean(
+            [-math.log((whole[g] + alpha) / (context[g[:-1]] + 5 * alpha)) for g in grams]
+        )
 
     assert abs(_text.ngram_nats(training, valid, n, 5) - min(map(nats, _text.ALPHAS))) < 1e-9
 
 
 def test_repetition_is_a_phrase_said_again_at_the_end():
-    assert decoding.repeats([1, 2, 3, 9, 4, 5, 6, 4, 5, 6]) and decoding.repeats([7, 4, 5, 6, 4, 5, 6, 4, 5, 6])
+    assert decoding.repeats([1, 2, 3, 9, 4, 5, 6, 4, 5, 6]) and decoding.repeats(
+        [7, 4, 5, 6, 4, 5, 6, 4, 5, 6]
+    )
     assert not decoding.repeats([4, 5, 6, 4, 5, 6, 1]) and not decoding.repeats([1, 2, 3, 4, 5, 6])
     assert not decoding.repeats([5] * 2 + [1, 7, 7]) and decoding.repeats([1, 2] + [7] * 60)
     assert not decoding.repeats([1, 2, 3, 8, 4, 4])  # two of one token are no phrase
     assert not decoding.repeats([9, *[1, 2] * 3])  # nor three of two
     assert not decoding.repeats([9, *[4] * 50]) and decoding.repeats([9, *[4] * 51])
-    assert not decoding.repeats([9, *[1, 2, 2] * 2])  # "2" and "1 2 2" are said twice: the shorter decides
+    assert not decoding.repeats(
+        [9, *[1, 2, 2] * 2]
+    )  # "2" and "1 2 2" are said twice: the shorter decides
 
 
 def test_self_bleu_of_equal_and_of_different_texts():
@@ -61,8 +67,12 @@ def test_self_bleu_of_equal_and_of_different_texts():
     np.testing.assert_allclose(apart, math.exp(sum(math.log(0.1 / n) for n in (8, 7, 6, 5)) / 4))
     # Clipped counts and the brevity penalty, by hand: "a a b" against "a b c c c".
     pair = [["a", "a", "b"], ["a", "b", "c", "c", "c"]]
-    first = math.exp((math.log(2 / 3) + math.log(1 / 2) + math.log(0.1 / 1) + math.log(0.1 / 1)) / 4 + 1 - 5 / 3)
-    second = math.exp((math.log(2 / 5) + math.log(1 / 4) + math.log(0.1 / 3) + math.log(0.1 / 2)) / 4)
+    first = math.exp(
+        (math.log(2 / 3) + math.log(1 / 2) + math.log(0.1 / 1) + math.log(0.1 / 1)) / 4 + 1 - 5 / 3
+    )
+    second = math.exp(
+        (math.log(2 / 5) + math.log(1 / 4) + math.log(0.1 / 3) + math.log(0.1 / 2)) / 4
+    )
     np.testing.assert_allclose(decoding.self_bleu(pair), (first + second) / 2)
 
 
@@ -85,12 +95,16 @@ def test_equations_are_right_and_split_without_overlap():
 
 def test_predictions_come_before_their_answers():
     """Through gradients: prediction k feels y_1 .. y_(k-1) and x_1 .. x_k, and nothing later."""
-    cfg = in_context_regression.Config(replace(in_context_regression.NET, layers=1, width=8), dim=3, points=4)
+    cfg = in_context_regression.Config(
+        replace(in_context_regression.NET, layers=1, width=8), dim=3, points=4
+    )
     params = jax.jit(in_context_regression.make_regression(cfg).init)(jax.random.key(0)).params
     params = jax.tree.map(lambda p: p + 0.3, params)
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 4, 3), (1, 4)))
-    by_x, by_y = jax.jit(jax.jacrev(lambda x, y: in_context_regression.predict(cfg, params, x, y)[0], (0, 1)))(x, y)
+    by_x, by_y = jax.jit(
+        jax.jacrev(lambda x, y: in_context_regression.predict(cfg, params, x, y)[0], (0, 1))
+    )(x, y)
     reach_x, reach_y = np.abs(by_x[:, 0]).max(-1) > 0, np.asarray(by_y[:, 0]) != 0
     np.testing.assert_array_equal(reach_x, np.tril(np.ones((4, 4), bool)))
     np.testing.assert_array_equal(reach_y, np.tril(np.ones((4, 4), bool), -1))
@@ -101,13 +115,16 @@ def test_baselines_of_regression_are_what_they_say():
     x, w = rng.normal(size=(4000, 11, 5)), rng.normal(size=(4000, 5))
     y = np.einsum("bnd,bd->bn", x, w)
     for k in (0, 2, 5, 8):
-        risk = ((in_context_regression.least_squares(x[:, :k], y[:, :k], x[:, k]) - y[:, k]) ** 2).mean() / 5
+        risk = (
+            (in_context_regression.least_squares(x[:, :k], y[:, :k], x[:, k]) - y[:, k]) ** 2
+        ).mean() / 5
         assert abs(risk - max(5 - k, 0) / 5) < 0.06
     near = in_context_regression.neighbours(x[:, :6], y[:, :6], x[:, 6])
     best = np.argsort(np.linalg.norm(x[7, :6] - x[7, 6], axis=-1))[:3]
     np.testing.assert_allclose(near[7], y[7, best].mean())
     np.testing.assert_allclose(
-        in_context_regression.averaging(x[:, :6], y[:, :6], x[:, 6])[7], np.mean(y[7, :6, None] * x[7, :6], 0) @ x[7, 6]
+        in_context_regression.averaging(x[:, :6], y[:, :6], x[:, 6])[7],
+        np.mean(y[7, :6, None] * x[7, :6], 0) @ x[7, 6],
     )
 
 
@@ -140,7 +157,9 @@ def test_sequences_repeat_or_follow_the_chain():
     for row in x[:32, 1:]:
         assert any((row[n:] == row[:-n]).all() for n in range(20, 51))
     pairs = Counter(zip(x[32:, 1:-1].ravel().tolist(), x[32:, 2:].ravel().tolist(), strict=True))
-    assert sum(count for _, count in pairs.most_common(200)) > 0.5 * pairs.total()  # few of 4,096 pairs carry most
+    assert (
+        sum(count for _, count in pairs.most_common(200)) > 0.5 * pairs.total()
+    )  # few of 4,096 pairs carry most
 
 
 # --------------------------------------------------------------------------------------------------------------- music
@@ -158,7 +177,8 @@ def chorales(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     pieces = {
         name: [
-            [sorted({int(k) for k in rng.integers(43, 97, 4)}) for _ in range(rng.integers(5, 12))] for _ in range(n)
+            [sorted({int(k) for k in rng.integers(43, 97, 4)}) for _ in range(rng.integers(5, 12))]
+            for _ in range(n)
         ]
         for name, n in (("train", 5), ("valid", 2), ("test", 2))
     }
@@ -166,7 +186,9 @@ def chorales(tmp_path, monkeypatch):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "any").write_bytes(content)
     info = tfds.core.download.checksums.UrlInfo(
-        size=len(content), checksum=hashlib.sha256(content).hexdigest(), filename="jsb-chorales-quarter.json"
+        size=len(content),
+        checksum=hashlib.sha256(content).hexdigest(),
+        filename="jsb-chorales-quarter.json",
     )
     monkeypatch.setattr(Builder, "url_infos", {"https://example.invalid/chorales.json": info})
     music._pieces.cache_clear()
@@ -193,7 +215,9 @@ def test_chorales_are_learnt_scored_and_written(chorales, tmp_path):
 
     folder, pieces = chorales
     small = jsb_chorales.SCALES["smoke"].setup
-    run = replace(small.run, folder=str(tmp_path / "run"), steps=20, eval_every=10, batch_size=2, devices=1)
+    run = replace(
+        small.run, folder=str(tmp_path / "run"), steps=20, eval_every=10, batch_size=2, devices=1
+    )
     setup = replace(small, run=run, data=_cli.Source("jsb_chorales", str(folder)), seeds=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run").rmdir()
@@ -234,15 +258,26 @@ def test_a_roll_comes_back_from_its_midi_file(tmp_path):
 
 def test_pieces_that_do_not_fit_are_refused():
     rolls = data.from_arrays({"roll": np.zeros((2, 161, 88), np.uint8)})
-    with pytest.raises(ValueError, match=r"takes rolls \[T, 88\] with T <= 160, not roll of shape \(161, 88\)"):
+    with pytest.raises(
+        ValueError, match=r"takes rolls \[T, 88\] with T <= 160, not roll of shape \(161, 88\)"
+    ):
         jsb_chorales.Config().check(rolls.info)
     for arrays, words in (
         ({"roll": np.full((2, 3, 4), 2)}, "roll must be 0 or 1"),
         ({"roll": np.zeros((2, 3, 4)), "mask": np.zeros((2, 4))}, r"mask must be 0 or 1 \[2, 3\]"),
-        ({"tokens": np.zeros((2, 3), int), "mask": np.zeros((2, 3))}, r"mask must be 0 or 1 \[2, 2\]"),
-        ({"tokens": np.full((2, 3), 256)}, r"tokens must lie in 0..255 \(levels=256\), got 256..256"),
+        (
+            {"tokens": np.zeros((2, 3), int), "mask": np.zeros((2, 3))},
+            r"mask must be 0 or 1 \[2, 2\]",
+        ),
+        (
+            {"tokens": np.full((2, 3), 256)},
+            r"tokens must lie in 0..255 \(levels=256\), got 256..256",
+        ),
         ({"tokens": np.zeros((2, 1), int)}, r"tokens must be whole numbers \[N, T\+1\]"),
-        ({"points": np.zeros((2, 3)), "mask": np.zeros((2, 3))}, "with points, arrays may hold label only, got mask"),
+        (
+            {"points": np.zeros((2, 3)), "mask": np.zeros((2, 3))},
+            "with points, arrays may hold label only, got mask",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             data.from_arrays(arrays)
@@ -256,8 +291,12 @@ def test_the_nanogpt_configuration_is_nanogpts():
     cfg = shakespeare_char.NANO
     shapes = jax.eval_shape(lambda: transformer.init(cfg, jax.random.key(0)))
     counted = sum(x.size for x in jax.tree.leaves(shapes)) - shapes["wpe"]["embedding"].size
-    assert counted == 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 128 and round(counted / 1e6, 2) == 0.80
-    assert float(cfg.optim.rate(100)) == pytest.approx(1e-3) and float(cfg.optim.rate(2000)) == pytest.approx(1e-4)
+    assert (
+        counted == 4 * (12 * 128**2 + 2 * 128) + 65 * 128 + 128 and round(counted / 1e6, 2) == 0.80
+    )
+    assert float(cfg.optim.rate(100)) == pytest.approx(1e-3) and float(
+        cfg.optim.rate(2000)
+    ) == pytest.approx(1e-4)
 
 
 @pytest.mark.slow
@@ -267,11 +306,15 @@ def test_gpt2_and_finetune_run_on_a_small_model(tmp_path):
     assert found["gpt2: parameters"] == 124_439_808 and 0 < found[gpt2.BITS] < 20
     small = finetune.SCALES["smoke"].setup
     run = replace(small.run, folder=str(tmp_path / "run"), devices=1)
-    found = {row.quantity: row.ours for row in finetune.run(replace(small, run=run), tmp_path / "run")}
+    found = {
+        row.quantity: row.ours for row in finetune.run(replace(small, run=run), tmp_path / "run")
+    }
     assert found[finetune.GAIN] > 0
     cfg, params = transformer.load_gpt2(tmp_path / "run" / "gpt2")  # what it wrote is what it takes
     again = replace(
-        small, weights=str(tmp_path / "run" / "gpt2"), run=replace(run, folder=str(tmp_path / "b"), steps=20)
+        small,
+        weights=str(tmp_path / "run" / "gpt2"),
+        run=replace(run, folder=str(tmp_path / "b"), steps=20),
     )
     more = {row.quantity: row.ours for row in finetune.run(again, tmp_path / "b")}
     np.testing.assert_allclose(more[finetune.BEFORE], found[finetune.AFTER], rtol=1e-4)
@@ -280,11 +323,19 @@ def test_gpt2_and_finetune_run_on_a_small_model(tmp_path):
 def test_scripts_refuse_what_they_could_not_do(tmp_path):
     for script, change, words in (
         (decoding, {"new": 300}, "prompt \\+ new = 340 must not exceed the length"),
-        (induction_heads, {"model": replace(induction_heads.MODEL, layers=3)}, "model.layers cannot be chosen"),
+        (
+            induction_heads,
+            {"model": replace(induction_heads.MODEL, layers=3)},
+            "model.layers cannot be chosen",
+        ),
         (gpt2, {"new": 0}, "new must be at least 1"),
         (gpt2, {"temperature": -1.0}, "sampling.temperature must be at least 0"),
         (grokking, {"fractions": (0.5, 1.0)}, "fractions must lie between 0 and 1"),
-        (induction_heads, {"run": replace(induction_heads.RUN, eval_every=0)}, "run.eval_every must be at least 1"),
+        (
+            induction_heads,
+            {"run": replace(induction_heads.RUN, eval_every=0)},
+            "run.eval_every must be at least 1",
+        ),
         (in_context_regression, {"prompts": 1}, "prompts must be at least 2"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -69,7 +69,9 @@ def test_a_longer_run_on_an_old_folder_is_an_unbroken_one(tmp_path, k):
 def test_host_batches_train_like_resident_ones():
     hosted = DIGITS._replace(resident=None)
     for k in (1, 4):
-        a, b = (fit(vae.make, CFG, run(steps_per_call=k), source).state for source in (DIGITS, hosted))
+        a, b = (
+            fit(vae.make, CFG, run(steps_per_call=k), source).state for source in (DIGITS, hosted)
+        )
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -100,7 +102,9 @@ def test_the_batch_lies_on_eight_devices_an_eighth_each():
     assert sharding.shard_shape((16, 8, 8, 1)) == (2, 8, 8, 1)
     feed = engine.Feed(DIGITS, engine.mesh_of(8))
     rows = feed.place(feed.from_host(0, 0, 16, 1))
-    for d, shard in enumerate(rows.addressable_shards):  # device d has the contiguous rows d*b .. (d+1)*b
+    for d, shard in enumerate(
+        rows.addressable_shards
+    ):  # device d has the contiguous rows d*b .. (d+1)*b
         np.testing.assert_array_equal(shard.data, data.order(1437, 0, 0, 16)[2 * d : 2 * d + 2])
 
 
@@ -108,7 +112,9 @@ def test_the_batch_lies_on_eight_devices_an_eighth_each():
 @pytest.mark.parametrize("k, micro", [(1, 1), (5, 2)])
 def test_five_sgd_steps_on_eight_devices_agree_with_one(k, micro):
     cfg = dataclasses.replace(SGD, binarisation="dynamic", micro=micro)  # noise in x and in z
-    one, eight = (fit(vae.make, cfg, run(steps=5, devices=n, steps_per_call=k), DIGITS).state for n in (1, 8))
+    one, eight = (
+        fit(vae.make, cfg, run(steps=5, devices=n, steps_per_call=k), DIGITS).state for n in (1, 8)
+    )
     assert len(eight.step.sharding.device_set) == 8
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -123,7 +129,9 @@ def test_pmap_agrees_with_one_device_where_no_noise_is_drawn(k):
     cfg = dataclasses.replace(SPEAKER, micro=2, optim=Optim("sgd", lr=0.1))
     source = CROPS
     one = fit(transformer.make, cfg, run(steps=7), source).state
-    eight = fit(transformer.make, cfg, run(steps=7, devices=8, pmap=True, steps_per_call=k), source).state
+    eight = fit(
+        transformer.make, cfg, run(steps=7, devices=8, pmap=True, steps_per_call=k), source
+    ).state
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
@@ -137,7 +145,9 @@ def test_under_pmap_every_device_has_its_rows_and_its_own_noise():
         def step(state, batch, key):
             own = jax.random.normal(jax.random.fold_in(key, 99), ())
             jax.debug.callback(
-                lambda rows, noise: seen.append((tuple(rows.tolist()), float(noise))), batch["index"], own
+                lambda rows, noise: seen.append((tuple(rows.tolist()), float(noise))),
+                batch["index"],
+                own,
             )
             return family.step(state, batch, key)
 
@@ -146,11 +156,16 @@ def test_under_pmap_every_device_has_its_rows_and_its_own_noise():
     fit(make, CFG, run(steps=1, devices=8, pmap=True), DIGITS)
     jax.effects_barrier()
     rows = data.order(1437, 0, 0, 16).reshape(8, 2)
-    assert {r for r, _ in seen} == set(map(tuple, rows.tolist())) and len({noise for _, noise in seen}) == 8
+    assert {r for r, _ in seen} == set(map(tuple, rows.tolist())) and len(
+        {noise for _, noise in seen}
+    ) == 8
 
 
 def test_pmap_without_jit_is_refused():
-    with jax.disable_jit(), pytest.raises(train.Refused, match="run.pmap does not work under jax.disable_jit"):
+    with (
+        jax.disable_jit(),
+        pytest.raises(train.Refused, match="run.pmap does not work under jax.disable_jit"),
+    ):
         fit(vae.make, CFG, run(steps=1, devices=8, pmap=True), DIGITS)
 
 
@@ -158,7 +173,14 @@ def test_pmap_without_jit_is_refused():
 @pytest.mark.parametrize("k", [1, 4])
 def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
     cfg = dataclasses.replace(CFG, micro=2)
-    options = {"devices": 8, "pmap": True, "steps_per_call": k, "save_every": 5, "eval_every": 5, "log_every": 1}
+    options = {
+        "devices": 8,
+        "pmap": True,
+        "steps_per_call": k,
+        "save_every": 5,
+        "eval_every": 5,
+        "log_every": 1,
+    }
 
     def go(name, steps):
         return fit(vae.make, cfg, run(tmp_path / name, steps, **options), DIGITS, valid=VALID).state
@@ -169,9 +191,15 @@ def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
     loaded = load(tmp_path / "cut").state
     assert same_bits(loaded, unbroken) and loaded.step.shape == ()
     metrics, _ = train.replay(tmp_path / "cut", DIGITS, step=12)
-    assert metrics == next(line["train"] for line in train.metrics(tmp_path / "cut") if line["step"] == 12)
-    scores = [line["valid"]["nll_nats"] for line in train.metrics(tmp_path / "cut") if "valid" in line]
-    np.testing.assert_allclose(scores[-1], train.evaluate(load(tmp_path / "cut"), VALID)["nll_nats"], rtol=0.05)
+    assert metrics == next(
+        line["train"] for line in train.metrics(tmp_path / "cut") if line["step"] == 12
+    )
+    scores = [
+        line["valid"]["nll_nats"] for line in train.metrics(tmp_path / "cut") if "valid" in line
+    ]
+    np.testing.assert_allclose(
+        scores[-1], train.evaluate(load(tmp_path / "cut"), VALID)["nll_nats"], rtol=0.05
+    )
     with pytest.raises(train.Refused, match="run.pmap was True there and is False here"):
         fit(vae.make, cfg, run(tmp_path / "cut", 20, devices=8), DIGITS)
     with pytest.raises(train.Refused, match="run.devices was 8 there and is 4 here"):
@@ -195,7 +223,9 @@ def test_large_parameters_are_cut_saved_and_restored(tmp_path, monkeypatch):
     state = fit(vae.make, SGD, run(tmp_path / "r", 20, devices=8), DIGITS).state
     assert sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params)) >= 4
     whole = fit(vae.make, SGD, run(steps=20), DIGITS).state
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(load(tmp_path / "r").state), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(whole), jax.tree.leaves(load(tmp_path / "r").state), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
@@ -258,7 +288,9 @@ def test_two_processes_train_one_model(tmp_path, two_processes):
     assert [p.returncode for p in both] == [0, 0], outs
     alone = fit(vae.make, SGD, run(steps=6), DIGITS).state.params
     np.testing.assert_allclose(
-        json.loads(outs[0][0].splitlines()[-1]), [float(x.sum()) for x in jax.tree.leaves(alone)], atol=2e-5
+        json.loads(outs[0][0].splitlines()[-1]),
+        [float(x.sum()) for x in jax.tree.leaves(alone)],
+        atol=2e-5,
     )
     assert int(load(tmp_path / "r").state.step) == 6
 
@@ -273,7 +305,9 @@ def test_validation_counts_every_example_once():
     k_eval = jax.random.split(jax.random.key(0), 4)[2]
     values = []
     for i in range(4):
-        each = result.family.evaluate(result.state, VALID.batch(0, i, 16), jax.random.fold_in(k_eval, i))["nll_nats"]
+        each = result.family.evaluate(
+            result.state, VALID.batch(0, i, 16), jax.random.fold_in(k_eval, i)
+        )["nll_nats"]
         values += each[: 50 - 16 * i].tolist()
     assert len(values) == 50
     np.testing.assert_allclose(got["nll_nats"], np.mean(values), rtol=1e-5)
@@ -303,7 +337,12 @@ def test_last_k_and_best_are_kept(tmp_path):
         return {"dip": abs(step - 12)}
 
     fit(
-        vae.make, CFG, run(folder, 40, eval_every=4, save_every=5, keep=2, best="dip"), DIGITS, valid=VALID, on_eval=dip
+        vae.make,
+        CFG,
+        run(folder, 40, eval_every=4, save_every=5, keep=2, best="dip"),
+        DIGITS,
+        valid=VALID,
+        on_eval=dip,
     )
     kept = sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
     assert kept == [12, 35, 40]
@@ -332,7 +371,12 @@ def cut(path):
 
 
 @pytest.mark.parametrize(
-    "lose", [empty, pytest.param(cut, marks=pytest.mark.slow), pytest.param(Path.unlink, marks=pytest.mark.slow)]
+    "lose",
+    [
+        empty,
+        pytest.param(cut, marks=pytest.mark.slow),
+        pytest.param(Path.unlink, marks=pytest.mark.slow),
+    ],
 )
 def test_best_does_not_hang_on_the_log(tmp_path, lose):
     """What a validation reported stays with its checkpoint: load chooses as before, and fit keeps what was best."""
@@ -358,11 +402,19 @@ def test_best_of_an_older_version_comes_from_the_log(tmp_path):
         return {"dip": abs(step - 8)}
 
     folder = tmp_path / "r"
-    fit(vae.make, CFG, run(folder, 16, eval_every=4, save_every=4, keep=3, best="dip"), DIGITS, on_eval=dip)
+    fit(
+        vae.make,
+        CFG,
+        run(folder, 16, eval_every=4, save_every=4, keep=3, best="dip"),
+        DIGITS,
+        on_eval=dip,
+    )
     for step in ("8", "12", "16"):
         sums = folder / "checkpoints" / step / "SHA256SUMS"
         (sums.parent / "valid.json").unlink()
-        sums.write_text("".join(line for line in sums.read_text().splitlines(True) if "valid.json" not in line))
+        sums.write_text(
+            "".join(line for line in sums.read_text().splitlines(True) if "valid.json" not in line)
+        )
     assert int(load(folder).state.step) == 8
     (folder / "checkpoints" / "8" / "SHA256SUMS").unlink()
     assert int(load(folder).state.step) == 12
@@ -431,7 +483,9 @@ def test_load_needs_nothing_but_the_folder(tmp_path):
     samples = train.sample(loaded, jax.random.key(1), n=10, chunk=4)
     assert samples.shape == (10, 8, 8, 1)
     draw = jax.jit(lambda key: loaded.family.sample(loaded.state, key, n=4))
-    expected = np.concatenate([draw(jax.random.fold_in(jax.random.key(1), i)) for i in range(3)])[:10]
+    expected = np.concatenate([draw(jax.random.fold_in(jax.random.key(1), i)) for i in range(3)])[
+        :10
+    ]
     np.testing.assert_allclose(samples, expected, atol=1e-6)
 
 
@@ -475,7 +529,9 @@ def test_what_was_edited_by_hand_is_refused_by_name(tmp_path):
         ("run", "batch_size", 8),
     ):
         edited(folder, **{**record, part: {**record[part], name: value}})
-        with pytest.raises(train.Refused, match=rf"^{part} in .*run.json does not fit the sha256.*: undo the edit"):
+        with pytest.raises(
+            train.Refused, match=rf"^{part} in .*run.json does not fit the sha256.*: undo the edit"
+        ):
             load(folder)
         if name != "fingerprint":
             with pytest.raises(train.Refused, match=f"^{part} in"):
@@ -485,10 +541,26 @@ def test_what_was_edited_by_hand_is_refused_by_name(tmp_path):
     edited(folder, **{**record, "make": ["tests.trainee", "make_nan"]})
     with pytest.raises(train.Refused, match="^make in"):
         load(folder)
-    free = {"run": {**record["run"], "steps": 9, "keep": 7, "folder": "moved", "log_every": 3, "devices": 2}}
-    edited(folder, make=record["make"], data={**record["data"], "source": {"name": "images:moved"}}, **free)
+    free = {
+        "run": {
+            **record["run"],
+            "steps": 9,
+            "keep": 7,
+            "folder": "moved",
+            "log_every": 3,
+            "devices": 2,
+        }
+    }
+    edited(
+        folder,
+        make=record["make"],
+        data={**record["data"], "source": {"name": "images:moved"}},
+        **free,
+    )
     assert int(load(folder).state.step) == 2
-    (folder / "run.json").write_text(json.dumps(dict(reversed(record.items()))))  # another layout, the same record
+    (folder / "run.json").write_text(
+        json.dumps(dict(reversed(record.items())))
+    )  # another layout, the same record
     assert int(load(folder).state.step) == 2
     edited(folder, sha256=None)  # a version that wrote no sums
     assert int(load(folder).state.step) == 2
@@ -512,7 +584,16 @@ def test_an_edited_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"make": 3}', '{"make": [1, 2]}', "[" * 100_000, "\xff", '{"make": ["a", "b"], "run": 3}']
+    "content",
+    [
+        "[]",
+        "{}",
+        '{"make": 3}',
+        '{"make": [1, 2]}',
+        "[" * 100_000,
+        "\xff",
+        '{"make": ["a", "b"], "run": 3}',
+    ],
 )
 def test_a_broken_record_is_one_line(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content.encode("latin-1"))
@@ -545,7 +626,9 @@ def test_warm_start_takes_parameters_and_nothing_else(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "a", 15), DIGITS)
     source = load(tmp_path / "a").state
     fit(vae.make, CFG, run(tmp_path / "b", 1, init=str(tmp_path / "a"), seed=9), DIGITS)
-    start = load(tmp_path / "b", at_most=0).state  # saved before the first update: a replay needs it
+    start = load(
+        tmp_path / "b", at_most=0
+    ).state  # saved before the first update: a replay needs it
     assert int(start.step) == 0
     assert same_bits(start.params, source.params) and same_bits(start.ema, source.ema)
     assert all(not np.any(x) for x in jax.tree.leaves(start.opt_state))
@@ -558,7 +641,10 @@ def test_warm_start_never_falls_back_to_the_seed(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "a", 6), DIGITS)
     warm = run(tmp_path / "b", 9, init=str(tmp_path / "a"), save_every=3, keep=1)
     state = fit(vae.make, CFG, warm, DIGITS).state
-    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == ["0", "9"]  # 0 is never pruned
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == [
+        "0",
+        "9",
+    ]  # 0 is never pruned
     for step in ("0", "9"):
         (tmp_path / "b" / "checkpoints" / step / "SHA256SUMS").unlink()
     assert same_bits(fit(vae.make, CFG, warm, DIGITS).state, state)
@@ -599,13 +685,19 @@ def test_another_identity_is_refused_both_values_named(tmp_path, cfg, options, s
     record = (folder / "run.json").read_text()
     with pytest.raises(train.Refused, match=words):
         fit(vae.make, cfg, run(folder, 8, **options), source)
-    assert trainee.fingerprint(load(folder).state) == before and (folder / "run.json").read_text() == record
+    assert (
+        trainee.fingerprint(load(folder).state) == before
+        and (folder / "run.json").read_text() == record
+    )
 
 
 def test_saving_and_logging_are_no_identity(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
     options = {"save_every": 3, "log_every": 2, "keep": 5, "steps_per_call": 2, "eval_every": 4}
-    assert int(fit(vae.make, CFG, run(tmp_path / "r", 8, **options), DIGITS, valid=VALID).state.step) == 8
+    assert (
+        int(fit(vae.make, CFG, run(tmp_path / "r", 8, **options), DIGITS, valid=VALID).state.step)
+        == 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -626,10 +718,14 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, cfg, o
 
 
 def test_best_that_nobody_reports_is_refused(tmp_path):
-    with pytest.raises(train.Refused, match="'fid'; reported are kl_nats, nll_nats, reconstruction_nats"):
+    with pytest.raises(
+        train.Refused, match="'fid'; reported are kl_nats, nll_nats, reconstruction_nats"
+    ):
         fit(vae.make, CFG, run(tmp_path / "r", best="fid"), DIGITS, valid=VALID)
     assert not (tmp_path / "r").exists()
-    with pytest.raises(train.Refused, match="'fid'; reported are dip"):  # known at the first validation only
+    with pytest.raises(
+        train.Refused, match="'fid'; reported are dip"
+    ):  # known at the first validation only
         fit(vae.make, CFG, run(tmp_path / "s", best="fid"), DIGITS, on_eval=lambda *_: {"dip": 1.0})
     assert int(load(tmp_path / "s", at_most=20).state.step) == 20  # what was trained is kept
 
@@ -640,7 +736,13 @@ def test_best_may_come_from_on_eval_alone_and_be_asked_for_late(tmp_path):
         return {"dip": abs(step - 8)}
 
     fit(vae.make, CFG, run(tmp_path / "r", 16, eval_every=4), DIGITS, on_eval=dip)  # keeps 16 alone
-    fit(vae.make, CFG, run(tmp_path / "r", 24, eval_every=4, best="dip", keep=1), DIGITS, on_eval=dip)
+    fit(
+        vae.make,
+        CFG,
+        run(tmp_path / "r", 24, eval_every=4, best="dip", keep=1),
+        DIGITS,
+        on_eval=dip,
+    )
     assert int(load(tmp_path / "r").state.step) == 16  # the lowest of those that exist
 
 
@@ -657,7 +759,13 @@ def test_a_damaged_best_checkpoint_is_said(tmp_path, capfd):
 def test_best_is_not_compared_over_two_validation_sets(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "r", 4, best="nll_nats"), DIGITS, valid=VALID)
     with pytest.raises(train.Refused, match="valid.fingerprint"):
-        fit(vae.make, CFG, run(tmp_path / "r", 8, best="nll_nats"), DIGITS, valid=data.load("digits", "test"))
+        fit(
+            vae.make,
+            CFG,
+            run(tmp_path / "r", 8, best="nll_nats"),
+            DIGITS,
+            valid=data.load("digits", "test"),
+        )
 
 
 def test_validation_must_be_finite():
@@ -703,7 +811,9 @@ def test_checkpoints_without_their_record_belong_to_nobody(tmp_path):
         elif path.name != "checkpoints":
             path.unlink()
     for settings in (run(folder, 4), run(folder, 4, seed=1)):
-        with pytest.raises(train.Refused, match="checkpoints and no run.json.*put it back, or choose a new folder"):
+        with pytest.raises(
+            train.Refused, match="checkpoints and no run.json.*put it back, or choose a new folder"
+        ):
             fit(vae.make, CFG, settings, DIGITS)
     assert [p.name for p in folder.iterdir()] == ["checkpoints"]
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["2"]
@@ -741,7 +851,13 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 def test_what_on_eval_reports_may_be_any_number(tmp_path):
-    fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS, on_eval=lambda *_: {"a": np.float32(0.5), "b": np.nan})
+    fit(
+        vae.make,
+        CFG,
+        run(tmp_path / "r", 4),
+        DIGITS,
+        on_eval=lambda *_: {"a": np.float32(0.5), "b": np.nan},
+    )
     assert train.metrics(tmp_path / "r")[-1] == {"step": 4, "valid": {"a": 0.5, "b": None}}
 
 
@@ -775,7 +891,8 @@ def test_another_environment_is_warned_of(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "field", ["steps", "batch_size", "seed", "eval_every", "save_every", "log_every", "keep", "devices"]
+    "field",
+    ["steps", "batch_size", "seed", "eval_every", "save_every", "log_every", "keep", "devices"],
 )
 def test_negative_sizes_are_refused_by_name(field):
     with pytest.raises(ValueError, match=rf"run\.{field} must be at least \d, got -3"):
@@ -791,9 +908,13 @@ def test_labels_are_cut_with_the_chunks():
     for i in range(3):
         rows = np.minimum(np.arange(8 * i, 8 * i + 8), 19)
         key = jax.random.fold_in(jax.random.key(0), i)
-        expected = result.family.sample(result.state, key, n=8, label=jax.numpy.asarray(label[rows]))
+        expected = result.family.sample(
+            result.state, key, n=8, label=jax.numpy.asarray(label[rows])
+        )
         np.testing.assert_allclose(drawn[8 * i : 8 * i + 8], expected[: 20 - 8 * i], atol=1e-6)
-    with pytest.raises(train.Refused, match="label must have one entry for each of 20 samples, got 8"):
+    with pytest.raises(
+        train.Refused, match="label must have one entry for each of 20 samples, got 8"
+    ):
         train.sample(result, jax.random.key(0), n=20, chunk=8, label=label[:8])
 
 

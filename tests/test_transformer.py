@@ -42,7 +42,9 @@ def parameters(cfg, seed=0, scale=0.3):
     """Parameters of every kind away from their initial values, so that no bias or scale is missed."""
     shapes = jax.eval_shape(partial(transformer.init, cfg), key(0))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s.shape) + 0.1, jnp.float32), shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(scale * rng.normal(size=s.shape) + 0.1, jnp.float32), shapes
+    )
 
 
 def tokens(B, T, seed=0, vocab=11):
@@ -50,7 +52,11 @@ def tokens(B, T, seed=0, vocab=11):
 
 
 @pytest.fixture(
-    params=["gpt2", "llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("attention only", "relu"))]
+    params=[
+        "gpt2",
+        "llama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("attention only", "relu")),
+    ]
 )
 def model(request):
     cfg = VARIANTS[request.param]
@@ -165,8 +171,14 @@ def test_attention_weights_are_rows_of_probabilities_over_the_past(model):
         norm = b["norm_attention"]
         y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
         y = y * norm["scale"][None, None] + norm.get("bias", jnp.zeros(8))[None, None]
-        q, k, _ = jnp.split(y @ b["qkv"]["kernel"] + b["qkv"].get("bias", jnp.zeros(24))[None, None], 3, -1)
-        scores = jnp.where(jnp.tril(jnp.ones((1, 6, 6), bool)), q[..., 4:] @ k[..., 4:].swapaxes(1, 2) / 2, -jnp.inf)
+        q, k, _ = jnp.split(
+            y @ b["qkv"]["kernel"] + b["qkv"].get("bias", jnp.zeros(24))[None, None], 3, -1
+        )
+        scores = jnp.where(
+            jnp.tril(jnp.ones((1, 6, 6), bool)),
+            q[..., 4:] @ k[..., 4:].swapaxes(1, 2) / 2,
+            -jnp.inf,
+        )
         np.testing.assert_allclose(weights[0, :, 1], jax.nn.softmax(scores), atol=1e-5)
 
 
@@ -177,7 +189,9 @@ def test_initial_kernels_have_their_spread():
         name = jax.tree_util.keystr(path)
         if "kernel" in name or "embedding" in name:
             writes = "['out']" in name or "['down']" in name
-            np.testing.assert_allclose(x.std(), 0.02 / math.sqrt(6) if writes else 0.02, rtol=0.02, err_msg=name)
+            np.testing.assert_allclose(
+                x.std(), 0.02 / math.sqrt(6) if writes else 0.02, rtol=0.02, err_msg=name
+            )
         else:
             assert (x == (1 if "scale" in name else 0)).all(), name
     logits = jax.jit(partial(transformer.apply, cfg))(params, tokens(4, 100, vocab=500))
@@ -200,10 +214,14 @@ def test_dropout_needs_a_key():
     still = jax.jit(partial(transformer.apply, cfg))(params, x)
     without = jax.jit(partial(transformer.apply, dataclasses.replace(cfg, dropout=0.0)))(params, x)
     np.testing.assert_allclose(still, without, atol=1e-6)
-    some = jax.jit(jax.vmap(lambda k: transformer.apply(cfg, params, x, k)))(jax.random.split(key(1), 64))
+    some = jax.jit(jax.vmap(lambda k: transformer.apply(cfg, params, x, k)))(
+        jax.random.split(key(1), 64)
+    )
     assert some.std(0).min() > 0
     h = jnp.zeros((1, 4, 8)) + 0.5
-    first = jax.jit(jax.vmap(lambda k: transformer.backbone(cfg, params, h, k)))(jax.random.split(key(2), 64))
+    first = jax.jit(jax.vmap(lambda k: transformer.backbone(cfg, params, h, k)))(
+        jax.random.split(key(2), 64)
+    )
     assert first.std(0).max() > 0
 
 
@@ -308,7 +326,9 @@ def probabilities(cfg, params, prompt, new, temperature):
     found = {}
     for tail in itertools.product(range(cfg.vocab), repeat=new):
         logits = plain(cfg, params, np.array([*prompt, *tail]))[len(prompt) - 1 : -1] / temperature
-        found[tail] = math.exp(sum(special.log_softmax(l)[t] for l, t in zip(logits, tail, strict=True)))
+        found[tail] = math.exp(
+            sum(special.log_softmax(l)[t] for l, t in zip(logits, tail, strict=True))
+        )
     return found
 
 
@@ -332,7 +352,9 @@ def test_after_a_stop_token_come_only_stop_tokens():
     params = parameters(cfg)
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=10, n=40))
     free = np.asarray(generate(params, tokens(2, 3, vocab=4), key(0)))
-    got = np.asarray(generate(params, tokens(2, 3, vocab=4), key(0), sampling=Sampling(stop=(2, 3))))
+    got = np.asarray(
+        generate(params, tokens(2, 3, vocab=4), key(0), sampling=Sampling(stop=(2, 3)))
+    )
     for row, unstopped in zip(got, free, strict=True):
         at = next((i for i, t in enumerate(unstopped) if t in (2, 3)), 9)
         assert row[: at + 1].tolist() == unstopped[: at + 1].tolist()
@@ -355,7 +377,9 @@ def test_prompts_that_the_model_has_not_are_refused(prompt, lengths, words):
     lengths = None if lengths is None else jnp.asarray(lengths)
     for ask in (
         lambda: transformer.generate(SMALL, {}, prompt, key(0), max_new_tokens=2, lengths=lengths),
-        lambda: transformer.beam_search(SMALL, {}, prompt, beams=2, max_new_tokens=2, lengths=lengths),
+        lambda: transformer.beam_search(
+            SMALL, {}, prompt, beams=2, max_new_tokens=2, lengths=lengths
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             ask()
@@ -382,7 +406,9 @@ def test_another_temperature_does_not_compile_again():
     @jax.jit
     def generate(params, key, sampling):
         traces.append(1)
-        return transformer.generate(SMALL, params, tokens(1, 3), key, max_new_tokens=3, sampling=sampling)
+        return transformer.generate(
+            SMALL, params, tokens(1, 3), key, max_new_tokens=3, sampling=sampling
+        )
 
     for sampling in (Sampling(), Sampling(0), Sampling(0.5, 3, 0.9, 0.1, 1.2), Sampling(top_k=7)):
         generate(params, key(0), sampling)
@@ -396,7 +422,9 @@ def test_repetition_penalty_of_what_occurred():
     params["wte"]["embedding"] = jnp.abs(params["wte"]["embedding"]) + 0.5
     prompt = jnp.array([[1, 2, 1], [5, 7, 0]])
     generate = jax.jit(partial(transformer.generate, SMALL, max_new_tokens=8))
-    got = generate(params, prompt, key(0), sampling=Sampling(0.0, repetition=1e3), lengths=jnp.array([3, 2]))
+    got = generate(
+        params, prompt, key(0), sampling=Sampling(0.0, repetition=1e3), lengths=jnp.array([3, 2])
+    )
     assert len({*got[0].tolist(), 1, 2}) == 10
     assert len({*got[1].tolist(), 5, 7}) == 10
     logits = jnp.array([[2.0, -2.0, 4.0, -4.0]])
@@ -413,10 +441,14 @@ def test_beam_search_with_all_beams_is_enumeration():
     for penalty in (0.0, 1.0, -2.0):
         got, scores = search(params, jnp.array([[0, 2], [1, 3]]), length_penalty=penalty)
         assert [tuple(t) for t in got[1].tolist()] == best
-        np.testing.assert_allclose(scores[1], [math.log(exact[t]) / 2**penalty for t in best], rtol=1e-5)
+        np.testing.assert_allclose(
+            scores[1], [math.log(exact[t]) / 2**penalty for t in best], rtol=1e-5
+        )
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=5))
     greedy = generate(params, jnp.array([[1, 3]]), key(0), sampling=Sampling(0.0))
-    [[one]], _ = jax.jit(partial(transformer.beam_search, cfg, beams=1, max_new_tokens=5))(params, jnp.array([[1, 3]]))
+    [[one]], _ = jax.jit(partial(transformer.beam_search, cfg, beams=1, max_new_tokens=5))(
+        params, jnp.array([[1, 3]])
+    )
     assert one.tolist() == greedy[0].tolist()
 
 
@@ -430,7 +462,11 @@ def test_beams_that_ended_keep_their_probability():
         at = tail.index(2) if 2 in tail else 2
         cut = tail[: at + 1] + (tail[at],) * (2 - at)
         exact[cut] = exact.get(cut, 0.0) + p
-    search = jax.jit(partial(transformer.beam_search, cfg, beams=3, max_new_tokens=3, stop=(2,), length_penalty=0.0))
+    search = jax.jit(
+        partial(
+            transformer.beam_search, cfg, beams=3, max_new_tokens=3, stop=(2,), length_penalty=0.0
+        )
+    )
     got, log_p = search(params, jnp.array([[1]]))
     for tail, value in zip(got[0].tolist(), log_p[0].tolist(), strict=True):
         np.testing.assert_allclose(value, math.log(exact[tuple(tail)]), atol=1e-5)
@@ -441,7 +477,9 @@ def test_beams_that_ended_keep_their_probability():
 # ----------------------------------------------------------------------------------------- transformers, token by token
 
 
-RECORDED = json.loads((Path(__file__).parent / "golden" / "generation.json").read_text())  # by make_generation.py
+RECORDED = json.loads(
+    (Path(__file__).parent / "golden" / "generation.json").read_text()
+)  # by make_generation.py
 
 
 def from_seed(folder, seed, vocab):
@@ -456,7 +494,9 @@ def from_seed(folder, seed, vocab):
 def filled(rows):
     """Prompts side by side, filled up on the right with what must not matter."""
     longest = max(map(len, rows))
-    return jnp.array([row + [7] * (longest - len(row)) for row in rows]), jnp.array([len(row) for row in rows])
+    return jnp.array([row + [7] * (longest - len(row)) for row in rows]), jnp.array(
+        [len(row) for row in rows]
+    )
 
 
 def cut(row, eos):
@@ -503,11 +543,15 @@ def test_beams_and_scores_are_those_of_transformers(tmp_path, seed):
                 cfg, params, prompt, lengths, (case["eos"],), how["length_penalty"], beams=how["num_beams"],
                 early=how["early_stopping"], size=how["no_repeat_ngram_size"],
             )  # fmt: skip
-            assert [cut(row, case["eos"]) for row in got.reshape(-1, got.shape[-1]).tolist()] == expected, how
+            assert [
+                cut(row, case["eos"]) for row in got.reshape(-1, got.shape[-1]).tolist()
+            ] == expected, how
             np.testing.assert_allclose(value.reshape(-1), scores, rtol=1e-4, err_msg=str(how))
 
 
-@pytest.mark.parametrize("case", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(small.SAMPLES)))])
+@pytest.mark.parametrize(
+    "case", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(small.SAMPLES)))]
+)
 def test_the_law_of_a_drawn_token_is_that_of_transformers(tmp_path, case):
     """Along texts that it drew: which tokens can be drawn, and how likely each is."""
     how, recorded = small.SAMPLES[case], RECORDED["drawn"][case]
@@ -520,7 +564,9 @@ def test_the_law_of_a_drawn_token_is_that_of_transformers(tmp_path, case):
         logits = jnp.take(transformer.apply(cfg, params, texts), at - 1, axis=1)
         written = jnp.where(jnp.arange(texts.shape[1])[None] < at, texts, -1)
         logits = transformer.penalise(
-            logits, transformer.sampling.occurred(written, cfg.vocab), how.get("repetition_penalty", 1.0)
+            logits,
+            transformer.sampling.occurred(written, cfg.vocab),
+            how.get("repetition_penalty", 1.0),
         )
         padded = jnp.pad(written, ((0, 0), (1, 0)), constant_values=-1)
         logits = transformer.ban_repeats(logits, padded, at + 1, how.get("no_repeat_ngram_size", 0))
@@ -531,7 +577,9 @@ def test_the_law_of_a_drawn_token_is_that_of_transformers(tmp_path, case):
         for got, expected in zip(law(params, texts, len(prompt) + step), rows, strict=True):
             assert np.flatnonzero(got).tolist() == sorted(map(int, expected))
             np.testing.assert_allclose(
-                got[np.flatnonzero(got)], [expected[k] for k in sorted(expected, key=int)], atol=1e-5
+                got[np.flatnonzero(got)],
+                [expected[k] for k in sorted(expected, key=int)],
+                atol=1e-5,
             )
 
 
@@ -554,7 +602,9 @@ def test_transformers_itself_agrees_on_new_models(tmp_path):
             if beams == 1:
                 got = greedy(cfg, params, prompt, lengths, (3,), 1.0, size=2)
             else:
-                got, value = search(cfg, params, prompt, lengths, (3,), 1.0, beams=beams, early=early, size=2)
+                got, value = search(
+                    cfg, params, prompt, lengths, (3,), 1.0, beams=beams, early=early, size=2
+                )
                 np.testing.assert_allclose(value.reshape(-1), scores, rtol=1e-4)
             assert [cut(row, 3) for row in got.reshape(-1, got.shape[-1]).tolist()] == expected
 
@@ -572,7 +622,9 @@ def test_an_ngram_is_banned_where_it_would_occur_again(size):
         for logits, tokens in zip(got, rows, strict=True):
             seen = {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)}
             ends = tuple(tokens[len(tokens) - size + 1 :])
-            banned = [size > 0 and len(ends) == size - 1 and (*ends, token) in seen for token in range(5)]
+            banned = [
+                size > 0 and len(ends) == size - 1 and (*ends, token) in seen for token in range(5)
+            ]
             np.testing.assert_array_equal(np.isinf(logits), banned)
 
 
@@ -598,7 +650,9 @@ def test_samples_without_repeats_have_their_law():
             p *= special.softmax(logits)[token]
             text.append(token)
         exact[tail] = p
-    generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=3, n=n, no_repeat_ngram_size=2))
+    generate = jax.jit(
+        partial(transformer.generate, cfg, max_new_tokens=3, n=n, no_repeat_ngram_size=2)
+    )
     got = generate(params, [[1, 3, 0]], key(4), sampling=Sampling(0.9), lengths=[2]).tolist()
     check_law({tail: got.count(list(tail)) for tail in set(map(tuple, got))}, exact, n)
 
@@ -615,16 +669,22 @@ def test_drawn_beams_have_their_law():
         best = tuple(sorted(four, key=lambda t: -log_p[t])[:2])
         exact[best] = exact.get(best, 0.0) + chance
     how = {"beams": 2, "max_new_tokens": 1, "sampling": Sampling(0.7), "length_penalty": 0.0}
-    draw = jax.jit(jax.vmap(lambda k: transformer.beam_search(cfg, params, jnp.array([[1, 3]]), k, **how)))
+    draw = jax.jit(
+        jax.vmap(lambda k: transformer.beam_search(cfg, params, jnp.array([[1, 3]]), k, **how))
+    )
     tokens, scores = draw(jax.random.split(key(5), n))
     got = list(map(tuple, tokens[:, 0, :, 0].tolist()))
     check_law({pair: got.count(pair) for pair in set(got)}, exact, n)
-    np.testing.assert_allclose(scores[:, 0], log_p[np.array(got)], atol=1e-5)  # of filtered log p, as there
+    np.testing.assert_allclose(
+        scores[:, 0], log_p[np.array(got)], atol=1e-5
+    )  # of filtered log p, as there
     # Filters leave as many tokens as must be drawn.
     greedily = transformer.filter_logits(
         jnp.asarray(log_p, jnp.float32)[None], Sampling(top_k=1, top_p=0.1, min_p=1.0), least=3
     )
-    assert np.flatnonzero(np.isfinite(greedily[0])).tolist() == sorted(np.argsort(-log_p)[:3].tolist())
+    assert np.flatnonzero(np.isfinite(greedily[0])).tolist() == sorted(
+        np.argsort(-log_p)[:3].tolist()
+    )
 
 
 @pytest.mark.soak
@@ -652,12 +712,18 @@ def test_prompts_are_taken_in_every_context():
         got = jax.jit(lambda: jax.lax.map(ask, key(0)[None]))()  # noqa: B023
         np.testing.assert_array_equal(got[0], expected)
     write = partial(transformer.generate, SMALL, params, **how)
-    scanned = jax.jit(lambda: jax.lax.scan(lambda c, k: (c, write(concrete, k, lengths=lengths)), 0, key(0)[None])[1])
+    scanned = jax.jit(
+        lambda: jax.lax.scan(
+            lambda c, k: (c, write(concrete, k, lengths=lengths)), 0, key(0)[None]
+        )[1]
+    )
     mapped = jax.jit(jax.vmap(lambda p: write(p, key(0), lengths=lengths)))
     for got in (scanned(), mapped(concrete[None])):
         np.testing.assert_array_equal(got[0], expected)
     search = partial(transformer.beam_search, SMALL, params, beams=2, lengths=lengths, **how)
-    np.testing.assert_array_equal(jax.jit(lambda: search(concrete))()[0], jax.jit(search)(concrete)[0])
+    np.testing.assert_array_equal(
+        jax.jit(lambda: search(concrete))()[0], jax.jit(search)(concrete)[0]
+    )
     with pytest.raises(ValueError, match="tokens of a prompt lie in 0..10, got 1..11"):
         jax.jit(lambda: write(beyond, key(0)))()
 
@@ -670,11 +736,23 @@ def test_prompts_are_taken_in_every_context():
         ({"max_length": 3}, "max_length 3 leaves no new token after a prompt of 3"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number, got 2.0"),
         ({"max_length": 30}, "a prompt of 3 tokens and 27 new ones exceed the context of 24"),
-        ({"max_new_tokens": 2, "no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0, got -1"),
+        (
+            {"max_new_tokens": 2, "no_repeat_ngram_size": -1},
+            "no_repeat_ngram_size must be at least 0, got -1",
+        ),
         ({"max_new_tokens": 2, "lengths": [3]}, "lengths are one number for each of 2 prompts"),
-        ({"max_new_tokens": 2, "lengths": [3.0, 2.0]}, "lengths of a prompt are whole numbers, got float64"),
-        ({"max_new_tokens": 2, "prompt": [[1.0]]}, "tokens of a prompt are whole numbers, got float64"),
-        ({"max_new_tokens": 2, "prompt": [[True]]}, "tokens of a prompt are whole numbers, got bool"),
+        (
+            {"max_new_tokens": 2, "lengths": [3.0, 2.0]},
+            "lengths of a prompt are whole numbers, got float64",
+        ),
+        (
+            {"max_new_tokens": 2, "prompt": [[1.0]]},
+            "tokens of a prompt are whole numbers, got float64",
+        ),
+        (
+            {"max_new_tokens": 2, "prompt": [[True]]},
+            "tokens of a prompt are whole numbers, got bool",
+        ),
         ({"max_new_tokens": 2, "prompt": [[1], [1, 2]]}, "a prompt is tokens .B, T."),
         ({"max_new_tokens": 2, "prompt": [1, 2]}, "a prompt is tokens .B, T."),
         ({"max_new_tokens": 2, "n": 0}, "n must be at least 1, got 0"),
@@ -683,14 +761,20 @@ def test_prompts_are_taken_in_every_context():
             {"max_new_tokens": 2, "early_stopping": "always"},
             "early_stopping must be True, False or .never., got 'always'",
         ),
-        ({"max_new_tokens": 2, "length_penalty": math.inf}, "length_penalty must be finite, got inf"),
+        (
+            {"max_new_tokens": 2, "length_penalty": math.inf},
+            "length_penalty must be finite, got inf",
+        ),
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_one_line(options, words):
     prompt = options.pop("prompt", [[1, 2, 3], [1, 2, 3]])
     own = {"n": transformer.generate, "beams": transformer.beam_search, "early_stopping": transformer.beam_search,
            "length_penalty": transformer.beam_search}  # fmt: skip
-    for ask in {own[name] for name in options if name in own} or {transformer.generate, transformer.beam_search}:
+    for ask in {own[name] for name in options if name in own} or {
+        transformer.generate,
+        transformer.beam_search,
+    }:
         rest = {"beams": 2, **options} if ask is transformer.beam_search else options
         with pytest.raises(ValueError, match=words) as refused:
             ask.__wrapped__(SMALL, {}, prompt, key(0), **rest)
@@ -700,9 +784,13 @@ def test_what_cannot_be_generated_is_refused_in_one_line(options, words):
 @pytest.mark.soak
 def test_the_last_token_of_a_full_context_needs_no_position():
     params, x = parameters(SMALL), tokens(1, 24)
-    [[one]] = transformer.generate(SMALL, params, x, key(0), max_new_tokens=1, sampling=Sampling(0.0))
+    [[one]] = transformer.generate(
+        SMALL, params, x, key(0), max_new_tokens=1, sampling=Sampling(0.0)
+    )
     assert one == np.argmax(plain(SMALL, params, np.asarray(x[0]))[-1])
-    [two] = transformer.generate(SMALL, params, x[:, :23], key(0), max_length=25, sampling=Sampling(0.0))
+    [two] = transformer.generate(
+        SMALL, params, x[:, :23], key(0), max_length=25, sampling=Sampling(0.0)
+    )
     assert two.tolist() == greedy_without_cache(SMALL, params, np.asarray(x[0, :23]), 1) + [
         int(np.argmax(plain(SMALL, params, np.array([*x[0, :23].tolist(), int(two[0])]))[-1]))
     ]
@@ -715,7 +803,9 @@ def test_the_last_token_of_a_full_context_needs_no_position():
 
 @pytest.mark.slow
 def test_stop_tokens_are_the_configs_where_none_are_named():
-    cfg = dataclasses.replace(SMALL, vocab=4, eos=(2, 99))  # what the vocabulary has not never occurs
+    cfg = dataclasses.replace(
+        SMALL, vocab=4, eos=(2, 99)
+    )  # what the vocabulary has not never occurs
     params, x = parameters(cfg), tokens(2, 3, vocab=4)
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=9, n=4))
     named = generate(params, x, key(0), sampling=Sampling(stop=(2,)))
@@ -735,16 +825,23 @@ def test_searches_at_the_edge():
     """One token in all, weights that are NaN, fewer texts than beams, all tokens forbidden."""
     one = dataclasses.replace(SMALL, vocab=1)
     for stop in ((), (0,)):
-        got, score = transformer.beam_search(one, parameters(one), [[0]], beams=1, max_new_tokens=3, stop=stop)
+        got, score = transformer.beam_search(
+            one, parameters(one), [[0]], beams=1, max_new_tokens=3, stop=stop
+        )
         assert got.tolist() == [[[0, 0, 0]]] and score.tolist() == [[0.0]]
     assert (
-        transformer.generate(one, parameters(one), [[0]], key(0), max_new_tokens=3, no_repeat_ngram_size=1) == 0
+        transformer.generate(
+            one, parameters(one), [[0]], key(0), max_new_tokens=3, no_repeat_ngram_size=1
+        )
+        == 0
     ).all()
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), parameters(SMALL))
     got, score = transformer.beam_search(SMALL, broken, [[1, 2]], beams=2, max_new_tokens=3)
     assert (got == -1).all() and jnp.isnan(score).all()
     two = dataclasses.replace(SMALL, vocab=2)  # of two tokens one may follow, and nothing after it
-    got, score = transformer.beam_search(two, parameters(two), [[1]], beams=2, max_new_tokens=1, no_repeat_ngram_size=1)
+    got, score = transformer.beam_search(
+        two, parameters(two), [[1]], beams=2, max_new_tokens=1, no_repeat_ngram_size=1
+    )
     assert got.tolist() == [[[0], [-1]]] and np.isfinite(score[0, 0]) and score[0, 1] == -jnp.inf
 
 
@@ -756,13 +853,19 @@ def test_decoding_with_64_bits_is_that_with_32(dtype):
     how = {"max_new_tokens": 3, "no_repeat_ngram_size": 2}
 
     def ask(x):
-        drawn = transformer.generate(cfg, params, x, key(0), sampling=Sampling(0.0), lengths=[3, 2], **how)
-        return drawn, *transformer.beam_search(cfg, params, x, beams=2, stop=(5,), lengths=[3, 2], **how)
+        drawn = transformer.generate(
+            cfg, params, x, key(0), sampling=Sampling(0.0), lengths=[3, 2], **how
+        )
+        return drawn, *transformer.beam_search(
+            cfg, params, x, beams=2, stop=(5,), lengths=[3, 2], **how
+        )
 
     narrow = jax.jit(ask)(x)
     with jax.enable_x64(True):
         wide = jax.jit(ask)(x.astype(np.int64))
-        assert (transformer.generate(cfg, params, x, key(0), sampling=Sampling(0.7, 5, 0.9), **how) >= 0).all()
+        assert (
+            transformer.generate(cfg, params, x, key(0), sampling=Sampling(0.7, 5, 0.9), **how) >= 0
+        ).all()
     for a, b in zip(narrow, wide, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5 if dtype == "float32" else 0.02)
 
@@ -811,7 +914,9 @@ def test_top_k_keeps_k_and_ties(k):
     for shape, logits in shapes(1).items():
         logits = np.float32(logits)
         got = np.asarray(FILTER(jnp.asarray(logits)[None], Sampling(top_k=k)))[0]
-        np.testing.assert_array_equal(np.isfinite(got), logits >= np.sort(logits)[-min(k, V)], err_msg=shape)
+        np.testing.assert_array_equal(
+            np.isfinite(got), logits >= np.sort(logits)[-min(k, V)], err_msg=shape
+        )
 
 
 def test_filters_act_in_turn_and_row_by_row():
@@ -836,7 +941,9 @@ def test_draws_have_their_probabilities_and_never_what_was_filtered(vocab):
     logits = np.float32(2 * rng.normal(size=vocab))
     logits[rng.permutation(vocab)[: vocab // 3]] = -np.inf
     n = 20_000
-    got = jax.jit(transformer.sampling.categorical)(jnp.broadcast_to(logits[None], (n, vocab)), key(1))
+    got = jax.jit(transformer.sampling.categorical)(
+        jnp.broadcast_to(logits[None], (n, vocab)), key(1)
+    )
     counts = np.bincount(got, minlength=vocab)
     assert len(counts) == vocab and not counts[np.isinf(logits)].any()
     due = n * special.softmax(logits.astype(np.float64))
@@ -848,7 +955,9 @@ def test_draws_have_their_probabilities_and_never_what_was_filtered(vocab):
 def test_a_draw_survives_the_largest_uniform_number(monkeypatch):
     """u < 1, but u times a sum may round up to the sum: tokens of probability 0 stay out all the same."""
     for u in (0.0, float(np.nextafter(np.float32(1), np.float32(0)))):
-        monkeypatch.setattr(jax.random, "uniform", lambda key, shape, u=u: jnp.full(shape, u, jnp.float32))
+        monkeypatch.setattr(
+            jax.random, "uniform", lambda key, shape, u=u: jnp.full(shape, u, jnp.float32)
+        )
         for logits in ([-jnp.inf, 0.0, 1.0, -jnp.inf], [0.3, 0.1, 0.7, -jnp.inf]):
             [token] = transformer.sampling.categorical(jnp.array([logits]), key(0))
             assert np.isfinite(logits[int(token)])
@@ -933,13 +1042,19 @@ def test_a_family_samples_n_rows_whatever_the_prompt():
 
     for prompt in (one, one[None], one.tolist(), jnp.asarray(one), three):
         assert shape(n=3, prompt=prompt, max_new_tokens=4) == (3, 4)
-    each = jax.jit(partial(family.sample, n=3, prompt=three, max_new_tokens=4))(state, key(1), sampling=Sampling(0.0))
+    each = jax.jit(partial(family.sample, n=3, prompt=three, max_new_tokens=4))(
+        state, key(1), sampling=Sampling(0.0)
+    )
     generate = jax.jit(partial(transformer.generate, SMALL, max_new_tokens=4))
-    np.testing.assert_array_equal(each, generate(state.params, three, key(1), sampling=Sampling(0.0)))
+    np.testing.assert_array_equal(
+        each, generate(state.params, three, key(1), sampling=Sampling(0.0))
+    )
     assert shape(n=2) == (2, 23)
     assert shape(n=2, prompt=np.zeros(24, int)) == (2, 1)  # a full context
     assert shape(n=2, prompt=[1], max_length=5, no_repeat_ngram_size=1) == (2, 4)
-    with pytest.raises(ValueError, match=r"a prompt is tokens .T., .1, T. or .n, T. with n = 2, got .3, 3."):
+    with pytest.raises(
+        ValueError, match=r"a prompt is tokens .T., .1, T. or .n, T. with n = 2, got .3, 3."
+    ):
         family.sample(state, key(1), n=2, prompt=three)
 
 
@@ -961,7 +1076,9 @@ def test_a_small_model_learns_a_repeating_text():
 # ---------------------------------------------------------------------------------------------------------------- GPT-2
 
 
-GOLDEN = Path(__file__).parent / "golden" / "gpt2"  # written by tests/golden/make_gpt2.py, with transformers
+GOLDEN = (
+    Path(__file__).parent / "golden" / "gpt2"
+)  # written by tests/golden/make_gpt2.py, with transformers
 
 
 def test_gpt2_gives_the_logits_of_transformers():
@@ -975,7 +1092,9 @@ def test_gpt2_gives_the_logits_of_transformers():
     np.testing.assert_array_equal(got, golden["greedy"])
     assert cfg.eos == (60,) and 60 in golden["greedy"][1]  # by default it ends a text
     stopped = generate(params, prompt, key(0), sampling=Sampling(0.0))
-    np.testing.assert_array_equal(stopped, np.where(np.arange(3)[:, None] == 1, 60, golden["greedy"]))
+    np.testing.assert_array_equal(
+        stopped, np.where(np.arange(3)[:, None] == 1, 60, golden["greedy"])
+    )
 
 
 def test_gpt2_is_written_as_it_was_read(tmp_path):
@@ -1027,11 +1146,20 @@ def test_pieces_named_by_an_index_are_one_model(folder):
     ("spoil", "words"),
     [
         (lambda f: change(f, model_type="llama"), "describes a llama; only gpt2 can be loaded"),
-        (lambda f: change(f, activation_function="gelu"), "says activation_function = 'gelu'; only 'gelu_new'"),
-        (lambda f: change(f, vocab_size=70), r"wte.weight is \(\d+, 8\), config.json asks for \(70, 8\)"),
+        (
+            lambda f: change(f, activation_function="gelu"),
+            "says activation_function = 'gelu'; only 'gelu_new'",
+        ),
+        (
+            lambda f: change(f, vocab_size=70),
+            r"wte.weight is \(\d+, 8\), config.json asks for \(70, 8\)",
+        ),
         (lambda f: change(f, n_layer=3), "has no tensor h.2"),
         (lambda f: change(f, n_layer=1), "holds h.1.*, which a GPT-2 of 1 layers has not"),
-        (lambda f: change(f, n_head=3), "does not describe a GPT-2 .*8 does not divide into 3 heads"),
+        (
+            lambda f: change(f, n_head=3),
+            "does not describe a GPT-2 .*8 does not divide into 3 heads",
+        ),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors$"),
@@ -1040,7 +1168,9 @@ def test_pieces_named_by_an_index_are_one_model(folder):
             "pytorch_model.bin is a pickle, which is never opened",
         ),
         (
-            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+            lambda f: (f / "model.safetensors").write_bytes(
+                (f / "model.safetensors").read_bytes()[:-100]
+            ),
             r"model.safetensors cannot be read \(.*\): copy or download it again",
         ),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors cannot be read"),
@@ -1074,7 +1204,11 @@ def renamed(name):
         renamed(lambda n: n.removeprefix("transformer.")),
         renamed(lambda n: n.replace("transformer.wte.weight", "lm_head.weight")),
         renamed(lambda n: f"module.{n}".replace("transformer.wte.weight", "lm_head.weight")),
-        lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"], "transformer.h.0.attn.bias": np.ones(3, bool)},
+        lambda t: {
+            **t,
+            "lm_head.weight": t["transformer.wte.weight"],
+            "transformer.h.0.attn.bias": np.ones(3, bool),
+        },
         lambda t: {n: x.astype(np.float64) for n, x in t.items()},
     ],
 )
@@ -1092,7 +1226,11 @@ def test_half_precision_weights_are_read(folder, dtype):
     rewrite(folder, lambda t: {n: x.astype(jnp.dtype(dtype)) for n, x in t.items()})
     _, params = transformer.load_gpt2(folder)
     whole = transformer.load_gpt2(GOLDEN)[1]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype).astype(jnp.float32)), params, whole)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(dtype).astype(jnp.float32)),
+        params,
+        whole,
+    )
 
 
 def as_dtype(folder, dtype, size):
@@ -1129,7 +1267,9 @@ def nan(tensors):
 
 
 def large(tensors):
-    return {n: np.full(x.shape, 1e300) if n.endswith("ln_f.bias") else x for n, x in tensors.items()}
+    return {
+        n: np.full(x.shape, 1e300) if n.endswith("ln_f.bias") else x for n, x in tensors.items()
+    }
 
 
 def other_head(tensors):
@@ -1230,7 +1370,8 @@ def test_eos_and_bos_are_read_and_written(folder, config, generation_config, eos
 def test_a_model_of_gpt2s_vocabulary_ends_with_its_token(tmp_path):
     cfg = Config(context=2, layers=1, heads=1, width=1)
     params = jax.tree.map(
-        lambda s: np.zeros(s.shape, np.float32), jax.eval_shape(partial(transformer.init, cfg), key(0))
+        lambda s: np.zeros(s.shape, np.float32),
+        jax.eval_shape(partial(transformer.init, cfg), key(0)),
     )
     transformer.save_gpt2(tmp_path, cfg, params)
     assert transformer.load_gpt2(tmp_path)[0].eos == (50256,)
@@ -1241,12 +1382,20 @@ def test_a_model_of_gpt2s_vocabulary_ends_with_its_token(tmp_path):
 
 def test_parameters_of_another_model_are_not_written(tmp_path):
     for change, words in (
-        ({"layers": 3}, "params do not fit this Config: blocks_2.norm_attention.scale is missing, not .8,."),
+        (
+            {"layers": 3},
+            "params do not fit this Config: blocks_2.norm_attention.scale is missing, not .8,.",
+        ),
         ({"layers": 1}, "params do not fit this Config: it has no blocks_1"),
-        ({"vocab": 12}, r"params do not fit this Config: wte.embedding is \(11, 8\), not \(12, 8\)"),
+        (
+            {"vocab": 12},
+            r"params do not fit this Config: wte.embedding is \(11, 8\), not \(12, 8\)",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
-            transformer.save_gpt2(tmp_path / "a", dataclasses.replace(SMALL, **change), parameters(SMALL))
+            transformer.save_gpt2(
+                tmp_path / "a", dataclasses.replace(SMALL, **change), parameters(SMALL)
+            )
     assert not (tmp_path / "a").exists()
 
 
@@ -1276,7 +1425,9 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, room):
     lines = ran.stdout.splitlines()
     assert len(lines) == 2
     if room < 30_000:
-        assert all("cannot be written" in line and "nothing was changed" in line for line in lines), lines
+        assert all(
+            "cannot be written" in line and "nothing was changed" in line for line in lines
+        ), lines
         assert not (tmp_path / "new").exists()
     else:
         assert lines == ["wrote", "wrote"] and transformer.load_gpt2(tmp_path / "new")

@@ -38,8 +38,12 @@ def test_kl_is_the_integral():
     for b in range(2):
         for z in range(3):
             q = stats.norm(mu[b, z], np.exp(logvar[b, z] / 2))
-            expected[b] += np.trapezoid(q.pdf(grid) * (q.logpdf(grid) - stats.norm.logpdf(grid)), grid)
-    np.testing.assert_allclose(vae.gaussian_kl(jnp.asarray(mu), jnp.asarray(logvar)), expected, rtol=1e-5)
+            expected[b] += np.trapezoid(
+                q.pdf(grid) * (q.logpdf(grid) - stats.norm.logpdf(grid)), grid
+            )
+    np.testing.assert_allclose(
+        vae.gaussian_kl(jnp.asarray(mu), jnp.asarray(logvar)), expected, rtol=1e-5
+    )
     assert (vae.gaussian_kl(jnp.zeros((4, 3)), jnp.zeros((4, 3))) == 0).all()
 
 
@@ -47,7 +51,9 @@ def test_log_normal_is_scipys():
     rng = np.random.default_rng(1)
     x, mu, logvar = rng.normal(size=(3, 2, 5))
     expected = stats.norm(mu, np.exp(logvar / 2)).logpdf(x).sum(-1)
-    np.testing.assert_allclose(vae.log_normal(*map(jnp.asarray, (x, mu, logvar))), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        vae.log_normal(*map(jnp.asarray, (x, mu, logvar))), expected, rtol=1e-5
+    )
 
 
 def test_bernoulli_likelihood_in_float64_and_at_extreme_logits():
@@ -57,7 +63,9 @@ def test_bernoulli_likelihood_in_float64_and_at_extreme_logits():
     expected = np.where(x > 0, np.log(p), np.log1p(-p)).sum((1, 2, 3))
     np.testing.assert_allclose(vae.log_likelihood(CFG, x, logits), expected, rtol=1e-5)
     far = jnp.full((1, 4, 4, 1), 200.0)
-    value, slope = jax.value_and_grad(lambda l: vae.log_likelihood(CFG, jnp.zeros((1, 4, 4, 1)), l).sum())(far)
+    value, slope = jax.value_and_grad(
+        lambda l: vae.log_likelihood(CFG, jnp.zeros((1, 4, 4, 1)), l).sum()
+    )(far)
     assert value == -3200 and jnp.isfinite(slope).all()
 
 
@@ -65,10 +73,15 @@ def test_bernoulli_likelihood_in_float64_and_at_extreme_logits():
 def test_bernoulli_gradient_is_x_minus_the_probability(dtype):
     """At logit 0, at -0, and as far as floats and infinity go; likewise its own derivative by x."""
     logits = np.array([0.0, -0.0, 1e-8, 3.0, -3.0, 20.0, -200.0, 6e4, -np.inf, np.inf])
-    x, l = (jnp.asarray(a.reshape(1, -1, 1, 1), dtype) for a in np.meshgrid(np.array([0.0, 0.25, 1.0]), logits))
+    x, l = (
+        jnp.asarray(a.reshape(1, -1, 1, 1), dtype)
+        for a in np.meshgrid(np.array([0.0, 0.25, 1.0]), logits)
+    )
     slope = jax.grad(lambda l: vae.log_likelihood(CFG, x, l).astype(jnp.float32).sum())(l)
     expected = np.asarray(x, np.float64) - expit(np.asarray(l, np.float64))
-    np.testing.assert_allclose(slope.astype(jnp.float32), expected, atol=float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(
+        slope.astype(jnp.float32), expected, atol=float(jnp.finfo(dtype).eps)
+    )
     one = partial(vae.log_likelihood, CFG)
     for pixel, logit, value in (
         (1.0, np.inf, 0.0),
@@ -79,13 +92,18 @@ def test_bernoulli_gradient_is_x_minus_the_probability(dtype):
         assert one(*(jnp.full((1, 1, 1, 1), a, dtype) for a in (pixel, logit)))[0] == value
     by_x = jax.grad(lambda x: one(x, l[:, :-6]).astype(jnp.float32).sum())(x[:, :-6])
     np.testing.assert_array_equal(by_x, l[:, :-6])
-    assert jax.grad(jax.grad(lambda l: one(jnp.ones((1, 1, 1, 1)), l[None, None, None, None])[0]))(0.0) == -0.25
+    assert (
+        jax.grad(jax.grad(lambda l: one(jnp.ones((1, 1, 1, 1)), l[None, None, None, None])[0]))(0.0)
+        == -0.25
+    )
 
 
 def test_bernoulli_likelihood_keeps_small_losses():
     """-log p = log(1 + e^-l), of which x l - softplus(l) keeps nothing beyond l = 17."""
     l = jnp.array([10.0, 30.0, 80.0]).reshape(3, 1, 1, 1)
-    np.testing.assert_allclose(-vae.log_likelihood(CFG, jnp.ones_like(l), l), np.log1p(np.exp(-l.ravel())), rtol=1e-6)
+    np.testing.assert_allclose(
+        -vae.log_likelihood(CFG, jnp.ones_like(l), l), np.log1p(np.exp(-l.ravel())), rtol=1e-6
+    )
 
 
 def test_bernoulli_likelihood_sums_to_one():
@@ -93,7 +111,9 @@ def test_bernoulli_likelihood_sums_to_one():
     cfg = dataclasses.replace(CFG, shape=(3, 3, 1))
     every = ((np.arange(512)[:, None] >> np.arange(9)) & 1).astype(np.float32).reshape(512, 3, 3, 1)
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 3, 1)), jnp.float32)
-    total = logsumexp(vae.log_likelihood(cfg, jnp.asarray(every), jnp.broadcast_to(logits, every.shape)))
+    total = logsumexp(
+        vae.log_likelihood(cfg, jnp.asarray(every), jnp.broadcast_to(logits, every.shape))
+    )
     assert abs(total) < 1e-4
 
 
@@ -109,7 +129,9 @@ def test_elbo_is_the_mean_log_weight():
     params, x = params_of(CFG, 2.0), images(4)
     log_w = np.asarray(vae.log_weights(CFG, params, x, key(), k=4000))
     assert log_w.shape == (4000, 4)
-    terms = jax.vmap(lambda k: vae.elbo(CFG, params, x, k)["elbo"])(jax.random.split(jax.random.key(9), 4000))
+    terms = jax.vmap(lambda k: vae.elbo(CFG, params, x, k)["elbo"])(
+        jax.random.split(jax.random.key(9), 4000)
+    )
     difference = np.asarray(terms).mean(0) - log_w.mean(0)
     se = np.sqrt((np.asarray(terms).var(0) + log_w.var(0)) / 4000)
     assert (np.abs(difference) < 4 * se).all()
@@ -127,7 +149,9 @@ def test_iwae_bound_is_the_log_mean_weight_in_any_chunks():
     got = jax.jit(partial(vae.iwae_bound, CFG, k=10, chunk=3))(params, x, key())
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     whole = vae.iwae_bound(CFG, params, x, key(), k=10)
-    log_w = np.asarray(vae.log_weights(CFG, params, x, jax.random.fold_in(key(), 0), k=10), np.float64)
+    log_w = np.asarray(
+        vae.log_weights(CFG, params, x, jax.random.fold_in(key(), 0), k=10), np.float64
+    )
     np.testing.assert_allclose(whole, logsumexp(log_w, axis=0) - np.log(10), rtol=1e-5)
     with pytest.raises(ValueError, match="at least 1"):
         vae.iwae_bound(CFG, params, x, key(), k=0)
@@ -137,9 +161,14 @@ def test_iwae_bound_reaches_the_evidence_by_quadrature():
     """One latent: log p(x) by integration over z."""
     cfg = dataclasses.replace(CFG, latent_dim=1)
     params, x = params_of(cfg, 1.5), images(3)
-    params["encoder"] = jax.tree.map(lambda w: 0.2 * w, params["encoder"])  # near the prior: weights of small variance
+    params["encoder"] = jax.tree.map(
+        lambda w: 0.2 * w, params["encoder"]
+    )  # near the prior: weights of small variance
     z = jnp.linspace(-8, 8, 4001)[:, None]
-    log_joint = vae.log_likelihood(cfg, x[:, None], vae.decode(cfg, params, z)[None]) + stats.norm.logpdf(z[:, 0])[None]
+    log_joint = (
+        vae.log_likelihood(cfg, x[:, None], vae.decode(cfg, params, z)[None])
+        + stats.norm.logpdf(z[:, 0])[None]
+    )
     evidence = logsumexp(np.asarray(log_joint, np.float64), axis=1) + np.log(16 / 4000)
     bound = vae.iwae_bound(cfg, params, x, key(), k=20_000, chunk=1000)
     np.testing.assert_allclose(bound, evidence, atol=0.02)
@@ -169,7 +198,10 @@ def test_gradient_is_that_of_the_elbo_by_finite_differences():
         x = images(4).astype(jnp.float64)
 
         def value(t):
-            moved = jax.tree.map(lambda p: p + t * jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+            moved = jax.tree.map(
+                lambda p: p + t * jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape),
+                params,
+            )
             return vae.elbo(cfg, moved, x, key())["elbo"].mean()
 
         numeric = (value(1e-6) - value(-1e-6)) / 2e-6
@@ -179,10 +211,16 @@ def test_gradient_is_that_of_the_elbo_by_finite_differences():
 def test_step_weighs_the_kl_with_beta():
     cfg = dataclasses.replace(CFG, beta=4.0)
     family = vae.make(cfg)
-    batch = {"image": jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1)), jnp.uint8)}
+    batch = {
+        "image": jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1)), jnp.uint8)
+    }
     _, metrics = family.step(family.init(key()), batch, jax.random.key(4))
-    np.testing.assert_allclose(metrics["loss"], 4 * metrics["kl_nats"] - metrics["reconstruction_nats"], rtol=1e-6)
-    np.testing.assert_allclose(metrics["elbo_nats"], metrics["reconstruction_nats"] - metrics["kl_nats"], rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["loss"], 4 * metrics["kl_nats"] - metrics["reconstruction_nats"], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        metrics["elbo_nats"], metrics["reconstruction_nats"] - metrics["kl_nats"], rtol=1e-6
+    )
 
 
 def test_no_example_sees_another():
@@ -197,7 +235,9 @@ def test_no_example_sees_another():
 
 
 def batch_of(levels, n=2000):
-    image = np.tile(np.arange(16).reshape(1, 4, 4, 1) * (levels - 1) // 15, (n, 1, 1, 1)).astype(np.uint8)
+    image = np.tile(np.arange(16).reshape(1, 4, 4, 1) * (levels - 1) // 15, (n, 1, 1, 1)).astype(
+        np.uint8
+    )
     return {"image": jnp.asarray(image), "index": jnp.arange(n)}
 
 
@@ -266,16 +306,22 @@ def test_binarised_images_may_be_bool_or_whole_numbers(likelihood, dtype):
     decoded = vae.decode(cfg, params, jnp.ones((3, 3)))
 
     def both(x):
-        return jax.value_and_grad(lambda decoded: vae.log_likelihood(cfg, x, decoded).sum())(decoded)
+        return jax.value_and_grad(lambda decoded: vae.log_likelihood(cfg, x, decoded).sum())(
+            decoded
+        )
 
     for given in (same, jnp.asarray(same)):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), both(given), both(floats))
     if dtype is bool:
-        np.testing.assert_array_equal(vae.encode(cfg, params, same), vae.encode(cfg, params, floats))
+        np.testing.assert_array_equal(
+            vae.encode(cfg, params, same), vae.encode(cfg, params, floats)
+        )
         for bound in (partial(vae.iwae_bound, k=3, chunk=2), partial(vae.dreg_bound, k=2)):
             jax.eval_shape(partial(bound, cfg, params), jnp.asarray(same), key())
     else:
-        with pytest.raises(ValueError, match=f"image must be floats.*got {np.dtype(dtype)}.*preprocess"):
+        with pytest.raises(
+            ValueError, match=f"image must be floats.*got {np.dtype(dtype)}.*preprocess"
+        ):
             vae.encode(cfg, params, same)
 
 

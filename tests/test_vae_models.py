@@ -14,7 +14,9 @@ from aigc_jax import data, vae
 
 from .test_vae import CFG, images, key, params_of
 
-TWO = dataclasses.replace(CFG, shape=(2, 2, 1), latent_dim=1, upper_dim=1, hidden=(4,), upper_hidden=(3,))
+TWO = dataclasses.replace(
+    CFG, shape=(2, 2, 1), latent_dim=1, upper_dim=1, hidden=(4,), upper_hidden=(3,)
+)
 MLP = dataclasses.replace(CFG, latent_dim=2, hidden=(5,))
 
 
@@ -36,12 +38,15 @@ def test_discretised_logistic_sums_to_one_and_is_scipys(levels):
     log_scale = np.concatenate([rng.normal(-2, 1.5, 20), [-12.0, -12.0, 3.0]])[:, None]
     x = np.arange(levels)[None] / (levels - 1)
     ours = vae.log_logistic(
-        *(jnp.asarray(a, jnp.float32) for a in np.broadcast_arrays(x, mean, log_scale)), levels=levels
+        *(jnp.asarray(a, jnp.float32) for a in np.broadcast_arrays(x, mean, log_scale)),
+        levels=levels,
     )
     np.testing.assert_allclose(logsumexp(np.asarray(ours, np.float64), axis=1), 0, atol=2e-5)
     edges = (np.arange(levels + 1) - 0.5) / (levels - 1)
     edges[[0, -1]] = -np.inf, np.inf
-    upper, lower = (stats.logistic(mean[:20], np.exp(log_scale[:20])).cdf(e) for e in (edges[1:], edges[:-1]))
+    upper, lower = (
+        stats.logistic(mean[:20], np.exp(log_scale[:20])).cdf(e) for e in (edges[1:], edges[:-1])
+    )
     np.testing.assert_allclose(np.exp(ours[:20]), upper - lower, atol=2e-6)
 
 
@@ -50,7 +55,9 @@ def test_discretised_logistic_keeps_its_gradient_where_nothing_fits():
         return vae.log_logistic(jnp.full((1,), 0.5), mean, log_scale, levels=256).sum()
 
     for mean, log_scale in ((50.0, -12.0), (-50.0, -3.0), (0.5, -12.0), (0.5, 8.0), (0.5, 20.0)):
-        value, slopes = jax.value_and_grad(nll, (0, 1))(jnp.full((1,), mean), jnp.full((1,), log_scale))
+        value, slopes = jax.value_and_grad(nll, (0, 1))(
+            jnp.full((1,), mean), jnp.full((1,), log_scale)
+        )
         assert np.isfinite([value, slopes[0][0], slopes[1][0]]).all(), (mean, log_scale)
     assert jax.grad(nll)(jnp.full((1,), 50.0), jnp.full((1,), -3.0))[0] < -1  # towards the pixel
 
@@ -65,7 +72,9 @@ def test_learned_gaussian_is_scipys_and_never_narrower_than_a_level():
     expected = stats.norm(mean, sigma).logpdf(x).sum((1, 2, 3))
     decoded = jnp.asarray(np.concatenate([mean, raw], -1), jnp.float32)
     np.testing.assert_allclose(vae.log_likelihood(cfg, x, decoded), expected, rtol=1e-5)
-    certain = jnp.concatenate([x, jnp.full_like(x, -1e4)], -1)  # the right mean, no doubt at all: still bounded
+    certain = jnp.concatenate(
+        [x, jnp.full_like(x, -1e4)], -1
+    )  # the right mean, no doubt at all: still bounded
     bound = 16 * (np.log(16) - 0.5 * np.log(2 * np.pi))
     np.testing.assert_allclose(vae.log_likelihood(cfg, x, certain), bound, rtol=1e-5)
 
@@ -73,7 +82,9 @@ def test_learned_gaussian_is_scipys_and_never_narrower_than_a_level():
 def test_bits_per_dim_of_what_knows_nothing_are_those_of_the_levels():
     nll = jnp.full((3,), 16 * np.log(17))  # uniform over 17 levels, 16 pixels
     np.testing.assert_allclose(
-        vae.bits_per_dim(dataclasses.replace(CFG, likelihood="logistic"), nll), np.log2(17), rtol=1e-6
+        vae.bits_per_dim(dataclasses.replace(CFG, likelihood="logistic"), nll),
+        np.log2(17),
+        rtol=1e-6,
     )
     density = dataclasses.replace(CFG, likelihood="gaussian")  # density 1 on [0, 1]: 16 levels wide
     np.testing.assert_allclose(vae.bits_per_dim(density, jnp.zeros(3)), 4, rtol=1e-6)
@@ -91,7 +102,9 @@ def test_bits_per_dim_of_a_gaussian_come_near_the_logistics_probabilities():
 
 def test_bits_are_reported_where_the_likelihood_is_one_of_the_images():
     cfg = dataclasses.replace(CFG, likelihood="logistic")
-    batch = {"image": jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1)), jnp.uint8)}
+    batch = {
+        "image": jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 4, 4, 1)), jnp.uint8)
+    }
 
     def values(cfg):
         family = vae.make(cfg)
@@ -99,7 +112,9 @@ def test_bits_are_reported_where_the_likelihood_is_one_of_the_images():
 
     got = values(cfg)
     np.testing.assert_allclose(got["nll_bits_per_dim"], vae.bits_per_dim(cfg, got["nll_nats"]))
-    assert "nll_bits_per_dim" not in values(CFG)  # grey levels under a Bernoulli: no likelihood of anything
+    assert "nll_bits_per_dim" not in values(
+        CFG
+    )  # grey levels under a Bernoulli: no likelihood of anything
     assert "nll_bits_per_dim" in values(dataclasses.replace(CFG, binarisation="dynamic"))
 
 
@@ -117,7 +132,11 @@ def brute_weights(cfg, params, x, z):
     x_ = np.asarray(x)
     log_p = (x_ * np.log(p) + (1 - x_) * np.log(1 - p)).sum((2, 3, 4))
     log_p += log_normal(z_1, *vae.decode_upper(cfg, params, z[1])) + log_normal(z_2, 0.0, 0.0)
-    return log_p - log_normal(z_1, *vae.encode(cfg, params, x)) - log_normal(z_2, *vae.encode_upper(cfg, params, z[0]))
+    return (
+        log_p
+        - log_normal(z_1, *vae.encode(cfg, params, x))
+        - log_normal(z_2, *vae.encode_upper(cfg, params, z[0]))
+    )
 
 
 def test_weights_of_two_layers_are_the_definition():
@@ -125,7 +144,9 @@ def test_weights_of_two_layers_are_the_definition():
     params, x = params_of(cfg), images(4, cfg)
     z = vae.draw(cfg, params, x, key(), k=6)
     assert [a.shape for a in z] == [(6, 4, 3), (6, 4, 2)]
-    np.testing.assert_allclose(vae.log_weights(cfg, params, x, key(), k=6), brute_weights(cfg, params, x, z), rtol=2e-4)
+    np.testing.assert_allclose(
+        vae.log_weights(cfg, params, x, key(), k=6), brute_weights(cfg, params, x, z), rtol=2e-4
+    )
 
 
 @pytest.mark.slow
@@ -134,7 +155,9 @@ def test_bound_of_two_layers_reaches_the_evidence_by_quadrature():
     grid = np.linspace(-7, 7, 281)
     z_1, z_2 = (g.reshape(-1, 1) for g in np.meshgrid(grid, grid))
     z = tuple(jnp.asarray(z, jnp.float32)[:, None].repeat(3, 1) for z in (z_1, z_2))
-    log_p = vae.log_prior(TWO, params, z) + vae.log_likelihood(TWO, x[None], vae.decode(TWO, params, z[0]))
+    log_p = vae.log_prior(TWO, params, z) + vae.log_likelihood(
+        TWO, x[None], vae.decode(TWO, params, z[0])
+    )
     evidence = logsumexp(np.asarray(log_p, np.float64), axis=0) + 2 * np.log(grid[1] - grid[0])
     bound = jax.jit(partial(vae.iwae_bound, TWO, k=20_000, chunk=1000))(params, x, key())
     np.testing.assert_allclose(bound, evidence, atol=0.02)
@@ -147,7 +170,9 @@ def test_elbo_of_two_layers_is_the_mean_log_weight():
     params, x = params_of(cfg), images(2, cfg)
     weights = np.asarray(vae.log_weights(cfg, params, x, key(0), k=20_000))
     ours = vae.elbo(cfg, params, x, key(1), k=20_000)
-    np.testing.assert_array_less(np.abs(ours["elbo"] - weights.mean(0)), 4 * weights.std(0) * np.sqrt(2 / 20_000))
+    np.testing.assert_array_less(
+        np.abs(ours["elbo"] - weights.mean(0)), 4 * weights.std(0) * np.sqrt(2 / 20_000)
+    )
     np.testing.assert_allclose(ours["elbo"], ours["reconstruction"] - ours["kl"], rtol=1e-6)
 
 
@@ -158,7 +183,10 @@ def test_samples_of_two_layers_follow_the_prior():
     )
     family = vae.make(cfg)
     state = jax.jit(family.init)(key())
-    head = {"kernel": jnp.asarray([[0.05, -0.1, 0, 0]]), "bias": jnp.asarray([0.5, 0.5, -5.0, -6.0])}
+    head = {
+        "kernel": jnp.asarray([[0.05, -0.1, 0, 0]]),
+        "bias": jnp.asarray([0.5, 0.5, -5.0, -6.0]),
+    }
     state.params["upper_decoder"] = {"params": {"Dense_0": head}}
     dense = {"kernel": jnp.asarray([[1.0, 0, 0.5, 0], [0, 1.0, 0, 0.5]]), "bias": jnp.zeros(4)}
     state.params["decoder"] = {"params": {"Dense_0": dense}}
@@ -174,7 +202,9 @@ def test_samples_of_two_layers_follow_the_prior():
 def batch_of(cfg, n=8):
     rng = np.random.default_rng(0)
     batch = {"image": jnp.asarray(rng.integers(0, cfg.levels, (n, *cfg.shape)), jnp.uint8)}
-    return batch | ({"label": jnp.asarray(rng.integers(0, cfg.classes, n), jnp.int32)} if cfg.classes else {})
+    return batch | (
+        {"label": jnp.asarray(rng.integers(0, cfg.classes, n), jnp.int32)} if cfg.classes else {}
+    )
 
 
 @pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
@@ -184,8 +214,12 @@ def test_training_logs_the_bound_that_it_trains(objective):
     state = jax.jit(family.init)(key())
     _, metrics = jax.jit(family.step)(state, batch, key(4))
     k_x, k_z = jax.random.split(key(4))
-    log_w = np.asarray(vae.log_weights(cfg, state.params, vae.preprocess(cfg, batch, k_x), k_z, k=7), np.float64)
-    np.testing.assert_allclose(metrics["iwae_nats"], (logsumexp(log_w, axis=0) - np.log(7)).mean(), rtol=1e-5)
+    log_w = np.asarray(
+        vae.log_weights(cfg, state.params, vae.preprocess(cfg, batch, k_x), k_z, k=7), np.float64
+    )
+    np.testing.assert_allclose(
+        metrics["iwae_nats"], (logsumexp(log_w, axis=0) - np.log(7)).mean(), rtol=1e-5
+    )
     np.testing.assert_allclose(metrics["elbo_nats"], log_w.mean(), rtol=1e-5)
     assert metrics["loss"] == -metrics["iwae_nats"] and metrics["iwae_nats"] > metrics["elbo_nats"]
     values = jax.jit(family.evaluate)(state, batch, key(4))
@@ -193,7 +227,9 @@ def test_training_logs_the_bound_that_it_trains(objective):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cfg, beta", [(MLP, 1.0), (dataclasses.replace(TWO, latent_dim=2, upper_dim=2), 0.3)])
+@pytest.mark.parametrize(
+    "cfg, beta", [(MLP, 1.0), (dataclasses.replace(TWO, latent_dim=2, upper_dim=2), 0.3)]
+)
 def test_gradients_are_the_papers_sums(cfg, beta):
     """IWAE eq. 14 and DReG eq. 8, their weights and single terms made one draw at a time, in float64."""
     k = 3
@@ -206,7 +242,9 @@ def test_gradients_are_the_papers_sums(cfg, beta):
         @jax.jit
         def log_w(params, q, z):  # q: the parameters of its density
             likelihood = vae.log_likelihood(cfg, x[None], vae.decode(cfg, params, z[0]))
-            return likelihood + beta * (vae.log_prior(cfg, params, z) - vae.log_posterior(cfg, q, x, z))
+            return likelihood + beta * (
+                vae.log_prior(cfg, params, z) - vae.log_posterior(cfg, q, x, z)
+            )
 
         z = path(params)
         w = np.asarray(jax.nn.softmax(log_w(params, params, z), 0))
@@ -215,10 +253,14 @@ def test_gradients_are_the_papers_sums(cfg, beta):
         pull = jax.jit(lambda cotangent: jax.vjp(path, params)[1](cotangent)[0])
         for i in range(k):
             for b in range(2):
-                direct, density, along = (jax.tree.map(lambda x: x[i, b], t) for t in (theta, q, slope))  # noqa: B023
+                direct, density, along = (
+                    jax.tree.map(lambda x: x[i, b], t) for t in (theta, q, slope)
+                )  # noqa: B023
                 phi = flat(pull(along))
                 expected["iwae"] += w[i, b] * (flat(direct) + flat(density) + phi)
-                expected["dreg"] += w[i, b] * flat(direct) + w[i, b] * (1 - beta + beta * w[i, b]) * phi
+                expected["dreg"] += (
+                    w[i, b] * flat(direct) + w[i, b] * (1 - beta + beta * w[i, b]) * phi
+                )
         dreg = jax.grad(lambda p: vae.dreg_bound(cfg, p, x, key(), k=k, beta=beta)[0].sum())(params)
         np.testing.assert_allclose(flat(dreg), expected["dreg"], rtol=1e-8, atol=1e-10)
         iwae = jax.grad(lambda p: jax.nn.logsumexp(log_w(p, p, path(p)), 0).sum())(params)
@@ -240,7 +282,9 @@ def test_step_takes_the_gradient_of_the_bound(objective):
             return vae.dreg_bound(cfg, params, x, k_z, k=4)[0].mean()
         return (jax.nn.logsumexp(vae.log_weights(cfg, params, x, k_z, k=4), 0) - jnp.log(4)).mean()
 
-    np.testing.assert_allclose(flat(moved.params) - flat(state.params), flat(jax.grad(bound)(state.params)), atol=2e-5)
+    np.testing.assert_allclose(
+        flat(moved.params) - flat(state.params), flat(jax.grad(bound)(state.params)), atol=2e-5
+    )
 
 
 @pytest.mark.slow
@@ -282,18 +326,28 @@ def test_doubly_reparameterised_gradient_vanishes_at_the_exact_posterior():
         cfg, params = linear_vae(w, rng.normal(size=6), 0.3)
         x = jnp.asarray(rng.normal(size=(4, 1, 6, 1)))
         dreg = jax.grad(lambda p: vae.dreg_bound(cfg, p, x, key(), k=4)[0].sum())(params)
-        plain = jax.grad(lambda p: jax.nn.logsumexp(vae.log_weights(cfg, p, x, key(), k=4), 0).sum())(params)
-        assert np.abs(flat(dreg["encoder"])).max() < 1e-9 < 1e-2 < np.abs(flat(plain["encoder"])).max()
+        plain = jax.grad(
+            lambda p: jax.nn.logsumexp(vae.log_weights(cfg, p, x, key(), k=4), 0).sum()
+        )(params)
+        assert (
+            np.abs(flat(dreg["encoder"])).max() < 1e-9 < 1e-2 < np.abs(flat(plain["encoder"])).max()
+        )
         assert np.abs(flat(dreg["decoder"])).max() > 1e-2
 
 
 def test_elbo_over_more_draws_is_the_same_bound_with_less_noise():
     params, x = params_of(CFG, 2.0), images(2)
     one, ten = (
-        np.asarray(jax.vmap(lambda q, k=k: vae.elbo(CFG, params, x, q, k=k)["elbo"])(jax.random.split(key(), 2000)))
+        np.asarray(
+            jax.vmap(lambda q, k=k: vae.elbo(CFG, params, x, q, k=k)["elbo"])(
+                jax.random.split(key(), 2000)
+            )
+        )
         for k in (1, 10)
     )
-    np.testing.assert_array_less(np.abs(one.mean(0) - ten.mean(0)), 4 * np.sqrt((one.var(0) + ten.var(0)) / 2000))
+    np.testing.assert_array_less(
+        np.abs(one.mean(0) - ten.mean(0)), 4 * np.sqrt((one.var(0) + ten.var(0)) / 2000)
+    )
     np.testing.assert_allclose(one.var(0) / ten.var(0), 10, rtol=0.25)
 
 
@@ -303,7 +357,9 @@ def test_kl_weight_rises_and_stays(step, weight):
     family = vae.make(cfg)
     state = jax.jit(family.init)(key())._replace(step=jnp.asarray(step, jnp.int32))
     _, metrics = jax.jit(family.step)(state, batch_of(cfg), key(4))
-    np.testing.assert_allclose(metrics["loss"], weight * metrics["kl_nats"] - metrics["reconstruction_nats"], rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["loss"], weight * metrics["kl_nats"] - metrics["reconstruction_nats"], rtol=1e-6
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- active units
@@ -328,7 +384,9 @@ def test_noise_does_not_count_as_activity():
     head["kernel"] = jnp.zeros_like(head["kernel"])
     keys = jax.random.split(key(), 300)
     second = jax.vmap(lambda q: vae.activity(cfg, params, images(40), q, k=2)[1])(keys)
-    np.testing.assert_array_less(np.abs(second.mean(0)), 4 * np.asarray(second).std(0) / np.sqrt(300))
+    np.testing.assert_array_less(
+        np.abs(second.mean(0)), 4 * np.asarray(second).std(0) / np.sqrt(300)
+    )
     assert (np.asarray(second).std(0) > 1e-3).all()
 
 
@@ -363,12 +421,20 @@ def test_conditional_pictures():
     state = jax.jit(family.init)(key())
     turn = family.sample(state, key(2), n=6)
     np.testing.assert_array_equal(turn, family.sample(state, key(2), n=6, label=jnp.arange(6) % 3))
-    assert (np.asarray(turn) != np.asarray(family.sample(state, key(2), n=6, label=jnp.zeros(6, int)))).any()
+    assert (
+        np.asarray(turn) != np.asarray(family.sample(state, key(2), n=6, label=jnp.zeros(6, int)))
+    ).any()
     label = jnp.asarray([0, 1, 2])
-    line = vae.interpolate(LABELLED, state.params, images(3), images(3, seed=4), steps=3, label=label)
-    np.testing.assert_allclose(line[:, 0], vae.reconstruct(LABELLED, state.params, images(3), label), atol=1e-6)
+    line = vae.interpolate(
+        LABELLED, state.params, images(3), images(3, seed=4), steps=3, label=label
+    )
+    np.testing.assert_allclose(
+        line[:, 0], vae.reconstruct(LABELLED, state.params, images(3), label), atol=1e-6
+    )
     flat_cfg = dataclasses.replace(LABELLED, latent_dim=2)
-    grids = [vae.manifold(flat_cfg, params_of(flat_cfg), side=2, label=jnp.asarray(c)) for c in (0, 1)]
+    grids = [
+        vae.manifold(flat_cfg, params_of(flat_cfg), side=2, label=jnp.asarray(c)) for c in (0, 1)
+    ]
     assert (np.asarray(grids[0]) != np.asarray(grids[1])).any()
 
 
@@ -381,7 +447,9 @@ def test_labels_that_are_missing_are_refused():
     with pytest.raises(ValueError, match="no labels"):
         LABELLED.check(data.from_arrays({"image": blank}, levels=17).info)
     with pytest.raises(ValueError, match="classes is 3, the images have 2"):
-        LABELLED.check(data.from_arrays({"image": blank, "label": np.arange(5) % 2}, levels=17).info)
+        LABELLED.check(
+            data.from_arrays({"image": blank, "label": np.arange(5) % 2}, levels=17).info
+        )
     LABELLED.check(data.from_arrays({"image": blank, "label": np.arange(5) % 3}, levels=17).info)
 
 
@@ -398,7 +466,9 @@ def test_convolutional_net_takes_any_leading_axes_and_sees_all_pixels():
     assert decoded.shape == (2, 3, 8, 12, 2)
     for k in range(2):
         np.testing.assert_allclose(decoded[k], vae.decode(CONV, params, z[k], label), atol=1e-5)
-    slope = jax.jit(jax.grad(lambda x: vae.encode(CONV, params, x, label)[0].sum()))(images(3, CONV))
+    slope = jax.jit(jax.grad(lambda x: vae.encode(CONV, params, x, label)[0].sum()))(
+        images(3, CONV)
+    )
     assert (np.abs(slope) > 0).all()
     turned = jax.jit(jax.jacobian(lambda z: vae.decode(CONV, params, z, label[:1])))(z[0, :1])
     assert (np.abs(turned).max((0, -2, -1)) > 0).all()
@@ -428,14 +498,19 @@ def test_bfloat16_is_inside_only():
         state = jax.jit(family.init)(key())
         moved, metrics = jax.jit(family.step)(state, batch, key(4))
         assert {
-            x.dtype for x in jax.tree.leaves((moved.params, metrics, jax.jit(family.evaluate)(state, batch, key())))
+            x.dtype
+            for x in jax.tree.leaves(
+                (moved.params, metrics, jax.jit(family.evaluate)(state, batch, key()))
+            )
         } == {np.dtype("float32")}
         steps[half] = flat(moved.params) - flat(state.params), float(metrics["loss"])
         products = str(jax.make_jaxpr(family.step)(state, batch, key(4))).count("bf16")
         assert (products > 0) == half
     (exact, loss), (rounded, rounded_loss) = steps[False], steps[True]
     cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
-    assert 0.99 < cosine < 1 and abs(loss - rounded_loss) < 0.01 * abs(loss) and loss != rounded_loss
+    assert (
+        0.99 < cosine < 1 and abs(loss - rounded_loss) < 0.01 * abs(loss) and loss != rounded_loss
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the door
@@ -463,8 +538,12 @@ def test_bad_fields_are_refused_by_name_and_value(fields, words):
 
 def test_a_choice_that_does_not_exist_is_refused():
     cfg = dataclasses.replace(CFG)
-    object.__setattr__(cfg, "objective", "elbow")  # in pytest, jaxtyping would refuse it before our own check
-    with pytest.raises(ValueError, match="model.objective must be one of elbo, iwae, dreg, not 'elbow'"):
+    object.__setattr__(
+        cfg, "objective", "elbow"
+    )  # in pytest, jaxtyping would refuse it before our own check
+    with pytest.raises(
+        ValueError, match="model.objective must be one of elbo, iwae, dreg, not 'elbow'"
+    ):
         cfg.__post_init__()
 
 
@@ -483,5 +562,7 @@ def test_wild_decoders_stay_finite():
         cfg = dataclasses.replace(CFG, likelihood=likelihood)
         for size in (-1e4, 1e4):
             decoded = jnp.full((1, 4, 4, 2), size)
-            value, slope = jax.value_and_grad(lambda d, cfg=cfg: vae.log_likelihood(cfg, images(1), d).sum())(decoded)
+            value, slope = jax.value_and_grad(
+                lambda d, cfg=cfg: vae.log_likelihood(cfg, images(1), d).sum()
+            )(decoded)
             assert jnp.isfinite(value) and jnp.isfinite(slope).all()

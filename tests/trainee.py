@@ -13,8 +13,12 @@ import numpy as np
 from aigc_jax import data, gan, train, vae
 from aigc_jax.core import Optim, make_step
 
-CFG = vae.Config(shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(32,), ema=0.9, optim=Optim(lr=1e-3))
-ACCUMULATING = dataclasses.replace(CFG, micro=2)  # what runs of several steps a call train: all that a resume must keep
+CFG = vae.Config(
+    shape=(8, 8, 1), levels=17, latent_dim=4, hidden=(32,), ema=0.9, optim=Optim(lr=1e-3)
+)
+ACCUMULATING = dataclasses.replace(
+    CFG, micro=2
+)  # what runs of several steps a call train: all that a resume must keep
 # BatchNorm, spectral norm, dropout, two optimizers, several updates of D a step: all that a resume must keep.
 GAN = gan.Config(
     shape=(8, 8, 1), levels=17, latent_dim=4, gen=gan.NetConfig(widths=(16,), norm="batch"),
@@ -27,7 +31,9 @@ def make_nan(cfg: vae.Config, *, axis_name=None):
     family = vae.make(cfg)
 
     def loss(params, state, batch, key):
-        value = vae.elbo(cfg, params, vae.preprocess(cfg, batch, key), jax.random.fold_in(key, 1))["elbo"].mean()
+        value = vae.elbo(cfg, params, vae.preprocess(cfg, batch, key), jax.random.fold_in(key, 1))[
+            "elbo"
+        ].mean()
         return -value * jax.numpy.where(state.step >= 7, jax.numpy.nan, 1.0), (state.extra, {})
 
     return family._replace(step=make_step(loss, cfg.optim))
@@ -40,7 +46,9 @@ def _spoiled(cfg: vae.Config, part: str, value: float):
     def step(state, batch, key):
         done, metrics = family.step(state, batch, key)
         leaves, tree = jax.tree.flatten(getattr(done, part))
-        at = next(i for i, x in enumerate(leaves) if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact))
+        at = next(
+            i for i, x in enumerate(leaves) if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+        )
         leaves[at] = jax.numpy.where(state.step == 7, value, leaves[at]).astype(leaves[at].dtype)
         return done._replace(**{part: tree.unflatten(leaves)}), metrics
 
@@ -123,9 +131,21 @@ def main() -> None:
     train.engine.Engine.advance = counted
     run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
                     steps_per_call=args.steps_per_call, seed=args.seed, keep=args.keep)  # fmt: skip
-    model = (vae.make, CFG if args.steps_per_call == 1 else ACCUMULATING) if args.family == "vae" else (gan.make, GAN)
+    model = (
+        (vae.make, CFG if args.steps_per_call == 1 else ACCUMULATING)
+        if args.family == "vae"
+        else (gan.make, GAN)
+    )
     result = train.fit(*model, run, slow(data.load("digits"), args.seconds))
-    print(json.dumps({"first": seen[0] if seen else None, "updates": len(seen), "sha": fingerprint(result.state)}))
+    print(
+        json.dumps(
+            {
+                "first": seen[0] if seen else None,
+                "updates": len(seen),
+                "sha": fingerprint(result.state),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ def _pictures(folder: Path, size: int | None) -> data.Data:
     """Loads every picture of a folder; of a run folder those that `sample` wrote."""
     if (folder / "run.json").is_file():
         if not (folder / "samples").is_dir():
-            raise train.Refused(f"{folder} is a run: draw its samples first, with python -m aigc_jax sample {folder}")
+            raise train.Refused(
+                f"{folder} is a run: draw its samples first, with python -m aigc_jax sample "
+                f"{folder}"
+            )
         folder = folder / "samples"
     return data.load(f"images:{folder}", size=size, labels=False)
 
@@ -70,7 +73,9 @@ def compare(
     shape = real.info.shape
     if classifier and shape != classifier.shape:
         wanted, got = (" x ".join(map(str, s)) for s in (classifier.shape, shape))
-        raise train.Refused(f"the classifier of {features} takes pictures of {wanted}, these are {got}")
+        raise train.Refused(
+            f"the classifier of {features} takes pictures of {wanted}, these are {got}"
+        )
 
     def take(found: data.Data, seed: int, size: int) -> np.ndarray:
         images = found.batch(seed, 0, size)["image"] / np.float32(255)
@@ -80,17 +85,25 @@ def compare(
     columns = [_scores(first, x, seed) for x in (take(fake, seed + 1, n), second)]
     _show_scores(columns, f"{other} against {reference}", features)
     width = first.shape[1]
-    used = f"classifier {features}, sha256 {classifier.sha256[:12]}" if classifier else "pixels in [0, 1]"
+    used = (
+        f"classifier {features}, sha256 {classifier.sha256[:12]}"
+        if classifier
+        else "pixels in [0, 1]"
+    )
     print(f"{n} pictures a side, {width} features: {used}")
     if n < 10 * width:
         print(f"fewer than {10 * width} pictures: the Frechet distance is mostly its floor")
 
 
-def _check_pictures(reference: Path, other: Path, real: data.Data, fake: data.Data, n: int | None) -> int:
+def _check_pictures(
+    reference: Path, other: Path, real: data.Data, fake: data.Data, n: int | None
+) -> int:
     """Returns how many pictures per side are compared; raises Refused if that says nothing."""
     if fake.info.shape != real.info.shape:
         one, two = (" x ".join(map(str, found.info.shape)) for found in (real, fake))
-        raise train.Refused(f"pictures of one size are compared: {reference} has {one}, {other} {two}")
+        raise train.Refused(
+            f"pictures of one size are compared: {reference} has {one}, {other} {two}"
+        )
     if real.info.fingerprint == fake.info.fingerprint:
         raise train.Refused(f"{reference} and {other} hold the same pictures")
     most = min(real.info.examples // 2, fake.info.examples)
@@ -120,12 +133,18 @@ def _scores(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, tuple[fl
 
 
 def _show_scores(columns: list[dict], title: str, features: str) -> None:
-    table = Table(title=Text(title), title_justify="left")  # Text: brackets in a folder's name are no markup
+    table = Table(
+        title=Text(title), title_justify="left"
+    )  # Text: brackets in a folder's name are no markup
     for head in ("quantity", "value", "floor: the reference against itself"):
         table.add_column(head)
     for name in columns[0]:
         shown = (
-            f"fid_{features.removesuffix('_mnist')}" if name.startswith("Frechet") and features != "pixels" else name
+            f"fid_{features.removesuffix('_mnist')}"
+            if name.startswith("Frechet") and features != "pixels"
+            else name
         )
-        table.add_row(Text(shown), *(" +- ".join(f"{x:.4g}" for x in column[name]) for column in columns))
+        table.add_row(
+            Text(shown), *(" +- ".join(f"{x:.4g}" for x in column[name]) for column in columns)
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -27,7 +27,9 @@ def info(run_folder: Folder, /) -> None:
     """
     record = folders.read(run_folder)
     lines = train.metrics(run_folder)
-    last = {kind: next((r for r in reversed(lines) if kind in r), None) for kind in ("train", "valid")}
+    last = {
+        kind: next((r for r in reversed(lines) if kind in r), None) for kind in ("train", "valid")
+    }
     source, run = record["data"]["source"] or "arrays", record["run"]
     if words := folders.edited(run_folder, record):
         print(f"EDITED   {words}")
@@ -38,7 +40,9 @@ def info(run_folder: Folder, /) -> None:
     print(f"made on  {', '.join(f'{k} {v}' for k, v in record['environment'].items() if v)}")
     for kind, line in last.items():
         if line:
-            values = "  ".join(f"{name} {value:.5g}" for name, value in line[kind].items() if value is not None)
+            values = "  ".join(
+                f"{name} {value:.5g}" for name, value in line[kind].items() if value is not None
+            )
             print(f"{kind:8} step {line['step']}: {values}")
     saves = Checkpoints(run_folder, 1)
     for step, intact in saves.checked().items():
@@ -49,24 +53,36 @@ def info(run_folder: Folder, /) -> None:
 DataFolder = Annotated[str | None, tyro.conf.arg(name="data.folder")]
 
 
-def _source(run_folder: Path, which: str, folder: str | None, split: str | None = None) -> data.Data:
+def _source(
+    run_folder: Path, which: str, folder: str | None, split: str | None = None
+) -> data.Data:
     """Loads the set that a run recorded; with `split` another part of it."""
     record = folders.read(run_folder)[which]
     source = record["source"]
     if source is None:
         raise train.Refused(
-            f"{run_folder} was made with arrays, which no name brings back: give them to train.replay or train.evaluate"
+            f"{run_folder} was made with arrays, which no name brings back: give them to "
+            "train.replay or train.evaluate"
         )
-    if not isinstance(source, dict) or not all(isinstance(source.get(name), str) for name in ("name", "split")):
-        raise train.Refused(f"{run_folder}/run.json is damaged: a data source has a name and a split, not {source!r}")
+    if not isinstance(source, dict) or not all(
+        isinstance(source.get(name), str) for name in ("name", "split")
+    ):
+        raise train.Refused(
+            f"{run_folder}/run.json is damaged: a data source has a name and a split, not "
+            f"{source!r}"
+        )
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
     if options.get("tokenizer", "char") != "char":  # the run keeps it, wherever its file went since
         options["tokenizer"] = str(run_folder / "tokenizer.json")
     try:
-        found = data.load(source["name"], source["split"] if split is None else split, folder=folder, **options)
+        found = data.load(
+            source["name"], source["split"] if split is None else split, folder=folder, **options
+        )
     except (AttributeError, KeyError, TypeError, ArithmeticError, MemoryError) as e:
         cause = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise train.Refused(f"{run_folder}/run.json does not describe a data set that can be loaded: {cause}") from e
+        raise train.Refused(
+            f"{run_folder}/run.json does not describe a data set that can be loaded: {cause}"
+        ) from e
     if split in (None, source["split"]) and found.info.fingerprint != record["fingerprint"]:
         raise train.Refused(
             f"{source['name']} {source['split']} is not what {run_folder} was made with: "
@@ -99,12 +115,18 @@ def evaluate(
     """
     record = folders.read(run_folder)
     if split is None and record["valid"] is None:
-        raise train.Refused(f"{run_folder} was trained without a validation set: name a part of its data with --split")
+        raise train.Refused(
+            f"{run_folder} was trained without a validation set: name a part of its data with "
+            "--split"
+        )
     scored = _source(run_folder, "valid" if split is None else "data", data_folder, split)
     result = load_run(run_folder, trust)
     values = train.evaluate(result, scored, batch_size=batch_size, seed=seed)
     name, part = (scored.info.source[key] for key in ("name", "split"))
-    print(f"step {int(result.state.step)} of {run_folder} on {name} {part}, {scored.info.examples} examples")
+    print(
+        f"step {int(result.state.step)} of {run_folder} on {name} {part}, {scored.info.examples} "
+        "examples"
+    )
     for quantity, value in values.items():
         print(f"  {quantity:24} {value:.6g}")
 
@@ -128,13 +150,19 @@ def export(run_folder: Folder, out: Folder, /, *, trust: Trust = ()) -> None:
     result, record = load_run(run_folder, trust), folders.read(run_folder)
     averaged = result.state.ema is not None
     tree = result.state.ema if averaged else result.state.params
-    trees = {"": tree} if averaged or result.state.extra is None else {"": tree, "extra.": result.state.extra}
+    trees = (
+        {"": tree}
+        if averaged or result.state.extra is None
+        else {"": tree, "extra.": result.state.extra}
+    )
     tensors: dict[str, np.ndarray] = {}
     for prefix, part in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(part)):
             name = prefix + jax.tree_util.keystr(path, simple=True, separator=".")
             if name in tensors:
-                raise train.Refused(f"two arrays of {run_folder} would be named {name}: a module's name holds a dot")
+                raise train.Refused(
+                    f"two arrays of {run_folder} would be named {name}: a module's name holds a dot"
+                )
             tensors[name] = np.asarray(leaf, order="C")
     about = {
         "make": ".".join(record["make"]),
@@ -153,10 +181,14 @@ def export(run_folder: Folder, out: Folder, /, *, trust: Trust = ()) -> None:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
     numbers = sum(x.size for x in tensors.values())
-    print(f"wrote {len(tensors)} arrays, {numbers} numbers, of step {int(result.state.step)} to {out}")
+    print(
+        f"wrote {len(tensors)} arrays, {numbers} numbers, of step {int(result.state.step)} to {out}"
+    )
 
 
-def replay(run_folder: Folder, /, *, step: int, data_folder: DataFolder = None, trust: Trust = ()) -> None:
+def replay(
+    run_folder: Folder, /, *, step: int, data_folder: DataFolder = None, trust: Trust = ()
+) -> None:
     """Repeats one update of a run, bit for bit, and compares it with metrics.jsonl.
 
     Args:
@@ -188,6 +220,10 @@ def _agreement(values: dict, logged: dict | None) -> str:
     words = []
     for name in other:
         pair = (logged.get(name), ours.get(name))
-        size = f" ({abs(pair[1] - pair[0]):.3g} apart)" if all(isinstance(x, float) for x in pair) else ""
+        size = (
+            f" ({abs(pair[1] - pair[0]):.3g} apart)"
+            if all(isinstance(x, float) for x in pair)
+            else ""
+        )
         words.append(f"{name} was {pair[0]!r} and is {pair[1]!r}{size}")
     return f"NOT as in metrics.jsonl: {'; '.join(words)}"

@@ -54,7 +54,9 @@ class DiffusionOptions:
     def options(self, cfg: ddpm.Config) -> dict:
         """What the family's `sample` takes; raises Refused for what this model cannot do."""
         if not 0 <= self.steps <= cfg.T:
-            raise train.Refused(f"--diffusion.steps must lie in 0..{cfg.T}, the model's, got {self.steps}")
+            raise train.Refused(
+                f"--diffusion.steps must lie in 0..{cfg.T}, the model's, got {self.steps}"
+            )
         if self.eta and self.sampler != "ddim":
             raise train.Refused(f"--diffusion.eta is of the sampler ddim, not of {self.sampler}")
         if not 0 <= self.eta <= 1:
@@ -66,7 +68,8 @@ class DiffusionOptions:
             )
         if self.w and not (cfg.classes and cfg.unlabelled):
             raise train.Refused(
-                "--diffusion.w guides a model that was trained with labels and without: this one was not"
+                "--diffusion.w guides a model that was trained with labels and without: this one "
+                "was not"
             )
         return asdict(self)
 
@@ -120,7 +123,9 @@ def sample(
     key = jax.random.split(jax.random.key(seed), 4)[3]
     samples = train.sample(result, key, n=n, chunk=chunk, **options)
     if bad := int((~np.isfinite(samples.reshape(n, -1))).any(1).sum()):
-        raise train.Refused(f"{bad} of {n} samples hold values that are not finite: nothing was written")
+        raise train.Refused(
+            f"{bad} of {n} samples hold values that are not finite: nothing was written"
+        )
     step = int(result.state.step)
     single = forms[0] if kind == "image" else ".npy"
     _write(places, forms, single, samples, f"{run_folder}, step {step}")
@@ -138,7 +143,9 @@ def _options(run_folder, result: train.Result, n: int, label, text, diffusion) -
         raise train.Refused(f"{run_folder} holds no diffusion model: --diffusion.* is for these")
     if text != TextOptions():
         kind = result.info.kind
-        raise train.Refused(f"{run_folder} makes {kind}: --text.* is for language models that write text")
+        raise train.Refused(
+            f"{run_folder} makes {kind}: --text.* is for language models that write text"
+        )
     options = diffusion.options(config) if is_diffusion else {}
     classes = getattr(config, "classes", 0)
     if label is not None:
@@ -158,7 +165,9 @@ def _shape(result: train.Result, options: dict) -> tuple[int, ...]:
     draw = partial(result.family.sample, n=1, **one)
     made = jax.eval_shape(draw, result.state, jax.random.key(0))
     if not isinstance(made, jax.ShapeDtypeStruct) or made.shape[:1] != (1,):
-        raise train.Refused(f"{result.folder}: its samples are no array with one row per sample; use train.sample")
+        raise train.Refused(
+            f"{result.folder}: its samples are no array with one row per sample; use train.sample"
+        )
     return made.shape[1:]
 
 
@@ -182,7 +191,9 @@ def _places(run_folder: Path, forms: tuple[str, ...], kind: str, out: Path | Non
     if not out.parent.is_dir():
         raise train.Refused(f"--out must name a file or folder in a folder that exists, got {out}")
     if out.is_dir() and any(out.iterdir()):
-        raise train.Refused(f"{out} holds other files: --out must name {takes} that is new or empty")
+        raise train.Refused(
+            f"{out} holds other files: --out must name {takes} that is new or empty"
+        )
     if not out.suffix and out.exists() and not out.is_dir():
         raise train.Refused(f"{out} is a file: --out must name {takes}")
     return [out.resolve() if out.is_dir() else out]
@@ -192,8 +203,12 @@ def _default_places(run_folder: Path, forms: tuple[str, ...], kind: str) -> list
     singles = run_folder / "samples"
     if kind != "image" or forms[0] != ".png":
         return [run_folder / f"samples{forms[0]}"]
-    if singles.is_dir() and any(not re.fullmatch(r"\d+\.png", path.name) for path in singles.iterdir()):
-        raise train.Refused(f"{singles} holds other files than earlier samples: say with --out where to write")
+    if singles.is_dir() and any(
+        not re.fullmatch(r"\d+\.png", path.name) for path in singles.iterdir()
+    ):
+        raise train.Refused(
+            f"{singles} holds other files than earlier samples: say with --out where to write"
+        )
     return [run_folder / "samples.png", singles]
 
 
@@ -272,7 +287,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def write_text(result: train.Result, options: TextOptions, n: int, seed: int) -> None:
     """Prints n continuations of a prompt, one after another, each token once it is drawn."""
     if not result.info.tokenizer:
-        raise train.Refused(f"{result.folder} was trained on tokens without a tokenizer: use transformer.generate")
+        raise train.Refused(
+            f"{result.folder} was trained on tokens without a tokenizer: use transformer.generate"
+        )
     cfg, tokenizer = result.config, Tokenizer(result.info.tokenizer)
     prompt, stop = encode_prompt(tokenizer, options.prompt), tokenizer.encode(options.stop)
     _check_text(cfg, options, n, prompt, stop)

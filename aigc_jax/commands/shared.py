@@ -72,7 +72,9 @@ def write_traceback(errors: Sequence[BaseException], file: Path | None = None) -
     return file
 
 
-Trust = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import", metavar="MODULE")]
+Trust = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="import", metavar="MODULE")
+]
 
 
 def load_run(run_folder: Path, trust: tuple[str, ...]) -> train.Result:

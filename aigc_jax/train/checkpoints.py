@@ -96,7 +96,9 @@ def not_finite(state) -> str | None:
 
     def bad(name, leaf):
         strict = name.split(".")[0] in ("params", "ema")
-        parts = (np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0)
+        parts = (
+            np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0
+        )
         return any(not np.isfinite(x).all() if strict else np.isnan(x).any() for x in parts)
 
     first = next((i for i, (name, leaf) in enumerate(found) if bad(name, leaf)), len(found))
@@ -110,7 +112,9 @@ def not_finite(state) -> str | None:
 def _sums(folder: Path) -> str:
     lines = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS):
-        lines.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n")
+        lines.append(
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
+        )
     return "".join(lines)
 
 
@@ -123,7 +127,9 @@ def _durable(path: Path) -> None:
 
 def _hush(told) -> None:
     """An unraisable hook that drops errors of threads that outlive a failed save or restore."""
-    late = isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(told.exc_value)
+    late = isinstance(told.exc_value, RuntimeError) and "Event loop is closed" in str(
+        told.exc_value
+    )
     code = getattr(told.object, "cr_code", None)
     if not late and not (code and "orbax" in code.co_filename):
         sys.__unraisablehook__(told)
@@ -161,7 +167,11 @@ class Checkpoints:
         """The steps of the finished checkpoints, oldest first; their sums are not checked."""
 
         def listing():
-            return sorted((p.name, p.is_dir()) for p in os.scandir(self.folder)) if self.folder.is_dir() else []
+            return (
+                sorted((p.name, p.is_dir()) for p in os.scandir(self.folder))
+                if self.folder.is_dir()
+                else []
+            )
 
         # A listing may miss folders that are renamed meanwhile: two equal listings are valid.
         listed = listing()
@@ -331,14 +341,18 @@ class Checkpoints:
                 if before is None or self._identity(step) != before:
                     break  # pruned meanwhile: what was read is void
                 if isinstance(wrong, Exception):
-                    raise ValueError(f"the checkpoint of step {step} in {self.folder} {wrong}") from wrong
+                    raise ValueError(
+                        f"the checkpoint of step {step} in {self.folder} {wrong}"
+                    ) from wrong
                 if wrong is None:
                     return step, state
                 say(f"warning: {name} of step {step} in {self.folder} {wrong}; trying the next")
                 passed.add(step)
             else:
                 return None
-        raise ValueError(f"the checkpoints in {self.folder} are replaced faster than they can be read: try again")
+        raise ValueError(
+            f"the checkpoints in {self.folder} are replaced faster than they can be read: try again"
+        )
 
     def _identity(self, step: int) -> tuple[int, int] | None:
         try:
@@ -366,7 +380,10 @@ class Checkpoints:
     def _check_run(self, step: int) -> None:
         path = self.folder / str(step) / RUN  # versions before this one wrote none
         if self.run and path.exists() and path.read_text().strip() != self.run:
-            raise _Misfit("is of another run than the run.json beside it: put back the one that belongs to the other")
+            raise _Misfit(
+                "is of another run than the run.json beside it: put back the one that belongs to "
+                "the other"
+            )
 
     def restore(self, step: int, template):
         """The state of an intact checkpoint, placed like the template; ValueError for a misfit."""
@@ -382,4 +399,6 @@ class Checkpoints:
 
 def newest(steps: list[int], at_most: int | None = None) -> list[tuple[int, str]]:
     """An order for `Checkpoints.first`: from the newest down, or from the newest up to a step."""
-    return [(step, "the checkpoint") for step in reversed(steps) if at_most is None or step <= at_most]
+    return [
+        (step, "the checkpoint") for step in reversed(steps) if at_most is None or step <= at_most
+    ]

@@ -18,7 +18,9 @@ from .engine import ratios
 from .record import Refused
 
 
-def check_run(make: Callable, cfg, run: Run, data: Data, valid: Data | None, on_eval, params) -> dict:
+def check_run(
+    make: Callable, cfg, run: Run, data: Data, valid: Data | None, on_eval, params
+) -> dict:
     """Returns the content of run.json; raises Refused for a run that cannot work."""
     for info in (data.info, *([valid.info] if valid else [])):
         check_model_takes(cfg, info)
@@ -56,7 +58,9 @@ def check_devices(cfg, run: Run) -> None:
         raise Refused(f"run.batch_size {run.batch_size} does not divide by {words}")
 
 
-def check_validation(make: Callable, cfg, run: Run, data: Data, valid: Data | None, on_eval) -> None:
+def check_validation(
+    make: Callable, cfg, run: Run, data: Data, valid: Data | None, on_eval
+) -> None:
     """Raises Refused where the validation set, or the value that run.best names, cannot serve."""
     if valid is not None:
         if valid.info.examples is None:
@@ -73,7 +77,8 @@ def check_tokenizer(ours: Info, theirs: Info, folder) -> None:
     if ours.tokenizer != theirs.tokenizer:
         file = f"{folder or 'RUN'}/tokenizer.json"
         raise Refused(
-            f"this text was cut into tokens by another tokenizer than that of training: load it with tokenizer={file!r}"
+            "this text was cut into tokens by another tokenizer than that of training: load it "
+            f"with tokenizer={file!r}"
         )
 
 
@@ -86,7 +91,9 @@ def check_best(best: str, names) -> None:
 def reported_names(family: Family, valid: Data, run: Run) -> list[str]:
     """The names that a validation will report, found without computing one."""
     key = jax.random.key(0)
-    batch = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, valid.batch(0, 0, run.batch_size)))
+    batch = jax.eval_shape(
+        lambda: jax.tree.map(jax.numpy.asarray, valid.batch(0, 0, run.batch_size))
+    )
     state = jax.eval_shape(family.init, key)
     names = list(jax.eval_shape(family.evaluate, state, batch, key))
     return [*names, *ratios(dict.fromkeys(names, 1.0), valid.info)]
@@ -126,5 +133,7 @@ def _from_params(ours: State, params: Any) -> State:
 
     own, ema = (jax.tree.map(copy, ours.params, params) for _ in range(2))
     if leaf := not_finite(State(None, own, None)):
-        raise Refused(f"{leaf} holds numbers that are not finite: nothing can be trained from these")
+        raise Refused(
+            f"{leaf} holds numbers that are not finite: nothing can be trained from these"
+        )
     return State(None, own, None, ema=ema)

@@ -29,7 +29,9 @@ CUT_FROM = 2**20
 # VAE of dense layers takes the same in both. Other versions and devices compile with defaults.
 COMPILER_OPTIONS = {
     ("0.10.2", "cpu"): {
-        "xla_cpu_experimental_ynn_fusion_type": ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE")
+        "xla_cpu_experimental_ynn_fusion_type": (
+            "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+        )
     }
 }
 
@@ -75,7 +77,9 @@ def shardings_of(family: Family, template: State, mesh) -> State:
         axis = max(axes, key=lambda i: leaf.shape[i])
         return P(*[None] * axis, "data")
 
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template
+    )
 
 
 def ratios(total: dict[str, float], info: Info) -> dict[str, float]:
@@ -134,7 +138,9 @@ class Feed:
     def place(self, x, axis: int = 0):
         """Puts host arrays on the mesh, with `axis` split over the devices."""
         sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
-        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), x)
+        return jax.tree.map(
+            lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), x
+        )
 
     def take(self, arrays, x):
         """Returns the batch that `from_host` stands for; runs inside the compiled step."""

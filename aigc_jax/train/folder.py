@@ -27,8 +27,12 @@ def _commit() -> str:
     """The commit of this checkout, marked if it has changes; "" outside of git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/*.py"], capture_output=True).returncode
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD", "--", ":/*.py"], capture_output=True
+        ).returncode
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + (" with changes" if changed else "")
@@ -41,7 +45,9 @@ def environment() -> dict:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
@@ -96,12 +102,14 @@ def _digests(record: dict, tokenizer: str | None) -> dict:
     parts = {
         "make": record["make"],
         "config": record["config"],
-        "run": {name: record["run"].get(name) for name in ("seed", "batch_size", "init")} | _noise(record["run"]),
+        "run": {name: record["run"].get(name) for name in ("seed", "batch_size", "init")}
+        | _noise(record["run"]),
         "data": {name: value for name, value in record["data"].items() if name != "source"},
         **({} if tokenizer is None else {"tokenizer": tokenizer}),
     }
     return {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in parts.items()
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in parts.items()
     }
 
 
@@ -116,11 +124,16 @@ def edited(folder: str | Path, record: dict) -> str | None:
     tokenizer = folder / "tokenizer.json"
     if "tokenizer" in sums and not tokenizer.is_file():
         return f"{tokenizer} is missing: put it back"
-    now = _digests(record, tokenizer.read_bytes().decode(errors="replace") if "tokenizer" in sums else None)
+    now = _digests(
+        record, tokenizer.read_bytes().decode(errors="replace") if "tokenizer" in sums else None
+    )
     for name in now:
         if sums.get(name) != now[name]:
             what = tokenizer if name == "tokenizer" else f"{name} in {folder / 'run.json'}"
-            return f"{what} does not fit the sha256 that the run wrote: undo the edit, or train in a new folder"
+            return (
+                f"{what} does not fit the sha256 that the run wrote: "
+                "undo the edit, or train in a new folder"
+            )
     return None
 
 
@@ -143,7 +156,10 @@ def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dic
     """Returns the content of run.json; refuses a make that another process could not import."""
     module, name = getattr(make, "__module__", "?"), getattr(make, "__qualname__", repr(make))
     if module == "__main__" or "." in name or "<" in name:
-        raise Refused(f"fit records make by its name, and {module}.{name} cannot be imported: put it in a module")
+        raise Refused(
+            f"fit records make by its name, and {module}.{name} cannot be imported: put it in a "
+            "module"
+        )
     if run.pmap:
         run = dataclasses.replace(run, devices=run.devices or len(jax.devices()))
     if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
@@ -159,11 +175,17 @@ def describe(make, cfg, run, data: Info, valid: Info | None, params=None) -> dic
     }
     found, back = model_of(record, run.folder)
     if found is not make or type(back) is not type(cfg):
-        raise Refused(f"{module}.{name} does not come back from its record: annotate its config with its class")
+        raise Refused(
+            f"{module}.{name} does not come back from its record: annotate its config with its "
+            "class"
+        )
     for field in dataclasses.fields(cfg):
         given, kept = getattr(cfg, field.name), getattr(back, field.name)
         if given is not kept and given != kept:
-            raise Refused(f"config.{field.name} is {short(given)} and would come back from run.json as {short(kept)}")
+            raise Refused(
+                f"config.{field.name} is {short(given)} and would come back from run.json as "
+                f"{short(kept)}"
+            )
     return record
 
 
@@ -189,7 +211,8 @@ def _identity(record: dict) -> dict:
         "make": ".".join(record["make"]),
         "model": record["config"],
         "data": {"fingerprint": record["data"]["fingerprint"]},
-        "run": {key: record["run"][key] for key in ("seed", "batch_size", "init")} | _noise(record["run"]),
+        "run": {key: record["run"][key] for key in ("seed", "batch_size", "init")}
+        | _noise(record["run"]),
         "params": record.get("params"),
     }
 
@@ -229,7 +252,8 @@ def vacant(folder: Path) -> None:
         raise Refused(f"{folder} holds other files and no run.json: choose a new folder")
     if any(not name.startswith("saving-") for name in kept):
         raise Refused(
-            f"{folder} holds checkpoints and no run.json, which says whose: put it back, or choose a new folder"
+            f"{folder} holds checkpoints and no run.json, which says whose: put it back, or "
+            "choose a new folder"
         )
 
 
@@ -246,14 +270,25 @@ def identify(folder: Path, record: dict) -> dict:
 
     def identity(r):
         # The lowest value is comparable only on one validation set.
-        valid = {"fingerprint": (r["valid"] or {}).get("fingerprint")} if record["run"]["best"] else None
+        valid = (
+            {"fingerprint": (r["valid"] or {}).get("fingerprint")}
+            if record["run"]["best"]
+            else None
+        )
         return {**_identity(r), "valid": valid}
 
     for name, was, now in _differences(identity(old), identity(record)):
         if name.endswith("fingerprint"):
-            sets = [(r[name.split(".")[0]] or {}).get("source") or "other arrays" for r in (old, record)]
-            was, now = (f"{source} ({str(f)[:8]})" for source, f in zip(sets, (was, now), strict=True))
-        raise Refused(f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a new folder")
+            sets = [
+                (r[name.split(".")[0]] or {}).get("source") or "other arrays" for r in (old, record)
+            ]
+            was, now = (
+                f"{source} ({str(f)[:8]})" for source, f in zip(sets, (was, now), strict=True)
+            )
+        raise Refused(
+            f"{folder} holds another run: {name} was {was!r} there and is {now!r} here; choose a "
+            "new folder"
+        )
     warn_of_environment(old, record["environment"])
     return {**record, "environment": old["environment"]}
 
@@ -261,7 +296,10 @@ def identify(folder: Path, record: dict) -> dict:
 def warn_of_environment(record: dict, here: dict) -> None:
     """Prints one line for each difference from the environment in which a run began."""
     for name, was, now in _differences(record["environment"], here):
-        say(f"warning: {name} was {was} when this run began and is {now}: last bits may differ from an unbroken run")
+        say(
+            f"warning: {name} was {was} when this run began and is {now}: last bits may differ "
+            "from an unbroken run"
+        )
 
 
 def _no_run(folder: Path) -> str:
@@ -276,7 +314,9 @@ def _no_run(folder: Path) -> str:
         if run:
             inside.append(str(Path(at).relative_to(folder)))
         # A run holds no other runs. An experiment puts its runs at most four folders deep.
-        below[:] = [] if run or depth == 4 else sorted(name for name in below if not name.startswith("."))
+        below[:] = (
+            [] if run or depth == 4 else sorted(name for name in below if not name.startswith("."))
+        )
     if not inside:
         return f"{folder} is no run folder: it has no run.json"
     more = f" and {len(inside) - 20} more" if len(inside) > 20 else ""
@@ -299,7 +339,9 @@ def read(folder: str | Path) -> dict:
         ):
             for key in keys:
                 record[part][key]
-        if not all(isinstance(record[part], dict) for part in ("config", "run", "data", "environment")):
+        if not all(
+            isinstance(record[part], dict) for part in ("config", "run", "data", "environment")
+        ):
             raise TypeError("config, run, data and environment must hold named values")
         if not (isinstance(module, str) and isinstance(name, str)):
             raise TypeError("make must hold two names")

@@ -34,7 +34,9 @@ def _family(make: Callable, cfg, folder: Path) -> tuple[Family, State]:
         return family, jax.eval_shape(family.init, jax.random.key(0))
 
 
-def load(folder: str | Path, *, at_most: int | None = None, trust: str | Sequence[str] = ()) -> Result:
+def load(
+    folder: str | Path, *, at_most: int | None = None, trust: str | Sequence[str] = ()
+) -> Result:
     """Brings back a run as its folder records it; no flag is typed again.
 
     Takes the best checkpoint where run.best was set, else the newest. Damaged checkpoints, and
@@ -53,7 +55,9 @@ def load(folder: str | Path, *, at_most: int | None = None, trust: str | Sequenc
     folders.unedited(folder, record)
     family, shapes = _family(make, cfg, folder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
+    template = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes
+    )
     checkpoints = Checkpoints(folder, run.keep, folders.whose(record))
 
     def best_first(steps):
@@ -110,7 +114,9 @@ def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
     takes_all = any(option.kind is option.VAR_KEYWORD for option in takes.values())
     if (unknown := set(options) - set(takes)) and not takes_all:
         known = ", ".join(name for name in takes if name not in ("state", "key", "n"))
-        raise Refused(f"this model's sample takes {known or 'no options'}, not {', '.join(sorted(unknown))}")
+        raise Refused(
+            f"this model's sample takes {known or 'no options'}, not {', '.join(sorted(unknown))}"
+        )
     classes = getattr(result.config, "classes", None)
     if "label" in takes and isinstance(classes, int):  # a user's family may count otherwise
         try:
@@ -123,7 +129,9 @@ def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
     return shared, per_sample
 
 
-def evaluate(result: Result, data: Data, *, batch_size: int = 500, seed: int = 0) -> dict[str, float]:
+def evaluate(
+    result: Result, data: Data, *, batch_size: int = 500, seed: int = 0
+) -> dict[str, float]:
     """Returns the means of the family's `evaluate` over every example of a finite set."""
     if data.info.examples is None:
         raise Refused("evaluation needs a finite set: load it with examples=N")
@@ -171,7 +179,9 @@ def replay(
         checkpoints.close()
     if found is None and (run.init or record.get("params")):
         began = f"the parameters of {run.init}" if run.init else "parameters that were given"
-        raise Refused(f"{folder} began with {began} and has no intact checkpoint before step {step}")
+        raise Refused(
+            f"{folder} began with {began} and has no intact checkpoint before step {step}"
+        )
     done, state = found or (0, engine.init())
     say(f"repeating {folder} from step {done} on")
     while done < step - 1:
@@ -201,12 +211,16 @@ def _check_replay(folder: Path, run: Run, info, data: Data, step: int) -> None:
         raise Refused(f"the updates of {folder} are numbered 1..{run.steps}, got step {step}")
     here = len(jax.devices())
     if run.pmap and run.devices > here:
-        raise Refused(f"{folder} drew its noise on {run.devices} devices (pmap), this machine has {here}")
+        raise Refused(
+            f"{folder} drew its noise on {run.devices} devices (pmap), this machine has {here}"
+        )
 
 
 def _norms(params) -> dict[str, float]:
     """The Euclidean norm of the parameters, per top-level module."""
     return {
-        name: float(np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))))
+        name: float(
+            np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree)))
+        )
         for name, tree in params.items()
     }

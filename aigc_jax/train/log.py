@@ -95,5 +95,7 @@ def _number(value) -> bool:
 
 def _numbers(line: dict) -> bool:
     parts = [part for kind, part in line.items() if kind != "step"]
-    known = all(isinstance(p, dict) and all(v is None or _number(v) for v in p.values()) for p in parts)
+    known = all(
+        isinstance(p, dict) and all(v is None or _number(v) for v in p.values()) for p in parts
+    )
     return known and _number(line["step"])

@@ -90,7 +90,9 @@ class Loop:
             except ReadFailed as e:  # raised before the state is donated: it still stands
                 self.rescue()
                 stands = self.kept.stands()
-                raise ReadFailed(f"after step {self.step} the data cannot be read: {e}; {stands}") from e
+                raise ReadFailed(
+                    f"after step {self.step} the data cannot be read: {e}; {stands}"
+                ) from e
         if signals:  # asked here, where the handlers of before are back: no signal is lost
             where = self.kept.path or "nothing was saved"
             raise SystemExit(f"stopped by {signals[0]} at step {self.step}, the last: {where}")
@@ -130,7 +132,9 @@ class Loop:
             return
         first, count, metrics = self.pending
         self.pending = None
-        metrics = {name: np.reshape(values, -1)[:count] for name, values in jax.device_get(metrics).items()}
+        metrics = {
+            name: np.reshape(values, -1)[:count] for name, values in jax.device_get(metrics).items()
+        }
         run = self.engine.run
         for i in range(count):
             self.check_finite(first + i + 1, {name: values[i] for name, values in metrics.items()})
@@ -148,7 +152,9 @@ class Loop:
         if bad:
             # Losses first. Of two nets the one that is still finite may have blown up the other.
             names = sorted(watched, key=lambda name: (name not in bad, name.endswith("grad_norm")))
-            raise self.non_finite(step, ", ".join(f"{name} = {watched[name]:.4g}" for name in names))
+            raise self.non_finite(
+                step, ", ".join(f"{name} = {watched[name]:.4g}" for name in names)
+            )
 
     def non_finite(self, step: int, what: str) -> NonFinite:
         again = self.kept.replay_command(step)

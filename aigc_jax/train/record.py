@@ -77,14 +77,19 @@ def config_of(value, kind, at: str, near: tuple[str, ...]):
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kinds = typing.get_type_hints(cls := type(value), include_extras=True)
         fields = {
-            field.name: config_of(getattr(value, field.name), kinds.get(field.name), f"{at}.{field.name}", near)
+            field.name: config_of(
+                getattr(value, field.name), kinds.get(field.name), f"{at}.{field.name}", near
+            )
             for field in dataclasses.fields(value)
             if field.init
         }
         if cls in _members(kind):
             return fields
         home = sys.modules.get(cls.__module__)
-        if cls.__module__ != "__main__" and getattr(home, "__dict__", {}).get(cls.__qualname__) is cls:
+        if (
+            cls.__module__ != "__main__"
+            and getattr(home, "__dict__", {}).get(cls.__qualname__) is cls
+        ):
             return {"object": f"{cls.__module__}.{cls.__qualname__}", "fields": fields}
     if name := _name_of(value, near):
         return {"object": name}
@@ -105,7 +110,9 @@ def short(value) -> str:
 def _members(kind) -> tuple:
     """The types that an annotation allows: the members of a union; T of Annotated[Any, T]."""
     if typing.get_origin(kind) is typing.Annotated:
-        return _members(next((m for m in kind.__metadata__ if dataclasses.is_dataclass(m)), kind.__origin__))
+        return _members(
+            next((m for m in kind.__metadata__ if dataclasses.is_dataclass(m)), kind.__origin__)
+        )
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return tuple(member for each in typing.get_args(kind) for member in _members(each))
     return (kind,)
@@ -124,7 +131,12 @@ _PLAIN = {bool: bool, int: int, float: int | float, str: str, type(None): type(N
 def value_of(kind, value, at: str, find=None):
     """A field's value from JSON; raises TypeError where the annotation does not allow it."""
     members = _members(kind)
-    if isinstance(value, dict) and "object" in value and set(value) <= {"object", "fields"} and find:
+    if (
+        isinstance(value, dict)
+        and "object" in value
+        and set(value) <= {"object", "fields"}
+        and find
+    ):
         return find(value, members, at)
     if isinstance(value, int) and abs(value) >= 2**63:
         raise TypeError(f"{at} has no such large values, got {short(value)}")
@@ -144,7 +156,9 @@ def value_of(kind, value, at: str, find=None):
                 kinds = [args[0] if args else None] * len(value) if several or not args else args
                 if len(kinds) != len(value):
                     raise wrong
-                return origin(value_of(kinds[i], each, f"{at}[{i}]", find) for i, each in enumerate(value))
+                return origin(
+                    value_of(kinds[i], each, f"{at}[{i}]", find) for i, each in enumerate(value)
+                )
         elif origin in _PLAIN:
             if isinstance(value, _PLAIN[origin]) and isinstance(value, bool) <= (origin is bool):
                 return value
@@ -167,12 +181,19 @@ def build(cls, values, at: str = "", find=None):
     if unknown := set(values) - known:
         raise TypeError(f"{at or cls.__name__} has no field {short(min(unknown))}")
     within = f"{at}." if at else ""
-    return cls(**{name: value_of(kinds.get(name), value, f"{within}{name}", find) for name, value in values.items()})
+    return cls(
+        **{
+            name: value_of(kinds.get(name), value, f"{within}{name}", find)
+            for name, value in values.items()
+        }
+    )
 
 
 def _found(value: dict, kinds: tuple, at: str, folder: str | Path, trust):
     """The object of {"object": "module.name"}; with "fields", an instance of that dataclass."""
-    module, _, name = value["object"].rpartition(".") if isinstance(value["object"], str) else ("", "", "")
+    module, _, name = (
+        value["object"].rpartition(".") if isinstance(value["object"], str) else ("", "", "")
+    )
     found = vars(_imported(module, folder, trust)).get(name)
     if "fields" in value:
         allowed = isinstance(found, type) and dataclasses.is_dataclass(found)
@@ -221,7 +242,9 @@ def _path_outside(folder: str | Path, more=()):
     try:
         yield
     finally:
-        sys.path[:] = before + [entry for entry in sys.path if entry not in before and entry not in more]
+        sys.path[:] = before + [
+            entry for entry in sys.path if entry not in before and entry not in more
+        ]
 
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"  # beside aigc_jax, in a checkout
@@ -231,7 +254,9 @@ def _spec(name: str, trusted: bool):
     """Where a module would come from; `experiments` always from this checkout."""
     if name == "experiments" and not trusted:
         if not (EXPERIMENTS / "_cli.py").is_file():
-            raise ModuleNotFoundError(f"experiments lie in a checkout of aigc_jax, and {EXPERIMENTS.parent} is none")
+            raise ModuleNotFoundError(
+                f"experiments lie in a checkout of aigc_jax, and {EXPERIMENTS.parent} is none"
+            )
         return importlib.machinery.PathFinder.find_spec(name, [str(EXPERIMENTS.parent)])
     return importlib.util.find_spec(name)
 
@@ -246,7 +271,9 @@ def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
     trust = (trust,) if isinstance(trust, str) else tuple(trust)
     parts = name.split(".")
     if len(name) > 200 or not all(part.isidentifier() for part in parts) or parts[0] == "__main__":
-        raise Refused(f"{folder}/run.json names the module {short(name)}, and there is no such module")
+        raise Refused(
+            f"{folder}/run.json names the module {short(name)}, and there is no such module"
+        )
     trusted = any(name == t or name.startswith(f"{t}.") for t in trust)
     if not (trusted or parts[0] in ("aigc_jax", "experiments") or sys.modules.get(name)):
         raise Refused(
@@ -267,14 +294,23 @@ def _imported(name: str, folder: str | Path, trust) -> types.ModuleType:
             places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
             places += [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
             if any(_inside(place, folder) for place in places if place):
-                raise Refused(f"{folder} was made by {name}, and {part} lies inside it: no code of a run folder is run")
+                raise Refused(
+                    f"{folder} was made by {name}, and {part} lies inside it: no code of a run "
+                    "folder is run"
+                )
             if module is None and part == "experiments":
                 module = sys.modules[part] = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
             elif module is None:
                 module = importlib.import_module(part)
-            if part == "experiments" and not trusted and str(EXPERIMENTS) not in map(os.path.realpath, module.__path__):
-                raise ModuleNotFoundError(f"experiments is another package here, at {module.__path__[0]}")
+            if (
+                part == "experiments"
+                and not trusted
+                and str(EXPERIMENTS) not in map(os.path.realpath, module.__path__)
+            ):
+                raise ModuleNotFoundError(
+                    f"experiments is another package here, at {module.__path__[0]}"
+                )
     return module
 
 
@@ -282,7 +318,9 @@ def model_of(record: dict, folder: str | Path, trust=()) -> tuple:
     """Returns (make, cfg) as a record names them."""
     module, name = record["make"]
     if not (name.isidentifier() and (name == "make" or name.startswith("make_"))):
-        raise Refused(f"{folder} was made by {short(name)}: only functions named make or make_* are loaded")
+        raise Refused(
+            f"{folder} was made by {short(name)}: only functions named make or make_* are loaded"
+        )
     make = vars(_imported(module, folder, trust)).get(name)
     own = (getattr(make, "__module__", None), getattr(make, "__qualname__", None)) == (module, name)
     if not (own and callable(make)) or isinstance(make, type):
@@ -292,4 +330,6 @@ def model_of(record: dict, folder: str | Path, trust=()) -> tuple:
         annotated = typing.get_type_hints(make).get(first)
         if not dataclasses.is_dataclass(annotated):
             raise TypeError(f"the config of {module}.{name} is not annotated with its dataclass")
-        return make, build(annotated, record["config"], "", partial(_found, folder=folder, trust=trust))
+        return make, build(
+            annotated, record["config"], "", partial(_found, folder=folder, trust=trust)
+        )

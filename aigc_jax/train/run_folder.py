@@ -72,7 +72,9 @@ class RunFolder:
             return None
         self.saved, state = found
         if self.saved > self.run.steps:
-            raise Refused(f"{self.path} is at step {self.saved} already, run.steps is {self.run.steps}")
+            raise Refused(
+                f"{self.path} is at step {self.saved} already, run.steps is {self.run.steps}"
+            )
         return state
 
     def write_record(self) -> None:
@@ -117,7 +119,9 @@ class RunFolder:
             self._log.write(step, kind, values)
         except OSError as e:
             self.wait()  # a save that failed too says so first
-            raise SaveFailed(f"step {step}: {self.path} cannot be written: {e}; {self.stands()}") from e
+            raise SaveFailed(
+                f"step {step}: {self.path} cannot be written: {e}; {self.stands()}"
+            ) from e
 
     def is_best(self, step: int) -> bool:
         """Whether this step has the lowest run.best so far; if so, it is the best from now on."""

@@ -20,7 +20,11 @@ import small_gpt2 as small  # noqa: E402
 def model(seed: int, vocab: int):
     """GPT2LMHeadModel with the weights of a seed."""
     with tempfile.TemporaryDirectory() as folder:
-        save_file(small.tensors(seed, vocab), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            small.tensors(seed, vocab),
+            Path(folder) / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         (Path(folder) / "config.json").write_text(json.dumps(small.config(vocab, None)))
         return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
 
@@ -61,9 +65,19 @@ def deterministic(seed: int) -> dict:
     counts = np.bincount([token for row in free for token in row], minlength=small.VOCAB)
     found = []
     for eos in (int(counts.argmax()), int(counts.argmin())):
-        greedy = [ask(net, rows, eos, max_length=50, do_sample=False, **how)[0] for how in small.GREEDY]
+        greedy = [
+            ask(net, rows, eos, max_length=50, do_sample=False, **how)[0] for how in small.GREEDY
+        ]
         beams = [
-            ask(net, rows, eos, max_length=50, do_sample=False, num_return_sequences=how["num_beams"], **how)[:2]
+            ask(
+                net,
+                rows,
+                eos,
+                max_length=50,
+                do_sample=False,
+                num_return_sequences=how["num_beams"],
+                **how,
+            )[:2]
             for how in small.BEAMS
         ]
         found.append({"eos": eos, "greedy": greedy, "beams": beams})
@@ -74,11 +88,18 @@ def drawn(how: dict) -> dict:
     """Three texts of a prompt, and of each step the probabilities of all tokens that could be drawn."""
     net, rows = model(7, small.SAMPLES_VOCAB), small.prompts(7, small.SAMPLES_VOCAB, [5])
     torch.manual_seed(0)
-    texts, _, said = ask(net, rows, None, do_sample=True, num_return_sequences=3, max_length=15, **how)
+    texts, _, said = ask(
+        net, rows, None, do_sample=True, num_return_sequences=3, max_length=15, **how
+    )
     steps = []
     for score in said.scores:
         p = torch.softmax(score.double(), -1)
-        steps.append([{str(i): round(float(row[i]), 9) for i in torch.nonzero(row).ravel().tolist()} for row in p])
+        steps.append(
+            [
+                {str(i): round(float(row[i]), 9) for i in torch.nonzero(row).ravel().tolist()}
+                for row in p
+            ]
+        )
     return {"texts": texts, "steps": steps}
 
 
@@ -86,7 +107,11 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     found = {
         "command": "python tests/golden/make_generation.py",
-        "versions": {"transformers": transformers.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "deterministic": [deterministic(seed) for seed in small.SEEDS],
         "drawn": [drawn(how) for how in small.SAMPLES],
     }
