@@ -98,10 +98,10 @@ def test_eps_is_added_to_the_root_as_in_torch(name, size):
     for i in range(4):
         g = size * np.asarray(jax.random.normal(jax.random.key(i), (3,)), np.float64)
         g[0] = 0  # no gradient, no update
-        loss = lambda params, state, batch, key, g=g: (
-            (params["w"] * jnp.float32(g)).sum(),
-            (None, {}),
-        )  # noqa: E731
+
+        def loss(params, state, batch, key, g=g):
+            return (params["w"] * jnp.float32(g)).sum(), (None, {})
+
         state, _ = core.descend(loss, optim, state, {}, KEY)
         v = 0.9 * v + 0.1 * g**2 if name == "rmsprop" else v + g**2
         w = w - 0.1 * g / (np.sqrt(v) + 1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -253,9 +254,7 @@ def test_gradients_are_the_papers_sums(cfg, beta):
         pull = jax.jit(lambda cotangent: jax.vjp(path, params)[1](cotangent)[0])
         for i in range(k):
             for b in range(2):
-                direct, density, along = (
-                    jax.tree.map(lambda x: x[i, b], t) for t in (theta, q, slope)
-                )  # noqa: B023
+                direct, density, along = jax.tree.map(itemgetter((i, b)), (theta, q, slope))
                 phi = flat(pull(along))
                 expected["iwae"] += w[i, b] * (flat(direct) + flat(density) + phi)
                 expected["dreg"] += (
