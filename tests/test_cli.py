@@ -244,7 +244,7 @@ def test_mistakes_with_a_run_folder_are_one_line(call, digits_run, tmp_path, fla
         ("vae_digits", ["--model.levels", "16"], "model.levels is 16, the images have 17 levels"),
         ("vae_digits", ["--model.k", "0"], "k must be at least 1, got 0"),
         ("vae_digits", ["--model.channels", "4", "4", "4", "4"], "halve H and W 4 times"),
-        ("vae_digits", ["--data.name", "images:nowhere"], "nowhere does not exist"),
+        ("vae_digits", ["--data.name", "images:nowhere"], "there is no folder nowhere"),
         ("vae_samples", ["--latents", "0"], "latents must be rising numbers from 1 on"),
         ("vae_elbo_curves", ["--model.classes", "10"], "wake-sleep is for model.classes 0 only"),
         ("vae_elbo_curves", ["--latents", "5", "3"], "latents must be rising"),
@@ -456,7 +456,7 @@ def test_compare_takes_pictures_of_all_sizes_as_a_run_took_them(call, digits_run
     code, _, err = call("aigc_jax", "compare", "own", "run/samples")  # says nothing of a size
     assert (
         code == 2
-        and "(--data.size 32) makes all of them 32 x 32" in err
+        and "(--data.size 32) to make all pictures 32 x 32" in err
         and len(err.splitlines()) == 1
     )
     code, _, err = call("aigc_jax", "compare", "own", "run", "--data.size", 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import __main__ as experiments
-from experiments import _cli, _criteria
+from experiments import _cli, _criteria, _report
 
 ROOT = Path(__file__).parent.parent
 BELOW, ABOVE = math.nextafter(2.39, 0), math.nextafter(2.39, 3)
@@ -55,7 +55,7 @@ def test_a_function_serves_where_words_cannot_say_it():
     criterion = ("nucleus .95", lambda ours: ours == "nucleus .95")
     assert _criteria.words(criterion) == "nucleus .95" and _criteria.parse(criterion)("nucleus .95")
     row = _cli.Row("closest", "pure")
-    assert _cli.verdict(row, {"closest": criterion}) == "FAILS: nucleus .95"
+    assert _cli.verdict(row, {"closest": criterion}) == "not met: nucleus .95"
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -74,7 +74,7 @@ def test_recorded_verdicts_are_those_of_the_criteria(name):
     for row in json.loads(file.read_text())["rows"]:
         if row["verdict"].startswith(("holds", "FAILS")):
             now = _cli.verdict(_cli.Row(row["quantity"], row["ours"]), criteria)
-            assert now.partition(":")[0] == row["verdict"].partition(":")[0], row
+            assert now.partition(":")[0] == _report.plain(row["verdict"]).partition(":")[0], row
 
 
 def test_no_script_imports_another():
@@ -103,7 +103,7 @@ def test_the_page_on_ones_own_experiment_runs(tmp_path, monkeypatch, capfd):
     _cli.main("kl_weight")
     record = json.loads((tmp_path / "run" / "rows.json").read_text())
     rows = {row["quantity"]: row for row in record["rows"]}
-    assert len(rows) == 6 and rows[module.FALLS]["verdict"] == "holds: > 0"
+    assert len(rows) == 6 and rows[module.FALLS]["verdict"] == "met: > 0"
     assert (tmp_path / "run" / "kl_weight.png").stat().st_size > 5000
     assert module.FALLS in capfd.readouterr().out
 

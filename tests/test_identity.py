@@ -628,7 +628,7 @@ def test_a_run_with_an_own_chain_resumes_to_the_same_bits(tmp_path):
     assert not (tmp_path / "c").exists()
     fit("", 1, nameless)
     text = repr(whole)
-    assert text == f"Result(aigc_jax.vae.Config, step 4, 612 parameters, folder {tmp_path / 'a'})"
+    assert text == f"Result(aigc_jax.vae.config.Config, step 4, 612 parameters, folder {tmp_path / 'a'})"
 
 
 # ------------------------------------------------------------------------------------------- export, ~, names, eager
@@ -760,7 +760,7 @@ def make_toy(cfg: ToyConfig, *, axis_name=None) -> core.Family:
     """One number, drawn to points that the model draws itself, as a generator draws its noise."""
 
     def loss(params, state, batch, key):
-        drawn = core.spread(jax.random.normal(key, (len(batch["points"]),)))
+        drawn = core.shard_rows(jax.random.normal(key, (len(batch["points"]),)))
         return jnp.square(params["w"] - drawn - batch["points"].sum(-1)).mean(), (state.extra, {})
 
     return core.Family(
