@@ -628,7 +628,10 @@ def test_a_run_with_an_own_chain_resumes_to_the_same_bits(tmp_path):
     assert not (tmp_path / "c").exists()
     fit("", 1, nameless)
     text = repr(whole)
-    assert text == f"Result(aigc_jax.vae.config.Config, step 4, 612 parameters, folder {tmp_path / 'a'})"
+    assert (
+        text
+        == f"Result(aigc_jax.vae.config.Config, step 4, 612 parameters, folder {tmp_path / 'a'})"
+    )
 
 
 # ------------------------------------------------------------------------------------------- export, ~, names, eager
