@@ -217,7 +217,7 @@ def plot(setup: Setup, folder: Path, x_0: np.ndarray, shown: dict) -> None:
     steps = [0, 99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
     eps = np.random.default_rng(0).standard_normal(x_0[:1].shape)[0]
     pictures = [
-        s.alpha_bar[t] ** 0.5 * x_0[0] + ddpm.noise2(s)[t] ** 0.5 * eps
+        s.alpha_bar[t] ** 0.5 * x_0[0] + ddpm.noise_variance(s)[t] ** 0.5 * eps
         for s in made.values()
         for t in steps
     ]

@@ -218,7 +218,7 @@ def in_steps(setup: Setup, T: int, key) -> float:
     gamma = SCHEDULES["linear"]
     schedule = ddpm.discretise(gamma, T)
     # VDM's variance of the decoder, then the posterior's.
-    variance = jnp.append(ddpm.noise2(schedule)[0], beta_tilde(schedule)[1:])
+    variance = jnp.append(ddpm.noise_variance(schedule)[0], beta_tilde(schedule)[1:])
     n = max(2000, min(100_000, setup.samples // T))
 
     @jax.jit

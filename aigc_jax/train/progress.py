@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 def counted(what: str, items: Iterable[T]) -> Iterator[T]:
     """Yields the items, and prints "sampling: 3/10" on stderr every SECONDS."""
-    said = time.monotonic()
+    last_line = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - said > SECONDS and jax.process_index() == 0:
-            said = time.monotonic()
+        if time.monotonic() - last_line > SECONDS and jax.process_index() == 0:
+            last_line = time.monotonic()
             with contextlib.suppress(OSError):  # the terminal is gone
                 print(f"{what}: {done}/{len(items)}", file=sys.stderr, flush=True)
 
@@ -48,7 +48,7 @@ class Progress:
     def __init__(self, total: int, start: int):
         console = Console(stderr=True)
         self.silent = jax.process_index() != 0
-        self.total, self.start, self.begin, self.said = total, start, None, time.monotonic()
+        self.total, self.start, self.begin, self.last_line = total, start, None, time.monotonic()
         self.values: dict = {}
         self.bar = None
         if console.is_terminal and not self.silent:
@@ -89,8 +89,8 @@ class Progress:
         loss = _words({name: v for name, v in self.values.items() if name.endswith("loss")})
         if self.bar:
             self.bar.update(self.task, completed=step, description=pace + loss)
-        elif now - self.said > SECONDS:
-            self.said = now
+        elif now - self.last_line > SECONDS:
+            self.last_line = now
             left = f"{seconds / done * (self.total - step):.0f} s left  " if pace else ""
             self._line(f"step {step}/{self.total}  {pace}{left}{loss}".rstrip())
 
