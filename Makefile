@@ -5,7 +5,8 @@
 # make soak       the tests that take minutes each; CI does not run them
 # make bench      ours beside PyTorch (installs it)
 
-PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# The first one that runs: under pyenv, python3.12 may be a shim that only prints an error.
+PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c 'import venv' 2>/dev/null && echo $$p && break; done)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := .venv/bin
 STAMP := .venv/installed-$(VERSION)
