@@ -28,7 +28,8 @@ from .commands.sample import sample
 from .commands.shared import quiet_pipe, write_traceback
 from .train.engine import compilation_cache
 
-shared.LEFT_CURRENT_FOLDER = HERE
+if __name__ == "__main__":  # not where experiments import it again as a module
+    shared.LEFT_CURRENT_FOLDER = HERE
 
 
 @quiet_pipe()

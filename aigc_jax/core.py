@@ -43,7 +43,8 @@ class Family(NamedTuple):
     evaluate(state, batch, key) -> {name: [B]}: one value per example
     sample(state, key, *, n, ...) -> [n, ...]: float32 in [0, 1] for images, data units for points,
         int32 tokens for text
-    rules: ((regex searched in a State leaf's path, PartitionSpec), ...), tried in order; see train
+    rules: ((regex searched in a State leaf's path, PartitionSpec), ...); the first match decides
+        (`train.engine.shardings_of`)
     """
 
     init: Callable
@@ -367,6 +368,9 @@ def shard_rows(x: PyTree) -> PyTree:
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec("data"))
 
 
+spread = shard_rows  # its former name
+
+
 def _part(batch: PyTree, n: int, i) -> PyTree:
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % n:
@@ -448,7 +452,7 @@ def descend(
 
 
 def _share(weight, total):
-    return weight / jnp.where(total > 0, total, 1.0)  # where nothing counts, nothing moves
+    return weight / jnp.where(total > 0, total, 1.0)  # total 0: no gradient, not NaN
 
 
 def _gradient(loss: Callable, params, state: State, batch, key, micro: int) -> tuple:

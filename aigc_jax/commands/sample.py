@@ -113,10 +113,12 @@ def sample(
     if kind == "text" and (out is None or suffix == ".txt"):
         return _text_to(result, out, text, 1 if n is None else n, seed)
     n = n or (1 if kind == "roll" else 64)
-    options = _options(run_folder, result, n, label, text, diffusion)
+    options = _options(run_folder, result, label, text, diffusion)
     shape = _shape(result, options)
     if n > (most := max(1, MOST_BYTES // (4 * math.prod(shape)))):
         raise train.Refused(f"n must lie in 1..{most} (1 GiB of samples), got {n}")
+    if label is not None:  # else train.sample takes the classes in turn
+        options["label"] = np.full(n, label)
     forms = _forms(kind, shape)
     also = (".txt",) if kind == "text" and result.info.tokenizer else ()
     places = _places(run_folder, (*also, *forms), kind, out)
@@ -135,7 +137,7 @@ def sample(
     print(f"wrote {n} samples of step {step}{chosen} to {where}")
 
 
-def _options(run_folder, result: train.Result, n: int, label, text, diffusion) -> dict:
+def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
     """What the family's `sample` takes; raises Refused for options of another family."""
     config = result.config
     is_diffusion = isinstance(config, ddpm.Config)
@@ -153,16 +155,12 @@ def _options(run_folder, result: train.Result, n: int, label, text, diffusion) -
             raise train.Refused(f"{run_folder}: the model takes no labels")
         if not 0 <= label < classes:
             raise train.Refused(f"{run_folder}: labels lie in 0..{classes - 1}, got {label}")
-        options["label"] = np.full(n, label)
-    elif classes:  # the model itself would begin with class 0 in every chunk
-        options["label"] = np.arange(n) % classes
     return options
 
 
 def _shape(result: train.Result, options: dict) -> tuple[int, ...]:
     """The shape of one sample, without drawing any; raises Refused if samples are no array."""
-    one = {name: x[:1] if np.ndim(x) else x for name, x in options.items()}
-    draw = partial(result.family.sample, n=1, **one)
+    draw = partial(result.family.sample, n=1, **options)
     made = jax.eval_shape(draw, result.state, jax.random.key(0))
     if not isinstance(made, jax.ShapeDtypeStruct) or made.shape[:1] != (1,):
         raise train.Refused(

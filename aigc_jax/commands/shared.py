@@ -30,7 +30,8 @@ Place = Annotated[
 Folder = tyro.conf.Positional[Place]
 
 
-# Whether the current directory was taken off sys.path; set by `__main__`.
+# True if `python -m aigc_jax` found the current directory on sys.path. Then modules that --import
+# names may be taken from it. Set by `__main__`.
 LEFT_CURRENT_FOLDER = False
 
 

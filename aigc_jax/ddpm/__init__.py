@@ -134,7 +134,7 @@ __all__ = [
     "vlb_terms",
 ]
 
-Net = NetConfig  # its name in versions before 0.3
+Net = NetConfig  # its former name
 
 Params = Any  # {"net": ...}, and with a learned schedule "gamma"
 Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them

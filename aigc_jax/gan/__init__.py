@@ -73,7 +73,7 @@ __all__ = [
     "r1_penalty",
 ]
 
-Net = NetConfig  # its name in versions before 0.3
+Net = NetConfig  # its former name
 
 Params = dict[str, Any]
 Stats = dict[str, Any]  # Flax's "batch_stats": running means of BatchNorm, vectors of SpectralNorm

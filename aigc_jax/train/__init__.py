@@ -1,7 +1,7 @@
 """One loop for every family: `fit` trains, `load` brings a run back, `sample` and `evaluate` use
 it.
 
-Only this package compiles, places arrays on devices, donates and saves. A run is a folder. The same
+This package compiles, places arrays on devices, donates and saves. A run is a folder. The same
 command continues it, and ends with the same bits as a run that nothing interrupted.
 
 Read `loop.py` first. `config.py` has Run and Result, `checks.py` what is refused, `engine.py` the

@@ -287,7 +287,8 @@ class Checkpoints:
     def open(self, last: int | None) -> None:
         """Readies the folder to train on from checkpoint `last`, and sets later ones aside.
 
-        Later ones are damaged. Under their numbers they would count among the newest that are kept.
+        Later ones are damaged or not finite. Under their numbers they would count among the newest
+        that are kept.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clear()

@@ -48,7 +48,7 @@ def check_devices(cfg, run: Run) -> None:
     if run.devices > here:
         raise Refused(f"run.devices is {run.devices}, this machine has {here}")
     if run.pmap and jax.process_count() > 1:
-        raise Refused("run.pmap is for one process: several train over a mesh")
+        raise Refused("run.pmap works in one process only: with several processes leave it off")
     if run.pmap and jax.config.jax_disable_jit:
         raise Refused("run.pmap does not work under jax.disable_jit: leave one of them out")
     divisors = {"devices": run.devices or here}

@@ -34,7 +34,7 @@ class Run:
     best: str = ""  # a validation value; the checkpoint where it is lowest is kept and loaded
     steps_per_call: int = 1  # updates per compiled call; 1 for convolutional nets on the CPU
     devices: int = 0  # 0: all
-    pmap: bool = False  # every device draws its own noise (jax.shard_map), not one jit over all
+    pmap: bool = False  # each device computes its rows with its own noise (jax.shard_map)
     init: str = ""  # a run folder whose parameters this run starts from
 
     def __post_init__(self):

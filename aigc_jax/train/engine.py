@@ -143,7 +143,7 @@ class Feed:
         )
 
     def take(self, arrays, x):
-        """Returns the batch that `from_host` stands for; runs inside the compiled step."""
+        """Returns the batch: rows x of `arrays`, or x itself; runs in the compiled step."""
         return self._take(arrays, x) if self.data.resident else x
 
     def sharded_batch(self, arrays, x):
@@ -242,8 +242,8 @@ class Engine:
     def _updates(self, update, state, arrays, xs, key, count):
         """`count` updates; batch i lies at index i of the first axis of xs.
 
-        The loop's length is a traced number: whatever is left before the next save runs through
-        the same compiled code. So where a run is cut into calls never changes a bit.
+        `count` is traced, so calls of every length run one compiled program. The result therefore
+        has the same bits however a run is split into calls.
         """
 
         def body(i, carry):

@@ -218,7 +218,7 @@ def _identity(record: dict) -> dict:
 
 
 def _without_none(value):
-    """A value without its fields that are None: a field of a later version is missing here."""
+    """Drops fields that are None, so that a new field does not change the sha256 of old records."""
     if isinstance(value, dict):
         return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):

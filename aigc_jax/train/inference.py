@@ -118,7 +118,7 @@ def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
             f"this model's sample takes {known or 'no options'}, not {', '.join(sorted(unknown))}"
         )
     classes = getattr(result.config, "classes", None)
-    if "label" in takes and isinstance(classes, int):  # a user's family may count otherwise
+    if "label" in takes and isinstance(classes, int):  # else `classes` is a user's own field
         try:
             label = labels(options.get("label"), classes, (n,), in_turn=True)
         except ValueError as e:

@@ -36,7 +36,8 @@ def fit(
 
     valid: a finite set. It is scored every run.eval_every steps and at the end.
     on_eval: `on_eval(family, state, step) -> {name: value}` runs then too. Its numbers are reported
-        beside the scores; None means that there is nothing to report.
+        beside the scores; None means that there is nothing to report. Copy the state to keep it:
+        the next update donates it.
     params: parameters to start from in place of the seed's, such as those of
         `transformer.load_gpt2`. The checkpoint of step 0 keeps them, and run.json their sha256: a
         folder that began with other parameters is refused.
@@ -54,13 +55,14 @@ def fit(
         kept.lock()
         engine = Engine(make, cfg, run, data)
         state = kept.restore(engine.template)
-        if state is None and warm is None:  # every checkpoint is damaged: from the start
+        if state is None and warm is None:  # no intact checkpoint, or nothing to start from
             warm = warm_start(engine.family, run, params, load)
         kept.write_record()
         if state is None:
             state = engine.init(warm)
             if warm is not None:  # a replay then needs the other folder no more
                 kept.save(0, state)
+        warm = None  # its optimizer's state is not kept in memory
         kept.open_log()
         state = Loop(engine, kept, state, valid, on_eval).run()
     return Result(engine.family, state, cfg, data.info, kept.path)
@@ -150,7 +152,8 @@ class Loop:
         watched = {n: v for n, v in values.items() if n.endswith(("loss", "grad_norm"))}
         bad = [name for name, value in watched.items() if not np.isfinite(value)]
         if bad:
-            # Losses first. Of two nets the one that is still finite may have blown up the other.
+            # Non-finite values first, then losses before norms. The finite ones are told too: the
+            # other net of a GAN may be the cause.
             names = sorted(watched, key=lambda name: (name not in bad, name.endswith("grad_norm")))
             raise self.non_finite(
                 step, ", ".join(f"{name} = {watched[name]:.4g}" for name in names)
@@ -170,7 +173,7 @@ class Loop:
         self.kept.save(self.step, self.state)
 
     def rescue(self) -> None:
-        """Saves before an exception that is not ours leaves the loop."""
+        """Saves before an error of the data, the validation or on_eval ends `fit`."""
         if jax.process_count() == 1:  # of several processes the others still train
             self.save()
             self.kept.wait()
@@ -222,8 +225,8 @@ class Loop:
 def asked_to_stop():
     """Yields the list to which SIGTERM, SIGHUP and Ctrl-C add their names.
 
-    A second Ctrl-C does what it did before the loop. Signals that were ignored stay ignored, such
-    as SIGHUP under nohup.
+    A second Ctrl-C goes to the handler of before, which usually ends the process at once. Signals
+    that were ignored stay ignored, such as SIGHUP under nohup.
     """
     caught: list[str] = []
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:

@@ -55,7 +55,7 @@ class RunFolder:
                 stack.callback(self._log.close)
 
     def has_checkpoints(self) -> bool:
-        """Whether a run has begun here; raises Refused where the folder holds something else."""
+        """Whether the folder holds checkpoints; raises Refused where it holds something else."""
         folders.vacant(self.path)
         return bool(self.checkpoints.steps())
 
@@ -141,11 +141,11 @@ class RunFolder:
         self.checkpoints.wait()
 
     def stands(self) -> str:
-        """Which checkpoint there is to go on from, in words."""
+        """Says which checkpoint the next start continues from."""
         return self.checkpoints.stands()
 
     def stopped(self) -> str:
-        """What a stopped run says."""
+        """Says what was kept, for the message of a run that was asked to stop."""
         return f"saved in {self.path}; the same command continues"
 
     def replay_command(self, step: int) -> str:
