@@ -160,6 +160,8 @@ def test_export_takes_the_average_and_sample_takes_a_label(call, tmp_path):
     )
     code, _, err = call("aigc_jax", "sample", folder, "--label", 10, "--out", tmp_path / "y.png")
     assert code == 2 and "labels lie in 0..9, got 10" in err
+    code, _, err = call("aigc_jax", "sample", folder, "--label", 3, "--n", 10**12)
+    assert code == 2 and "n must lie in 1..4194304" in err  # before labels are made
 
 
 @pytest.mark.slow
