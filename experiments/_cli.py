@@ -255,10 +255,9 @@ def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
         except BrokenPipeError:
             raise
         except Exception as e:
-            untrained = _begun(folder) == before
-            if untrained and isinstance(e, DataError):
-                raise SystemExit(_error(e, 2)) from e
-            if untrained and not any(made):
+            if _begun(folder) == before and not any(made):
+                if isinstance(e, DataError):
+                    raise SystemExit(_error(e, 2)) from e
                 code = 2 if isinstance(e, MISTAKES) else 1
                 raise SystemExit(_fault(e) if is_bug(e) else _error(why(e), code)) from e
             rows, failed = [], e
@@ -271,7 +270,7 @@ def measured(script, setup, folder: Path) -> tuple[list[Row], Exception | None]:
 @quiet_pipe()
 def main(name: str) -> None:
     """Runs experiments.<name> with the flags of this process."""
-    # The script's importable twin, so that a run folder can name the module that made it.
+    # The script runs as `__main__`. Import it by its own name too, because run.json records that.
     script = importlib.import_module(f"experiments.{name}")
     asked = parse(name, script, expanded(sys.argv[1:]))
     setup, scale, flags = asked.setup, asked.scale, asked.flags

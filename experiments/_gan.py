@@ -12,7 +12,7 @@ COPIES = "smallest distance of a sample to a training image (pixels in [0, 1])"
 
 
 def nearest_rows(fake: np.ndarray, seen: np.ndarray, real: np.ndarray) -> list[Row]:
-    """Returns the rows that would show copies of training images."""
+    """Returns two rows on the distance to the nearest training image, near 0 for copies."""
     near, copies = _pictures.neighbours(fake, seen, real)
     return [Row(NEAR, near), Row(COPIES, copies)]
 

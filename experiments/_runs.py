@@ -87,9 +87,10 @@ def parameters(result: train.Result) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
 
 
-def at_least(setup, **least) -> None:
+def at_least(setup, reason: str = "", **least) -> None:
     """Raises ValueError for a field of a setup that is below its least value."""
     for field, low in least.items():
         if (value := getattr(setup, field)) < low:
             flag = field.replace("_", "-")
-            raise ValueError(f"{field} must be at least {low}, got {value} (--{flag})")
+            needs = f", {reason}" if reason else ""
+            raise ValueError(f"{field} must be at least {low}{needs}, got {value} (--{flag})")

@@ -42,7 +42,7 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "cgan_mnist", conditional=True, own=True)
-        _cli.at_least(self, samples=6)  # coverage needs so many
+        _cli.at_least(self, "which coverage needs", samples=6)
 
 
 NETS = {"gen": replace(GEN, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}

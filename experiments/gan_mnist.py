@@ -43,7 +43,7 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "gan_mnist", conditional=False, own=True)
-        _cli.at_least(self, samples=40)  # the figure shows so many
+        _cli.at_least(self, "which the figure shows", samples=40)
 
 
 NETS = {"gen": replace(MODEL.gen, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}

@@ -220,15 +220,14 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 def scores(setup: Setup, arm: str, runs: list[Run]) -> tuple[dict[int, float], list[Row]]:
     """Returns {updates: mean nats over the seeds} of an arm, and its rows."""
-    means, rows = {}, []
-    steps, _ = _cli.history(runs[0].folder, "parzen_nats")
-    nats, errors = (
-        np.array([_cli.history(run.folder, name)[1] for run in runs])
-        for name in ("parzen_nats", "parzen_error")
-    )
-    for i, step in enumerate(steps.tolist()):
-        means[step], error = _cli.mean_and_error(nats[:, i].tolist())
-        over, error = ("test", float(errors[0, i])) if error is None else ("seeds", error)
+    means, rows, nats, errors = {}, [], {}, {}
+    for run in runs:  # a run that was continued may have one more measurement
+        for values, name in ((nats, "parzen_nats"), (errors, "parzen_error")):
+            for step, value in zip(*_cli.history(run.folder, name), strict=True):
+                values.setdefault(int(step), []).append(float(value))
+    for step in nats:
+        means[step], error = _cli.mean_and_error(nats[step])
+        over, error = ("test", errors[step][0]) if error is None else ("seeds", error)
         images = step * setup.run.batch_size
         paper = 225.0 if setup.data.name == "mnist" and arm == "SGD" and step == 125_000 else None
         what = f"GAN, {arm}, {images} images: Parzen log-likelihood (nats; +- s.e. over {over})"

@@ -232,8 +232,8 @@ def test_gan_scripts_refuse_what_they_could_not_measure():
             {"model": replace(gan_digits.MODEL, classes=0, condition="concat")},
             "trains a conditional model",
         ),
-        (gan_mnist, {"samples": 39}, "samples must be at least 40, got 39"),
-        (cgan_mnist, {"samples": 5}, "samples must be at least 6, got 5"),
+        (gan_mnist, {"samples": 39}, "samples must be at least 40, which the figure shows, got 39"),
+        (cgan_mnist, {"samples": 5}, "samples must be at least 6, which coverage needs, got 5"),
         (mode_collapse, {"samples": 1}, "samples must be at least 2, got 1"),
         (wgan_gp_toys, {"depth": 2}, "depth must be at least 3, got 2"),
         (wgan_gp_toys, {"width": 0}, "width must be at least 1, got 0"),
@@ -275,6 +275,25 @@ def test_what_is_measured_outlasts_what_fails_later(script, kept, tmp_path, monk
     found, failed = _cli.measured(script, script.SCALES["smoke"].setup, tmp_path)
     assert isinstance(failed, MemoryError | train.NonFinite) and len(found) == len(kept)
     assert all(row.quantity.startswith(name) for row, name in zip(found, kept, strict=True))
+
+
+def test_rows_outlast_data_that_cannot_be_used(tmp_path):
+    """Without a training the rows that were measured stay; without rows it is one line, code 2."""
+
+    def run(measure):
+        def script(setup, folder):
+            rows = _cli.kept()
+            if measure:
+                rows.append(_cli.Row("a", 1.0))
+            raise _cli.DataError("no such set")
+
+        return _cli.measured(SimpleNamespace(run=script), None, tmp_path)
+
+    found, failed = run(measure=True)
+    assert [row.quantity for row in found] == ["a"] and isinstance(failed, _cli.DataError)
+    with pytest.raises(SystemExit) as ended:
+        run(measure=False)
+    assert ended.value.code == 2
 
 
 def test_seeds_follow_the_first_in_folders_of_their_own():

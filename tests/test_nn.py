@@ -255,6 +255,9 @@ def test_attention_refuses_what_does_not_fit():
         nn.Attention(4).init(key(0), X)
     with pytest.raises(ValueError, match="needs fused=False and rotary=False"):
         nn.Attention(3, fused=False, rotary=True).init(key(0), X, context_BSE=CONTEXT)
+    past = (jnp.zeros((len(X), 3, 9, 2)),) * 2
+    with pytest.raises(ValueError, match="with past keys needs positions_BT"):
+        nn.Attention(3, rotary=True).init(key(0), X, past=past)
 
 
 def test_rotary_scores_depend_on_distances():

@@ -58,6 +58,8 @@ class Attention(nn.Module):
             x_BTD = x_BTD.reshape(shape[0], -1, shape[-1])
         q, k, v = self._project(x_BTD, context_BSE)
         if self.rotary:
+            if past is not None and positions_BT is None:
+                raise ValueError("rotary attention with past keys needs positions_BT")
             positions = jnp.arange(q.shape[2])[None] if positions_BT is None else positions_BT
             q, k = rotate(q, positions), rotate(k, positions)
         if past is not None:
