@@ -118,7 +118,12 @@ def trained(module, variables, train):
     return jax.value_and_grad(scalar, has_aux=True)
 
 
-@pytest.mark.parametrize("name", NETS)
+SLOW = ("unet", "dit")  # to compile
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETS]
+)
 def test_every_net_has_bfloat16_and_remat(name):
     make, args, shape = NETS[name]
     arrays = [x for x in args if x is not True]
