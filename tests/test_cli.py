@@ -629,6 +629,7 @@ def test_music_is_written_as_midi(call, small_run, tmp_path):
     assert both.sum() > 10
 
 
+@pytest.mark.slow
 def test_text_is_written_to_a_file_as_to_the_terminal(call, small_run, tmp_path):
     flags = ("sample", small_run("text"), "--text.prompt", "a line")
     code, said, _ = call("aigc_jax", *flags)

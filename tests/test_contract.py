@@ -374,7 +374,8 @@ def abstract(tree, sharding=None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [1, 4])
 def test_eight_devices_share_the_work(row, micro):
     family, mesh = row.make(dataclasses.replace(row.cfg, micro=micro)), mesh_of(8)
     state, batch = jax.eval_shape(family.init, key(0)), row.batch(0, 4096)
@@ -427,6 +428,7 @@ def test_per_device_view_keeps_replicas_equal(row):
         assert int(first.extra["count"].sum()) == 3 * B  # gathered from all devices
 
 
+@pytest.mark.slow
 def test_per_device_view_under_pmap():
     check_replicas(ROWS["transformer"], jax.pmap)
 
@@ -479,6 +481,7 @@ def test_micro_batches_take_the_mean_over_parts(row):
         assert_same(got.extra, extra, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_unequal_masks_weigh_what_counts_not_rows():
     """However the batch is cut, the update is that of the mean over all tokens that count, not of a mean of means."""
     row = ROWS["transformer"]

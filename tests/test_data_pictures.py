@@ -614,6 +614,7 @@ def test_streamed_batches_are_the_resident_ones(folder, monkeypatch):
     assert data.load(f"images:{folder}").resident is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_streamed_training_ends_with_the_resident_bits(folder, tmp_path, k):
     """Read ahead in threads, stopped, resumed: the bits of an unbroken run, the parameters of one in memory."""
@@ -642,6 +643,7 @@ def test_streamed_training_ends_with_the_resident_bits(folder, tmp_path, k):
     np.testing.assert_allclose(*scores, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"devices": 8}, {"devices": 8, "pmap": True}])
 def test_streamed_batches_reach_every_device(folder, options):
     cfg = dataclasses.replace(CFG, shape=(4, 6, 1), levels=256)

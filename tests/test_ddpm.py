@@ -709,7 +709,10 @@ def test_the_u_net_of_cifar_has_the_papers_parameters():
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes.params)) == 35_746_307
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("unet", "dit") else []) for n in NETS],
+)
 def test_nets_take_time_and_label_and_no_other_row(name):
     cfg = NETS[name]
     params = shaken(cfg).params
@@ -790,6 +793,7 @@ def test_sampling_refuses_what_would_have_no_effect(change, options, words):
         jax.eval_shape(lambda state, key: family.sample(state, key, n=2, **options), state, key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_objectives_agree_where_they_are_one(prediction):
     """SNR weighting of x_0 is the error of eps; SNR + 1 would be that of v; for eps both are L_simple of eps."""
@@ -965,6 +969,7 @@ def test_half_of_the_images_are_mirrored(mirror):
         np.testing.assert_allclose(mean[0, 0], 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_times_are_drawn_as_said():
     u = np.sort(ddpm.low_discrepancy(key(3), 40))
     assert (np.floor(u * 40) == np.arange(40)).all()

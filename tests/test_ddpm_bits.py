@@ -115,6 +115,7 @@ def test_samples_have_the_distribution_of_the_data():
     assert np.abs(got - SHARES).sum() < 0.25 and np.abs(x.mean(0) - SHARES @ WORDS).max() < 0.02
 
 
+@pytest.mark.slow
 def test_a_heartbeat_is_learnt():
     """One 1 in every five bits, at a random phase: after a short training most samples are such sequences."""
     cfg = ddpm.DiscreteConfig(

@@ -138,6 +138,7 @@ def test_every_schedule_of_vdm_has_the_same_ends_and_rises():
         assert (np.diff(values) > 0).all()
 
 
+@pytest.mark.slow
 def test_bent_time_makes_no_estimate_quieter_than_the_least():
     straight, least = vdm_invariance.least_variance()
     setup = replace(vdm_invariance.SCALES["smoke"].setup, samples=200_000)

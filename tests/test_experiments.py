@@ -81,6 +81,7 @@ def test_wake_trains_the_decoder_on_the_encoders_codes_alone():
     )
 
 
+@pytest.mark.slow
 def test_wake_sleep_brings_the_encoder_to_the_posterior_of_the_dreams():
     """The decoder held: sleep's optimum is the model's own posterior, so the bound on dreams rises."""
     family = vae_elbo_curves.make_wake_sleep(replace(CFG, optim=Optim(lr=1e-2)))
@@ -195,6 +196,7 @@ def test_slopes_of_a_critic_are_those_of_its_gradients():
     np.testing.assert_allclose(wgan_gp_toys.slopes(params, real, fake), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -596,6 +596,7 @@ def test_own_optimizers_come_back_from_the_record(tmp_path, optim):
     assert back is optim or back == optim != Halving()
 
 
+@pytest.mark.slow
 def test_a_run_with_an_own_chain_resumes_to_the_same_bits(tmp_path):
     cfg = dataclasses.replace(CFG, optim=CHAIN)
 

@@ -118,11 +118,12 @@ def trained(module, variables, train):
     return jax.value_and_grad(scalar, has_aux=True)
 
 
-SLOW = ("unet", "dit")  # to compile
+QUICK = ("mlp", "mlp generator")  # to compile
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NETS]
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NETS],
 )
 def test_every_net_has_bfloat16_and_remat(name):
     make, args, shape = NETS[name]
@@ -351,6 +352,7 @@ def test_old_records_fit_the_new_fields():
     assert gan.NetConfig is gan.nets.NetConfig and ddpm.NetConfig is ddpm.nets.NetConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "cfg", "batch"),
     [

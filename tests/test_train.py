@@ -206,6 +206,7 @@ def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
         fit(vae.make, cfg, run(tmp_path / "cut", 20, devices=4, pmap=True), DIGITS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, then", [(1, 8), pytest.param(8, 2, marks=pytest.mark.slow)])
 def test_resuming_on_another_number_of_devices(tmp_path, first, then):
     fit(vae.make, SGD, run(tmp_path / "r", 10, devices=first), DIGITS)

@@ -182,6 +182,7 @@ def test_attention_weights_are_rows_of_probabilities_over_the_past(model):
         np.testing.assert_allclose(weights[0, :, 1], jax.nn.softmax(scores), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_initial_kernels_have_their_spread():
     cfg = Config(vocab=500, context=300, layers=3, heads=4, width=256)
     params = jax.jit(partial(transformer.init, cfg))(key(0))
@@ -432,6 +433,7 @@ def test_repetition_penalty_of_what_occurred():
     assert transformer.penalise(logits, used, 2.0).tolist() == [[1.0, -4.0, 4.0, -4.0]]
 
 
+@pytest.mark.slow
 def test_beam_search_with_all_beams_is_enumeration():
     cfg = dataclasses.replace(SMALL, vocab=4)
     params = parameters(cfg)
@@ -1017,6 +1019,7 @@ def test_sampling_that_means_nothing_is_refused(change, words):
 # ---------------------------------------------------------------------------------------------------------- the family
 
 
+@pytest.mark.slow
 def test_masked_positions_do_not_count():
     family = transformer.make(SMALL)
     state = jax.jit(family.init)(key(0))
@@ -1032,6 +1035,7 @@ def test_masked_positions_do_not_count():
     np.testing.assert_allclose(each[0, 3], -special.log_softmax(logits[3])[x[0, 4]], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_family_samples_n_rows_whatever_the_prompt():
     family = transformer.make(SMALL)
     state = jax.jit(family.init)(key(0))

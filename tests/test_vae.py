@@ -141,6 +141,7 @@ def test_elbo_is_the_mean_log_weight():
     np.testing.assert_array_equal(one["elbo"], other)  # beta is never inside
 
 
+@pytest.mark.slow
 def test_iwae_bound_is_the_log_mean_weight_in_any_chunks():
     params, x = params_of(CFG, 2.0), images(4)
     keys = [jax.random.fold_in(key(), j) for j in range(4)]
@@ -191,6 +192,7 @@ def test_ppca_oracle_is_scipys():
     np.testing.assert_allclose(ppca_exact.bounds(log_w, 12), logsumexp(log_w, axis=0) - np.log(12))
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_elbo_by_finite_differences():
     cfg = dataclasses.replace(CFG, hidden=(5,), optim=vae.Optim("sgd", lr=1.0))
     with jax.enable_x64(True):
@@ -208,6 +210,7 @@ def test_gradient_is_that_of_the_elbo_by_finite_differences():
         np.testing.assert_allclose(jax.grad(value)(0.0), numeric, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_step_weighs_the_kl_with_beta():
     cfg = dataclasses.replace(CFG, beta=4.0)
     family = vae.make(cfg)
@@ -223,6 +226,7 @@ def test_step_weighs_the_kl_with_beta():
     )
 
 
+@pytest.mark.slow
 def test_no_example_sees_another():
     """Gradients: the bound of image i depends on image i alone."""
     params, x = params_of(CFG), images(3)

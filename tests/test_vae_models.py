@@ -140,6 +140,7 @@ def brute_weights(cfg, params, x, z):
     )
 
 
+@pytest.mark.slow
 def test_weights_of_two_layers_are_the_definition():
     cfg = dataclasses.replace(TWO, latent_dim=3, upper_dim=2)
     params, x = params_of(cfg), images(4, cfg)
@@ -208,6 +209,7 @@ def batch_of(cfg, n=8):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
 def test_training_logs_the_bound_that_it_trains(objective):
     cfg = dataclasses.replace(CFG, objective=objective, k=7)
@@ -266,6 +268,7 @@ def test_gradients_are_the_papers_sums(cfg, beta):
         np.testing.assert_allclose(flat(iwae), expected["iwae"], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
 def test_step_takes_the_gradient_of_the_bound(objective):
     """One SGD step of rate 1, averaged over the batch, against the bound's own gradient on the same draws."""
@@ -334,6 +337,7 @@ def test_doubly_reparameterised_gradient_vanishes_at_the_exact_posterior():
         assert np.abs(flat(dreg["decoder"])).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_elbo_over_more_draws_is_the_same_bound_with_less_noise():
     params, x = params_of(CFG, 2.0), images(2)
     one, ten = (
@@ -415,6 +419,7 @@ def test_labels_of_many_draws_are_those_of_the_images():
         np.testing.assert_allclose(together[:, b], alone, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_conditional_pictures():
     family = vae.make(LABELLED)
     state = jax.jit(family.init)(key())
@@ -489,6 +494,7 @@ def test_convolution_doubles_the_picture_pixel_by_pixel():
     np.testing.assert_allclose(vae.decode(cfg, params, z)[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_inside_only():
     """Parameters, moments, loss and bounds stay float32, and the gradient points the same way."""
     batch, steps = batch_of(CONV, 16), {}
