@@ -12,8 +12,8 @@ run(setup, folder) -> list of Row: trains, measures, calls plot
 plot(...)   draws the figure into the folder from what was measured
 
 A criterion whose row is missing is shown as not measured. A row of NOT_REACHED does not meet its
-criterion. What may fail after the training stands in `with costs(QUANTITY, ...)`: then only these
-rows are lost. Rows in a list from `kept` are written even if the script fails later. Data that
+criterion. Put each measurement after the training inside `with costs(QUANTITY, ...)`: if it fails,
+only these rows are lost. Rows in a list from `kept` are written even if the script fails later. Data that
 cannot be used raise DataError: one line and exit code 2.
 
 A script may have more than one set of scales: FIRST = {"family": ("vae", "gan")} makes --family a
@@ -102,7 +102,7 @@ PLACES = (
     "name",
     "tokenizer",
 )  # last parts of flags whose values may be paths
-# Before a training has begun, these are mistakes in the flags, which a user can mend.
+# Before a training has begun, these errors come from wrong flags. The exit code is then 2.
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -323,8 +323,8 @@ def main(name: str) -> None:
 
 
 def criteria_of(script, asked: Asked) -> dict[str, _criteria.Criterion]:
-    """Returns the criteria of a run, all of which can be read. They are of named sets: your own may
-    be harder.
+    """Returns the criteria of a run, parsed. They hold for named sets only: for your own data
+    there are none.
     """
     source = getattr(asked.setup, "data", Source())
     if ":" in source.name or source.tokenizer:

@@ -1,4 +1,7 @@
-"""The diffusion model of 8x8 digits that several scripts take apart: given one --run.folder they train it once."""
+"""The diffusion model of 8x8 digits that several scripts analyse.
+
+With the same --run.folder they share one training.
+"""
 
 from dataclasses import replace
 

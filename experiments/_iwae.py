@@ -36,7 +36,7 @@ class Setup:
     further: int = 10  # epochs with the other objective (table 2); 0: no table 2
     stages: int = 0  # the paper's: stage i has 3^i times `epochs` at lr 10^(-i/7); 0: one cosine
     ks: tuple[int, ...] = (1, 5, 50)  # of the IWAE; k = 1 is the VAE
-    vae_ks: tuple[int, ...] = (1, 5)  # of the VAE, which k draws hardly help
+    vae_ks: tuple[int, ...] = (1, 5)  # of the VAE, which more draws hardly improve
     two_layers: tuple[int, ...] = (5,)  # the k with two stochastic layers
     batch_size: int = 100
     lr: float = 3e-3  # its peak, after 600 updates of warm-up

@@ -339,7 +339,7 @@ How to read it:
 - Numbers have four digits; `results/NAME.json` has all of them.
 """
 
-PLAIN = (  # records keep the words of the run; these are plainer
+PLAIN = (  # records are not rewritten; the page replaces these words
     (r"(?<![\w.])\.(?=\d)", "0."),
     (r"\bless\b", "minus"),
     (r"\bbits a (?=sequence|point)", "bits per "),

@@ -76,7 +76,7 @@ def costs(*quantities: str) -> Iterator[None]:
 
 
 def why(reason: str | BaseException) -> str:
-    """Returns a reason as one line; an exception that was not written for users keeps its type."""
+    """Returns a reason as one line; for an unexpected exception the type is named too."""
     meant = isinstance(reason, str | ValueError | OSError | train.NonFinite) and str(reason)
     words = str(reason) if meant else f"{type(reason).__name__}: {reason}"
     return " ".join(words.split()) if len(words) <= 500 else " ".join(words[:500].split()) + " ..."

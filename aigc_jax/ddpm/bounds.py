@@ -84,8 +84,8 @@ def log_discretised(x: Sample, mean, sigma2, *, levels: int) -> PerExample:
     lowest, highest = x < -1 + half, x > 1 - half
     first, last = jnp.where(flip, highest, lowest), jnp.where(flip, lowest, highest)
     log_above = jnp.where(last, 0.0, jax.scipy.special.log_ndtr(above))
-    # log of the smaller over the larger. The first level has the whole tail: there -1 stands for
-    # any number with a finite derivative.
+    # log of the smaller over the larger. The first level has the whole tail: its value
+    # is not used, and -1 keeps its gradient finite.
     gap = jnp.where(first, -1.0, jax.scipy.special.log_ndtr(below) - log_above)
     log_rest = jnp.log(-jnp.expm1(jnp.minimum(gap, -1e-7)))
     return _sum_per_example(log_above + jnp.where(first, 0.0, log_rest))

@@ -27,8 +27,8 @@ class Cache(NamedTuple):
     """Keys and values of the positions so far, in slots that are allocated once.
 
     All rows write to the same slot, so that a step changes one slice of memory. A row with a short
-    prompt has unused slots between the prompt and the new tokens; `filled` masks them. Positions
-    have no gaps.
+    prompt has unused slots between the prompt and the new tokens; `filled` masks them. The
+    position of a token counts tokens, not slots.
     """
 
     kv: tuple[tuple[Array, Array], ...]  # of each layer: keys and values [B, H, S, K]
@@ -75,7 +75,8 @@ def decode(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Appends one token per row; returns the logits after it, and the new cache.
 
-    The caller counts: past the last slot, or past the context, results are wrong without an error.
+    The caller must stop at the last slot and at the context. Beyond them results are wrong, and
+    no error is raised.
     """
     new = jnp.ones((len(token_B), 1), bool)
     filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, new, cache.slot, 1)

@@ -50,7 +50,7 @@ class Config:
     dtype: str = "float32"  # of activations: float32 | bfloat16; parameters are float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
     eos: tuple[int, ...] | None = None  # tokens that end a text if `Sampling.stop` is None
-    bos: int | None = None  # the token before a text; it is only saved with the weights
+    bos: int | None = None  # the token before a text; only written by save_gpt2
     micro: int = 1  # micro-batches per update
     ema: float = 0.0  # decay of the averaged parameters; 0: none
     optim: Optimizer = Optim(lr=6e-4, b2=0.95, weight_decay=0.1, clip=1.0, warmup=100)
