@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,11 @@ jax.config.update("jax_compilation_cache_dir", os.environ["AIGC_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
+
+# A shell ignores Ctrl-C in what it starts in the background, and children inherit that: the tests
+# that send it would wait for nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MEMORY = Path("/proc/self/statm")  # of Linux; elsewhere nothing is freed early
 LIMIT = 3 * 2**29  # bytes: 1.5 GiB
