@@ -4,61 +4,14 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
-import re
 import sys
 
 from aigc_jax.__main__ import quiet_pipe
 
 from . import _cli
+from ._catalog import FAMILIES, families, minutes, names, needs, parsed
 
-FAMILIES = ("vae", "gan", "ddpm", "transformer")
 USAGE = "python -m experiments [list | table]; a script runs as python -m experiments.NAME"
-
-
-def names() -> list[str]:
-    """Returns the names of all experiment scripts."""
-    return sorted(p.stem for p in (_cli.ROOT / "experiments").glob("[a-z]*.py"))
-
-
-def _parsed(name: str) -> ast.Module:
-    return ast.parse((_cli.ROOT / "experiments" / f"{name}.py").read_text())
-
-
-def families(name: str) -> set[str]:
-    """Returns the families that a script imports, itself or through a module that it shares with
-    others.
-    """
-    found, shared = set(), []
-    for node in ast.walk(_parsed(name)):
-        if isinstance(node, ast.ImportFrom) and node.module == "aigc_jax":
-            found |= {alias.name for alias in node.names} & {*FAMILIES}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments._"):
-            shared.append(node.module.removeprefix("experiments."))
-    return found or set().union(*map(families, shared))
-
-
-def needs(name: str, doc: str) -> str:
-    """Returns what a script needs beside Python, read from the line of its docstring that shows its
-    command.
-    """
-    flags, _, after = re.search(rf"python -m experiments\.{name}\b(.*)", doc)[1].partition(";")
-    given = re.search(r"--\w+ [A-Z]+", flags)
-    return after.replace("downloads nothing", "nothing").strip() or (given[0] if given else "")
-
-
-def minutes(name: str) -> str:
-    """Returns the minutes of the recorded run, with its scale where that is not cpu.
-
-    "+" marks a run that continued an earlier one.
-    """
-    file = _cli.RESULTS / f"{name}.json"
-    if not file.is_file():
-        return "-"
-    record = json.loads(file.read_text())
-    taken = record["seconds"] / 60
-    scale = "" if record["scale"] == "cpu" else f" ({record['scale']})"
-    return f"{'under 1' if taken < 1 else round(taken)}{'+' if record['continued'] else ''}{scale}"
 
 
 def short_list() -> str:
@@ -67,7 +20,7 @@ def short_list() -> str:
         family: [] for family in (*FAMILIES, "several families", "for the metrics")
     }
     for name in names():
-        doc, found = ast.get_docstring(_parsed(name)), families(name)
+        doc, found = ast.get_docstring(parsed(name)), families(name)
         group = "several families" if len(found) > 1 else next(iter(found), "for the metrics")
         groups[group].append((name, minutes(name), needs(name, doc), doc.splitlines()[0]))
     rows = [row for group in groups.values() for row in group]
@@ -107,7 +60,7 @@ def main() -> None:
         print(short_list())
     elif command == ["list"]:
         for name in names():
-            head = ast.get_docstring(_parsed(name)).split("\n\n")[:2]
+            head = ast.get_docstring(parsed(name)).split("\n\n")[:2]
             print(f"{name}\n  " + "\n  ".join("\n".join(head).splitlines()) + "\n")
     elif command == ["table"]:
         _cli.write_table()

@@ -12,6 +12,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from ._catalog import families, minutes
+from ._rows import number
+
 
 class Summary(NamedTuple):
     """What one recorded run shows, in words."""
@@ -421,9 +424,6 @@ def _entry(record: dict, number) -> list[str]:
 
 def page(results: Path) -> str:
     """The whole of docs/reproduction.md."""
-    from .__main__ import families, minutes
-    from ._rows import number
-
     groups: dict[str, list[dict]] = {family: [] for family in HEADS}
     for path in sorted(results.glob("*.json")):
         record = json.loads(path.read_text())
