@@ -341,6 +341,7 @@ def test_sample_gives_n_and_uses_the_average(row):
     assert_same(samples, sample(lost, key(3)))
 
 
+@pytest.mark.slow
 def test_evaluate_is_per_example(row):
     values = jax.jit(row.make(row.cfg).evaluate)(
         history(row, sgd(row.cfg)).states[0], row.batch(0), key(1)
@@ -450,6 +451,7 @@ def test_several_steps_per_call_equal_single_steps(row):
     assert_same(together, past.states[4], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fit_gives_the_same_bits_however_it_is_cut_into_calls(row):
     def fit(eval_every):  # calls of 4, 4 and 1 updates without validations, else of 3, 3 and 3
         run = train.Run(steps=9, batch_size=B, steps_per_call=4, eval_every=eval_every)
@@ -458,6 +460,7 @@ def test_fit_gives_the_same_bits_however_it_is_cut_into_calls(row):
     assert_same(fit(3), fit(0))
 
 
+@pytest.mark.slow
 def test_micro_batches_take_the_mean_over_parts(row):
     """Part i has the key fold_in(key, i) and the `extra` that part i - 1 left; gradients are averaged."""
     if not row.one_update:

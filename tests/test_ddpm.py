@@ -603,6 +603,7 @@ def test_guidance_is_the_score_of_the_tilted_density():
     np.testing.assert_allclose(ddpm.guide(cond, uncond, -1.0), uncond, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_inpainting_keeps_what_is_known_and_fits_the_rest_to_it():
     rho = 0.9
     eps_fn = exact_eps(LINEAR, [[1.0, rho], [rho, 1.0]])

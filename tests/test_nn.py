@@ -277,6 +277,7 @@ def test_rotary_scores_depend_on_distances():
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotary", [False, True])
 def test_a_decoder_is_causal_and_its_cache_gives_the_same(rotary):
     net = DECODER(rotary=rotary, context=0 if rotary else 7)
@@ -324,6 +325,7 @@ def test_group_norm_is_that_of_flax():
     np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_pixel_attention_is_that_of_flax():
     x = 3 * normal(0, 4, 6, 6, 16) + 1
     ours = nn.PixelAttention(2, 4)

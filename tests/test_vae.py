@@ -124,6 +124,7 @@ def test_gaussian_likelihood_is_scipys_density():
     np.testing.assert_allclose(vae.log_likelihood(cfg, x, mean), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_elbo_is_the_mean_log_weight():
     """Two estimators of one number: with exact KL, and as the mean of log weights. 3 s.e. of the difference."""
     params, x = params_of(CFG, 2.0), images(4)
@@ -273,6 +274,7 @@ def test_binarisation_draws_bernoullis_with_the_pixels_as_means(kind):
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
+@pytest.mark.slow
 def test_manifold_is_the_grid_of_the_paper():
     cfg = dataclasses.replace(CFG, latent_dim=2)
     params = params_of(cfg)
