@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +259,15 @@ def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> S
         return state
     # A copy, because a buffer under two names cannot be donated.
     return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
+
+
+def check_choices(cfg) -> None:
+    """Raises ValueError where a field of a Config holds no value that its `Literal` lists."""
+    for field, hint in get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, field)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            allowed = ", ".join(get_args(hint))
+            raise ValueError(f"model.{field} must be one of {allowed}, not {value!r}")
 
 
 def labels(

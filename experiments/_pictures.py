@@ -172,10 +172,9 @@ def distances(
     n = min(len(fake), len(real), len(seen))
     if name.startswith("images:"):
         say(
-            f"{name}: no classifier of ours knows these pictures. Frechet distance, kernel "
-            "distance, "
-            "classifier score and class accuracy are left out. Precision, recall, density and "
-            "coverage are measured on pixels.",
+            f"{name}: no classifier of ours knows these pictures. Frechet and kernel distance, "
+            "classifier score and class accuracy are left out. "
+            "Precision, recall, density and coverage are measured on pixels."
         )
         return in_pixels(fake, real, seen)
     # In random order: the first digits of a set are by a few writers, so they are no fair floor.
@@ -210,22 +209,12 @@ def distances(
 
     floor, rows = measured("seen"), []
     for what, value in measured("fake").items():
-        (value, *error), (best, *_) = (
-            np.atleast_1d(value).tolist(),
-            np.atleast_1d(floor[what]).tolist(),
-        )
-        rows.append(
-            Row(
-                f"{what}; oracle: training images",
-                value,
-                error=error[0] if error else None,
-                oracle=best,
-            )
-        )
+        (value, *error), (best, *_) = np.atleast_1d(value), np.atleast_1d(floor[what])
+        error, words = float(error[0]) if error else None, f"{what}; oracle: training images"
+        rows.append(Row(words, float(value), error=error, oracle=float(best)))
     if fake_label is not None:
-        rows.append(
-            Row(ACCURACY, 100 * float((logits["fake"].argmax(-1) == fake_label[:n]).mean()))
-        )
+        right = logits["fake"].argmax(-1) == fake_label[:n]
+        rows.append(Row(ACCURACY, 100 * float(right.mean())))
     return rows
 
 

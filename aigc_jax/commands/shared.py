@@ -79,15 +79,17 @@ Trust = Annotated[
 
 
 def load_run(run_folder: Path, trust: tuple[str, ...]) -> train.Result:
+    """Loads a run; `trust` are the modules that the user named with --import."""
     return train.load(run_folder, trust=trusted(trust))
 
 
 def trusted(modules: tuple[str, ...]) -> tuple[str, ...]:
-    """Modules that the user named; they may lie in the current directory."""
+    """Returns the modules, and lets them be imported from the current directory."""
     records.BESIDE[:] = [os.getcwd()] if modules and LEFT_CURRENT_FOLDER else []
     return modules
 
 
 def check_seed(seed: int) -> None:
+    """Raises Refused for a seed that JAX would not take."""
     if not 0 <= seed < 2**32:
         raise train.Refused(f"seed must lie in 0..2**32 - 1, got {seed}")

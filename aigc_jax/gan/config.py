@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from ..core import EMA, Optim, Optimizer
+from ..core import EMA, Optim, Optimizer, check_choices
 from .nets import NetConfig
 
 LossName = Literal["minimax", "non_saturating", "least_squares", "wasserstein", "hinge"]
@@ -48,7 +48,7 @@ class Config:
 
     def __post_init__(self):
         _check_numbers(self)
-        _check_choices(self)
+        check_choices(self)
         _check_nets(self)
         _check_objective(self)
 
@@ -96,14 +96,6 @@ def _check_numbers(cfg: Config) -> None:
     if cfg.penalty_weight is not None and not cfg.penalty_weight > 0:
         raise ValueError(f"model.penalty_weight must be positive, got {cfg.penalty_weight}")
     EMA(cfg.ema)  # raises ValueError for a decay outside [0, 1)
-
-
-def _check_choices(cfg: Config) -> None:
-    """Raises ValueError where a field holds none of the values that its `Literal` lists."""
-    for field, hint in get_type_hints(Config).items():
-        if get_origin(hint) is Literal and getattr(cfg, field) not in get_args(hint):
-            allowed, value = ", ".join(get_args(hint)), getattr(cfg, field)
-            raise ValueError(f"model.{field} must be one of {allowed}, not {value!r}")
 
 
 def _check_nets(cfg: Config) -> None:

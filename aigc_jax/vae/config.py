@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from ..core import EMA, Optim, Optimizer
+from ..core import EMA, Optim, Optimizer, check_choices
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Config:
     optim: Optimizer = Optim()
 
     def __post_init__(self):
-        _check_choices(self)
+        check_choices(self)
         _check_sizes(self)
         if self.likelihood != "bernoulli" and self.binarisation != "none":
             needs = f"likelihood {self.likelihood} needs none"
@@ -66,14 +66,6 @@ class Config:
         if self.binarisation == "static" and info.examples is None:
             hint = "samples each image once, so it needs a finite data set: use dynamic"
             raise ValueError(f"model.binarisation 'static' {hint}")
-
-
-def _check_choices(cfg: Config) -> None:
-    """Raises ValueError where a field holds none of the values that its `Literal` lists."""
-    for field, hint in get_type_hints(Config).items():
-        if get_origin(hint) is Literal and getattr(cfg, field) not in get_args(hint):
-            allowed, value = ", ".join(get_args(hint)), getattr(cfg, field)
-            raise ValueError(f"model.{field} must be one of {allowed}, not {value!r}")
 
 
 def _check_sizes(cfg: Config) -> None:
