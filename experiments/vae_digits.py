@@ -109,7 +109,7 @@ def plot(
     figures.images(b, pairs.reshape(-1, *cfg.shape), 10, title=title)
     title, names = (
         f"posterior means of the {len(x)} test images",
-        ("first principal axis", "second"),
+        ("first principal axis", "second principal axis"),
     )
     figures.points(c, mu @ axes[:2].T, batch.get("label"), title=title, axes=names)
     curves = {
