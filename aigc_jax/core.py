@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from functools import lru_cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +55,78 @@ class Family(NamedTuple):
     evaluate: Callable
     sample: Callable
     rules: tuple = ()
+
+
+_NUMBERS = {bool: (bool, np.bool_), int: Integral, float: Real}  # NumPy's numbers are among them
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", type(None): "None"}
+_hints = lru_cache(get_type_hints)  # of a class
+
+
+def _fits(value, hint) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in args)
+    if origin is tuple and isinstance(value, tuple | list):
+        each = args[:1] * len(value) if args[-1:] == (...,) else args
+        return len(each) == len(value) and all(map(_fits, value, each))
+    if hint in _NUMBERS:  # a bool is an int in Python, but not here
+        return isinstance(value, _NUMBERS[hint]) and isinstance(value, bool) <= (hint is bool)
+    return hint is Any or isinstance(value, origin or hint)
+
+
+def _in_words(hint) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (Union, UnionType):
+        return ", or ".join(map(_in_words, args))
+    if origin is tuple:
+        count = "" if args[-1:] == (...,) else f" of {len(args)}"
+        return f"a tuple{count}, each {_in_words(args[0])}"
+    return _WORDS.get(hint) or f"of type {hint.__name__}"
+
+
+def check_fields(cfg, *, name: str = "model") -> None:
+    """Raises ValueError where a field of a dataclass does not hold what its annotation says.
+
+    Numbers may be NumPy's. A list passes for a tuple, but a run folder refuses to record it.
+
+    name: how messages call the dataclass.
+    """
+    for field, hint in _hints(type(cfg)).items():
+        value = getattr(cfg, field)
+        if not _fits(value, hint):
+            raise ValueError(f"{name}.{field} must be {_in_words(hint)}, not {value!r:.60}")
+
+
+def check_at_least(cfg, smallest: int, *fields: str, name: str = "model") -> None:
+    """Raises ValueError where one of these fields is below `smallest`, or is NaN."""
+    for field in fields:
+        if not (value := getattr(cfg, field)) >= smallest:
+            raise ValueError(f"{name}.{field} must be at least {smallest}, got {value}")
+
+
+def check_data(cfg, info) -> None:
+    """Raises ValueError where data do not have the shape, levels and classes of a Config.
+
+    cfg: has the fields shape, (H, W, C) of images or (d,) of points, levels and classes.
+    info: describes the data (`data.Info`).
+    """
+    shape = tuple(cfg.shape)
+    kind, plural = ("image", "images") if len(shape) == 3 else ("points", "points")
+    if info.kind != kind:
+        raise ValueError(f"model.shape {shape} is for {plural}, this data set holds {info.kind}")
+    if tuple(info.shape) != shape:
+        raise ValueError(f"model.shape is {shape}, the {plural} are {tuple(info.shape)}")
+    if kind == "image" and info.levels != cfg.levels:
+        raise ValueError(f"model.levels is {cfg.levels}, the images have {info.levels} levels")
+    if cfg.classes and info.classes is None:
+        raise ValueError(f"model.classes is {cfg.classes}, but the {plural} have no labels")
+    if cfg.classes and info.classes != cfg.classes:
+        has = f"the {plural} have {info.classes} classes"
+        raise ValueError(f"model.classes is {cfg.classes}, {has}")
 
 
 def _clip(norm: float):
@@ -113,7 +188,7 @@ _CURVES = {
 class Optim:
     """An optimizer as data. Any object with `chain()` and `rate(step)` can replace it."""
 
-    name: str = "adam"  # sgd | adam | rmsprop | adagrad
+    name: Literal["sgd", "adam", "rmsprop", "adagrad"] = "adam"
     lr: float = 1e-3  # peak learning rate
     b1: float = 0.9  # adam: decay of the first moment
     b2: float = 0.999  # adam, rmsprop: decay of the second moment
@@ -126,28 +201,13 @@ class Optim:
     clip: float = 0.0  # largest global norm of the gradient; 0: none
     warmup: int = 0  # steps of linear rise from 0 to lr
     decay: int = 0  # steps from the end of the warm-up to the floor; 0: constant
-    curve: str = "cosine"  # cosine | linear | exponential
+    curve: Literal["cosine", "linear", "exponential"] = "cosine"
     floor: float = 0.0  # the last rate divided by lr
 
     def __post_init__(self):
-        if self.name not in _DIRECTIONS:
-            raise ValueError(
-                f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}"
-            )
-        if self.curve not in _CURVES:
-            raise ValueError(f"optim.curve must be one of {', '.join(_CURVES)}, not {self.curve!r}")
-        for field in (
-            "lr",
-            "eps",
-            "eps_root",
-            "weight_decay",
-            "clip",
-            "warmup",
-            "decay",
-            "momentum_steps",
-        ):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"optim.{field} must not be negative, got {getattr(self, field)}")
+        check_fields(self, name="optim")
+        check_at_least(self, 0, "lr", "eps", "eps_root", "weight_decay", "clip", name="optim")
+        check_at_least(self, 0, "warmup", "decay", "momentum_steps", name="optim")
         for field in ("b1", "b2", "momentum", "momentum_end"):
             if not 0 <= (getattr(self, field) or 0) < 1:
                 raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
@@ -240,6 +300,7 @@ class EMA:
     of: Callable[[State], PyTree] = lambda state: state.params
 
     def __post_init__(self):
+        check_fields(self, name="ema")
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.decay}")
 
@@ -259,15 +320,6 @@ def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> S
         return state
     # A copy, because a buffer under two names cannot be donated.
     return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
-
-
-def check_choices(cfg) -> None:
-    """Raises ValueError where a field of a Config holds no value that its `Literal` lists."""
-    for field, hint in get_type_hints(type(cfg), include_extras=True).items():
-        value = getattr(cfg, field)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            allowed = ", ".join(get_args(hint))
-            raise ValueError(f"model.{field} must be one of {allowed}, not {value!r}")
 
 
 def labels(
