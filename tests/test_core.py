@@ -466,6 +466,9 @@ def test_the_smallest_value_of_a_field():
         (vae.Config(), vae.Config.__post_init__, "model"),
         (gan.Config(), gan.Config.__post_init__, "model"),
         (gan.NetConfig(), lambda net: net.check("gen"), "model.gen"),
+        (ddpm.Config(), ddpm.Config.__post_init__, "model"),
+        (ddpm.DiscreteConfig(), ddpm.DiscreteConfig.__post_init__, "model"),
+        (ddpm.NetConfig(), lambda net: net.check((32, 32, 3)), "model.net"),
         (transformer.Config(), transformer.Config.__post_init__, "model"),
         (train.Run(), train.Run.__post_init__, "run"),
     ],
@@ -489,6 +492,8 @@ def test_every_choice_has_its_entry():
     assert choices(Optim, "name") == set(core._DIRECTIONS)
     assert choices(Optim, "curve") == set(core._CURVES)
     assert choices(gan.NetConfig, "init") == set(gan.nets.INITIALISERS)
+    assert choices(ddpm.Config, "schedule") == {*ddpm._SCHEDULES, "learned"}
+    assert choices(ddpm.Config, "objective") == {"simple", "vlb", "hybrid", *ddpm._WEIGHTS}
 
 
 def test_a_momentum_that_moves_asks_for_the_step():
