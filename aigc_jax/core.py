@@ -1,7 +1,8 @@
 """The contract between the families and whatever trains them.
 
-A family is four pure functions (`Family`) over a pytree of arrays (`State`). Nothing here compiles,
-places, saves or prints. `jax.jit(family.step)` is the whole interface, and `train.fit` one user.
+A family is four pure functions (`Family`) over a pytree of arrays (`State`). Nothing here
+compiles, places, saves or prints. `jax.jit(family.step)` is the whole interface, and
+`train.fit` one user.
 """
 
 from __future__ import annotations
@@ -256,8 +257,9 @@ class Optim:
         return jnp.asarray(after(step), jnp.float32)
 
 
-# What a Config's `optim` may be: an Optim, a chain of optax, or an object with `chain()` and
-# `rate(step)`. No type names all three, so it is Any. run.json and the command line read the Optim.
+# What a Config's `optim` may be: an Optim, a chain of optax, or an object with `chain()`
+# and `rate(step)`. No type names all three, so it is Any. run.json and the command line
+# read the Optim.
 Optimizer = Annotated[Any, Optim]
 
 
@@ -275,8 +277,9 @@ def is_optimizer(optim) -> bool:
 def transformation(optim) -> optax.GradientTransformation:
     """The optax transformation of an optimizer; raises ValueError for anything else.
 
-    A chain of optax holds its learning rate and counts its own updates. So a critic's schedule runs
-    n_critic times as fast as that of an `Optim`, which is read at `State.step`.
+    A chain of optax holds its learning rate and counts its own updates. So a critic's
+    schedule runs n_critic times as fast as that of an `Optim`, which is read at
+    `State.step`.
     """
     if not is_optimizer(optim):
         known = "an Optim, a chain of optax or an object with chain() and rate(step)"
@@ -288,12 +291,12 @@ def transformation(optim) -> optax.GradientTransformation:
 class EMA:
     """An exponential moving average of what `of` picks from a State.
 
-    `of` picks parameters and the statistics that belong to them. It must not pick a history of
-    losses or an image pool, whose average means nothing.
+    `of` picks parameters and the statistics that belong to them. It must not pick a history
+    of losses or an image pool, whose average means nothing.
 
     Update t (State.step, from 0) has decay min(decay, (1 + t) / (10 + t)), the warm-up of
-    TensorFlow and diffusers. So the average of a short run forgets the first parameters. DDPM's
-    code copies the parameters at first and then uses a constant 0.9999.
+    TensorFlow and diffusers. So the average of a short run forgets the first parameters.
+    DDPM's code copies the parameters at first and then uses a constant 0.9999.
     """
 
     decay: float = 0.0  # its largest value; 0: no average
@@ -330,9 +333,9 @@ def labels(
     label: one class for all, or an array whose shape is the last axes of `leading`.
     in_turn: None means the classes 0, 1, 2 ... in turn.
 
-    Raises ValueError for a missing or unwanted label, a wrong shape or type, and a class out of
-    range. A traced class out of range cannot raise: it becomes -1, from which `one_hot` and
-    ddpm.predict make NaN, and `train.fit` stops.
+    Raises ValueError for a missing or unwanted label, a wrong shape or type, and a class
+    out of range. A traced class out of range cannot raise: it becomes -1, from which
+    `one_hot` and ddpm.predict make NaN, and `train.fit` stops.
     """
     if in_turn and label is None and classes:
         label = np.arange(leading[-1]) % classes
@@ -421,8 +424,8 @@ def step_key(key: jax.Array, step: ArrayLike, axis_name: str | None = None) -> j
 def shard_rows(x: PyTree) -> PyTree:
     """Shards arrays that the model creates (such as noise) over the devices, like the batch.
 
-    Otherwise every device of a mesh would create all rows. Without a mesh, and in the per-device
-    view, this returns x.
+    Otherwise every device of a mesh would create all rows. Without a mesh, and in the
+    per-device view, this returns x.
     """
     if "data" not in jax.sharding.get_abstract_mesh().auto_axes:
         return x
@@ -436,8 +439,8 @@ def _part(batch: PyTree, n: int, i) -> PyTree:
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % n:
             raise ValueError(f"a batch of {leaf.shape[0]} does not divide into {n} equal parts")
-    # The new axis goes behind the rows, so that each device splits its own rows. As [n, B/n] the
-    # batch would be gathered, and every device would do all the work.
+    # The new axis goes behind the rows, so that each device splits its own rows.
+    # As [n, B/n] the batch would be gathered, and every device would do all the work.
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(
             x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False
@@ -468,17 +471,17 @@ def descend(
     """Updates `params` (or `params[net]`), its opt_state and `extra`; never step or ema.
 
     loss: `loss(params, state, batch, key) -> (scalar, (extra, metrics))` returns the whole new
-        `extra`. The state that it gets has None in place of the parameters under training: read
-        there, they would have no gradient. A loss that averages over a varying number of things,
-        such as tokens, reports this number as `metrics["weight"]`. Parts and devices are then
-        averaged by it, and the update equals that of the whole batch.
+        `extra`. The state that it gets has None in place of the parameters under training:
+        read there, they would have no gradient. A loss that averages over a varying number
+        of things, such as tokens, reports this number as `metrics["weight"]`. Parts and
+        devices are then averaged by it, and the update equals that of the whole batch.
     optim: an `Optimizer`. A chain of optax gives params + updates, and reports no learning rate.
     micro: the batch is split into this many parts, one after another, to save memory. Part i gets
         `fold_in(key, i)` and the `extra` of the part before it. Gradients and metrics are means.
     axis_name: the per-device view. Gradients and metrics are means over the devices.
 
-    Returns the new State and the metrics of the loss, with `loss, grad_norm, lr` (`<net>_loss ...`
-    for a named net).
+    Returns the new State and the metrics of the loss, with `loss, grad_norm, lr`
+    (`<net>_loss ...` for a named net).
     """
 
     def pick(tree):
