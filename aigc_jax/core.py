@@ -58,7 +58,7 @@ class Family(NamedTuple):
     rules: tuple = ()
 
 
-_NUMBERS = {bool: (bool, np.bool_), int: Integral, float: Real}  # NumPy's numbers are among them
+_NUMBERS = {bool: (bool, np.bool_), int: Integral, float: Real}  # of Python and of NumPy
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", type(None): "None"}
 _hints = lru_cache(get_type_hints)  # of a class
 
@@ -72,9 +72,9 @@ def _fits(value, hint) -> bool:
     if origin is tuple and isinstance(value, tuple | list):
         each = args[:1] * len(value) if args[-1:] == (...,) else args
         return len(each) == len(value) and all(map(_fits, value, each))
-    if hint in _NUMBERS:  # a bool is an int in Python, but not here
-        return isinstance(value, _NUMBERS[hint]) and isinstance(value, bool) <= (hint is bool)
-    return hint is Any or isinstance(value, origin or hint)
+    if hint in (int, float) and isinstance(value, bool):
+        return False  # to Python it is an int
+    return hint is Any or isinstance(value, _NUMBERS.get(hint, origin or hint))
 
 
 def _in_words(hint) -> str:
