@@ -492,7 +492,6 @@ def test_every_choice_has_its_entry():
     assert choices(Optim, "name") == set(core._DIRECTIONS)
     assert choices(Optim, "curve") == set(core._CURVES)
     assert choices(gan.NetConfig, "init") == set(gan.nets.INITIALISERS)
-    assert choices(ddpm.Config, "schedule") == {*ddpm._SCHEDULES, "learned"}
     assert choices(ddpm.Config, "objective") == {"simple", "vlb", "hybrid", *ddpm._WEIGHTS}
 
 
