@@ -1,14 +1,18 @@
 """The contract between the families and whatever trains them.
 
-A family is four pure functions (`Family`) over a pytree of arrays (`State`). Nothing here compiles,
-places, saves or prints. `jax.jit(family.step)` is the whole interface, and `train.fit` one user.
+A family is four pure functions (`Family`) over a pytree of arrays (`State`). Nothing here
+compiles, places, saves or prints. `jax.jit(family.step)` is the whole interface, and
+`train.fit` one user.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from functools import lru_cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +56,78 @@ class Family(NamedTuple):
     evaluate: Callable
     sample: Callable
     rules: tuple = ()
+
+
+_NUMBERS = {bool: (bool, np.bool_), int: Integral, float: Real}  # of Python and of NumPy
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", type(None): "None"}
+_hints = lru_cache(get_type_hints)  # of a class
+
+
+def _fits(value, hint) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in args)
+    if origin is tuple and isinstance(value, tuple | list):
+        each = args[:1] * len(value) if args[-1:] == (...,) else args
+        return len(each) == len(value) and all(map(_fits, value, each))
+    if hint in (int, float) and isinstance(value, bool):
+        return False  # to Python it is an int
+    return hint is Any or isinstance(value, _NUMBERS.get(hint, origin or hint))
+
+
+def _in_words(hint) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (Union, UnionType):
+        return ", or ".join(map(_in_words, args))
+    if origin is tuple:
+        count = "" if args[-1:] == (...,) else f" of {len(args)}"
+        return f"a tuple{count}, each {_in_words(args[0])}"
+    return _WORDS.get(hint) or f"of type {hint.__name__}"
+
+
+def check_fields(cfg, *, name: str = "model") -> None:
+    """Raises ValueError where a field of a dataclass does not hold what its annotation says.
+
+    Numbers may be NumPy's. A list passes for a tuple, but a run folder refuses to record it.
+
+    name: how messages call the dataclass.
+    """
+    for field, hint in _hints(type(cfg)).items():
+        value = getattr(cfg, field)
+        if not _fits(value, hint):
+            raise ValueError(f"{name}.{field} must be {_in_words(hint)}, not {value!r:.60}")
+
+
+def check_at_least(cfg, smallest: int, *fields: str, name: str = "model") -> None:
+    """Raises ValueError where one of these fields is below `smallest`, or is NaN."""
+    for field in fields:
+        if not (value := getattr(cfg, field)) >= smallest:
+            raise ValueError(f"{name}.{field} must be at least {smallest}, got {value}")
+
+
+def check_data(cfg, info) -> None:
+    """Raises ValueError where data do not have the shape, levels and classes of a Config.
+
+    cfg: has the fields shape, (H, W, C) of images or (d,) of points, levels and classes.
+    info: describes the data (`data.Info`).
+    """
+    shape = tuple(cfg.shape)
+    kind, plural = ("image", "images") if len(shape) == 3 else ("points", "points")
+    if info.kind != kind:
+        raise ValueError(f"model.shape {shape} is for {plural}, this data set holds {info.kind}")
+    if tuple(info.shape) != shape:
+        raise ValueError(f"model.shape is {shape}, the {plural} are {tuple(info.shape)}")
+    if kind == "image" and info.levels != cfg.levels:
+        raise ValueError(f"model.levels is {cfg.levels}, the images have {info.levels} levels")
+    if cfg.classes and info.classes is None:
+        raise ValueError(f"model.classes is {cfg.classes}, but the {plural} have no labels")
+    if cfg.classes and info.classes != cfg.classes:
+        has = f"the {plural} have {info.classes} classes"
+        raise ValueError(f"model.classes is {cfg.classes}, {has}")
 
 
 def _clip(norm: float):
@@ -113,7 +189,7 @@ _CURVES = {
 class Optim:
     """An optimizer as data. Any object with `chain()` and `rate(step)` can replace it."""
 
-    name: str = "adam"  # sgd | adam | rmsprop | adagrad
+    name: Literal["sgd", "adam", "rmsprop", "adagrad"] = "adam"
     lr: float = 1e-3  # peak learning rate
     b1: float = 0.9  # adam: decay of the first moment
     b2: float = 0.999  # adam, rmsprop: decay of the second moment
@@ -126,28 +202,13 @@ class Optim:
     clip: float = 0.0  # largest global norm of the gradient; 0: none
     warmup: int = 0  # steps of linear rise from 0 to lr
     decay: int = 0  # steps from the end of the warm-up to the floor; 0: constant
-    curve: str = "cosine"  # cosine | linear | exponential
+    curve: Literal["cosine", "linear", "exponential"] = "cosine"
     floor: float = 0.0  # the last rate divided by lr
 
     def __post_init__(self):
-        if self.name not in _DIRECTIONS:
-            raise ValueError(
-                f"optim.name must be one of {', '.join(_DIRECTIONS)}, not {self.name!r}"
-            )
-        if self.curve not in _CURVES:
-            raise ValueError(f"optim.curve must be one of {', '.join(_CURVES)}, not {self.curve!r}")
-        for field in (
-            "lr",
-            "eps",
-            "eps_root",
-            "weight_decay",
-            "clip",
-            "warmup",
-            "decay",
-            "momentum_steps",
-        ):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"optim.{field} must not be negative, got {getattr(self, field)}")
+        check_fields(self, name="optim")
+        check_at_least(self, 0, "lr", "eps", "eps_root", "weight_decay", "clip", name="optim")
+        check_at_least(self, 0, "warmup", "decay", "momentum_steps", name="optim")
         for field in ("b1", "b2", "momentum", "momentum_end"):
             if not 0 <= (getattr(self, field) or 0) < 1:
                 raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
@@ -196,8 +257,9 @@ class Optim:
         return jnp.asarray(after(step), jnp.float32)
 
 
-# What a Config's `optim` may be: an Optim, a chain of optax, or an object with `chain()` and
-# `rate(step)`. No type names all three, so it is Any. run.json and the command line read the Optim.
+# What a Config's `optim` may be: an Optim, a chain of optax, or an object with `chain()`
+# and `rate(step)`. No type names all three, so it is Any. run.json and the command line
+# read the Optim.
 Optimizer = Annotated[Any, Optim]
 
 
@@ -215,8 +277,9 @@ def is_optimizer(optim) -> bool:
 def transformation(optim) -> optax.GradientTransformation:
     """The optax transformation of an optimizer; raises ValueError for anything else.
 
-    A chain of optax holds its learning rate and counts its own updates. So a critic's schedule runs
-    n_critic times as fast as that of an `Optim`, which is read at `State.step`.
+    A chain of optax holds its learning rate and counts its own updates. So a critic's
+    schedule runs n_critic times as fast as that of an `Optim`, which is read at
+    `State.step`.
     """
     if not is_optimizer(optim):
         known = "an Optim, a chain of optax or an object with chain() and rate(step)"
@@ -228,18 +291,19 @@ def transformation(optim) -> optax.GradientTransformation:
 class EMA:
     """An exponential moving average of what `of` picks from a State.
 
-    `of` picks parameters and the statistics that belong to them. It must not pick a history of
-    losses or an image pool, whose average means nothing.
+    `of` picks parameters and the statistics that belong to them. It must not pick a history
+    of losses or an image pool, whose average means nothing.
 
     Update t (State.step, from 0) has decay min(decay, (1 + t) / (10 + t)), the warm-up of
-    TensorFlow and diffusers. So the average of a short run forgets the first parameters. DDPM's
-    code copies the parameters at first and then uses a constant 0.9999.
+    TensorFlow and diffusers. So the average of a short run forgets the first parameters.
+    DDPM's code copies the parameters at first and then uses a constant 0.9999.
     """
 
     decay: float = 0.0  # its largest value; 0: no average
     of: Callable[[State], PyTree] = lambda state: state.params
 
     def __post_init__(self):
+        check_fields(self, name="ema")
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.decay}")
 
@@ -261,15 +325,6 @@ def start(params: PyTree, optim, *, extra: PyTree = None, ema: EMA = EMA()) -> S
     return state._replace(ema=jax.tree.map(lambda x: jnp.array(x, copy=True), ema.of(state)))
 
 
-def check_choices(cfg) -> None:
-    """Raises ValueError where a field of a Config holds no value that its `Literal` lists."""
-    for field, hint in get_type_hints(type(cfg), include_extras=True).items():
-        value = getattr(cfg, field)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            allowed = ", ".join(get_args(hint))
-            raise ValueError(f"model.{field} must be one of {allowed}, not {value!r}")
-
-
 def labels(
     label, classes: int, leading: tuple[int, ...], *, in_turn: bool = False
 ) -> jax.Array | None:
@@ -278,9 +333,9 @@ def labels(
     label: one class for all, or an array whose shape is the last axes of `leading`.
     in_turn: None means the classes 0, 1, 2 ... in turn.
 
-    Raises ValueError for a missing or unwanted label, a wrong shape or type, and a class out of
-    range. A traced class out of range cannot raise: it becomes -1, from which `one_hot` and
-    ddpm.predict make NaN, and `train.fit` stops.
+    Raises ValueError for a missing or unwanted label, a wrong shape or type, and a class
+    out of range. A traced class out of range cannot raise: it becomes -1, from which
+    `one_hot` and ddpm.predict make NaN, and `train.fit` stops.
     """
     if in_turn and label is None and classes:
         label = np.arange(leading[-1]) % classes
@@ -369,8 +424,8 @@ def step_key(key: jax.Array, step: ArrayLike, axis_name: str | None = None) -> j
 def shard_rows(x: PyTree) -> PyTree:
     """Shards arrays that the model creates (such as noise) over the devices, like the batch.
 
-    Otherwise every device of a mesh would create all rows. Without a mesh, and in the per-device
-    view, this returns x.
+    Otherwise every device of a mesh would create all rows. Without a mesh, and in the
+    per-device view, this returns x.
     """
     if "data" not in jax.sharding.get_abstract_mesh().auto_axes:
         return x
@@ -384,8 +439,8 @@ def _part(batch: PyTree, n: int, i) -> PyTree:
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % n:
             raise ValueError(f"a batch of {leaf.shape[0]} does not divide into {n} equal parts")
-    # The new axis goes behind the rows, so that each device splits its own rows. As [n, B/n] the
-    # batch would be gathered, and every device would do all the work.
+    # The new axis goes behind the rows, so that each device splits its own rows.
+    # As [n, B/n] the batch would be gathered, and every device would do all the work.
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(
             x.reshape(x.shape[0] // n, n, *x.shape[1:]), i, axis=1, keepdims=False
@@ -416,17 +471,17 @@ def descend(
     """Updates `params` (or `params[net]`), its opt_state and `extra`; never step or ema.
 
     loss: `loss(params, state, batch, key) -> (scalar, (extra, metrics))` returns the whole new
-        `extra`. The state that it gets has None in place of the parameters under training: read
-        there, they would have no gradient. A loss that averages over a varying number of things,
-        such as tokens, reports this number as `metrics["weight"]`. Parts and devices are then
-        averaged by it, and the update equals that of the whole batch.
+        `extra`. The state that it gets has None in place of the parameters under training:
+        read there, they would have no gradient. A loss that averages over a varying number
+        of things, such as tokens, reports this number as `metrics["weight"]`. Parts and
+        devices are then averaged by it, and the update equals that of the whole batch.
     optim: an `Optimizer`. A chain of optax gives params + updates, and reports no learning rate.
     micro: the batch is split into this many parts, one after another, to save memory. Part i gets
         `fold_in(key, i)` and the `extra` of the part before it. Gradients and metrics are means.
     axis_name: the per-device view. Gradients and metrics are means over the devices.
 
-    Returns the new State and the metrics of the loss, with `loss, grad_norm, lr` (`<net>_loss ...`
-    for a named net).
+    Returns the new State and the metrics of the loss, with `loss, grad_norm, lr`
+    (`<net>_loss ...` for a named net).
     """
 
     def pick(tree):

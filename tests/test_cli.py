@@ -229,7 +229,7 @@ def test_mistakes_with_a_run_folder_are_one_line(call, digits_run, tmp_path, fla
         ("vae_digits", ["--run.steps", "-3"], "run.steps must be at least 1, got -3"),
         ("vae_digits", ["--run.steps", "many"], "many"),
         ("vae_digits", ["--model.latent-dim", "0"], "latent_dim must be at least 1, got 0"),
-        ("vae_digits", ["--model.optim.lr", "-1"], "lr must not be negative"),
+        ("vae_digits", ["--model.optim.lr", "-1"], "optim.lr must be at least 0, got -1"),
         ("vae_digits", ["--scale", "huge"], "huge"),
         ("vae_digits", ["--data.name", "digitz"], "unknown data set 'digitz'"),
         ("vae_digits", ["--data.name", "ring"], "not the slice"),

@@ -1,6 +1,10 @@
 """core: one update, its order and its isolation, against closed forms."""
 
+import copy
+import typing
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from aigc_jax import core, ddpm, gan, transformer, vae
+from aigc_jax import core, ddpm, gan, train, transformer, vae
 from aigc_jax.core import EMA, Optim, State
 
 KEY = jax.random.key(0)
@@ -367,8 +371,6 @@ def test_state_holds_arrays_only():
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("name", "adamm"),
-        ("curve", "cos"),
         ("lr", -1.0),
         ("lr", float("nan")),
         ("b1", 1.0),
@@ -382,6 +384,115 @@ def test_bad_optim_is_refused_by_name_and_value(field, value):
         Optim(**{field: value})
     with pytest.raises(ValueError, match="ema"):
         EMA(1.0)
+
+
+@dataclass(frozen=True)
+class Fields:  # pytest checks no annotations of a test, so that only check_fields does
+    flag: bool = False
+    count: int = 1
+    rate: float = 0.5
+    word: str = ""
+    choice: Literal["a", "b"] = "a"
+    maybe: float | None = None
+    dtype: Literal["float32"] | None = None
+    widths: tuple[int, ...] = ()
+    pair: tuple[float, float] = (0.0, 0.0)
+    optim: Optim = Optim()
+    anything: Any = None
+
+
+@pytest.mark.parametrize(
+    ("field", "good"),
+    [
+        ("flag", (True, np.bool_(False))),
+        ("count", (-1, 10**20, np.int64(2), np.uint8(2))),
+        ("rate", (1, 1.5, np.float32(0.5), np.float64(0.5), np.int32(1), float("nan"))),
+        ("word", ("a", np.str_("a"))),
+        ("choice", ("b", np.str_("b"))),
+        ("maybe", (None, 1, 0.5, np.float32(0.5))),
+        ("dtype", (None, "float32")),
+        ("widths", ((), (1,), (1, np.int64(2), 3), [], [1, 2])),
+        ("pair", ((1, 0.5), [0.0, np.float32(0.5)])),
+        ("optim", (Optim(lr=0.1),)),
+        ("anything", (None, 1, "a", [], object)),
+    ],
+)
+def test_fields_that_fit_their_annotations_pass(field, good):
+    for value in good:
+        core.check_fields(Fields(**{field: value}))
+
+
+NOT_NUMBERS = (None, "1", (1,), 1j, True, np.bool_(True), np.array([1, 2]), {}, object)
+
+
+@pytest.mark.parametrize(
+    ("field", "rule", "bad"),
+    [
+        ("flag", "True or False", (1, 0.0, None, "True", ())),
+        ("count", "a whole number", (*NOT_NUMBERS, 1.0, np.float64(1.0), float("inf"))),
+        ("rate", "a number", NOT_NUMBERS),
+        ("word", "of type str", (None, 1, b"a", ("a",))),
+        ("choice", "one of a, b", (None, "c", "A", 1, ("a",))),
+        ("maybe", "a number, or None", ("None", (0.5,), True)),
+        ("dtype", "one of float32, or None", ("float16", "None", 32)),
+        ("widths", "a tuple, each a whole number", (None, 1, "12", (1.0,), ("1",), (True,), {1})),
+        ("pair", "a tuple of 2, each a number", ((), (0.1,), (0.1, 0.2, 0.3), (0.1, None), 0.1)),
+        ("optim", "of type Optim", (None, {}, Optim)),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused_by_name_and_value(field, rule, bad):
+    for value in bad:
+        with pytest.raises(ValueError) as e:
+            core.check_fields(Fields(**{field: value}), name="model.gen")
+        assert str(e.value) == f"model.gen.{field} must be {rule}, not {value!r:.60}"
+
+
+def test_the_smallest_value_of_a_field():
+    core.check_at_least(Fields(count=2, rate=2.0), 2, "count", "rate")
+    for low, words in (
+        ({"count": 1}, r"run\.count must be at least 2, got 1"),
+        ({"rate": float("nan")}, r"run\.rate must be at least 2, got nan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            core.check_at_least(
+                Fields(**{"count": 2, "rate": 2.0} | low), "run", 2, "count", "rate"
+            )
+
+
+@pytest.mark.parametrize(
+    ("cfg", "check", "name"),
+    [
+        (Optim(), Optim.__post_init__, "optim"),
+        (vae.Config(), vae.Config.__post_init__, "model"),
+        (gan.Config(), gan.Config.__post_init__, "model"),
+        (gan.NetConfig(), lambda net: net.check("gen"), "model.gen"),
+        (ddpm.Config(), ddpm.Config.__post_init__, "model"),
+        (ddpm.DiscreteConfig(), ddpm.DiscreteConfig.__post_init__, "model"),
+        (ddpm.NetConfig(), lambda net: net.check((32, 32, 3)), "model.net"),
+        (transformer.Config(), transformer.Config.__post_init__, "model"),
+        (train.Run(), train.Run.__post_init__, "run"),
+    ],
+)
+def test_every_config_checks_its_annotations(cfg, check, name):
+    """The fields are set past __init__: in pytest, jaxtyping would refuse them before our own check."""
+    hints = typing.get_type_hints(type(cfg))
+    for field in fields(cfg):
+        wrong = copy.copy(cfg)
+        object.__setattr__(wrong, field.name, object)
+        if hints[field.name] is Any or (name, field.name) in (("run", "folder"), ("run", "init")):
+            continue  # an optimizer, which `start` checks; folders, which may be paths
+        with pytest.raises(ValueError, match=rf"^{name}\.{field.name} must be .*, not <class"):
+            check(wrong)
+
+
+def test_every_choice_has_its_entry():
+    def choices(config, field):
+        return set(typing.get_args(typing.get_type_hints(config)[field]))
+
+    assert choices(Optim, "name") == set(core._DIRECTIONS)
+    assert choices(Optim, "curve") == set(core._CURVES)
+    assert choices(gan.NetConfig, "init") == set(gan.nets.INITIALISERS)
+    assert choices(ddpm.Config, "objective") == {"simple", "vlb", "hybrid", *ddpm._WEIGHTS}
 
 
 def test_a_momentum_that_moves_asks_for_the_step():

@@ -1071,8 +1071,6 @@ def test_a_small_model_learns_points_and_samples_them():
         ({"shape": (2,)}, "is for images, shape is .2,.: use mlp"),
         ({"T": 0}, "model.T must be at least 1, got 0"),
         ({"T": 20}, "linear_schedule needs T >= 21"),
-        ({"schedule": "sigmoid"}, "model.schedule must be one of linear, cosine, learned"),
-        ({"prediction": "score"}, "model.prediction must be one of eps, x_0, v, mu"),
         (
             {"variance": "learned"},
             "model.variance 'learned' is trained by objective vlb or hybrid, not simple",
@@ -1088,7 +1086,8 @@ def test_a_small_model_learns_points_and_samples_them():
             {"shape": (2,), "net": POINTS.net, "mirror": True},
             r"model.mirror is for images, model.shape",
         ),
-        ({"net": ddpm.NetConfig("transformer")}, "model.net.kind must be one of unet, dit, mlp"),
+        ({"net": ddpm.NetConfig(widths=(32, 0))}, r"model.net.widths must hold .*got \(32, 0\)"),
+        ({"net": ddpm.NetConfig(heads=0)}, "model.net.heads must be at least 1, got 0"),
         ({"net": ddpm.NetConfig(widths=(24,))}, "24 does not divide into 32 groups"),
         ({"net": ddpm.NetConfig("dit", (8, 16))}, "widths of a dit are one number for each block"),
         (

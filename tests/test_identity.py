@@ -503,7 +503,7 @@ def test_numbers_of_numpy_are_recorded_and_a_list_is_refused(tmp_path):
     for wrong, words in (
         ({"hidden": [4]}, r"config.hidden is \[4\] and would come back from run.json as \(4,\)"),
         ({"latent_dim": 2.0}, "latent_dim must be int"),
-        ({"beta": float("nan")}, "config.beta is nan|beta must not"),
+        ({"beta": float("nan")}, "config.beta is nan|beta must be at least 0"),
     ):
         with pytest.raises((train.Refused, ValueError), match=words):
             recorded(tmp_path / "s", cfg=_unchecked(CFG, **wrong))

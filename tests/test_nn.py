@@ -1,6 +1,5 @@
 """The networks: shapes, attention against a plain softmax, caches, bfloat16 and remat."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -390,10 +389,3 @@ def test_families_train_in_bfloat16(family, cfg, batch):
     dtypes = [jax.tree.map(lambda x: x.dtype, part) for part in (state, new)]
     assert dtypes[0] == dtypes[1]
     assert all(np.isfinite(value) for value in metrics.values())
-
-
-def test_nets_refuse_another_dtype():
-    with pytest.raises(ValueError, match="model.gen.dtype must be one of float32, bfloat16"):
-        dataclasses.replace(gan.NetConfig(), dtype="float16").check("gen")
-    with pytest.raises(ValueError, match="model.net.dtype must be one of float32, bfloat16"):
-        dataclasses.replace(ddpm.NetConfig("mlp"), dtype="float16").check((2,))

@@ -249,7 +249,7 @@ def test_scripts_about_one_set_refuse_own_pictures_and_say_what_takes_them(name,
         (
             "own_pictures",
             ["--family", "gan", "--model.classes", "3"],
-            "the examples have no labels",
+            "the images have no labels",
         ),
         ("own_pictures", ["--samples", "3"], "samples must be at least 10, got 3"),
         ("gan_digits", ["--training", "0"], "training must be at least 1, got 0"),

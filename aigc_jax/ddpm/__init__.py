@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ from ..core import (
     Optim,
     Optimizer,
     State,
+    check_at_least,
+    check_data,
+    check_fields,
     floats,
     labels,
     make_step,
@@ -148,6 +151,7 @@ _WEIGHTS = {
     "truncated_snr": lambda snr: jnp.maximum(snr, 1.0),
     "min_snr": lambda snr: jnp.minimum(snr, 5.0),
 }
+Objective = Literal["simple", "vlb", "hybrid", "snr", "truncated_snr", "min_snr"]
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,13 @@ class Config:
     classes: int = 0  # the network is given a label in 0..classes-1; 0: unconditional
     unlabelled: float = 0.1  # share of labels withheld in training, which guidance needs
     T: int = 1000  # number of steps
-    schedule: str = "linear"  # linear | cosine | learned (VDM: continuous time, T is for sampling)
-    prediction: str = "eps"  # eps | x_0 | v | mu
-    variance: str = "beta"  # of p(x_{t-1} | x_t): beta | beta_tilde | learned, between them
-    objective: str = "simple"  # simple | vlb | hybrid | snr | truncated_snr | min_snr
-    times: str = "uniform"  # distribution of t: uniform | low_discrepancy | importance
+    # learned: VDM, in continuous time; T is for sampling
+    schedule: Literal["linear", "cosine", "learned"] = "linear"
+    prediction: Literal["eps", "x_0", "v", "mu"] = "eps"
+    # of p(x_{t-1} | x_t); learned: between the other two
+    variance: Literal["beta", "beta_tilde", "learned"] = "beta"
+    objective: Objective = "simple"  # see `losses`
+    times: Literal["uniform", "low_discrepancy", "importance"] = "uniform"  # distribution of t
     terms: int = 8  # number of t that `evaluate` draws; 0: all T (with a learned schedule, one)
     mirror: bool = False  # mirror half of the training images left to right, as DDPM on CIFAR-10
     net: NetConfig = NetConfig()
@@ -172,29 +178,16 @@ class Config:
     optim: Optimizer = Optim(lr=2e-4, clip=1.0, warmup=5000)
 
     def __post_init__(self):
+        check_fields(self)
+        check_at_least(self, 0, "classes", "terms")
+        check_at_least(self, 1, "T", "micro")
         if len(self.shape) not in (1, 3) or min(self.shape) < 1:
             rule = "model.shape must be (H, W, C) or (d,), all positive"
             raise ValueError(f"{rule}, got {self.shape}")
         if not 2 <= self.levels <= 256:
             raise ValueError(f"model.levels must lie in 2..256, got {self.levels}")
-        for field, low in {"classes": 0, "T": 1, "terms": 0, "micro": 1}.items():
-            value = getattr(self, field)
-            if value < low:
-                raise ValueError(f"model.{field} must be at least {low}, got {value}")
         if self.T > 10**6:  # a schedule is an array of T numbers
             raise ValueError(f"model.T must be at most 1,000,000, got {self.T}")
-        choices = {
-            "schedule": (*_SCHEDULES, "learned"),
-            "prediction": ("eps", "x_0", "v", "mu"),
-            "variance": ("beta", "beta_tilde", "learned"),
-            "objective": ("simple", "vlb", "hybrid", *_WEIGHTS),
-            "times": ("uniform", "low_discrepancy", "importance"),
-        }
-        for field, allowed in choices.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                names = ", ".join(allowed)
-                raise ValueError(f"model.{field} must be one of {names}, not {value!r}")
         if not 0 <= self.unlabelled < 1:
             raise ValueError(f"model.unlabelled must lie in [0, 1), got {self.unlabelled}")
         if self.mirror and len(self.shape) == 1:
@@ -228,17 +221,7 @@ class Config:
 
     def check(self, info) -> None:
         """Raises ValueError for data (a `data.Info`) that this model cannot take."""
-        kind, shape = "image" if len(self.shape) == 3 else "points", tuple(self.shape)
-        if info.kind != kind:
-            raise ValueError(f"model.shape {shape} is for {kind}, this data set holds {info.kind}")
-        if tuple(info.shape) != shape:
-            raise ValueError(f"model.shape is {shape}, the examples are {tuple(info.shape)}")
-        if kind == "image" and info.levels != self.levels:
-            given = f"the images have {info.levels} levels"
-            raise ValueError(f"model.levels is {self.levels}, {given}")
-        if self.classes and info.classes != self.classes:
-            given = f"the examples have {info.classes or 'no'} classes"
-            raise ValueError(f"model.classes is {self.classes}, {given}")
+        check_data(self, info)
 
 
 def _grey_levels(cfg: Config) -> int | None:

@@ -19,7 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from ..core import EMA, Family, Optim, Optimizer, State, make_step, shard_rows, start
+from ..core import (
+    EMA,
+    Family,
+    Optim,
+    Optimizer,
+    State,
+    check_at_least,
+    check_fields,
+    make_step,
+    shard_rows,
+    start,
+)
 from .bounds import mean_over_steps
 from .nets import NetConfig, module
 from .process import (
@@ -51,10 +62,9 @@ class DiscreteConfig:
     optim: Optimizer = Optim(lr=1e-3, clip=1.0)
 
     def __post_init__(self):
-        for field, low in {"dim": 1, "T": 1, "terms": 0, "micro": 1}.items():
-            value = getattr(self, field)
-            if value < low:
-                raise ValueError(f"model.{field} must be at least {low}, got {value}")
+        check_fields(self)
+        check_at_least(self, 0, "terms")
+        check_at_least(self, 1, "dim", "T", "micro")
         if not 0 < self.rate < 1:
             raise ValueError(f"model.rate must lie between 0 and 1, got {self.rate}")
         if self.net.kind != "mlp":

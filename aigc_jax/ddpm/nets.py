@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from .. import nn as nets
+from ..core import check_at_least, check_fields
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class NetConfig:
     A new field has the default None, so that a run recorded before it can be continued.
     """
 
-    kind: str = "unet"  # unet | dit | mlp
+    kind: Literal["unet", "dit", "mlp"] = "unet"
     # unet: channels at H, H/2, ...; dit: of every block; mlp: of layers
     widths: tuple[int, ...] = (128, 256, 256, 256)
     blocks: int = 2  # unet: residual blocks per resolution, one more on the way up
@@ -30,23 +32,20 @@ class NetConfig:
     groups: int = 32  # of GroupNorm
     patch: int = 2  # dit: side of a patch in pixels
     dropout: float = 0.1
-    dtype: str | None = None  # of activations: float32 (None) | bfloat16; parameters are float32
+    # Of activations. None: float32. Parameters are always float32.
+    dtype: Literal["float32", "bfloat16"] | None = None
     remat: bool | None = None  # recompute blocks in the backward pass: less memory, more work
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError where a field is wrong or does not fit samples of this shape."""
-        if self.kind not in ("unet", "dit", "mlp"):
-            raise ValueError(f"model.net.kind must be one of unet, dit, mlp, not {self.kind!r}")
-        counts = (*self.widths, self.blocks, self.heads, self.groups, self.patch)
-        if not self.widths or min(counts) < 1:
-            raise ValueError("model.net: widths, blocks, heads, groups and patch must be positive")
+        check_fields(self, name="model.net")
+        check_at_least(self, 1, "blocks", "heads", "groups", "patch", name="model.net")
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"model.net.widths must hold positive widths, got {self.widths}")
         if self.blocks > 1000:
             raise ValueError(f"model.net.blocks must be at most 1000, got {self.blocks}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.net.dropout must lie in [0, 1), got {self.dropout}")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            got = repr(self.dtype)
-            raise ValueError(f"model.net.dtype must be one of float32, bfloat16, not {got}")
         if self.kind != "mlp" and len(shape) != 3:
             raise ValueError(
                 f"model.net.kind {self.kind!r} is for images, shape is {shape}: use mlp",

@@ -1,7 +1,8 @@
 """Generative adversarial networks (Goodfellow et al. 2014, "GAN" below).
 
-A generator G turns noise z into samples. A discriminator D (or critic) gives each sample one logit,
-high for real samples. D learns to tell real samples from G's; G learns to raise D's logits:
+A generator G turns noise z into samples. A discriminator D (or critic) gives each sample
+one logit, high for real samples. D learns to tell real samples from G's; G learns to raise
+D's logits:
 
     min_G max_D  E_x[log D(x)] + E_z[log(1 - D(G(z)))]    with D = sigmoid(logit)    (GAN eq. 1)
 
@@ -15,9 +16,9 @@ Variants, as fields of `Config`:
                (Mescheder et al. 2018)
     training   packing (Lin et al. 2018, "PacGAN"), unrolling (Metz et al. 2017)
 
-G and D have one optimizer each. An update of one net leaves the other's parameters unchanged.
-Images are floats in [-1, 1] here. Only `preprocess` takes whole-number pixels, and `Family.sample`
-returns images in [0, 1].
+G and D have one optimizer each. An update of one net leaves the other's parameters
+unchanged. Images are floats in [-1, 1] here. Only `preprocess` takes whole-number pixels,
+and `Family.sample` returns images in [0, 1].
 
     family = make(Config(shape=(28, 28, 1)))
     state = family.init(key)
@@ -84,7 +85,7 @@ Logits = Float[Array, "B"]
 Label = Any  # whole numbers 0..classes-1 [B], or one for all; checked by `core.labels`
 
 
-# ---------------------------------------------------------------------------- the losses of D and G
+# -------------------------------------------------------------------- the losses of D and G
 
 
 def discriminator_loss(name: LossName, real_logits: Logits, fake_logits: Logits) -> Logits:
@@ -129,7 +130,7 @@ def generator_loss(name: LossName, fake_logits: Logits) -> Logits:
     raise ValueError(f"the loss must be one of {', '.join(get_args(LossName))}, not {name!r}")
 
 
-# ----------------------------------------------------------------------------------- penalties on D
+# --------------------------------------------------------------------------- penalties on D
 
 
 def r1_penalty(critic: Callable[[Sample], Logits], real: Sample) -> Logits:
@@ -150,7 +151,8 @@ def gradient_penalty(
     """Returns (|grad_x D(x)| - 1)^2 at x = real + u (fake - real), u ~ U[0, 1) for each pair.
 
     This is WGAN-GP eq. 3 without lambda. The norm is over all axes of an example. Where the
-    gradient is 0, the norm's derivative is 0 instead of NaN. `critic` is as for `r1_penalty`.
+    gradient is 0, the norm's derivative is 0 instead of NaN. `critic` is as for
+    `r1_penalty`.
     """
     u = jax.random.uniform(key, (real.shape[0],) + (1,) * (real.ndim - 1), real.dtype)
     squared_norm = r1_penalty(critic, real + u * (fake - real))
@@ -159,7 +161,7 @@ def gradient_penalty(
     return jnp.square(norm - 1)
 
 
-# ------------------------------------------------------------------------ the nets and their inputs
+# ---------------------------------------------------------------- the nets and their inputs
 
 
 def _nets(cfg: Config, axis_name: str | None = None) -> dict[str, nn.Module]:
@@ -270,10 +272,11 @@ def _logits(cfg: Config, params: Params, stats: Stats, examples, key, axis_name)
     return real_logits, fake_logits, stats
 
 
-# ---------------------------------------------------------------------------------- one update of D
+# -------------------------------------------------------------------------- one update of D
 
-# `core.descend` makes an update. It takes a loss (params, state, batch, key) -> (loss, (extra,
-# metrics)), where params are those of the net under training, and extra its state's new `extra`.
+# `core.descend` makes an update. It takes a loss (params, state, batch, key) -> (loss,
+# (extra, metrics)), where params are those of the net under training, and extra its state's
+# new `extra`.
 
 
 def _penalised_loss(cfg: Config, params: Params, state: State, examples, key, *, axis_name=None):
@@ -322,14 +325,14 @@ def _update_disc(cfg: Config, objective, state: State, batch, key, *, micro: int
     return state, metrics
 
 
-# ---------------------------------------------------------------------------------- one update of G
+# -------------------------------------------------------------------------- one update of G
 
 
 def _unroll(cfg: Config, state: State, examples, key, axis_name) -> State:
     """Returns the state after `cfg.unrolled` updates of D on the same examples.
 
-    The updates are differentiable: D's new parameters are a function of the fakes, and so of G
-    (Metz et al. 2017, section 2.2).
+    The updates are differentiable: D's new parameters are a function of the fakes, and so
+    of G (Metz et al. 2017, section 2.2).
     """
     update = partial(_update_disc, cfg, _penalised_loss, micro=1, axis_name=axis_name)
     for i in range(cfg.unrolled):
@@ -340,9 +343,9 @@ def _unroll(cfg: Config, state: State, examples, key, axis_name) -> State:
 def _gen_objective(cfg: Config, params: Params, state: State, batch, key, *, axis_name=None):
     """G's loss on new fakes. D's parameters and statistics stay as they are.
 
-    With `cfg.unrolled` it is minus D's whole loss, penalty included, after the unrolled updates
-    (Metz et al. 2017, section 2.2), whatever `cfg.loss` is. The gradient through D's updates then
-    vanishes where D is at its optimum.
+    With `cfg.unrolled` it is minus D's whole loss, penalty included, after the unrolled
+    updates (Metz et al. 2017, section 2.2), whatever `cfg.loss` is. The gradient through
+    D's updates then vanishes where D is at its optimum.
     """
     k_fake, k_logits, k_unroll = jax.random.split(key, 3)
     real, y = _real_examples(cfg, batch)
@@ -366,7 +369,7 @@ def _update_gen(cfg: Config, state: State, batch, key, axis_name):
     return update(loss, cfg.optim, state, batch, key)
 
 
-# ----------------------------------------------------------------- initialisation and training step
+# --------------------------------------------------------- initialisation and training step
 
 
 def init_state(cfg: Config, key: Key[Array, ""]) -> State:
@@ -398,7 +401,7 @@ def step(cfg: Config, state: State, batch, key, *, axis_name: str | None = None)
     return finish(state, _ema(cfg)), {**disc_metrics, **gen_metrics}
 
 
-# -------------------------------------------------------------------------- evaluation and sampling
+# ------------------------------------------------------------------ evaluation and sampling
 
 
 def _ema(cfg: Config) -> EMA:
@@ -417,8 +420,9 @@ def generator_of(cfg: Config, state: State) -> Variables:
 def evaluate(cfg: Config, state: State, batch, key) -> dict[str, Logits]:
     """Returns D's logits of each example and of one fake per example, and whether D is right.
 
-    Fakes are of G's average. There is no dropout, and BatchNorm uses its running statistics. The
-    Wasserstein loss gives only logits, because it has no threshold between real and fake.
+    Fakes are of G's average. There is no dropout, and BatchNorm uses its running
+    statistics. The Wasserstein loss gives only logits, because it has no threshold between
+    real and fake.
     """
     x, label = preprocess(cfg, batch), batch.get("label") if cfg.classes else None
     fake = generate(cfg, generator_of(cfg, state), noise(cfg, key, x.shape[0]), label)
@@ -440,7 +444,7 @@ def sample(cfg: Config, state: State, key, *, n: int, label: Label = None) -> Sa
     return (x + 1) / 2 if len(cfg.shape) == 3 else x
 
 
-# --------------------------------------------------------------------------------------- the family
+# ------------------------------------------------------------------------------- the family
 
 
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:
@@ -449,8 +453,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     step: n_critic updates of D on parts of the batch, then one of G. For n_critic = 1 both have the
         whole batch.
     evaluate: `real_logit` and `fake_logit` per example. All losses but wasserstein add
-        `real_accuracy` and `fake_accuracy`: 1 where D is right. If D is more accurate on training
-        examples than on held-out ones, it has memorised them.
+        `real_accuracy` and `fake_accuracy`: 1 where D is right. If D is more accurate on
+        training examples than on held-out ones, it has memorised them.
     sample(state, key, *, n, label=None): n samples of G's average. `label` is one class in
         0..classes-1, or [n] classes. A conditional model without `label` takes the classes in turn.
     axis_name: the axis of devices in the per-device view (pmap, vmap, shard_map).

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from ..core import EMA, Optim, Optimizer, check_choices
+from ..core import EMA, Optim, Optimizer, check_at_least, check_data, check_fields
 from .nets import NetConfig
 
 LossName = Literal["minimax", "non_saturating", "least_squares", "wasserstein", "hinge"]
@@ -47,8 +47,10 @@ class Config:
     disc_optim: Optimizer = Optim(lr=2e-4, b1=0.5)  # of D
 
     def __post_init__(self):
+        check_fields(self)
+        check_at_least(self, 0, "classes", "unrolled")
+        check_at_least(self, 1, "latent_dim", "n_critic", "packing", "micro")
         _check_numbers(self)
-        check_choices(self)
         _check_nets(self)
         _check_objective(self)
 
@@ -66,18 +68,7 @@ class Config:
 
     def check(self, info) -> None:
         """Raises ValueError if the data that `info` (a `data.Info`) describes does not fit."""
-        shape, kind = tuple(self.shape), "image" if len(self.shape) == 3 else "points"
-        if info.kind != kind:
-            raise ValueError(f"model.shape {shape} is for {kind}, this data set holds {info.kind}")
-        if tuple(info.shape) != shape:
-            raise ValueError(f"model.shape is {shape}, the examples are {tuple(info.shape)}")
-        if kind == "image" and info.levels != self.levels:
-            raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
-        if self.classes and info.classes is None:
-            raise ValueError(f"model.classes is {self.classes}, but the examples have no labels")
-        if self.classes and info.classes != self.classes:
-            have = f"the examples have {info.classes} classes"
-            raise ValueError(f"model.classes is {self.classes}, {have}")
+        check_data(self, info)
 
 
 def _check_numbers(cfg: Config) -> None:
@@ -85,14 +76,6 @@ def _check_numbers(cfg: Config) -> None:
         raise ValueError(f"model.shape must be (H, W, C) or (d,), all positive, got {cfg.shape}")
     if not 2 <= cfg.levels <= 256:
         raise ValueError(f"model.levels must lie in 2..256, got {cfg.levels}")
-    for minimum, fields in (
-        (0, ("classes", "unrolled")),
-        (1, ("latent_dim", "n_critic", "packing", "micro")),
-    ):
-        for field in fields:
-            if getattr(cfg, field) < minimum:
-                value = getattr(cfg, field)
-                raise ValueError(f"model.{field} must be at least {minimum}, got {value}")
     if cfg.penalty_weight is not None and not cfg.penalty_weight > 0:
         raise ValueError(f"model.penalty_weight must be positive, got {cfg.penalty_weight}")
     EMA(cfg.ema)  # raises ValueError for a decay outside [0, 1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ..core import check_at_least, check_fields
 from ..nn import MLP, ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
 
 
@@ -24,13 +26,6 @@ INITIALISERS = {
     "uniform": _uniform,
     "orthogonal": nn.initializers.orthogonal,
 }
-CHOICES = {
-    "kind": ("mlp", "dcgan", "resnet"),
-    "activation": ("relu", "leaky_relu", "tanh", "maxout"),
-    "norm": ("none", "batch", "spectral"),
-    "init": tuple(INITIALISERS),
-    "dtype": (None, "float32", "bfloat16"),
-}
 
 
 @dataclass(frozen=True)
@@ -40,30 +35,27 @@ class NetConfig:
     A new field has the default None, so that a run recorded before it can be continued.
     """
 
-    kind: str = "mlp"  # mlp | dcgan | resnet
+    kind: Literal["mlp", "dcgan", "resnet"] = "mlp"
     # mlp: hidden layers from the input on; dcgan, resnet: channels at H/2, H/4, ...
     widths: tuple[int, ...] = (1200, 1200)
-    activation: str = "relu"  # relu | leaky_relu (slope 0.2) | tanh | maxout
+    activation: Literal["relu", "leaky_relu", "tanh", "maxout"] = "relu"  # leaky: slope 0.2
     pieces: int = 5  # linear pieces of a maxout unit (Goodfellow et al. 2013)
-    norm: str = "none"  # none | batch | spectral
+    norm: Literal["none", "batch", "spectral"] = "none"
     dropout: tuple[float, float] = (0.0, 0.0)  # mlp: of the input, of every hidden layer
-    init: str = "lecun"  # of kernels: lecun | he | normal | uniform | orthogonal; biases begin at 0
+    # Of kernels; biases begin at 0.
+    init: Literal["lecun", "he", "normal", "uniform", "orthogonal"] = "lecun"
     init_scale: float = 1.0  # standard deviation of normal, bound of uniform, gain of orthogonal
-    dtype: str | None = None  # of activations: float32 (None) | bfloat16; parameters are float32
+    # Of activations. None: float32. Parameters are always float32.
+    dtype: Literal["float32", "bfloat16"] | None = None
     remat: bool | None = None  # recompute layers in the backward pass: less memory, more work
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the field `model.<name>.<field>`."""
-        for field, allowed in CHOICES.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                words = ", ".join(word for word in allowed if word)
-                raise ValueError(f"model.{name}.{field} must be one of {words}, not {value!r}")
+        check_fields(self, name=f"model.{name}")
+        check_at_least(self, 2, "pieces", name=f"model.{name}")
         if any(width < 1 for width in self.widths) or (not self.widths and self.kind != "mlp"):
             raise ValueError(f"model.{name}.widths must hold positive widths, got {self.widths}")
-        if self.pieces < 2:
-            raise ValueError(f"model.{name}.pieces must be at least 2, got {self.pieces}")
-        if len(self.dropout) != 2 or not all(0 <= rate < 1 for rate in self.dropout):
+        if not all(0 <= rate < 1 for rate in self.dropout):
             got = self.dropout
             raise ValueError(f"model.{name}.dropout must be two shares in [0, 1), got {got}")
         if not self.init_scale > 0:

@@ -21,8 +21,8 @@ ACTIVATIONS = {
 def activate(h: Array, activation: str, pieces: int = 5) -> Array:
     """Returns the activations of pre-activations [..., `inputs_per_unit` * C]: [..., C].
 
-    "swiglu" is Shazeer 2020, silu(gate) * up. "maxout" is Goodfellow et al. 2013, the largest of
-    `pieces` linear functions.
+    "swiglu" is Shazeer 2020, silu(gate) * up. "maxout" is Goodfellow et al. 2013, the
+    largest of `pieces` linear functions.
     """
     if activation == "swiglu":
         gate, up = jnp.split(h, 2, -1)
@@ -40,8 +40,8 @@ def inputs_per_unit(activation: str, pieces: int = 5) -> int:
 def linear(layer: nn.Module, h: Array, norm: str, train: bool) -> Array:
     """Applies a Dense or Conv, by its kernel / the largest singular value if norm is "spectral".
 
-    Training makes one power iteration per call (SNGAN, algorithm 1). The kernel of a convolution
-    counts as a matrix [h w c_in, c_out]. Call it inside `nn.compact`.
+    Training makes one power iteration per call (SNGAN, algorithm 1). The kernel of a
+    convolution counts as a matrix [h w c_in, c_out]. Call it inside `nn.compact`.
     """
     return nn.SpectralNorm(layer)(h, update_stats=train) if norm == "spectral" else layer(h)
 
@@ -49,8 +49,8 @@ def linear(layer: nn.Module, h: Array, norm: str, train: bool) -> Array:
 def class_logits(h, y, kernel_init: Any, norm: str, train: bool, dtype: Any) -> Array:
     """Returns the logits [B] of a discriminator from its last features h [B, D].
 
-    With one-hot labels y [B, classes], <y V, h> is added (projection, Miyato & Koyama 2018, eq. 3).
-    Call it inside `nn.compact`.
+    With one-hot labels y [B, classes], <y V, h> is added (projection, Miyato & Koyama 2018,
+    eq. 3). Call it inside `nn.compact`.
     """
     options = {"kernel_init": kernel_init, "dtype": dtype}
     logits = linear(nn.Dense(1, **options), h, norm, train)[..., 0]
@@ -85,8 +85,8 @@ class NormAct(nn.Module):
 def _mean(x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:
     """Returns the mean over the last axis.
 
-    XLA's CPU code adds the numbers one by one. A product with ones adds eight at once, which saves
-    a fifth of the time of a small transformer's update.
+    XLA's CPU code adds the numbers one by one. A product with ones adds eight at once,
+    which saves a fifth of the time of a small transformer's update.
     """
 
     def product(x):
@@ -123,8 +123,8 @@ class Norm(nn.Module):
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018): mean 0 and variance 1 per group, then scale and bias.
 
-    The function and parameters of Flax's GroupNorm. Here each channel is summed before the groups,
-    which is faster on a CPU. Computed in float32; the output has the dtype of x.
+    The function and parameters of Flax's GroupNorm. Here each channel is summed before the
+    groups, which is faster on a CPU. Computed in float32; the output has the dtype of x.
     """
 
     groups: int
@@ -149,8 +149,8 @@ class GroupNorm(nn.Module):
 def pixel_shuffle(h: Float[Array, "... H W C4"]) -> Float[Array, "... H2 W2 C"]:
     """Turns four channels into 2 x 2 pixels (Shi et al. 2016).
 
-    [..., H, W, 4 C] -> [..., 2 H, 2 W, C]. After a convolution, it makes a
-    transposed convolution of stride 2, without the checkerboard and the products with zeros.
+    [..., H, W, 4 C] -> [..., 2 H, 2 W, C]. After a convolution, it makes a transposed
+    convolution of stride 2, without the checkerboard and the products with zeros.
     """
     *rows, height, width, channels = h.shape
     h = h.reshape(*rows, height, width, 2, 2, channels // 4).swapaxes(-4, -3)

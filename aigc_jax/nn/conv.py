@@ -23,9 +23,9 @@ from .blocks import (
 class ConvGenerator(nn.Module):
     """G: noise [B, Z] and one-hot labels [B, classes] -> images [B, H, W, C] in [-1, 1], by tanh.
 
-    Each width doubles H and W. DCGAN: a convolution and a pixel shuffle, which stand for the
-    transposed convolution. Residual: pre-activation blocks that repeat pixels (SNGAN, appendix
-    B.4).
+    Each width doubles H and W. DCGAN: a convolution and a pixel shuffle, which stand for
+    the transposed convolution. Residual: pre-activation blocks that repeat pixels (SNGAN,
+    appendix B.4).
     """
 
     shape: tuple[int, ...]  # H, W, C
@@ -74,9 +74,9 @@ class ConvGenerator(nn.Module):
 class ConvDiscriminator(nn.Module):
     """D: images [B, H, W, C], packed ones too, and one-hot labels [B, classes] -> logits [B].
 
-    Each width halves H and W. DCGAN: 4 x 4 convolutions of stride 2 (the authors' code: 5 x 5), no
-    BatchNorm in the first layer. Residual: blocks that average pixels, and at the end a sum over
-    pixels (SNGAN, appendix B.4).
+    Each width halves H and W. DCGAN: 4 x 4 convolutions of stride 2 (the authors' code:
+    5 x 5), no BatchNorm in the first layer. Residual: blocks that average pixels, and at
+    the end a sum over pixels (SNGAN, appendix B.4).
     """
 
     widths: tuple[int, ...]  # channels at H/2, H/4, ...

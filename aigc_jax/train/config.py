@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..core import Family, State
+from ..core import Family, State, check_at_least, check_fields
 from ..data import Info
 
 
@@ -40,11 +40,11 @@ class Run:
     def __post_init__(self):
         for field in ("folder", "init"):
             object.__setattr__(self, field, os.path.expanduser(getattr(self, field) or ""))
-        at_least = {"steps": 1, "batch_size": 1, "log_every": 1, "keep": 1, "steps_per_call": 1}
-        at_least |= {"seed": 0, "eval_every": 0, "save_every": 0, "devices": 0}
-        for field, low in at_least.items():
-            if getattr(self, field) < low:
-                raise ValueError(f"run.{field} must be at least {low}, got {getattr(self, field)}")
+        check_fields(self, name="run")
+        check_at_least(self, 0, "seed", "eval_every", "save_every", "devices", name="run")
+        check_at_least(
+            self, 1, "steps", "batch_size", "log_every", "keep", "steps_per_call", name="run"
+        )
         if self.seed >= 2**32:
             raise ValueError(f"run.seed must be below 2**32, got {self.seed}")
 

@@ -94,8 +94,8 @@ def _grow(beams: Beams, logits, i, column, key, rules: Rules) -> tuple[Beams, In
     ends = (token[:, :, None] == rules.stop[None, None]).any(-1) | (i == rules.new - 1)
     text = jnp.take_along_axis(beams.text, parent[:, :, None], 1).at[:, :, column].set(token)
     log_p, on = jax.lax.top_k(jnp.where(ends, -jnp.inf, total), M)
-    # Only the M best candidates may end; the others are there to continue. A text that ended is
-    # padded with its last token.
+    # Only the M best candidates may end; the others are there to continue. A text that
+    # ended is padded with its last token.
     after = jnp.arange(text.shape[2])[None, None] > column
     padded = jnp.where(after, token[:, :, None], text)[:, :M]
     score = total[:, :M] / (i + 1.0) ** rules.length_penalty
@@ -147,8 +147,9 @@ def _sample(
 def _may_improve(log_p, score, length, rules: Rules) -> Bool[Array, "B"]:
     """Returns whether the likeliest open beam may beat the worst of M texts; True until M ended.
 
-    early_stopping False: as if the beam ended now, which is right for penalty 0. "never": as if it
-    continued at no cost to the length that gives the best score. True: no, once M texts ended.
+    early_stopping False: as if the beam ended now, which is right for penalty 0. "never":
+    as if it continued at no cost to the length that gives the best score. True: no, once M
+    texts ended.
     """
     if rules.early_stopping == "never":
         length = jnp.where(jnp.asarray(rules.length_penalty) > 0, float(rules.new), length)

@@ -26,9 +26,9 @@ Integers = Array | np.ndarray | Sequence  # a prompt's are [B, T]
 class Cache(NamedTuple):
     """Keys and values of the positions so far, in slots that are allocated once.
 
-    All rows write to the same slot, so that a step changes one slice of memory. A row with a short
-    prompt has unused slots between the prompt and the new tokens; `filled` masks them. The
-    position of a token counts tokens, not slots.
+    All rows write to the same slot, so that a step changes one slice of memory. A row with
+    a short prompt has unused slots between the prompt and the new tokens; `filled` masks
+    them. The position of a token counts tokens, not slots.
     """
 
     kv: tuple[tuple[Array, Array], ...]  # of each layer: keys and values [B, H, S, K]
@@ -75,8 +75,8 @@ def decode(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Appends one token per row; returns the logits after it, and the new cache.
 
-    The caller must stop at the last slot and at the context. Beyond them results are wrong, and
-    no error is raised.
+    The caller must stop at the last slot and at the context. Beyond them results are wrong,
+    and no error is raised.
     """
     new = jnp.ones((len(token_B), 1), bool)
     filled = jax.lax.dynamic_update_slice_in_dim(cache.filled, new, cache.slot, 1)
@@ -87,7 +87,7 @@ def decode(
     return logits, Cache(kv, filled, cache.lengths + 1, cache.slot + 1)
 
 
-# ----------------------------------------------------------------------- checks of a request
+# ---------------------------------------------------------------------- checks of a request
 
 
 def _check_integers(
@@ -198,7 +198,7 @@ def _prefill_copies(
     return logits, copied._replace(slot=cache.slot)
 
 
-# --------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------- generation
 
 
 def generate(
@@ -219,20 +219,23 @@ def generate(
         continue_ = jax.jit(partial(transformer.generate, cfg, max_new_tokens=100))
         tokens = continue_(params, prompt, key, sampling=Sampling(0.8))
 
-    Numbers in `sampling` are traced: another temperature does not compile again. The distribution
-    of a token is that of `transformers`: repetition penalty, temperature, top_k, top_p, min_p.
+    Numbers in `sampling` are traced: another temperature does not compile again. The
+    distribution of a token is that of `transformers`: repetition penalty, temperature,
+    top_k, top_p, min_p.
 
     max_length: of prompt and continuation together, T included, instead of max_new_tokens.
     lengths: tokens per prompt, 1 to T, where they differ; pad on the right with any token.
     no_repeat_ngram_size: no run of this many tokens occurs twice in prompt and continuation; 0: any
         may. Where all tokens are forbidden, the token is 0.
 
-    After a stop token come only stop tokens; the loop ends when every row has one. Stop tokens are
-    `sampling.stop`, else `cfg.eos`. Where logits are NaN, as of damaged weights, the token is -1.
+    After a stop token come only stop tokens; the loop ends when every row has one. Stop
+    tokens are `sampling.stop`, else `cfg.eos`. Where logits are NaN, as of damaged weights,
+    the token is -1.
 
-    Raises ValueError where prompt and continuation exceed the context by more than one token (the
-    last token takes no position), and where a prompt is empty or not of whole numbers. It also does
-    for tokens outside the vocabulary and lengths above T, unless they are traced.
+    Raises ValueError where prompt and continuation exceed the context by more than one
+    token (the last token takes no position), and where a prompt is empty or not of whole
+    numbers. It also does for tokens outside the vocabulary and lengths above T, unless they
+    are traced.
     """
     request = _check_request(cfg, prompt, lengths, max_new_tokens, max_length, no_repeat_ngram_size)
     n = _check_count("n", n, 1)
@@ -291,20 +294,20 @@ def beam_search(
 ) -> tuple[Int[Array, "B M N"], Float[Array, "B M"]]:
     """Returns the M = `beams` best continuations found of each prompt [B, T], and their scores.
 
-    The best one is first. The score is log p / length**length_penalty in nats, over new tokens with
-    their stop token. Tokens and scores are those of `transformers`. A text that ended is padded
-    with its stop token.
+    The best one is first. The score is log p / length**length_penalty in nats, over new
+    tokens with their stop token. Tokens and scores are those of `transformers`. A text that
+    ended is padded with its stop token.
 
     early_stopping: when a prompt is finished, once M texts have ended. True: at once. False: when
-        the likeliest beam, if it ended now, would score no better than the worst of the M. "never":
-        when it could not at any length.
+        the likeliest beam, if it ended now, would score no better than the worst of the M.
+        "never": when it could not at any length.
     key: with a key, `sampling` draws the beams (beam sampling), without replacement, from the
         filtered log p of all beams together. Without one, only its repetition and stop matter.
     stop: tokens that end a text, else `sampling.stop`, else `cfg.eos`; their number is static.
     max_length, lengths, no_repeat_ngram_size: as in `generate`.
 
-    Where fewer than M texts exist, the rest have score -inf and tokens -1. Where logits are NaN,
-    scores are NaN and tokens -1.
+    Where fewer than M texts exist, the rest have score -inf and tokens -1. Where logits are
+    NaN, scores are NaN and tokens -1.
 
     Raises ValueError where `generate` does, and where beams exceed the vocabulary.
     """

@@ -50,7 +50,7 @@ def _layout(cfg: Config) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]
             yield (f"blocks_{i}", ours, "bias"), f"h.{i}.{theirs}.bias", shape[1:]
 
 
-# ------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------- reading
 
 
 def _json(path: Path) -> dict:
@@ -222,13 +222,13 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 def load_gpt2(folder: str | Path) -> tuple[Config, Any]:
     """Returns (Config, params) of a GPT-2 in the layout of Hugging Face.
 
-    The folder holds config.json and model.safetensors, whole or in pieces. Tensors may be F16,
-    BF16, F32 or F64; they become float32. Names may carry the prefixes of PyTorch's wrappers
-    (`module.`, `_orig_mod.`). The embedding may be called lm_head.weight. eos and bos are those of
-    the folder.
+    The folder holds config.json and model.safetensors, whole or in pieces. Tensors may be
+    F16, BF16, F32 or F64; they become float32. Names may carry the prefixes of PyTorch's
+    wrappers (`module.`, `_orig_mod.`). The embedding may be called lm_head.weight. eos and
+    bos are those of the folder.
 
-    Raises ValueError or FileNotFoundError, in one line, for another architecture, a truncated file,
-    and tensors that are missing, not finite, or of another shape or dtype.
+    Raises ValueError or FileNotFoundError, in one line, for another architecture, a
+    truncated file, and tensors that are missing, not finite, or of another shape or dtype.
     """
     folder = Path(os.path.expanduser(folder))
     cfg = _config(folder)
@@ -264,7 +264,7 @@ def load_gpt2(folder: str | Path) -> tuple[Config, Any]:
     return cfg, params
 
 
-# ------------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------- writing
 
 
 def _tensors(cfg: Config, params: Any) -> dict[str, np.ndarray]:
@@ -313,11 +313,12 @@ def _write(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
 def save_gpt2(folder: str | Path, cfg: Config, params: Any) -> None:
     """Writes a folder that `transformers` opens as GPT2LMHeadModel. It writes no tokenizer.
 
-    eos and bos are the Config's; a GPT-2 of 50,257 tokens that names none gets <|endoftext|>. Other
-    files in the folder stay. Either all files are written, or none.
+    eos and bos are the Config's; a GPT-2 of 50,257 tokens that names none gets
+    <|endoftext|>. Other files in the folder stay. Either all files are written, or none.
 
-    Raises ValueError where the model is no GPT-2 (other norms, positions or activations, untied,
-    without biases) or the parameters are not the Config's; OSError where the disk is full.
+    Raises ValueError where the model is no GPT-2 (other norms, positions or activations,
+    untied, without biases) or the parameters are not the Config's; OSError where the disk
+    is full.
     """
     from safetensors.numpy import save_file
 

@@ -6,7 +6,7 @@ Shapes stand in the names: B rows, T positions, D = width, V = vocab, H heads of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,10 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Optim, Optimizer
+from ..core import EMA, Optim, Optimizer, check_at_least, check_fields
 from ..nn import Decoder, causal
 
 Params = Any
-
-CHOICES = {
-    "positions": ("learned", "rotary"),
-    "norm": ("layer", "rms"),
-    "activation": ("gelu", "relu", "swiglu"),
-    "dtype": ("float32", "bfloat16"),
-}
 
 
 @dataclass(frozen=True)
@@ -40,14 +33,14 @@ class Config:
     # Of the MLP. 0: 4 width; for swiglu 8/3 width rounded up to 8, which is as many parameters.
     hidden: int = 0
     mlp: bool = True  # False: attention only (Elhage et al. 2021)
-    positions: str = "learned"  # learned | rotary
-    norm: str = "layer"  # layer | rms
-    activation: str = "gelu"  # gelu (tanh form) | relu | swiglu
+    positions: Literal["learned", "rotary"] = "learned"
+    norm: Literal["layer", "rms"] = "layer"
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"  # gelu: the tanh form
     bias: bool = True  # in linear layers and LayerNorm
     tied: bool = True  # the embedding is also the kernel of the last layer
     dropout: float = 0.0  # of embeddings, attention weights and both branches
     std: float = 0.02  # of first kernels; those added to the stream: divided by sqrt(2 layers)
-    dtype: str = "float32"  # of activations: float32 | bfloat16; parameters are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
     eos: tuple[int, ...] | None = None  # tokens that end a text if `Sampling.stop` is None
     bos: int | None = None  # the token before a text; only written by save_gpt2
@@ -56,18 +49,11 @@ class Config:
     optim: Optimizer = Optim(lr=6e-4, b2=0.95, weight_decay=0.1, clip=1.0, warmup=100)
 
     def __post_init__(self):
-        for field in ("context", "layers", "heads", "width", "micro"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}")
+        check_fields(self)
+        check_at_least(self, 0, "vocab", "hidden")
+        check_at_least(self, 1, "context", "layers", "heads", "width", "micro")
         if self.layers > 1000:
             raise ValueError(f"model.layers must be at most 1000, got {self.layers}")
-        for field in ("vocab", "hidden"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"model.{field} must not be negative, got {getattr(self, field)}")
-        for field, known in CHOICES.items():
-            value = getattr(self, field)
-            if value not in known:
-                raise ValueError(f"model.{field} must be one of {', '.join(known)}, not {value!r}")
         if self.width % self.heads:
             raise ValueError(
                 f"model.width {self.width} does not divide into {self.heads} heads",

@@ -40,8 +40,8 @@ class Sampling:
                 continue
             if not holds(value):
                 raise ValueError(f"sampling.{name} must be {words}, got {value}")
-            # One type per field, because jit compiles again for another one (0 is not 0.0 to it),
-            # and no number larger than 32 bits hold.
+            # One type per field, because jit compiles again for another one (0 is not 0.0
+            # to it), and no number larger than 32 bits hold.
             largest = min(int(value), 2**31 - 1) if name == "top_k" else min(float(value), LARGEST)
             object.__setattr__(self, name, largest)
 
@@ -97,8 +97,8 @@ def ban_repeats(
 def _largest_threshold(order: Array, holds) -> Array:
     """Returns the largest t [B] for which holds(order >= t[:, None]) [B].
 
-    It must hold for all tokens together. Bisection over the 32 bits is exact, and 20 times as
-    fast as sorting GPT-2's vocabulary.
+    It must hold for all tokens together. Bisection over the 32 bits is exact, and 20 times
+    as fast as sorting GPT-2's vocabulary.
     """
 
     def body(i, t):
@@ -132,9 +132,9 @@ def filter_logits(
 ) -> Float[Array, "B V"]:
     """Returns logits / temperature, with -inf for tokens that cannot be sampled.
 
-    top_k, top_p and min_p are applied in turn, each to what the last one left. A token as likely as
-    the least likely one kept is kept too. The `least` most likely tokens are always kept. Exact,
-    without sorting the vocabulary.
+    top_k, top_p and min_p are applied in turn, each to what the last one left. A token as
+    likely as the least likely one kept is kept too. The `least` most likely tokens are
+    always kept. Exact, without sorting the vocabulary.
     """
     greedy = _greedy(sampling)
     logits = _heat(logits, sampling, greedy)
@@ -183,8 +183,8 @@ def sample_token(
 ) -> Int[Array, "B"]:
     """Samples one token per row from softmax(filter_logits(logits, sampling)).
 
-    At temperature 0 it is the first of the most likely tokens. A row with NaN gives -1; a row that
-    is all -inf gives token 0.
+    At temperature 0 it is the first of the most likely tokens. A row with NaN gives -1; a
+    row that is all -inf gives token 0.
     """
 
     def most_likely(logits):
@@ -210,9 +210,9 @@ def categorical(
 ) -> Int[Array, "B"]:
     """Samples from softmax(logits) by its distribution function: a block of tokens, then one of it.
 
-    That takes two random numbers per row, where Gumbel noise takes one per token. It has two
-    levels, because a float32 sum over all tokens would lose those of small probability. Tokens of
-    probability 0 are never sampled.
+    That takes two random numbers per row, where Gumbel noise takes one per token. It has
+    two levels, because a float32 sum over all tokens would lose those of small probability.
+    Tokens of probability 0 are never sampled.
     """
     B, V = logits.shape
     p = jnp.exp(logits - logits.max(-1, keepdims=True))

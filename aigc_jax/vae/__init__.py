@@ -1,17 +1,17 @@
 """Variational autoencoders (Kingma & Welling 2014, "AEVB" below).
 
-The model is p(x, z) = p(x|z) N(z; 0, I). An encoder gives q(z|x), a diagonal Gaussian. Training
-maximises a lower bound of log p(x):
+The model is p(x, z) = p(x|z) N(z; 0, I). An encoder gives q(z|x), a diagonal Gaussian.
+Training maximises a lower bound of log p(x):
 
     ELBO = E_q[log p(x|z)] - KL(q(z|x) || p(z))                              (AEVB eq. 3)
     L_k  = E log (1/k) sum_i p(x, z_i) / q(z_i|x), z_i ~ q(z|x)              ("IWAE" eq. 8)
 
-IWAE is Burda, Grosse & Salakhutdinov 2016. With two stochastic layers (IWAE, section 5) z is
-(z_1, z_2), p(x, z) = p(x|z_1) p(z_1|z_2) N(z_2; 0, I) and q(z|x) = q(z_1|x) q(z_2|z_1). Encoder and
-decoder may take a label (Sohn et al. 2015).
+IWAE is Burda, Grosse & Salakhutdinov 2016. With two stochastic layers (IWAE, section 5) z
+is (z_1, z_2), p(x, z) = p(x|z_1) p(z_1|z_2) N(z_2; 0, I) and q(z|x) = q(z_1|x) q(z_2|z_1).
+Encoder and decoder may take a label (Sohn et al. 2015).
 
-Likelihoods and bounds are in nats per example, summed over pixels. Images are floats in [0, 1].
-Only `preprocess` takes whole-number pixels.
+Likelihoods and bounds are in nats per example, summed over pixels. Images are floats in
+[0, 1]. Only `preprocess` takes whole-number pixels.
 
     family = make(Config(shape=(8, 8, 1), levels=17))
     state = family.init(key)
@@ -88,7 +88,7 @@ Image = Float[Array, "B H W C"]
 Latents = tuple[Float[Array, "k B _"], ...]  # (z_1,) or (z_1, z_2): k samples for each of B images
 Nats = Float[Array, "B"]
 
-# ---------------------------------------------------------------------------- data and samples of z
+# -------------------------------------------------------------------- data and samples of z
 
 
 def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
@@ -143,7 +143,7 @@ def sample_posterior(
 draw = sample_posterior  # the former name
 
 
-# --------------------------------------------------------------------------------------- the bounds
+# ------------------------------------------------------------------------------- the bounds
 
 
 def log_prior(cfg: Config, params: Params, z: Latents) -> Float[Array, "k B"]:
@@ -180,8 +180,8 @@ def log_weights(
 ) -> Float[Array, "k B"]:
     """Returns log w_i = log p(x, z_i) - log q(z_i|x) in nats for k samples z_i ~ q(z|x).
 
-    Their mean estimates the ELBO, their log-mean-exp the bound L_k (IWAE eq. 8). All k samples are
-    in memory at once; `iwae_bound` takes them in chunks.
+    Their mean estimates the ELBO, their log-mean-exp the bound L_k (IWAE eq. 8). All k
+    samples are in memory at once; `iwae_bound` takes them in chunks.
     """
     z = sample_posterior(cfg, params, x, key, k=k, label=label)
     return sum(_likelihood_and_ratio(cfg, params, params, x, z, label))
@@ -249,8 +249,8 @@ def iwae_bound(
     return total - jnp.log(k).astype(x.dtype)
 
 
-# The doubly reparameterised gradient: `_dreg` returns L_k and log w for given z. The derivative
-# by z is weighted twice.
+# The doubly reparameterised gradient: `_dreg` returns L_k and log w for given z. The
+# derivative by z is weighted twice.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -296,8 +296,8 @@ def dreg_bound(
         decoder: sum_i w_i grad log p(x, z_i)
         encoder: sum_i w_i^2 (d log w_i / d z_i) grad z_i
 
-    Unlike IWAE's, the encoder's gradient does not drown in noise as k grows. x and log w_i have no
-    gradient.
+    Unlike IWAE's, the encoder's gradient does not drown in noise as k grows. x and log w_i
+    have no gradient.
 
     beta: weight of log p(z) - log q(z|x) in L_k. It is not in the paper. The paper's identity for
         these weights gives the encoder w_i (1 - beta + beta w_i) in place of w_i^2.
@@ -319,9 +319,10 @@ def activity(
 ) -> tuple[Float[Array, "_"], ...]:
     """Returns A_u = Var_x E_q(u|x)[u] for each unit u, one array per layer (IWAE, section 5.2).
 
-    A unit is active where A_u exceeds 0.01. The first layer's values are exact for these images.
-    The second layer's E_q is a mean over samples of z_1. Var_x is then the covariance over x of two
-    such means, each of its own k samples: unlike a variance, it is not raised by their noise.
+    A unit is active where A_u exceeds 0.01. The first layer's values are exact for these
+    images. The second layer's E_q is a mean over samples of z_1. Var_x is then the
+    covariance over x of two such means, each of its own k samples: unlike a variance, it is
+    not raised by their noise.
     """
     mu, _ = encode(cfg, params, x, label)
     first = jnp.var(mu, 0)
@@ -333,7 +334,7 @@ def activity(
     return first, jnp.mean(a * b, 0)
 
 
-# ----------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------- pictures
 
 
 def reconstruct(cfg: Config, params: Params, x: ImageLike, label: Label = None) -> Image:
@@ -372,9 +373,9 @@ def manifold(
 ) -> Float[Array, "S S H W C"]:
     """Returns mean images on a grid of the latent plane (AEVB, fig. 4).
 
-    The first coordinate grows to the right, the second upwards. Both run over the inverse Gaussian
-    distribution function at the middles of `side` equally probable intervals. Needs latent_dim = 2
-    and one layer. `label` is one class.
+    The first coordinate grows to the right, the second upwards. Both run over the inverse
+    Gaussian distribution function at the middles of `side` equally probable intervals.
+    Needs latent_dim = 2 and one layer. `label` is one class.
     """
     if cfg.latent_dim != 2 or cfg.upper_dim:
         got = f"{cfg.latent_dim} and upper_dim {cfg.upper_dim}"
@@ -384,7 +385,7 @@ def manifold(
     return mean_image(cfg, decode(cfg, params, jnp.stack([right, up], -1), label))
 
 
-# ------------------------------------------------------------------ the training loss and estimates
+# ---------------------------------------------------------- the training loss and estimates
 
 
 def _label_of(cfg: Config, batch: dict):
@@ -449,7 +450,7 @@ def sample(cfg: Config, state: State, key: Key[Array, ""], *, n: int, label: Lab
     return mean_image(cfg, decode(cfg, params, z, label))
 
 
-# --------------------------------------------------------------------------------------- the family
+# ------------------------------------------------------------------------------- the family
 
 
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:

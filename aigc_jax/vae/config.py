@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core import EMA, Optim, Optimizer, check_choices
+from ..core import EMA, Optim, Optimizer, check_at_least, check_data, check_fields
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Config:
     optim: Optimizer = Optim()
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
+        check_at_least(self, 0, "classes", "upper_dim", "kl_warmup", "beta")
+        check_at_least(self, 1, "latent_dim", "k", "micro")
         _check_sizes(self)
         if self.likelihood != "bernoulli" and self.binarisation != "none":
             needs = f"likelihood {self.likelihood} needs none"
@@ -46,40 +48,21 @@ class Config:
         if self.sigma is not None and not (self.sigma > 0 and self.likelihood == "gaussian"):
             hint = "must be positive, and is for likelihood gaussian only"
             raise ValueError(f"model.sigma {hint}, got {self.sigma}")
-        if not self.beta >= 0:
-            raise ValueError(f"model.beta must not be negative, got {self.beta}")
         EMA(self.ema)  # raises ValueError for a decay outside [0, 1)
 
     def check(self, info) -> None:
         """Raises ValueError if the data that `info` (a `data.Info`) describes does not fit."""
-        shape, classes = tuple(self.shape), self.classes
-        if info.kind != "image":
-            raise ValueError(f"a VAE takes images, this data set holds {info.kind}")
-        if tuple(info.shape) != shape:
-            raise ValueError(f"model.shape is {shape}, the images are {tuple(info.shape)}")
-        if info.levels != self.levels:
-            raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
-        if classes and info.classes is None:
-            raise ValueError(f"model.classes is {classes}, but the images have no labels")
-        if classes and info.classes != classes:
-            raise ValueError(f"model.classes is {classes}, the images have {info.classes} classes")
+        check_data(self, info)
         if self.binarisation == "static" and info.examples is None:
             hint = "samples each image once, so it needs a finite data set: use dynamic"
             raise ValueError(f"model.binarisation 'static' {hint}")
 
 
 def _check_sizes(cfg: Config) -> None:
-    if len(cfg.shape) != 3 or min(cfg.shape) < 1:
+    if min(cfg.shape) < 1:
         raise ValueError(f"model.shape must be three positive numbers (H, W, C), got {cfg.shape}")
     if not 2 <= cfg.levels <= 256:
         raise ValueError(f"model.levels must lie in 2..256, got {cfg.levels}")
-    for minimum, fields in (
-        (0, ("classes", "upper_dim", "kl_warmup")),
-        (1, ("latent_dim", "k", "micro")),
-    ):
-        for field in fields:
-            if (value := getattr(cfg, field)) < minimum:
-                raise ValueError(f"model.{field} must be at least {minimum}, got {value}")
     for field in ("channels", "hidden", "upper_hidden"):
         if any(width < 1 for width in getattr(cfg, field)):
             raise ValueError(f"model.{field} must hold positive widths, got {getattr(cfg, field)}")
