@@ -90,7 +90,7 @@ def sample(
     """Draws n samples from a run: pictures, points, music or text. Text appears as it is written.
 
     Args:
-        run_folder: what a training run wrote.
+        run_folder: what a training run wrote, or the name of a model that comes with the package.
         out: a .png file (all pictures on one sheet, or a map of points), .npy (the numbers), .mid
             (music) or .txt (text). Or a new folder: it gets one file per sample, and `compare`
             reads it. By default pictures go to RUN_FOLDER/samples.png and one by one to
@@ -131,7 +131,7 @@ def sample(
     step = int(result.state.step)
     single = forms[0] if kind == "image" else ".npy"
     _write(places, forms, single, samples, f"{run_folder}, step {step}")
-    best = folders.read(run_folder)["run"].get("best")
+    best = result.folder and folders.read(run_folder)["run"].get("best")
     chosen = f" (lowest {best} of those kept)" if best else ""
     where = " and, one by one, ".join(str(place) for place in places)
     print(f"wrote {n} samples of step {step}{chosen} to {where}")
@@ -181,6 +181,8 @@ def _forms(kind: str, shape: tuple[int, ...]) -> tuple[str, ...]:
 
 def _places(run_folder: Path, forms: tuple[str, ...], kind: str, out: Path | None) -> list[Path]:
     """The files and folders to write; raises Refused before any sample is drawn."""
+    if out is None and not run_folder.exists():  # a model that comes with the package
+        raise train.Refused("say with --out where to write")
     if out is None:
         return _default_places(run_folder, forms, kind)
     takes = f"a {' or '.join(forms)} file or a folder (a name without an ending)"

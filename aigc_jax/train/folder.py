@@ -302,11 +302,19 @@ def warn_of_environment(record: dict, here: dict) -> None:
         )
 
 
+def _models() -> str:
+    """Names the models that come with the package, as the end of a message."""
+    from .shipping import shipped
+
+    names = ", ".join(shipped())
+    return f"; models that come with the package: {names}" if names else ""
+
+
 def _no_run(folder: Path) -> str:
     """Says why a folder is no run folder, and names the runs inside it."""
     if not folder.is_dir():
         why = "it is a file" if folder.exists() else "there is no such folder"
-        return f"{folder} is no run folder: {why}"
+        return f"{folder} is no run folder: {why}{_models()}"
     inside = []
     for at, below, files in os.walk(folder):
         depth = len(Path(at).relative_to(folder).parts)

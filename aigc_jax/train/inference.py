@@ -22,6 +22,7 @@ from .log import metrics, ranked
 from .progress import counted
 from .record import Refused, one_line
 from .run_folder import first_checkpoint
+from .shipping import WEIGHTS, load_shipped, shipped
 
 
 def _family(make: Callable, cfg, folder: Path) -> tuple[Family, State]:
@@ -39,6 +40,8 @@ def load(
 ) -> Result:
     """Brings back a run as its folder records it; no flag is typed again.
 
+    A name without a folder of this name is a model that comes with the package: see `shipped`.
+
     Takes the best checkpoint where run.best was set, else the newest. Damaged checkpoints, and
     those that hold NaN or infinity, are passed over. Another process may train in the folder
     meanwhile. Raises Refused, in one line, for a folder that is no run, was edited by hand, or has
@@ -51,6 +54,8 @@ def load(
         folder is ever imported.
     """
     folder = folders.home(folder)
+    if not folder.exists() and str(folder) in shipped():
+        return load_shipped(WEIGHTS / f"{folder}.safetensors")
     make, cfg, run, info, record = folders.rebuild(folder, trust)
     folders.unedited(folder, record)
     family, shapes = _family(make, cfg, folder)
