@@ -5,10 +5,12 @@
 - guidance: Ho & Salimans 2022
 - prediction of v: Salimans & Ho 2022
 - learned schedule in continuous time: Kingma et al. 2021 ("VDM")
+- straight paths, flow matching: Lipman et al. 2022, Liu et al. 2022
 
-A process q adds noise to x_0 in T steps (`process.py`). A network is trained to predict the noise
-in x_t, given t (this file). Samplers (`samplers.py`) and likelihoods (`bounds.py`) are functions of
-a `Schedule` and any `eps_fn(x_t, t) -> eps_hat`, whether a network or an exact score.
+A process q adds noise to x_0 in T steps (`schedules.py`, `process.py`). A network is trained to
+predict the noise in x_t, given t (this file). Samplers (`samplers.py`) and likelihoods
+(`bounds.py`) are functions of a `Schedule` and any `eps_fn(x_t, t) -> eps_hat`, whether a network
+or an exact score.
 
 Images are floats in [-1, 1] here. Only `preprocess` takes whole-number pixels, and `Family.sample`
 returns images in [0, 1].
@@ -22,7 +24,6 @@ returns images in [0, 1].
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -32,8 +33,6 @@ from jaxtyping import Array, Float, Int, Key
 from ..core import (
     EMA,
     Family,
-    Optim,
-    Optimizer,
     State,
     floats,
     labels,
@@ -57,22 +56,15 @@ from .bounds import (
     vlb_term,
     vlb_terms,
 )
+from .config import SCHEDULES, Config
 from .learned_schedule import gamma, init_gamma
 from .nets import MLP, DiT, NetConfig, UNet, module
 from .process import (
     Given,
-    Sample,
-    Schedule,
     convert,
-    cosine_schedule,
-    discretise,
     learned_variance,
-    linear_schedule,
-    noise_variance,
     q_posterior,
     q_sample,
-    respace,
-    signal_and_noise,
 )
 from .samplers import (
     call_eps_fn,
@@ -85,6 +77,17 @@ from .samplers import (
     sample_dpm_solver,
     sample_heun,
     slerp,
+)
+from .schedules import (
+    Sample,
+    Schedule,
+    cosine_schedule,
+    discretise,
+    linear_schedule,
+    noise_variance,
+    respace,
+    signal_and_noise,
+    straight_schedule,
 )
 
 noise2 = noise_variance  # its old name, which still works
@@ -130,6 +133,7 @@ __all__ = [
     "sample_heun",
     "schedule_of",
     "slerp",
+    "straight_schedule",
     "vlb",
     "vlb_terms",
 ]
@@ -139,8 +143,6 @@ Net = NetConfig  # its former name
 Params = Any  # {"net": ...}, and with a learned schedule "gamma"
 Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
 
-_SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
-
 # Weights of |x_0 - x_0_hat|^2 by the signal-to-noise ratio (Salimans & Ho 2022, section 4; Hang et
 # al. 2023 for min_snr).
 _WEIGHTS = {
@@ -148,97 +150,6 @@ _WEIGHTS = {
     "truncated_snr": lambda snr: jnp.maximum(snr, 1.0),
     "min_snr": lambda snr: jnp.minimum(snr, 5.0),
 }
-
-
-@dataclass(frozen=True)
-class Config:
-    """A diffusion model. The defaults are DDPM's for CIFAR-10 (section 4 and appendix B)."""
-
-    shape: tuple[int, ...] = (32, 32, 3)  # (H, W, C) of images, (d,) of points
-    levels: int = 256  # pixels are whole numbers in 0..levels-1
-    classes: int = 0  # the network is given a label in 0..classes-1; 0: unconditional
-    unlabelled: float = 0.1  # share of labels withheld in training, which guidance needs
-    T: int = 1000  # number of steps
-    schedule: str = "linear"  # linear | cosine | learned (VDM: continuous time, T is for sampling)
-    prediction: str = "eps"  # eps | x_0 | v | mu
-    variance: str = "beta"  # of p(x_{t-1} | x_t): beta | beta_tilde | learned, between them
-    objective: str = "simple"  # simple | vlb | hybrid | snr | truncated_snr | min_snr
-    times: str = "uniform"  # distribution of t: uniform | low_discrepancy | importance
-    terms: int = 8  # number of t that `evaluate` draws; 0: all T (with a learned schedule, one)
-    mirror: bool = False  # mirror half of the training images left to right, as DDPM on CIFAR-10
-    net: NetConfig = NetConfig()
-    ema: float = 0.9999
-    micro: int = 1
-    optim: Optimizer = Optim(lr=2e-4, clip=1.0, warmup=5000)
-
-    def __post_init__(self):
-        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
-            rule = "model.shape must be (H, W, C) or (d,), all positive"
-            raise ValueError(f"{rule}, got {self.shape}")
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"model.levels must lie in 2..256, got {self.levels}")
-        for field, low in {"classes": 0, "T": 1, "terms": 0, "micro": 1}.items():
-            value = getattr(self, field)
-            if value < low:
-                raise ValueError(f"model.{field} must be at least {low}, got {value}")
-        if self.T > 10**6:  # a schedule is an array of T numbers
-            raise ValueError(f"model.T must be at most 1,000,000, got {self.T}")
-        choices = {
-            "schedule": (*_SCHEDULES, "learned"),
-            "prediction": ("eps", "x_0", "v", "mu"),
-            "variance": ("beta", "beta_tilde", "learned"),
-            "objective": ("simple", "vlb", "hybrid", *_WEIGHTS),
-            "times": ("uniform", "low_discrepancy", "importance"),
-        }
-        for field, allowed in choices.items():
-            value = getattr(self, field)
-            if value not in allowed:
-                names = ", ".join(allowed)
-                raise ValueError(f"model.{field} must be one of {names}, not {value!r}")
-        if not 0 <= self.unlabelled < 1:
-            raise ValueError(f"model.unlabelled must lie in [0, 1), got {self.unlabelled}")
-        if self.mirror and len(self.shape) == 1:
-            shape = tuple(self.shape)
-            raise ValueError(f"model.mirror is for images, model.shape {shape} is of points")
-        self._check_combination()
-        self.net.check(self.shape)
-        EMA(self.ema)
-
-    def _check_combination(self):
-        """Raises ValueError for choices that do not go together."""
-        if self.variance == "learned" and self.objective not in ("vlb", "hybrid"):
-            rule = "model.variance 'learned' is trained by objective vlb or hybrid"
-            raise ValueError(f"{rule}, not {self.objective}")
-        if self.objective == "hybrid" and self.variance != "learned":
-            rule = "model.objective 'hybrid' trains a learned variance"
-            raise ValueError(f"{rule}: set model.variance to learned, or use objective simple")
-        if self.objective == "truncated_snr" and self.prediction == "eps":
-            rule = "model.objective 'truncated_snr' is for nets that do not predict eps"
-            raise ValueError(f"{rule}: Salimans & Ho's weight of eps grows without bound")
-        if self.schedule != "learned":
-            _SCHEDULES[self.schedule](self.T)
-            return
-        chosen = (self.prediction, self.variance, self.objective, self.times)
-        if chosen != ("eps", "beta_tilde", "vlb", "low_discrepancy"):
-            rule = (
-                "model.schedule 'learned' (VDM) goes with prediction eps, variance beta_tilde, "
-                "objective vlb and times low_discrepancy"
-            )
-            raise ValueError(f"{rule}, got {', '.join(chosen)}")
-
-    def check(self, info) -> None:
-        """Raises ValueError for data (a `data.Info`) that this model cannot take."""
-        kind, shape = "image" if len(self.shape) == 3 else "points", tuple(self.shape)
-        if info.kind != kind:
-            raise ValueError(f"model.shape {shape} is for {kind}, this data set holds {info.kind}")
-        if tuple(info.shape) != shape:
-            raise ValueError(f"model.shape is {shape}, the examples are {tuple(info.shape)}")
-        if kind == "image" and info.levels != self.levels:
-            given = f"the images have {info.levels} levels"
-            raise ValueError(f"model.levels is {self.levels}, {given}")
-        if self.classes and info.classes != self.classes:
-            given = f"the examples have {info.classes or 'no'} classes"
-            raise ValueError(f"model.classes is {self.classes}, {given}")
 
 
 def _grey_levels(cfg: Config) -> int | None:
@@ -257,7 +168,7 @@ def schedule_of(cfg: Config, params: Params) -> Schedule:
     """Returns the T levels of the model, for sampling and for its bound."""
     if cfg.schedule == "learned":
         return discretise(lambda u: gamma(params["gamma"], u), cfg.T)
-    return _SCHEDULES[cfg.schedule](cfg.T)
+    return SCHEDULES[cfg.schedule](cfg.T)
 
 
 def preprocess(cfg: Config, batch: dict) -> Sample:
@@ -340,9 +251,9 @@ def _is_guided(w) -> bool:
 def predict_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
     """Returns (fn, prediction) for samplers and bounds, where fn(x_t, t) is the network.
 
-    fn returns the network's own prediction, "eps", "x_0" or "v"; for a network that predicts mu,
-    x_0. With learned variances it returns (prediction, raw), for sigma2 = "learned". t are steps,
-    with a learned schedule too.
+    fn returns the network's own prediction, "eps", "x_0", "v" or "velocity"; for a network that
+    predicts mu, x_0. With learned variances it returns (prediction, raw), for sigma2 = "learned".
+    t are steps, with a learned schedule too.
 
     label: the classes [B], or one for all. w: guidance weight; raw is then that of the label.
     """
@@ -408,7 +319,8 @@ def losses(
     """Returns the objective of each example, at one t each. With a key, dropout is on.
 
     simple: mean squared error of the network's own prediction (DDPM eq. 14; for mu the "MSE" of
-        table 2).
+        table 2). With prediction velocity on a straight path it is flow matching's loss (Lipman et
+        al. 2022, eq. 23), here per dimension and at T times.
     vlb: T L_t in bits per dimension. Its mean over t is the bound without L_T (DDPM eq. 5).
     hybrid: simple + 0.001 vlb, in which vlb trains the variance only (Nichol & Dhariwal, eq. 16).
     snr, truncated_snr, min_snr: mean squared error of x_0, weighted by the signal-to-noise ratio.
@@ -431,12 +343,13 @@ def losses(
         return _WEIGHTS[cfg.objective](snr) * _mean_per_example((x_0 - x_0_hat) ** 2)
     if cfg.objective == "vlb":
         return bound(value)
-    target = {  # from x_0 and eps themselves: x_t would have to be divided by sqrt(alpha_bar)
+    targets = {  # from x_0 and eps themselves: x_t would have to be divided by sqrt(alpha_bar)
         "eps": eps,
         "x_0": x_0,
         "v": signal * eps - noise * x_0,
         "mu": q_posterior(schedule, x_0, x_t, t)[0],
-    }[cfg.prediction]
+    }
+    target = eps - x_0 if cfg.prediction == "velocity" else targets[cfg.prediction]
     simple = _mean_per_example((target - value) ** 2)
     if cfg.objective == "simple":
         return simple
@@ -628,7 +541,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         images [n, H, W, C] in [0, 1], or points.
         label: a class in 0..classes-1, one for all or [n]; by default the classes in turn.
         w: guidance weight, see `guide`. sampler: ddpm | ddim | dpm_solver | heun.
-        steps: 0 is all T. eta: of ddim. spacing: which steps, see `process.spaced`; by default
+        steps: 0 is all T. eta: of ddim. spacing: which steps, see `schedules.spaced`; by default
         uniform, for dpm_solver and heun log_snr.
     """
     ema = EMA(cfg.ema)
