@@ -30,9 +30,13 @@ class Config:
     """
 
     shape: tuple[int, ...] = (32, 32, 3)  # (H, W, C) of images, (d,) of points
-    levels: int = 256  # pixels are whole numbers in 0..levels-1
-    classes: int = 0  # the network is given a label in 0..classes-1; 0: unconditional
-    unlabelled: float = 0.1  # share of labels withheld in training, which guidance needs
+    # pixels are whole numbers in 0..levels-1; None: the examples are floats, such as latents
+    levels: int | None = 256
+    classes: int = 0  # the network is given a label in 0..classes-1; 0: no labels
+    # (L, E): the network attends to L vectors of width E per example, such as a text's features
+    context: tuple[int, int] | None = None
+    # share of labels and contexts withheld in training, which guidance needs
+    unlabelled: float = 0.1
     T: int = 1000  # number of steps
     # learned: VDM, in continuous time, T is for sampling; straight: x_t = (1 - u) x_0 + u eps
     schedule: Literal["linear", "cosine", "learned", "straight"] = "linear"
@@ -55,9 +59,14 @@ class Config:
         self.net.check(self.shape)
         EMA(self.ema)  # raises ValueError for a decay outside [0, 1)
 
+    @property
+    def is_image(self) -> bool:
+        """Whether examples are images of whole-number pixels, not points or latents."""
+        return len(self.shape) == 3 and self.levels is not None
+
     def check(self, info) -> None:
         """Raises ValueError for data (a `data.Info`) that this model cannot take."""
-        kind, shape = "image" if len(self.shape) == 3 else "points", tuple(self.shape)
+        kind, shape = "image" if self.is_image else "points", tuple(self.shape)
         if info.kind != kind:
             raise ValueError(f"model.shape {shape} is for {kind}, this data set holds {info.kind}")
         if tuple(info.shape) != shape:
@@ -74,7 +83,7 @@ def _check_numbers(cfg: Config) -> None:
     if len(cfg.shape) not in (1, 3) or min(cfg.shape) < 1:
         rule = "model.shape must be (H, W, C) or (d,), all positive"
         raise ValueError(f"{rule}, got {cfg.shape}")
-    if not 2 <= cfg.levels <= 256:
+    if cfg.levels is not None and not 2 <= cfg.levels <= 256:
         raise ValueError(f"model.levels must lie in 2..256, got {cfg.levels}")
     for field, low in {"classes": 0, "T": 1, "terms": 0, "micro": 1}.items():
         value = getattr(cfg, field)
@@ -84,9 +93,14 @@ def _check_numbers(cfg: Config) -> None:
         raise ValueError(f"model.T must be at most 1,000,000, got {cfg.T}")
     if not 0 <= cfg.unlabelled < 1:
         raise ValueError(f"model.unlabelled must lie in [0, 1), got {cfg.unlabelled}")
-    if cfg.mirror and len(cfg.shape) == 1:
-        shape = tuple(cfg.shape)
-        raise ValueError(f"model.mirror is for images, model.shape {shape} is of points")
+    if cfg.mirror and not cfg.is_image:
+        what = "points" if len(cfg.shape) == 1 else "floats (levels is None)"
+        raise ValueError(f"model.mirror is for images, model.shape {tuple(cfg.shape)} is of {what}")
+    if cfg.context is not None and min(cfg.context) < 1:
+        rule = "model.context must be (L, E), both positive"
+        raise ValueError(f"{rule}, got {tuple(cfg.context)}")
+    if cfg.context is not None and cfg.net.kind == "mlp":
+        raise ValueError("model.context needs model.net.kind unet or dit, got 'mlp'")
 
 
 def _check_combination(cfg: Config) -> None:

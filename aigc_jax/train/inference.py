@@ -86,9 +86,9 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     """Returns n samples, made in chunks of equal size; chunk i uses fold_in(key, i).
 
     The samples depend on `chunk`. Options are those of the family's `sample`. Arrays, such as
-    label [n], have one entry per sample. One prompt, [T] or [1, T], serves all samples. Without a
-    label a conditional model takes the classes in turn, counted over all n. Raises Refused for
-    anything else.
+    label [n], have one entry per sample. One prompt, [T] or [1, T], serves all samples. So does
+    one context, [L, E] or [1, L, E]. Without a label a conditional model takes the classes in
+    turn, counted over all n. Raises Refused for anything else.
     """
     if not all(isinstance(count, (int, np.integer)) and count >= 1 for count in (n, chunk)):
         raise Refused(f"n and chunk must be whole numbers and at least 1, got n={n}, chunk={chunk}")
@@ -108,9 +108,10 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
 
 def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
     """(options for all samples, arrays with one entry per sample); Refused if they do not fit."""
-    prompt = options.get("prompt")
-    if prompt is not None and (np.ndim(prompt) == 1 or np.shape(prompt)[:1] == (1,)):
-        options["prompt"] = np.repeat(np.reshape(prompt, (1, -1)), n, 0)
+    for name, axes in {"prompt": 1, "context": 2, "negative": 2}.items():
+        value = options.get(name)
+        if value is not None and (np.ndim(value) == axes or np.shape(value)[:1] == (1,)):
+            options[name] = np.repeat(np.reshape(value, (1, *np.shape(value)[-axes:])), n, 0)
     per_sample = {name: np.asarray(value) for name, value in options.items() if np.ndim(value)}
     for name, value in per_sample.items():
         if len(value) != n:
