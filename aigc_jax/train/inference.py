@@ -108,10 +108,12 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
 
 def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
     """(options for all samples, arrays with one entry per sample); Refused if they do not fit."""
-    for name, axes in {"prompt": 1, "context": 2, "negative": 2}.items():
+    for name in ("prompt", "context", "negative"):
         value = options.get(name)
-        if value is not None and (np.ndim(value) == axes or np.shape(value)[:1] == (1,)):
-            options[name] = np.repeat(np.reshape(value, (1, *np.shape(value)[-axes:])), n, 0)
+        if name == "prompt" and np.ndim(value) == 1:
+            value = np.reshape(value, (1, -1))
+        if np.shape(value)[:1] == (1,):
+            options[name] = np.repeat(value, n, 0)
     per_sample = {name: np.asarray(value) for name, value in options.items() if np.ndim(value)}
     for name, value in per_sample.items():
         if len(value) != n:
