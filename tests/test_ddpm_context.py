@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aigc_jax import ddpm
+from aigc_jax import data, ddpm
 from aigc_jax.core import Optim
 
 UNET = ddpm.NetConfig("unet", (4,), 1, (4,), groups=2, heads=2, dropout=0.0)
@@ -174,3 +174,19 @@ def test_the_latent_bound_and_the_decoder_give_the_known_likelihood():
     error = estimate.std(0) / math.sqrt(draws)
     assert (np.abs(estimate.mean(0) - exact) < 4 * error + 1e-3).all()
     assert (error < 0.05).all()
+
+
+def test_latents_and_contexts_are_a_data_set():
+    arrays = {"points": np.asarray(X), "context": np.asarray(CONTEXT)}
+    source = data.from_arrays(arrays)
+    assert source.info.shape == (4, 4, 2)
+    CFG.check(source.info)
+    batch = source.batch(0, 0, 6)
+    order = batch["index"]
+    np.testing.assert_array_equal(batch["points"], arrays["points"][order])
+    np.testing.assert_array_equal(batch["context"], arrays["context"][order])
+    for bad in (CONTEXT[:5], CONTEXT[0], CONTEXT.astype(int), CONTEXT.at[0, 0, 0].set(jnp.nan)):
+        with pytest.raises(ValueError, match="context"):
+            data.from_arrays({**arrays, "context": np.asarray(bad)})
+    with pytest.raises(ValueError, match="arrays may hold"):
+        data.from_arrays({"image": np.zeros((6, 4, 4, 1), np.uint8), "context": arrays["context"]})

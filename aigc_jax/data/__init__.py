@@ -106,7 +106,8 @@ def from_arrays(
     arrays: exactly one of "image" uint8 [N, H, W, C], "points" float [N, d], "tokens" int
         [N, T+1] and "roll" [N, T, keys] of 0 and 1. With it optionally "label" int [N]; with
         tokens and roll also "mask" [N, T], which is 1 where a position counts. With image also
-        captions, "tokens" int [N, L] padded with 0, and "tone" int [N], a skin tone.
+        captions, "tokens" int [N, L] padded with 0, and "tone" int [N], a skin tone. Points may be
+        latents [N, h, w, c]; with them also "context" float [N, L, E], which a model attends to.
     levels: images and tokens are whole numbers in 0..levels-1; tokens of captions are not bound.
     classes: number of classes; the largest label + 1 by default.
     class_names: the name of each class.
@@ -134,6 +135,8 @@ def from_arrays(
         arrays.setdefault("mask", np.ones(x.shape[:2]))
     else:
         arrays[kind] = _checked_points(x)
+    if "context" in arrays:
+        arrays["context"] = _checked_context(arrays["context"], n)
     if "mask" in arrays:
         positions = x.shape[1] - (kind == "tokens")
         arrays["mask"] = _checked_mask(arrays["mask"], (n, positions))
@@ -171,7 +174,7 @@ def _kind_of(arrays: dict) -> str:
     [kind] = kinds
     optional = {
         "image": ("label", "tokens", "tone"),
-        "points": ("label",),
+        "points": ("label", "context"),
         "tokens": ("label", "mask"),
         "roll": ("label", "mask"),
     }[kind]
@@ -209,11 +212,20 @@ def _checked_roll(x: np.ndarray) -> np.ndarray:
 
 
 def _checked_points(x: np.ndarray) -> np.ndarray:
-    if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"points must be floats [N, d], got {x.dtype} {list(x.shape)}")
+    if x.ndim < 2 or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"points must be floats [N, d, ...], got {x.dtype} {list(x.shape)}")
     if not np.isfinite(x).all():
         raise ValueError("points hold values that are not finite")
     return x.astype(np.float32)
+
+
+def _checked_context(context: np.ndarray, n: int) -> np.ndarray:
+    if context.ndim != 3 or len(context) != n or not np.issubdtype(context.dtype, np.floating):
+        got = f"{context.dtype} {list(context.shape)}"
+        raise ValueError(f"context must be floats [{n}, L, E], got {got}")
+    if not np.isfinite(context).all():
+        raise ValueError("context holds values that are not finite")
+    return context.astype(np.float32)
 
 
 def _checked_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
