@@ -112,22 +112,24 @@ def check_at_least(cfg, smallest: int, *fields: str, name: str = "model") -> Non
 def check_data(cfg, info) -> None:
     """Raises ValueError where data do not have the shape, levels and classes of a Config.
 
-    cfg: has the fields shape, (H, W, C) of images or (d,) of points, levels and classes.
+    cfg: has the fields shape, (H, W, C) of images or (d,) of points, and levels, which is None where
+        the examples are floats, such as latents. Labels are compared if it has `classes`.
     info: describes the data (`data.Info`).
     """
-    shape = tuple(cfg.shape)
-    kind, plural = ("image", "images") if len(shape) == 3 else ("points", "points")
+    shape, classes = tuple(cfg.shape), getattr(cfg, "classes", 0)
+    is_image = len(shape) == 3 and cfg.levels is not None
+    kind, plural = ("image", "images") if is_image else ("points", "points")
     if info.kind != kind:
         raise ValueError(f"model.shape {shape} is for {plural}, this data set holds {info.kind}")
     if tuple(info.shape) != shape:
         raise ValueError(f"model.shape is {shape}, the {plural} are {tuple(info.shape)}")
     if kind == "image" and info.levels != cfg.levels:
         raise ValueError(f"model.levels is {cfg.levels}, the images have {info.levels} levels")
-    if cfg.classes and info.classes is None:
-        raise ValueError(f"model.classes is {cfg.classes}, but the {plural} have no labels")
-    if cfg.classes and info.classes != cfg.classes:
+    if classes and info.classes is None:
+        raise ValueError(f"model.classes is {classes}, but the {plural} have no labels")
+    if classes and info.classes != classes:
         has = f"the {plural} have {info.classes} classes"
-        raise ValueError(f"model.classes is {cfg.classes}, {has}")
+        raise ValueError(f"model.classes is {classes}, {has}")
 
 
 def _clip(norm: float):

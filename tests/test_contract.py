@@ -126,6 +126,20 @@ ROWS = {
         POINTS,
         counts_times=True,
     ),
+    "ddpm of straight paths": Row(
+        ddpm.make,
+        ddpm.Config(
+            shape=(2,),
+            T=25,
+            schedule="straight",
+            prediction="velocity",
+            ema=0.0,
+            net=ddpm.NetConfig("mlp", (16,), dropout=0.0),
+            optim=Optim(lr=1e-3, clip=1.0, warmup=10),
+        ),
+        POINTS,
+        extended=True,
+    ),
     "ddpm with all of it": Row(
         ddpm.make,
         ddpm.Config(

@@ -539,6 +539,7 @@ X64 = {
     "ddpm, learned variance": partial(
         x64_ddpm, variance="learned", objective="hybrid", schedule="cosine"
     ),
+    "ddpm, straight": partial(x64_ddpm, schedule="straight", prediction="velocity"),
     "vdm": partial(
         x64_ddpm,
         schedule="learned",

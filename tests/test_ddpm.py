@@ -13,10 +13,15 @@ from scipy import stats
 
 from aigc_jax import ddpm
 from aigc_jax.core import Optim
-from aigc_jax.ddpm import bounds, process, samplers
+from aigc_jax.ddpm import bounds, process, samplers, schedules
 
 LINEAR, COSINE = ddpm.linear_schedule(1000), ddpm.cosine_schedule(1000)
-SHORT = {"linear": ddpm.linear_schedule(25), "cosine": ddpm.cosine_schedule(12)}
+STRAIGHT = ddpm.straight_schedule(1000)
+SHORT = {
+    "linear": ddpm.linear_schedule(25),
+    "cosine": ddpm.cosine_schedule(12),
+    "straight": ddpm.straight_schedule(12),
+}
 
 
 def key(i):
@@ -27,22 +32,36 @@ def normal(i, *shape):
     return jax.random.normal(key(i), shape)
 
 
+def levels(schedule):
+    """signal^2 and noise^2 [S], float64."""
+    return np.asarray(schedule.alpha_bar, np.float64), np.asarray(ddpm.noise_variance(schedule))
+
+
+def natural(schedule):
+    """The prediction that has numbers at all levels of a schedule."""
+    return "eps" if schedule.preserves_variance else "velocity"
+
+
+def exact(schedule, cov, mean=0.0, prediction="eps"):
+    """The best prediction for data N(mean, cov), cov [d, d] or a number, as a function of (x_t, t).
+
+    x_t - signal mean, times noise C^-1 for eps and signal cov C^-1 for x_0 - mean, with C = signal^2 cov + noise^2 I.
+    """
+    cov, (a, n) = np.atleast_2d(np.asarray(cov, np.float64)), levels(schedule)
+    a, n, eye = a[:, None, None], n[:, None, None], np.eye(len(cov))
+    inverse = np.linalg.inv(a * cov + n * eye)
+    eps, x_0 = n**0.5 * inverse, a**0.5 * cov @ inverse
+    matrices, of_mean = {"eps": (eps, 0), "x_0": (x_0, 1), "velocity": (eps - x_0, -1)}[prediction]
+    matrices, roots = (jnp.asarray(f, jnp.float32) for f in (matrices, a[:, :, 0] ** 0.5))
+
+    def fn(x, t):
+        return jnp.einsum("bij,bj->bi", matrices[t], x - roots[t] * mean) + of_mean * mean
+
+    return fn
+
+
 def exact_eps(schedule, cov, mean=0.0):
-    """eps_fn of data N(mean, cov), cov [d, d] or a number: sqrt(1 - a) (a cov + (1 - a) I)^-1 (x_t - sqrt(a) mean)."""
-    cov = np.atleast_2d(np.asarray(cov, np.float64))
-    eye = np.eye(len(cov))
-    matrices = np.stack(
-        [(1 - a) ** 0.5 * np.linalg.inv(a * cov + (1 - a) * eye) for a in schedule.alpha_bar]
-    )
-    matrices, roots = (
-        jnp.asarray(matrices, jnp.float32),
-        jnp.asarray(schedule.alpha_bar**0.5, jnp.float32),
-    )
-
-    def eps_fn(x, t):
-        return jnp.einsum("bij,bj->bi", matrices[t], x - roots[t][:, None] * mean)
-
-    return eps_fn
+    return exact(schedule, cov, mean)
 
 
 # -------------------------------------------------------------------------------------------------------- the process
@@ -54,7 +73,7 @@ def test_schedules_are_those_of_the_papers():
         and round(float(COSINE.alpha_bar[499]), 4) == 0.4938
     )
     for schedule, first in ((LINEAR, 167), (COSINE, 185)):
-        share = process.beta_tilde(schedule) / schedule.beta
+        share = schedules.beta_tilde(schedule) / schedule.beta
         assert int(np.argmax(share >= 0.99)) == first
     np.testing.assert_allclose(LINEAR.beta[[0, -1]], [1e-4, 0.02], rtol=1e-12)
     assert COSINE.beta.max() <= 0.999 and COSINE.alpha_bar.dtype == np.float64
@@ -105,7 +124,7 @@ def test_a_schedule_without_a_way_back_is_refused(gamma):
 def test_only_step_0_has_the_variance_of_step_1():
     """Of levels that flatten beta-tilde falls with t: no other step may be lifted."""
     schedule = ddpm.discretise(lambda u: -1 + 3 * u**0.25, 20)
-    tilde, t = np.asarray(process.beta_tilde(schedule)), jnp.arange(20)
+    tilde, t = np.asarray(schedules.beta_tilde(schedule)), jnp.arange(20)
     expected = np.append(tilde[1], tilde[1:])
     x = jnp.zeros((20, 1))
     np.testing.assert_allclose(
@@ -164,15 +183,15 @@ def test_samplers_refuse_what_they_would_do_wrong(call, words):
 
 
 def test_steps_are_spaced_as_said():
-    assert process.spaced(1000, 4).tolist() == [0, 333, 666, 999] and process.spaced(
+    assert schedules.spaced(1000, 4).tolist() == [0, 333, 666, 999] and schedules.spaced(
         1000, 1
     ).tolist() == [999]
-    assert process.spaced(1000, 4, "paper").tolist() == [0, 250, 500, 750]
-    assert process.spaced(10, 10, "quadratic").tolist() == list(range(10))
+    assert schedules.spaced(1000, 4, "paper").tolist() == [0, 250, 500, 750]
+    assert schedules.spaced(10, 10, "quadratic").tolist() == list(range(10))
     for T in (1, 2, 7, 50, 1000):
         for steps in {1, 2, T // 3, T // 2, T - 1, T} - {0}:
             for spacing in ("uniform", "quadratic"):
-                found = process.spaced(T, min(steps, T), spacing)
+                found = schedules.spaced(T, min(steps, T), spacing)
                 assert (
                     (np.diff(found) > 0).all()
                     and found[-1] == T - 1
@@ -182,16 +201,26 @@ def test_steps_are_spaced_as_said():
                        ((10, 3, "paper"), "needs steps that divide T = 10, got 3"),
                        ((10, 3, "log"), "spacing must be one of uniform, paper, quadratic")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            process.spaced(*bad)
+            schedules.spaced(*bad)
 
 
-@pytest.mark.parametrize(
-    "schedule", [LINEAR, SHORT["cosine"], ddpm.respace(LINEAR, 7)], ids=["1000", "12", "respaced"]
-)
-def test_the_posterior_is_bayes_rule(schedule):
+PATHS = {
+    "1000": LINEAR,
+    "12": SHORT["cosine"],
+    "respaced": ddpm.respace(LINEAR, 7),
+    "straight": SHORT["straight"],
+    "straight, respaced": ddpm.respace(STRAIGHT, 7, "quadratic"),
+    "wide": schedules.from_levels(np.linspace(0.9, 0.5, 6) ** 2, np.linspace(0.3, 3, 6) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_posterior_is_bayes_rule(name):
     """q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0), as a product of two normals in x_{t-1}."""
+    schedule = PATHS[name]
+    a, n = levels(schedule)
     x_0, x_t = (np.asarray(normal(i, 5, 2), np.float64) for i in (1, 2))
-    for t in range(0, len(schedule.t), max(1, len(schedule.t) // 5)):
+    for t in {*range(0, len(a), max(1, len(a) // 5)), len(a) - 1}:
         mean, variance = ddpm.q_posterior(
             schedule, jnp.asarray(x_0), jnp.asarray(x_t), jnp.full(5, t)
         )
@@ -199,26 +228,35 @@ def test_the_posterior_is_bayes_rule(schedule):
             np.testing.assert_allclose(mean, x_0, atol=1e-6)
             assert not variance.any()
             continue
-        beta, earlier = schedule.beta[t], schedule.alpha_bar[t - 1]
-        precision = (1 - beta) / beta + 1 / (1 - earlier)
-        expected = ((1 - beta) ** 0.5 / beta * x_t + earlier**0.5 / (1 - earlier) * x_0) / precision
+        r, beta = (a[t] / a[t - 1]) ** 0.5, schedule.beta[t]
+        np.testing.assert_allclose(r**2 * n[t - 1] + beta, n[t], rtol=1e-9)  # the marginal of x_t
+        precision = r**2 / beta + 1 / n[t - 1]
+        expected = (r / beta * x_t + a[t - 1] ** 0.5 / n[t - 1] * x_0) / precision
         np.testing.assert_allclose(mean, expected, rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(variance.reshape(-1), 1 / precision, rtol=1e-5)
 
 
-def test_a_respaced_process_has_the_same_marginals():
-    few = ddpm.respace(LINEAR, 10, "quadratic")
-    np.testing.assert_allclose(few.alpha_bar, LINEAR.alpha_bar[few.t], rtol=1e-12)
-    np.testing.assert_allclose(np.cumprod(1 - few.beta), few.alpha_bar, rtol=1e-9)
+@pytest.mark.parametrize("schedule", [LINEAR, STRAIGHT], ids=["linear", "straight"])
+def test_a_respaced_process_has_the_same_marginals(schedule):
+    few = ddpm.respace(schedule, 10, "quadratic")
+    (a, n), (every_a, every_n) = levels(few), levels(schedule)
+    np.testing.assert_allclose(a, every_a[few.t], rtol=1e-12)
+    np.testing.assert_allclose(n, every_n[few.t], rtol=1e-12)
+    step, variance = schedules.step_signal_squared(few), 0.0
+    np.testing.assert_allclose(np.cumprod(step), a, rtol=1e-9)
+    for i in range(10):  # one step after the other
+        variance = step[i] * variance + few.beta[i]
+        np.testing.assert_allclose(variance, n[i], rtol=1e-9)
     x_0, eps = normal(1, 4, 3), normal(2, 4, 3)
     for i in (0, 9):
-        same = ddpm.q_sample(LINEAR, x_0, jnp.full(4, int(few.t[i])), eps)
+        same = ddpm.q_sample(schedule, x_0, jnp.full(4, int(few.t[i])), eps)
         np.testing.assert_array_equal(ddpm.q_sample(few, x_0, jnp.full(4, i), eps), same)
 
 
 def test_a_schedule_knows_its_signal_and_noise():
-    for schedule in (LINEAR, COSINE, ddpm.respace(LINEAR, 10)):
-        np.testing.assert_allclose(schedule.signal**2 + schedule.noise**2, 1, rtol=1e-12)
+    for schedule in (LINEAR, COSINE, ddpm.respace(LINEAR, 10), STRAIGHT):
+        power = 2 if schedule.preserves_variance else 1
+        np.testing.assert_allclose(schedule.signal**power + schedule.noise**power, 1, rtol=1e-12)
         t, x_0, eps = jnp.array([0, 4, 9]), normal(1, 3, 2), normal(2, 3, 2)
         expected = schedule.signal[t][:, None] * x_0 + schedule.noise[t][:, None] * eps
         np.testing.assert_allclose(
@@ -226,20 +264,108 @@ def test_a_schedule_knows_its_signal_and_noise():
         )
 
 
+@pytest.mark.parametrize("T", [1, 2, 12, 1000])
+def test_a_straight_schedule_is_the_line_from_x_0_to_noise(T):
+    schedule, u = ddpm.straight_schedule(T), np.arange(1, T + 1) / T
+    np.testing.assert_allclose(schedule.noise, u, rtol=1e-14)
+    np.testing.assert_allclose(schedule.signal, 1 - u, atol=1e-14)
+    assert (
+        schedule.signal[-1] == 0 and schedule.noise[-1] == 1 and schedule.t.tolist() == [*range(T)]
+    )
+    earlier, beta = (
+        u - 1 / T,
+        np.ones(T),
+    )  # in exact fractions (u - u') (u + u' - 2 u u') / (1 - u')^2
+    beta[:] = (u - earlier) * (u + earlier - 2 * u * earlier) / (1 - earlier) ** 2
+    np.testing.assert_allclose(schedule.beta, beta, rtol=1e-9)
+    x_0 = normal(0, 3, 2)
+    np.testing.assert_array_equal(
+        ddpm.prior_kl(schedule, x_0), np.zeros(3)
+    )  # nothing of x_0 is left
+
+
+def test_levels_that_preserve_variance_make_the_same_tables():
+    general = schedules.from_levels(COSINE.alpha_bar, ddpm.noise_variance(COSINE))
+    assert COSINE.preserves_variance and not general.preserves_variance
+    np.testing.assert_allclose(general.beta, COSINE.beta, rtol=1e-9)
+    for table in (
+        schedules.beta_tilde,
+        schedules.step_signal_squared,
+        schedules.log_sigma,
+        process.posterior_factors,
+    ):
+        np.testing.assert_allclose(table(general), table(COSINE), rtol=1e-9)
+    for spacing in schedules.SPACINGS:
+        one, other = (ddpm.respace(s, 10, spacing) for s in (general, COSINE))
+        np.testing.assert_array_equal(one.t, other.t)
+        np.testing.assert_allclose(one.beta, other.beta, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "words"),
+    [
+        ([0.9, 0.0, 0.0], [0.1, 0.5, 1.0], "only the last signal .* at step 1 alpha_bar is 0"),
+        ([0.9, np.nan, 0.0], [0.1, 0.5, 1.0], "only the last signal .* at step 1 alpha_bar is nan"),
+        (
+            [0.9, 0.5, 0.4],
+            [0.1, 0.5, 0.3],
+            "noise / signal .* at step 2 it does not, .* 0.16 and 0.09",
+        ),
+        ([0.9, 0.5, 0.0], [0.0, 0.5, 1.0], "noise / signal .* at step 0 it does not"),
+        ([0.9, 0.5, 0.0], [0.1, 0.5, np.inf], "noise / signal .* at step 2 it does not"),
+    ],
+)
+def test_a_path_without_a_way_back_is_refused(signal, noise, words):
+    with pytest.raises(ValueError, match=words):
+        schedules.from_levels(np.square(signal), np.square(noise))
+
+
+def test_a_path_with_the_betas_of_another_is_refused():
+    straight, x = SHORT["straight"], normal(0, 3, 2)
+    wrong = straight._replace(beta=SHORT["cosine"].beta)
+    for call in (ddpm.sample_ddpm, ddpm.vlb):
+        with pytest.raises(ValueError, match="beta at step 0 .* its levels give 0.006944"):
+            call(wrong, lambda x, t: x, x, key(1), prediction="velocity")
+    # Levels in float32 are no other path.
+    ddpm.respace(schedules.check(STRAIGHT._replace(beta=np.float32(STRAIGHT.beta))), 5)
+    schedules.check(jax.tree.map(lambda x: np.asarray(x, np.float32), STRAIGHT))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm_solver", "heun", "invert", "vlb", "ode"])
+def test_eps_is_refused_where_it_does_not_give_x_0(name):
+    calls = {
+        "ddpm": lambda s, f, x: ddpm.sample_ddpm(s, f, x, key(0)),
+        "ddim": lambda s, f, x: ddpm.sample_ddim(s, f, x, key(0), steps=3),
+        "dpm_solver": lambda s, f, x: ddpm.sample_dpm_solver(s, f, x, steps=3),
+        "heun": lambda s, f, x: ddpm.sample_heun(s, f, x, steps=3),
+        "invert": lambda s, f, x: ddpm.ddim_invert(s, f, x, steps=3),
+        "vlb": lambda s, f, x: ddpm.vlb(s, f, x, key(0)),
+        "ode": lambda s, f, x: ddpm.ode_log_likelihood(s, f, x, key(0), steps=3),
+    }
+    with pytest.raises(
+        ValueError, match="'eps' says nothing about x_0 at the last level, .* give velocity"
+    ):
+        calls[name](SHORT["straight"], lambda x, t: x, normal(0, 3, 2))
+
+
+@pytest.mark.parametrize("name", ["cosine", "straight", "wide"])
 @pytest.mark.parametrize("given", process.PREDICTIONS)
 @pytest.mark.parametrize("wanted", process.PREDICTIONS)
-def test_predictions_are_one_another(given, wanted):
-    t = jnp.array([0, 3, 11])
-    schedule = SHORT["cosine"]
+def test_predictions_are_one_another(given, wanted, name):
+    schedule = (SHORT | PATHS)[name]
+    last = len(schedule.t) - 1 - (name == "straight" and given == "eps")  # see check_eps
+    t = jnp.array([0, 3, last])
     x_0, eps = normal(1, 3, 2, 2, 1), normal(2, 3, 2, 2, 1)
     x_t = ddpm.q_sample(schedule, x_0, t, eps)
-    ab = np.asarray(schedule.alpha_bar)[np.asarray(t)].reshape(-1, 1, 1, 1)
-    true = {"eps": eps, "x_0": x_0, "v": ab**0.5 * eps - (1 - ab) ** 0.5 * x_0}
+    signal, noise = (
+        level[np.asarray(t)].reshape(-1, 1, 1, 1) for level in (schedule.signal, schedule.noise)
+    )
+    true = {"eps": eps, "x_0": x_0, "v": signal * eps - noise * x_0, "velocity": eps - x_0}
     true["mu"] = ddpm.q_posterior(schedule, x_0, x_t, t)[0]
     got = ddpm.convert(
         schedule, jnp.asarray(true[given], jnp.float32), x_t, t, given=given, wanted=wanted
     )
-    # alpha_bar is 2e-6 at the last step: what divides by its root loses three digits.
+    # alpha_bar is 2e-6 at the last step of cosine: what divides by its root loses three digits.
     np.testing.assert_allclose(got, true[wanted], atol=2e-3 if given == "eps" else 2e-4)
 
 
@@ -269,14 +395,14 @@ def test_grey_levels_have_the_mass_of_a_normal(mean, sigma):
 
 def expected_bound(schedule, s2, variances):
     """E[-log p(x_0:T) + log q(x_1:T | x_0)], x_0 ~ N(0, s2): p's chain is linear in x, so second moments suffice."""
-    a = np.concatenate([[1.0], schedule.alpha_bar])
-    second = a * s2 + 1 - a  # E[x_t^2], x_0 first
+    a, n = (np.append(first, table) for first, table in zip((1, 0), levels(schedule), strict=True))
+    second = a * s2 + n  # E[x_t^2], x_0 first
     total = 0.5 * (math.log(2 * math.pi) + second[-1])
     for t, beta in enumerate(schedule.beta):
-        eps = (1 - a[t + 1]) ** 0.5 / second[t + 1]  # of x_t
-        x_0_hat = (1 - (1 - a[t + 1]) ** 0.5 * eps) / a[t + 1] ** 0.5
-        factor = (a[t] ** 0.5 * beta * x_0_hat + (1 - beta) ** 0.5 * (1 - a[t])) / (1 - a[t + 1])
-        both = (1 - beta) ** 0.5 * second[t]  # E[x_{t-1} x_t]
+        x_0_hat = a[t + 1] ** 0.5 * s2 / second[t + 1]  # of x_t
+        r = (a[t + 1] / a[t]) ** 0.5
+        factor = (a[t] ** 0.5 * beta * x_0_hat + r * n[t]) / n[t + 1]
+        both = r * second[t]  # E[x_{t-1} x_t]
         error = second[t] - 2 * factor * both + factor**2 * second[t + 1]
         total += 0.5 * (math.log(2 * math.pi * variances[t]) + error / variances[t])
         total -= 0.5 * math.log(2 * math.pi * math.e * beta)
@@ -287,9 +413,13 @@ def expected_bound(schedule, s2, variances):
 @pytest.mark.parametrize("sigma2", ["beta", "beta_tilde"])
 def test_the_bound_of_gaussian_data(name, sigma2):
     schedule, s2 = SHORT[name], 0.3
+    prediction = natural(schedule)
+    fn = exact(schedule, s2, prediction=prediction)
     x_0 = math.sqrt(s2) * normal(0, 40_000, 1)
-    got = jax.jit(partial(ddpm.vlb, schedule, exact_eps(schedule, s2), sigma2=sigma2))(x_0, key(1))
-    tilde = process.beta_tilde(schedule)
+    got = jax.jit(partial(ddpm.vlb, schedule, fn, sigma2=sigma2, prediction=prediction))(
+        x_0, key(1)
+    )
+    tilde = schedules.beta_tilde(schedule)
     variances = schedule.beta if sigma2 == "beta" else np.concatenate([tilde[1:2], tilde[1:]])
     expected = expected_bound(schedule, s2, variances)
     assert abs(got.mean() - expected) < 4 * got.std() / 200 and got.std() / 200 < 0.02 * expected
@@ -297,10 +427,37 @@ def test_the_bound_of_gaussian_data(name, sigma2):
     assert expected > entropy
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [SHORT["straight"], ddpm.straight_schedule(1), ddpm.respace(STRAIGHT, 5, "log_snr")],
+    ids=["12", "1", "respaced"],
+)
+def test_the_bound_on_a_straight_path_is_the_entropy_where_the_chain_is_right(schedule):
+    """Gaussian data, the exact denoiser and the exact variance of x_{t-1} given x_t: x_T has no trace of x_0."""
+    s2, mean = 0.3, 0.7
+    second = np.append(s2, levels(schedule)[0] * s2 + levels(schedule)[1])
+    right = second[:-1] - schedules.step_signal_squared(schedule) * second[:-1] ** 2 / second[1:]
+    every = STRAIGHT if schedule.t[-1] > 500 else schedule
+    table = np.zeros(len(every.t))
+    table[schedule.t] = right
+    fn = exact(every, s2, mean, "velocity")
+
+    def sigma2(x_t, t):
+        return jnp.asarray(table, jnp.float32)[t][:, None]
+
+    x_0 = mean + math.sqrt(s2) * normal(0, 40_000, 1)
+    got = jax.jit(partial(ddpm.vlb, schedule, fn, sigma2=sigma2, prediction="velocity"))(
+        x_0, key(1)
+    )
+    entropy = 0.5 * math.log(2 * math.pi * math.e * s2)
+    assert abs(got.mean() - entropy) < 4 * got.std() / 200 and got.std() / 200 < 0.02
+
+
 def test_the_bound_is_tight_where_the_chain_is_right():
     """For data N(0, I) the reversed chain is Gaussian with variance beta: any number of steps costs nothing."""
     x_0 = normal(0, 40_000, 1)
-    for schedule in (*SHORT.values(), ddpm.cosine_schedule(1), ddpm.respace(LINEAR, 3)):
+    short = (SHORT["linear"], SHORT["cosine"], ddpm.cosine_schedule(1), ddpm.respace(LINEAR, 3))
+    for schedule in short:
         terms = jax.jit(
             partial(
                 ddpm.vlb_terms,
@@ -323,6 +480,13 @@ def test_the_bound_is_tight_where_the_chain_is_right():
     np.testing.assert_allclose(
         terms[-1], 0.5 * (last * 0.25**2 - last - math.log(1 - last)), atol=1e-6
     )
+    straight = SHORT["straight"]
+    u = jnp.asarray(straight.noise, jnp.float32)
+    terms = ddpm.vlb_terms(
+        straight, lambda x, t: (x - 0.25) / u[t][:, None], point, key(0), levels=17,
+        sigma2="beta_tilde", prediction="velocity",
+    )  # fmt: skip
+    np.testing.assert_allclose(terms[1:], 0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -418,21 +582,69 @@ def test_the_flow_gives_the_density():
 @pytest.mark.parametrize("name", SHORT)
 def test_ancestral_samples_have_the_variance_of_their_chain(name):
     schedule, s2 = SHORT[name], 0.3
-    a, earlier = schedule.alpha_bar, process.previous(schedule)[0]
-    for sigma2, added in (("beta", schedule.beta), ("beta_tilde", process.beta_tilde(schedule))):
+    (a, n), (earlier, noise_earlier) = levels(schedule), schedules.previous(schedule)
+    prediction = natural(schedule)
+    fn = exact(schedule, s2, prediction=prediction)
+    for sigma2, added in (("beta", schedule.beta), ("beta_tilde", schedules.beta_tilde(schedule))):
         variance = 1.0
         for t in range(len(a))[::-1]:
-            second = a[t] * s2 + 1 - a[t]
-            x_0_hat = (1 - (1 - a[t]) / second) / a[t] ** 0.5
-            of_x_0 = earlier[t] ** 0.5 * schedule.beta[t] / (1 - a[t])
-            factor = of_x_0 * x_0_hat + (1 - schedule.beta[t]) ** 0.5 * (1 - earlier[t]) / (
-                1 - a[t]
-            )
+            x_0_hat = a[t] ** 0.5 * s2 / (a[t] * s2 + n[t])
+            of_x_0 = earlier[t] ** 0.5 * schedule.beta[t] / n[t]
+            factor = of_x_0 * x_0_hat + (a[t] / earlier[t]) ** 0.5 * noise_earlier[t] / n[t]
             variance = factor**2 * variance + (added[t] if t else 0.0)  # no noise in the last step
-        x = jax.jit(partial(ddpm.sample_ddpm, schedule, exact_eps(schedule, s2), sigma2=sigma2))(
+        x = jax.jit(partial(ddpm.sample_ddpm, schedule, fn, sigma2=sigma2, prediction=prediction))(
             normal(0, 50_000, 1), key(1)
         )
         assert abs(x.var() / variance - 1) < 4 * (2 / 50_000) ** 0.5
+
+
+def some_velocity(x, t):
+    """Of no process: what samplers do with it is the subject."""
+    return jnp.sin(3 * x) + 0.1 * x[:, ::-1] - 0.002 * t[:, None]
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing"), [(1, "uniform"), (7, "uniform"), (5, "log_snr"), (12, "uniform")]
+)
+def test_ddim_on_a_straight_path_is_eulers_method_and_heun_heuns(steps, spacing):
+    """x + (u' - u) velocity from level to level, the last one to u = 0; of any velocity at all."""
+    schedule = SHORT["straight"]
+    t = ddpm.respace(schedule, steps, spacing).t
+    u, how = (t + 1) / 12, {"steps": steps, "spacing": spacing, "prediction": "velocity"}
+    with jax.enable_x64(True):
+        x_T = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+
+        def v(x, i):
+            return some_velocity(x, jnp.full(5, t[i]))
+
+        euler = heun = x_T
+        for i in range(steps)[::-1]:
+            to = u[i - 1] if i else 0.0
+            euler = euler + (to - u[i]) * v(euler, i)
+            first = v(heun, i)
+            second = v(heun + (to - u[i]) * first, i - 1) if i else first
+            heun = heun + (to - u[i]) * (first + second) / 2
+        got = ddpm.sample_ddim(schedule, some_velocity, x_T, key(0), **how)
+        np.testing.assert_allclose(got, euler, rtol=1e-12, atol=1e-12)
+        got = ddpm.sample_heun(schedule, some_velocity, x_T, **how)
+        np.testing.assert_allclose(got, heun, rtol=1e-12, atol=1e-12)
+        # And back to noise. The first step takes eps_hat as if x_0 lay at the first level.
+        eps_hat = x_T + (1 - u[0]) * v(x_T, 0)
+        back = (1 - u[0]) * x_T + u[0] * eps_hat
+        for i in range(1, steps):
+            back = back + (u[i] - u[i - 1]) * v(back, i - 1)
+        got = ddpm.ddim_invert(schedule, some_velocity, x_T, **how)
+        np.testing.assert_allclose(got, back, rtol=1e-12, atol=1e-12)
+
+
+def test_ddim_on_a_straight_path_with_eta_one_is_ancestral_sampling():
+    x_T, fn = normal(0, 100, 2), exact(STRAIGHT, [[0.5, 0.2], [0.2, 0.3]], 0.4, "velocity")
+    few, how = ddpm.respace(STRAIGHT, 9, "quadratic"), {"prediction": "velocity"}
+    ancestral = ddpm.sample_ddpm(few, fn, x_T, key(1), sigma2="beta_tilde", **how)
+    implicit = ddpm.sample_ddim(
+        STRAIGHT, fn, x_T, key(1), steps=9, eta=1.0, spacing="quadratic", **how
+    )
+    np.testing.assert_allclose(implicit, ancestral, atol=1e-4)
 
 
 def test_ddim_with_eta_one_is_ancestral_sampling():
@@ -515,7 +727,7 @@ def test_sigma_hat_adds_the_larger_noise():
     _, (x, _) = ddpm.sample_ddim(
         schedule, eps_fn, normal(0, 40_000, 1), key(1), steps=25, sigma_hat=True, path=True
     )
-    tilde, variance = process.beta_tilde(schedule), 1.0
+    tilde, variance = schedules.beta_tilde(schedule), 1.0
     for i, t in enumerate(range(24, 0, -1)):
         kept = (1 - schedule.alpha_bar[t - 1] - tilde[t]) / (1 - schedule.alpha_bar[t])
         variance = kept * variance + schedule.beta[t]
@@ -549,7 +761,7 @@ def test_inversion_comes_back_and_more_so_with_more_steps():
 
 def test_a_schedule_may_be_an_argument_of_a_compiled_function():
     eps_fn, x_T = exact_eps(LINEAR, 0.3), normal(0, 4, 2)
-    given = ddpm.Schedule(*(jnp.asarray(a) for a in LINEAR))
+    given = jax.tree.map(jnp.asarray, LINEAR)
     for f in (ddpm.sample_ddim, lambda s, e, x, k, steps: ddpm.ddim_invert(s, e, x, steps=steps)):
         got = jax.jit(lambda s, f=f: f(s, eps_fn, x_T, key(1), steps=20))(given)
         np.testing.assert_allclose(
@@ -795,10 +1007,18 @@ def test_sampling_refuses_what_would_have_no_effect(change, options, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prediction", process.PREDICTIONS)
-def test_objectives_agree_where_they_are_one(prediction):
+@pytest.mark.parametrize(
+    ("prediction", "schedule"),
+    [
+        (p, s)
+        for s in ("cosine", "straight")
+        for p in process.PREDICTIONS
+        if (p, s) != ("eps", "straight")
+    ],
+)
+def test_objectives_agree_where_they_are_one(prediction, schedule):
     """SNR weighting of x_0 is the error of eps; SNR + 1 would be that of v; for eps both are L_simple of eps."""
-    cfg = dataclasses.replace(DENSE, prediction=prediction, schedule="cosine", T=12)
+    cfg = dataclasses.replace(DENSE, prediction=prediction, schedule=schedule, T=12)
     params, x_0 = shaken(cfg).params, ddpm.preprocess(cfg, images(6))
     t, eps, label = jnp.array([1, 3, 5, 7, 9, 10]), normal(3, 6, 8, 8, 1), jnp.zeros(6, int)
     schedule = ddpm.schedule_of(cfg, params)
@@ -806,8 +1026,8 @@ def test_objectives_agree_where_they_are_one(prediction):
     value, _ = ddpm.predict(cfg, params, x_t, t, label)
     eps_hat = ddpm.convert(schedule, value, x_t, t, given=prediction, wanted="eps")
     of_eps = ((eps - eps_hat) ** 2).mean((1, 2, 3))
-    ab = np.asarray(schedule.alpha_bar)[np.asarray(t)]
-    snr = ab / (1 - ab)
+    ab, rest = (level[np.asarray(t)] for level in levels(schedule))
+    snr = ab / rest
 
     def each(objective):
         return ddpm.losses(
@@ -820,17 +1040,38 @@ def test_objectives_agree_where_they_are_one(prediction):
             each("truncated_snr"), of_eps * np.maximum(snr, 1) / snr, rtol=2e-3
         )
     np.testing.assert_allclose(each("min_snr"), of_eps * np.minimum(snr, 5) / snr, rtol=2e-3)
-    own = {"eps": of_eps, "x_0": of_eps / snr, "v": of_eps / ab}
+    own = {"eps": of_eps, "x_0": of_eps / snr, "v": of_eps * (ab + rest) ** 2 / ab}
+    own["velocity"] = of_eps * (1 + snr**-0.5) ** 2
     own["mu"] = of_eps / snr * (process.posterior_factors(schedule)[0][np.asarray(t)]) ** 2
     np.testing.assert_allclose(each("simple"), own[prediction], rtol=2e-3)
     # L_t for t > 0 is a weighted error of eps too (DDPM eq. 12).
     beta = schedule.beta[np.asarray(t)]
-    weight = beta**2 / (2 * beta * (1 - beta) * (1 - ab))
-    tilde = process.beta_tilde(schedule)[np.asarray(t)]
-    rest = 0.5 * (tilde / beta - 1 - np.log(tilde / beta))
+    weight = beta / (2 * schedules.step_signal_squared(schedule)[np.asarray(t)] * rest)
+    tilde = schedules.beta_tilde(schedule)[np.asarray(t)]
+    variances = 0.5 * (tilde / beta - 1 - np.log(tilde / beta))
     np.testing.assert_allclose(
-        each("vlb"), cfg.T * (weight * of_eps + rest) / math.log(2), rtol=2e-3
+        each("vlb"), cfg.T * (weight * of_eps + variances) / math.log(2), rtol=2e-3
     )
+
+
+def test_velocity_on_a_straight_path_has_the_loss_of_flow_matching():
+    """|net(x_t, t) - (eps - x_0)|^2 at x_t = (1 - u) x_0 + u eps, at u = 1/T and u = 1 too."""
+    cfg = dataclasses.replace(POINTS, schedule="straight", prediction="velocity", T=5)
+    params, x_0, eps = shaken(cfg).params, normal(1, 5, 2), normal(2, 5, 2)
+    t = jnp.arange(5)
+    u = (t[:, None] + 1) / 5
+    value, _ = ddpm.predict(cfg, params, (1 - u) * x_0 + u * eps, t)
+    expected = ((value - (eps - x_0)) ** 2).mean(-1)
+    got = ddpm.losses(cfg, params, x_0, t, eps, None)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for objective in (
+        "snr",
+        "truncated_snr",
+        "min_snr",
+        "vlb",
+    ):  # no weight of the last level is infinite
+        each = ddpm.losses(dataclasses.replace(cfg, objective=objective), params, x_0, t, eps, None)
+        assert np.isfinite(each).all(), objective
 
 
 def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
@@ -838,7 +1079,7 @@ def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
     params, x_0, label = shaken(cfg).params, ddpm.preprocess(cfg, images(6)), jnp.zeros(6, int)
     t, eps = jnp.array([0, 1, 3, 9, 20, 24]), normal(3, 6, 8, 8, 1)
     schedule = ddpm.schedule_of(cfg, params)
-    tilde = process.beta_tilde(schedule)
+    tilde = schedules.beta_tilde(schedule)
     tilde[0] = tilde[1]
     for raw, expected in (
         (1.0, schedule.beta),
@@ -884,7 +1125,7 @@ def test_evaluation_from_a_few_terms_is_unbiased():
 @pytest.mark.slow
 def test_evaluation_from_a_few_terms_counts_what_is_left_of_x_0(monkeypatch):
     """Levels that leave much of x_0 at the end, so that L_T is not small."""
-    monkeypatch.setitem(ddpm._SCHEDULES, "linear", lambda T: process._from_beta(np.full(T, 0.05)))
+    monkeypatch.setitem(ddpm.SCHEDULES, "linear", lambda T: schedules._from_beta(np.full(T, 0.05)))
     cfg = dataclasses.replace(POINTS, T=6, net=ddpm.NetConfig("mlp", (4,), dropout=0.0))
     batch = {"points": np.asarray(normal(0, 8, 2))}
     state = jax.jit(ddpm.make(cfg).init)(key(0))
@@ -1035,10 +1276,19 @@ def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_
         )
 
 
-def test_a_small_model_learns_points_and_samples_them():
+@pytest.mark.parametrize(
+    "path",
+    [
+        {},
+        pytest.param({"schedule": "straight", "prediction": "velocity"}, marks=pytest.mark.slow),
+    ],
+    ids=["linear", "straight"],
+)
+def test_a_small_model_learns_points_and_samples_them(path):
     """Two points, far apart: every sampler ends near one of them, and the bound falls below a normal's."""
     cfg = dataclasses.replace(
         POINTS, classes=2, T=50, net=ddpm.NetConfig("mlp", (64, 64), dropout=0.0), optim=Optim(lr=3e-3), ema=0.99,
+        **path,
     )  # fmt: skip
     family = ddpm.make(cfg)
     state, step = jax.jit(family.init)(key(0)), jax.jit(family.step)
@@ -1080,6 +1330,10 @@ def test_a_small_model_learns_points_and_samples_them():
             "model.objective 'hybrid' trains a learned variance: set model.variance",
         ),
         ({"schedule": "learned"}, "model.schedule 'learned' .VDM. goes with prediction eps"),
+        (
+            {"schedule": "straight"},
+            "'straight' ends in pure noise, .* set model.prediction to velocity",
+        ),
         ({"objective": "truncated_snr"}, "is for nets that do not predict eps"),
         ({"unlabelled": 1.0}, r"model.unlabelled must lie in \[0, 1\), got 1.0"),
         (
@@ -1171,7 +1425,9 @@ def exact_eps_traced(schedule, s2):
     """E[eps | x_t] of N(0, s2), by the levels of a schedule under differentiation."""
 
     def eps_fn(x_t, t):
-        ab, rest = (process.extract(a, t, x_t) for a in (schedule.alpha_bar, ddpm.noise2(schedule)))
+        ab, rest = (
+            schedules.extract(a, t, x_t) for a in (schedule.alpha_bar, ddpm.noise2(schedule))
+        )
         return jnp.sqrt(rest) * x_t / (ab * s2 + rest)
 
     return eps_fn

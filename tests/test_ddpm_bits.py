@@ -60,6 +60,16 @@ def test_the_process_is_its_steps_and_the_posterior_bayes_rule():
             np.testing.assert_allclose(got[0, 0], joint[1] / joint.sum(), atol=1e-6)
 
 
+def test_a_path_that_is_no_probability_is_refused():
+    straight, bits = ddpm.straight_schedule(T), jnp.zeros((2, 3))
+    for call in (
+        lambda: binomial.vlb(straight, lambda x, t: x, bits, key(0), rate=RATE),
+        lambda: binomial.sample(straight, lambda x, t: x, bits, key(0), rate=RATE),
+    ):
+        with pytest.raises(ValueError, match="bits need a schedule that preserves variance"):
+            call()
+
+
 def test_the_bound_of_one_bit_is_its_entropy():
     """With the exact denoiser of a single bit the reversed chain is the true one: only the end of the noise costs."""
     share = 0.3

@@ -9,7 +9,7 @@ import pytest
 
 from aigc_jax import ddpm, train
 from aigc_jax.commands.sample import DiffusionOptions
-from aigc_jax.ddpm import binomial, bounds, process
+from aigc_jax.ddpm import binomial, bounds, schedules
 
 pytestmark = pytest.mark.slow  # test_ddpm.py holds what all of them rest on
 
@@ -24,16 +24,26 @@ def key(i):
     return jax.random.key(i)
 
 
+def bulging(T, end=1.0):
+    """A path that is neither straight nor preserves variance: x_t is up to 1.5 times that of the straight one."""
+    u = np.arange(1, T + 1) / T
+    scale = 1 + 2 * u * (1 - u) + (end - 1) * u
+    return schedules.from_levels((scale * (1 - u)) ** 2, (scale * u) ** 2)
+
+
 SCHEDULES = {
     "linear": ddpm.linear_schedule(1000),
     "cosine": ddpm.cosine_schedule(1000),
-    "straight": ddpm.discretise(lambda u: -13.3 + 26.6 * u, 1000),
+    "even": ddpm.discretise(lambda u: -13.3 + 26.6 * u, 1000),  # in log signal-to-noise ratio
     "learned": ddpm.schedule_of(LEARNED, {"gamma": ddpm.init_gamma(key(0))}),
+    "straight": ddpm.straight_schedule(1000),
+    "bulging": bulging(1000),
 }
+NATURAL = {"straight": "velocity", "bulging": "velocity"}  # else eps
 
 
 def tables(schedule):
-    """alpha_bar and noise2, float64."""
+    """signal^2 and noise^2, float64."""
     return np.asarray(schedule.alpha_bar, np.float64), np.asarray(ddpm.noise2(schedule), np.float64)
 
 
@@ -43,9 +53,10 @@ def factors(schedule, std=STD, dtype=jnp.float32):
     x_0 = a**0.5 * std**2 / (a * std**2 + n), n / (a * std**2 + n) * MEAN
     eps = n**0.5 / (a * std**2 + n), -((a * n) ** 0.5) / (a * std**2 + n) * MEAN
     v = tuple(a**0.5 * e - n**0.5 * x for e, x in zip(eps, x_0, strict=True))
+    velocity = tuple(e - x for e, x in zip(eps, x_0, strict=True))
     return {
         name: [jnp.asarray(f, dtype) for f in both]
-        for name, both in (("x_0", x_0), ("eps", eps), ("v", v))
+        for name, both in (("x_0", x_0), ("eps", eps), ("v", v), ("velocity", velocity))
     }
 
 
@@ -69,6 +80,7 @@ def standardised(n=4000, dtype=np.float32):
 @pytest.mark.parametrize("T", [1, 2, 3, 7, 21, 100, 1000])
 def test_steps_are_distinct_and_visit_both_ends(T):
     several = [ddpm.cosine_schedule(T), ddpm.discretise(lambda u: -13.3 + 18.3 * u**1.2, T)]
+    several.append(ddpm.straight_schedule(T))
     for schedule in several:
         for steps in {1, 2, min(10, T), T // 2, T - 1, T} & set(range(1, T + 1)):
             for spacing in ("uniform", "quadratic", "log_snr", "karras"):
@@ -86,11 +98,11 @@ def test_traced_levels_choose_the_steps_of_those_at_hand(T):
     run = jax.jit(
         lambda s, steps, spacing: ddpm.respace(s, steps, spacing).t, static_argnums=(1, 2)
     )
-    for schedule in (ddpm.cosine_schedule(T), ddpm.discretise(lambda u: -13.3 + 18.3 * u**1.2, T)):
+    several = [ddpm.cosine_schedule(T), ddpm.discretise(lambda u: -13.3 + 18.3 * u**1.2, T)]
+    several.append(ddpm.straight_schedule(T))
+    for schedule in several:
         for spacing in ("log_snr", "karras"):
-            t = np.asarray(
-                run(ddpm.Schedule(*(jnp.asarray(x) for x in schedule)), min(10, T), spacing)
-            )
+            t = np.asarray(run(jax.tree.map(jnp.asarray, schedule), min(10, T), spacing))
             assert (np.diff(t) > 0).all() and t[-1] == T - 1 and t[0] == 0
             assert np.abs(t - ddpm.respace(schedule, min(10, T), spacing).t).max() <= 1
 
@@ -116,7 +128,7 @@ def test_steps_lie_evenly_in_what_they_are_named_after():
     assert t[-2:].tolist() == [998, 999]
     np.testing.assert_allclose(np.diff(place)[:-1], np.diff(place)[:-1].mean(), rtol=0.15)
     with pytest.raises(ValueError, match="spacing 'karras' depends on the noise levels"):
-        process.spaced(10, 3, "karras")
+        schedules.spaced(10, 3, "karras")
 
 
 @pytest.mark.parametrize("spacing", ["uniform", "karras"])
@@ -168,17 +180,18 @@ def test_the_command_line_passes_spacing_on_and_refuses_what_does_not_divide():
 
 
 @partial(jax.jit, static_argnames=("solve", "steps", "spacing"))
-def spread(tables, slope, offset, solve, steps, **spacing):
-    """Of 4,000 samples; levels and the exact eps are arguments, so that schedules share what is compiled."""
+def spread(schedule, slope, offset, solve, steps, **spacing):
+    """Of 4,000 samples; levels and the exact velocity are arguments, so that schedules share what is compiled."""
 
     def fn(x, t):
         return slope[t][:, None] * x + offset[t][:, None]
 
-    return solve(ddpm.Schedule(*tables), fn, standardised(), steps=steps, **spacing).std()
+    x_T = standardised()
+    return solve(schedule, fn, x_T, steps=steps, prediction="velocity", **spacing).std()
 
 
 def spreads(schedule, solve, **spacing):
-    given = tuple(jnp.asarray(x) for x in schedule), *factors(schedule)["eps"]
+    given = jax.tree.map(jnp.asarray, schedule), *factors(schedule)["velocity"]
     return [float(spread(*given, solve, steps, **spacing)) for steps in (10, 20, 50)]
 
 
@@ -203,23 +216,27 @@ def test_the_step_into_level_0_is_of_first_order(name, due):
 
 
 def flow_by_hand(name, schedule, steps, spacing, x):
-    """DPM-Solver++(2M) or Heun in the angle, in float64, one level at a time."""
+    """DPM-Solver++(2M) or Heun in the angle, on a straight path in u; in float64, one level at a time."""
     a, n = (table[ddpm.respace(schedule, steps, spacing).t] for table in tables(schedule))
 
     def x_0_hat(x, i):
         return MEAN + a[i] ** 0.5 * STD**2 / (a[i] * STD**2 + n[i]) * (x - a[i] ** 0.5 * MEAN)
 
     def v(x, i):
+        if not schedule.preserves_variance:
+            return (x - x_0_hat(x, i)) / n[i] ** 0.5
         return (a[i] ** 0.5 * x - x_0_hat(x, i)) / n[i] ** 0.5
 
-    lam, phi, before = 0.5 * np.log(a / n), np.arccos(a**0.5), None
+    lam, before = 0.5 * np.log(np.maximum(a, 1e-300) / n), None  # infinite without signal
+    phi = np.arccos(a**0.5) if schedule.preserves_variance else n**0.5
     for i in range(steps - 1, 0, -1):
         if name == "heun":
             step = phi[i - 1] - phi[i]
             x = x + step * (v(x, i) + v(x + step * v(x, i), i - 1)) / 2
             continue
         d, h = x_0_hat(x, i), lam[i - 1] - lam[i]
-        second = 0 if before is None or i == 1 else h / (lam[i] - lam[i + 1]) / 2
+        first_order = before is None or i == 1 or a[i + 1] == 0
+        second = 0 if first_order else h / (lam[i] - lam[i + 1]) / 2
         step = d if not second else d + second * (d - before)
         x, before = (n[i - 1] / n[i]) ** 0.5 * x - a[i - 1] ** 0.5 * np.expm1(-h) * step, d
     return x_0_hat(x, 0)
@@ -228,13 +245,15 @@ def flow_by_hand(name, schedule, steps, spacing, x):
 def test_solvers_are_those_written_by_hand():
     x = np.array([[1.5], [-0.4], [0.0]])
     cases = [("cosine", 1, "uniform"), ("cosine", 2, "uniform"), ("cosine", 3, "karras"), ("cosine", 12, "uniform"),
-             ("linear", 12, "karras"), ("learned", 12, "quadratic")]  # fmt: skip
+             ("linear", 12, "karras"), ("learned", 12, "quadratic"), ("straight", 1, "uniform"),
+             ("straight", 12, "uniform"), ("straight", 12, "log_snr")]  # fmt: skip
     for name, steps, spacing in cases:
         schedule = SCHEDULES[name]
+        prediction = NATURAL.get(name, "eps")
+        how = {"steps": steps, "spacing": spacing, "prediction": prediction}
         for solver, solve in (("heun", ddpm.sample_heun), ("dpm_solver", ddpm.sample_dpm_solver)):
-            got = solve(
-                schedule, exact(schedule), jnp.asarray(x, jnp.float32), steps=steps, spacing=spacing
-            )
+            fn = exact(schedule, prediction)
+            got = solve(schedule, fn, jnp.asarray(x, jnp.float32), **how)
             by_hand = flow_by_hand(solver, schedule, steps, spacing, x)
             np.testing.assert_allclose(
                 got, by_hand, rtol=1e-3, atol=3e-3, err_msg=f"{solver} {spacing} {steps}"
@@ -261,16 +280,19 @@ BOUNDS = {
 }
 
 
+@pytest.mark.parametrize("of", ["learned", "straight", "bulging"])
 @pytest.mark.parametrize("name", SAMPLERS | BOUNDS)
-def test_a_function_of_v_or_x_0_is_as_good_as_one_of_eps(name):
-    schedule, x = SCHEDULES["learned"], standardised(8).reshape(4, 2)
+def test_a_function_of_v_or_x_0_is_as_good_as_one_of_eps_or_velocity(name, of):
+    schedule, x = SCHEDULES[of], standardised(8).reshape(4, 2)
     call = partial((SAMPLERS | BOUNDS)[name], schedule)
-    expected = call(exact(schedule), x)
-    for prediction in ("v", "x_0") if name in ("ddpm", "heun", "vlb") else ("v",):
+    natural = NATURAL.get(of, "eps")
+    expected = call(exact(schedule, natural), x, prediction=natural)
+    for prediction in ("v", "velocity", "x_0") if name in ("ddpm", "heun", "vlb") else ("v",):
         got = call(exact(schedule, prediction), x, prediction=prediction)
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=2e-4)
     with pytest.raises(
-        ValueError, match="prediction must be eps, x_0 or v, not 'mu' .*convert it to x_0 first"
+        ValueError,
+        match="prediction must be eps, x_0, v or velocity, not 'mu' .*convert it to x_0 first",
     ):
         call(exact(schedule), x, prediction="mu")
 
@@ -284,13 +306,14 @@ def test_continuous_bounds_take_v_and_x_0():
             a, n = jax.nn.sigmoid(-g), jax.nn.sigmoid(g)
             eps = jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + n)
             x_0 = (x - jnp.sqrt(n) * eps) / jnp.sqrt(a)
-            return {"eps": eps, "x_0": x_0, "v": jnp.sqrt(a) * eps - jnp.sqrt(n) * x_0}[prediction]
+            v = jnp.sqrt(a) * eps - jnp.sqrt(n) * x_0
+            return {"eps": eps, "x_0": x_0, "v": v, "velocity": eps - x_0}[prediction]
 
         return predict
 
     due, *others = (
         ddpm.continuous_vlb(lambda u: -8 + 13 * u, fn(p), x, key(0), prediction=p)
-        for p in ("eps", "x_0", "v")
+        for p in ("eps", "x_0", "v", "velocity")
     )
     for other in others:
         np.testing.assert_allclose(other, due, rtol=2e-3, atol=1e-3)
@@ -375,7 +398,7 @@ def test_the_flow_gives_the_density_of_every_schedule(name):
     x_T = a**0.5 * MEAN + last**0.5 * z
     due = due - 0.5 * x_T**2 + 0.5 * np.log(last) + 0.5 * z**2
     assert abs(due[0] + 0.2258) < 0.005
-    fn = exact(schedule, "v")
+    fn, natural = exact(schedule, "v"), NATURAL.get(name, "eps")
     for trace, spacing in (("hutchinson", "uniform"), ("exact", "karras")):
         got = jax.jit(
             partial(
@@ -389,11 +412,28 @@ def test_the_flow_gives_the_density_of_every_schedule(name):
             )
         )(x, key(0))
         np.testing.assert_allclose(got, due, atol=1e-3)
-    got = jax.jit(
-        partial(ddpm.ode_log_likelihood, schedule, exact(schedule), steps=200, trace="exact")
-    )(x, key(0))
+    density = partial(
+        ddpm.ode_log_likelihood, schedule, exact(schedule, natural), prediction=natural
+    )
+    got = jax.jit(partial(density, steps=200, trace="exact"))(x, key(0))
     np.testing.assert_allclose(got, due, atol=1e-3)
-    assert np.isfinite(ddpm.ode_log_likelihood(schedule, exact(schedule), x, key(0), steps=2)).all()
+    assert np.isfinite(density(x, key(0), steps=2)).all()
+
+
+def test_the_flow_and_heun_on_a_path_that_ends_in_wider_noise():
+    """x_T has the standard deviation 1.5: the density is that of x_T ~ N(0, I), and a wider x_T gives the data."""
+    schedule, x = bulging(1000, end=1.5), jnp.array([[0.3], [0.8], [-0.4]])
+    a, n = tables(schedule)
+    np.testing.assert_allclose([a[-1], n[-1]], [0, 1.5**2])
+    fn, how = exact(schedule, "velocity"), {"steps": 200, "prediction": "velocity"}
+    variance = STD**2 + n[0] / a[0]
+    z = (np.asarray(x)[:, 0] - MEAN) / variance**0.5  # x_T = 1.5 z
+    due = -0.5 * np.log(2 * np.pi * variance) - (1.5 * z) ** 2 / 2 + np.log(1.5)
+    got = ddpm.ode_log_likelihood(schedule, fn, x, key(0), trace="exact", **how)
+    np.testing.assert_allclose(got, due, atol=1e-3)
+    x_T = 1.5 * jnp.array([[-1.0], [0.0], [2.0]])
+    got = ddpm.sample_heun(schedule, fn, x_T, **how)
+    np.testing.assert_allclose(got[:, 0], MEAN + STD * np.array([-1, 0, 2]), atol=2e-3)
 
 
 def test_the_flow_gives_the_density_of_several_dimensions():
@@ -434,7 +474,7 @@ def test_levels_without_noise_or_signal_give_numbers(low, high):
 
         def fn(x, t):
             a, n = (
-                process.extract(table, t, x)
+                schedules.extract(table, t, x)
                 for table in (schedule.alpha_bar, ddpm.noise2(schedule))
             )
             return jnp.sqrt(a) * jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (
@@ -468,14 +508,16 @@ def test_levels_without_noise_or_signal_give_numbers(low, high):
 # ---------------------------------------------------------------------------------------------------------- the dtypes
 
 
+@pytest.mark.parametrize(("of", "prediction"), [("cosine", "v"), ("straight", "velocity")])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samples_have_the_dtype_of_their_noise(name):
+def test_samples_have_the_dtype_of_their_noise(name, of, prediction):
     """And the digits of float32, up to one rounding at the end."""
     schedule, z = (
-        SCHEDULES["cosine"],
+        SCHEDULES[of],
         standardised(8).reshape(4, 2).astype(jnp.bfloat16).astype(jnp.float16),
     )
-    call = partial(SAMPLERS[name], schedule, exact(schedule, "v"), prediction="v")
+    fn = exact(schedule, prediction)
+    call = partial(SAMPLERS[name], schedule, fn, prediction=prediction)
     due = call(z.astype(jnp.float32))
     assert due.dtype == jnp.float32
     for x, limit in ((z.astype(jnp.bfloat16), 1.5e-2), (np.asarray(z), 2e-3)):
@@ -494,9 +536,10 @@ def test_likelihoods_of_half_precision_are_float32(name):
         np.testing.assert_allclose(got, due, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("of", "natural"), [("cosine", "eps"), ("straight", "velocity")])
 @pytest.mark.parametrize("name", SAMPLERS | BOUNDS)
-def test_float64_keeps_its_digits_and_float32_its_dtype(name):
-    schedule = SCHEDULES["cosine"]
+def test_float64_keeps_its_digits_and_float32_its_dtype(name, of, natural):
+    schedule = SCHEDULES[of]
     with jax.enable_x64(True):
         x, call = (
             np.random.default_rng(0).normal(size=(4, 2)),
@@ -507,14 +550,15 @@ def test_float64_keeps_its_digits_and_float32_its_dtype(name):
         narrow = call(fn, x.astype(np.float32), prediction="v")
         assert due.dtype == jnp.float64 and narrow.dtype == jnp.float32
         if name in ("ddpm", "ode", "vlb"):
-            got = call(exact(schedule, dtype=jnp.float64), x)
+            got = call(exact(schedule, natural, dtype=jnp.float64), x, prediction=natural)
             np.testing.assert_allclose(got, due, rtol=1e-9, atol=1e-9)
         if name in ("invert", "dpm_solver", "heun"):  # the others draw other noise in float64
             np.testing.assert_allclose(narrow, due, rtol=1e-4, atol=1e-4)
 
 
-def test_float64_is_exact_and_not_float32_in_disguise():
-    schedule, x = SCHEDULES["cosine"], np.array([[1.5], [-0.4]])
+@pytest.mark.parametrize("of", ["straight", "cosine"])
+def test_float64_is_exact_and_not_float32_in_disguise(of):
+    schedule, x = SCHEDULES[of], np.array([[1.5], [-0.4]])
     due = {name: flow_by_hand(name, schedule, 12, "log_snr", x) for name in ("heun", "dpm_solver")}
     with jax.enable_x64(True):
         for name, solve in (("heun", ddpm.sample_heun), ("dpm_solver", ddpm.sample_dpm_solver)):
@@ -527,9 +571,9 @@ def test_float64_is_exact_and_not_float32_in_disguise():
         np.testing.assert_allclose(
             got[:, 0], (a[[0, 999]] ** 0.5) * x[:, 0] + n[[0, 999]] ** 0.5 * x[::-1, 0], rtol=1e-14
         )
-        straight = ddpm.discretise(lambda u: -13.3 + 18.3 * u, 100)
+        even = ddpm.discretise(lambda u: -13.3 + 18.3 * u, 100)
         noise2 = 1 / (1 + np.exp(-np.linspace(-13.3, 5, 100)))
-        np.testing.assert_allclose(ddpm.noise2(straight), noise2, rtol=1e-12)
+        np.testing.assert_allclose(ddpm.noise2(even), noise2, rtol=1e-12)
 
 
 def test_a_learned_schedule_is_respaced_where_it_is_traced():
@@ -542,7 +586,7 @@ def test_a_learned_schedule_is_respaced_where_it_is_traced():
 
         def fn(x, t):
             a, n = (
-                process.extract(table, t, x)
+                schedules.extract(table, t, x)
                 for table in (schedule.alpha_bar, ddpm.noise2(schedule))
             )
             return jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + n)
@@ -570,7 +614,7 @@ def test_bits_of_any_dtype_and_of_many_steps():
     schedule, rate = ddpm.cosine_schedule(4000), 0.2
     t = np.array([1, 5, 100, 3999])
     beta = schedule.beta[t]
-    earlier, noise_earlier = (table[t] for table in process.previous(schedule))
+    earlier, noise_earlier = (table[t] for table in schedules.previous(schedule))
     for x_0 in (0.0, 1.0):
         for x_t in (0.0, 1.0):
             one = (earlier * x_0 + noise_earlier * rate) * (
@@ -618,7 +662,7 @@ def test_a_beta_that_rounds_to_one_keeps_its_way_back():
         mean, variance = ddpm.q_posterior(few, x_0, x_t, np.array([1]))
         np.testing.assert_allclose(mean, due, rtol=1e-4)
         np.testing.assert_allclose(variance[0, 0], noise2[0], rtol=1e-4)
-        np.testing.assert_allclose(process.one_minus_beta(few)[1], kept, rtol=1e-4)
+        np.testing.assert_allclose(schedules.step_signal_squared(few)[1], kept, rtol=1e-4)
     assert np.isfinite(ddpm.sample_ddpm(ddpm.respace(fine, 2), exact(fine), x_t, key(0))).all()
 
 

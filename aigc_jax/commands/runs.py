@@ -14,6 +14,7 @@ import tyro
 
 from .. import data, train
 from ..train import folder as folders
+from ..train import shipping
 from ..train.checkpoints import Checkpoints
 from ..train.log import finite
 from .shared import Folder, Trust, load_run, trusted
@@ -23,8 +24,10 @@ def info(run_folder: Folder, /) -> None:
     """Prints what a run folder holds: model, data, progress, checkpoints.
 
     Args:
-        run_folder: what a training run wrote.
+        run_folder: what a training run wrote, or the name of a model that comes with the package.
     """
+    if not run_folder.exists() and str(run_folder) in train.shipped():
+        return _shipped_info(str(run_folder))
     record = folders.read(run_folder)
     lines = train.metrics(run_folder)
     last = {
@@ -48,6 +51,21 @@ def info(run_folder: Folder, /) -> None:
     for step, intact in saves.checked().items():
         print(f"saved    step {step}{'' if intact else '  DAMAGED: it will be passed over'}")
     saves.close()
+
+
+def _shipped_info(name: str) -> None:
+    """Prints what the header of a shipped model holds."""
+    file = shipping.WEIGHTS / f"{name}.safetensors"
+    about = shipping.header(file)
+    record = json.loads(about.pop("record"))
+    source = record["data"]["source"] or "arrays"
+    print(f"model    {'.'.join(record['make'])}")
+    print(f"config   {json.dumps(record['config'])}")
+    print(f"data     {json.dumps(source)}, {record['data'].get('examples') or 'endless'} examples")
+    print(f"made on  {', '.join(f'{k} {v}' for k, v in record['environment'].items() if v)}")
+    print(f"file     {file}, {file.stat().st_size:,} bytes, step {record['step']}")
+    for what, text in about.items():
+        print(f"{what:8} {text}")
 
 
 DataFolder = Annotated[str | None, tyro.conf.arg(name="data.folder")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import re
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from .. import ddpm, figures, train, transformer
-from ..data import music
+from ..data import captions, music
 from ..data.text import Tokenizer
 from ..train import folder as folders
 from .shared import Folder, Place, Trust, check_seed, load_run
@@ -27,9 +28,11 @@ MOST_BYTES = 2**30  # of samples in float32, which are held in memory until all 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How a language model writes."""
+    """How a language model writes, or what a text-to-image model draws."""
 
     prompt: str = "\n"
+    negative: str = ""  # text to image: what the pictures shall not show
+    skip_unknown: bool = False  # text to image: leave out words that the model does not know
     new: int = 256  # tokens to write; fewer if the context ends before
     temperature: float = 1.0  # 0: always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0: all
@@ -66,12 +69,17 @@ class DiffusionOptions:
                 f"--diffusion.spacing paper needs --diffusion.steps that divide {cfg.T}, "
                 f"the model's, got {self.steps}: use uniform"
             )
-        if self.w and not (cfg.classes and cfg.unlabelled):
+        if self.w and not ((cfg.classes or cfg.context) and cfg.unlabelled):
             raise train.Refused(
-                "--diffusion.w guides a model that was trained with labels and without: this one "
-                "was not"
+                "--diffusion.w guides a model that was trained with labels or texts, and without: "
+                "this one was not"
             )
         return asdict(self)
+
+    def changed(self, cfg: ddpm.Config) -> dict:
+        """Like `options`, but only those that differ from the defaults here."""
+        default = DiffusionOptions()
+        return {k: v for k, v in self.options(cfg).items() if v != getattr(default, k)}
 
 
 def sample(
@@ -90,7 +98,7 @@ def sample(
     """Draws n samples from a run: pictures, points, music or text. Text appears as it is written.
 
     Args:
-        run_folder: what a training run wrote.
+        run_folder: what a training run wrote, or the name of a model that comes with the package.
         out: a .png file (all pictures on one sheet, or a map of points), .npy (the numbers), .mid
             (music) or .txt (text). Or a new folder: it gets one file per sample, and `compare`
             reads it. By default pictures go to RUN_FOLDER/samples.png and one by one to
@@ -131,7 +139,7 @@ def sample(
     step = int(result.state.step)
     single = forms[0] if kind == "image" else ".npy"
     _write(places, forms, single, samples, f"{run_folder}, step {step}")
-    best = folders.read(run_folder)["run"].get("best")
+    best = result.folder and folders.read(run_folder)["run"].get("best")
     chosen = f" (lowest {best} of those kept)" if best else ""
     where = " and, one by one, ".join(str(place) for place in places)
     print(f"wrote {n} samples of step {step}{chosen} to {where}")
@@ -140,6 +148,8 @@ def sample(
 def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
     """What the family's `sample` takes; raises Refused for options of another family."""
     config = result.config
+    if _draws_texts(result):
+        return {**_text_to_image(result, text), **diffusion.changed(config.diffusion)}
     is_diffusion = isinstance(config, ddpm.Config)
     if diffusion != DiffusionOptions() and not is_diffusion:
         raise train.Refused(f"{run_folder} holds no diffusion model: --diffusion.* is for these")
@@ -156,6 +166,41 @@ def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
         if not 0 <= label < classes:
             raise train.Refused(f"{run_folder}: labels lie in 0..{classes - 1}, got {label}")
     return options
+
+
+def _draws_texts(result: train.Result) -> bool:
+    """Whether a model makes pictures from a prompt."""
+    takes = inspect.signature(result.family.sample).parameters
+    return result.info.kind == "image" and "prompt" in takes
+
+
+def _text_to_image(result: train.Result, text: TextOptions) -> dict:
+    """Returns prompt and negative prompt as tokens; says so where there is none."""
+    own = {"prompt": text.prompt, "negative": text.negative, "skip_unknown": text.skip_unknown}
+    if text != TextOptions(**own):
+        raise train.Refused(
+            "of --text.* a text-to-image model takes prompt, negative and skip-unknown only"
+        )
+    found = {}
+    for name in ("prompt", "negative"):
+        words = own[name].strip()
+        if not words:
+            continue
+        try:
+            found[name] = captions.encode(
+                result.info.tokenizer,
+                words,
+                result.info.caption_length,
+                skip_unknown=text.skip_unknown,
+            )
+        except ValueError as e:
+            hint = "; --text.skip-unknown leaves them out" if "vocabulary" in str(e) else ""
+            raise train.Refused(f"--text.{name}: {e}{hint}") from e
+        if not found[name].any():
+            raise train.Refused(f"--text.{name}: the model knows none of the words of {words!r}")
+    if "prompt" not in found:
+        print("no prompt: the pictures follow no text")
+    return found
 
 
 def _shape(result: train.Result, options: dict) -> tuple[int, ...]:
@@ -181,6 +226,8 @@ def _forms(kind: str, shape: tuple[int, ...]) -> tuple[str, ...]:
 
 def _places(run_folder: Path, forms: tuple[str, ...], kind: str, out: Path | None) -> list[Path]:
     """The files and folders to write; raises Refused before any sample is drawn."""
+    if out is None and not run_folder.exists():  # a model that comes with the package
+        raise train.Refused("say with --out where to write")
     if out is None:
         return _default_places(run_folder, forms, kind)
     takes = f"a {' or '.join(forms)} file or a folder (a name without an ending)"
@@ -321,6 +368,8 @@ def _check_text(cfg, options: TextOptions, n: int, prompt, stop) -> None:
         raise train.Refused(f"text.stop must be one token, {options.stop!r} is {len(stop)}")
     if not 1 <= len(prompt) <= cfg.context:
         raise train.Refused(f"the prompt has {len(prompt)} tokens; it must have 1 to {cfg.context}")
+    if options.negative or options.skip_unknown:
+        raise train.Refused("text.negative and text.skip-unknown are for text-to-image models")
     if (size := options.no_repeat_ngram_size) < 0:
         raise train.Refused(f"text.no_repeat_ngram_size must be at least 0, got {size}")
 

@@ -5,10 +5,12 @@
 - guidance: Ho & Salimans 2022
 - prediction of v: Salimans & Ho 2022
 - learned schedule in continuous time: Kingma et al. 2021 ("VDM")
+- straight paths, flow matching: Lipman et al. 2022, Liu et al. 2022
 
-A process q adds noise to x_0 in T steps (`process.py`). A network is trained to predict the noise
-in x_t, given t (this file). Samplers (`samplers.py`) and likelihoods (`bounds.py`) are functions of
-a `Schedule` and any `eps_fn(x_t, t) -> eps_hat`, whether a network or an exact score.
+A process q adds noise to x_0 in T steps (`schedules.py`, `process.py`). A network is trained to
+predict the noise in x_t, given t (this file). Samplers (`samplers.py`) and likelihoods
+(`bounds.py`) are functions of a `Schedule` and any `eps_fn(x_t, t) -> eps_hat`, whether a network
+or an exact score.
 
 Images are floats in [-1, 1] here. Only `preprocess` takes whole-number pixels, and `Family.sample`
 returns images in [0, 1].
@@ -22,8 +24,7 @@ returns images in [0, 1].
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,7 @@ from jaxtyping import Array, Float, Int, Key
 from ..core import (
     EMA,
     Family,
-    Optim,
-    Optimizer,
     State,
-    check_at_least,
-    check_data,
-    check_fields,
     floats,
     labels,
     make_step,
@@ -60,22 +56,15 @@ from .bounds import (
     vlb_term,
     vlb_terms,
 )
+from .config import SCHEDULES, Config
 from .learned_schedule import gamma, init_gamma
 from .nets import MLP, DiT, NetConfig, UNet, module
 from .process import (
     Given,
-    Sample,
-    Schedule,
     convert,
-    cosine_schedule,
-    discretise,
     learned_variance,
-    linear_schedule,
-    noise_variance,
     q_posterior,
     q_sample,
-    respace,
-    signal_and_noise,
 )
 from .samplers import (
     call_eps_fn,
@@ -88,6 +77,17 @@ from .samplers import (
     sample_dpm_solver,
     sample_heun,
     slerp,
+)
+from .schedules import (
+    Sample,
+    Schedule,
+    cosine_schedule,
+    discretise,
+    linear_schedule,
+    noise_variance,
+    respace,
+    signal_and_noise,
+    straight_schedule,
 )
 
 noise2 = noise_variance  # its old name, which still works
@@ -133,6 +133,7 @@ __all__ = [
     "sample_heun",
     "schedule_of",
     "slerp",
+    "straight_schedule",
     "vlb",
     "vlb_terms",
 ]
@@ -140,9 +141,8 @@ __all__ = [
 Net = NetConfig  # its former name
 
 Params = Any  # {"net": ...}, and with a learned schedule "gamma"
+Context = Any  # floats [B, L, E], or one for all; zeros stand for no context
 Label = Any  # classes 0..classes-1 as whole numbers [B], or one for all; `core.labels` checks them
-
-_SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule}
 
 # Weights of |x_0 - x_0_hat|^2 by the signal-to-noise ratio (Salimans & Ho 2022, section 4; Hang et
 # al. 2023 for min_snr).
@@ -151,82 +151,11 @@ _WEIGHTS = {
     "truncated_snr": lambda snr: jnp.maximum(snr, 1.0),
     "min_snr": lambda snr: jnp.minimum(snr, 5.0),
 }
-Objective = Literal["simple", "vlb", "hybrid", "snr", "truncated_snr", "min_snr"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """A diffusion model. The defaults are DDPM's for CIFAR-10 (section 4 and appendix B)."""
-
-    shape: tuple[int, ...] = (32, 32, 3)  # (H, W, C) of images, (d,) of points
-    levels: int = 256  # pixels are whole numbers in 0..levels-1
-    classes: int = 0  # the network is given a label in 0..classes-1; 0: unconditional
-    unlabelled: float = 0.1  # share of labels withheld in training, which guidance needs
-    T: int = 1000  # number of steps
-    # learned: VDM, in continuous time; T is for sampling
-    schedule: Literal["linear", "cosine", "learned"] = "linear"
-    prediction: Literal["eps", "x_0", "v", "mu"] = "eps"
-    # of p(x_{t-1} | x_t); learned: between the other two
-    variance: Literal["beta", "beta_tilde", "learned"] = "beta"
-    objective: Objective = "simple"  # see `losses`
-    times: Literal["uniform", "low_discrepancy", "importance"] = "uniform"  # distribution of t
-    terms: int = 8  # number of t that `evaluate` draws; 0: all T (with a learned schedule, one)
-    mirror: bool = False  # mirror half of the training images left to right, as DDPM on CIFAR-10
-    net: NetConfig = NetConfig()
-    ema: float = 0.9999
-    micro: int = 1
-    optim: Optimizer = Optim(lr=2e-4, clip=1.0, warmup=5000)
-
-    def __post_init__(self):
-        check_fields(self)
-        check_at_least(self, 0, "classes", "terms")
-        check_at_least(self, 1, "T", "micro")
-        if len(self.shape) not in (1, 3) or min(self.shape) < 1:
-            rule = "model.shape must be (H, W, C) or (d,), all positive"
-            raise ValueError(f"{rule}, got {self.shape}")
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"model.levels must lie in 2..256, got {self.levels}")
-        if self.T > 10**6:  # a schedule is an array of T numbers
-            raise ValueError(f"model.T must be at most 1,000,000, got {self.T}")
-        if not 0 <= self.unlabelled < 1:
-            raise ValueError(f"model.unlabelled must lie in [0, 1), got {self.unlabelled}")
-        if self.mirror and len(self.shape) == 1:
-            shape = tuple(self.shape)
-            raise ValueError(f"model.mirror is for images, model.shape {shape} is of points")
-        self._check_combination()
-        self.net.check(self.shape)
-        EMA(self.ema)
-
-    def _check_combination(self):
-        """Raises ValueError for choices that do not go together."""
-        if self.variance == "learned" and self.objective not in ("vlb", "hybrid"):
-            rule = "model.variance 'learned' is trained by objective vlb or hybrid"
-            raise ValueError(f"{rule}, not {self.objective}")
-        if self.objective == "hybrid" and self.variance != "learned":
-            rule = "model.objective 'hybrid' trains a learned variance"
-            raise ValueError(f"{rule}: set model.variance to learned, or use objective simple")
-        if self.objective == "truncated_snr" and self.prediction == "eps":
-            rule = "model.objective 'truncated_snr' is for nets that do not predict eps"
-            raise ValueError(f"{rule}: Salimans & Ho's weight of eps grows without bound")
-        if self.schedule != "learned":
-            _SCHEDULES[self.schedule](self.T)
-            return
-        chosen = (self.prediction, self.variance, self.objective, self.times)
-        if chosen != ("eps", "beta_tilde", "vlb", "low_discrepancy"):
-            rule = (
-                "model.schedule 'learned' (VDM) goes with prediction eps, variance beta_tilde, "
-                "objective vlb and times low_discrepancy"
-            )
-            raise ValueError(f"{rule}, got {', '.join(chosen)}")
-
-    def check(self, info) -> None:
-        """Raises ValueError for data (a `data.Info`) that this model cannot take."""
-        check_data(self, info)
 
 
 def _grey_levels(cfg: Config) -> int | None:
-    """Returns the number of grey levels of images, None for points: their bound is of a density."""
-    return cfg.levels if len(cfg.shape) == 3 else None
+    """Returns the number of grey levels of images, None for floats: their bound is of a density."""
+    return cfg.levels if cfg.is_image else None
 
 
 def _nats_per_bit_per_dim(cfg: Config) -> float:
@@ -240,11 +169,11 @@ def schedule_of(cfg: Config, params: Params) -> Schedule:
     """Returns the T levels of the model, for sampling and for its bound."""
     if cfg.schedule == "learned":
         return discretise(lambda u: gamma(params["gamma"], u), cfg.T)
-    return _SCHEDULES[cfg.schedule](cfg.T)
+    return SCHEDULES[cfg.schedule](cfg.T)
 
 
 def preprocess(cfg: Config, batch: dict) -> Sample:
-    """Returns pixels 0..levels-1 as floats in [-1, 1]; points as they are.
+    """Returns pixels 0..levels-1 as floats in [-1, 1]; points and latents as they are.
 
     Raises ValueError for pixels that are floats, or larger than levels - 1.
     """
@@ -262,7 +191,7 @@ def init_state(cfg: Config, key: Key[Array, ""]) -> State:
     k_net, k_gamma = jax.random.split(key)
     label = jnp.zeros(1, int) if cfg.classes else None
     x_t, t = jnp.zeros((1, *cfg.shape), jnp.float32), jnp.zeros((1,), jnp.float32)
-    params = {"net": _net(cfg).init(k_net, x_t, t, label)["params"]}
+    params = {"net": _net(cfg).init(k_net, x_t, t, label, *_context(cfg, None, 1))["params"]}
     if cfg.schedule == "learned":
         params["gamma"] = init_gamma(k_gamma, levels=_grey_levels(cfg) or 256)
     history = importance.init_history(cfg.T) if cfg.times == "importance" else None
@@ -274,6 +203,24 @@ def _label_or_none(cfg: Config, label: Label, n: int):
     return labels(label, cfg.classes + 1 if cfg.classes else 0, (n,))
 
 
+def _context(cfg: Config, context: Context, n: int) -> tuple[Array, ...]:
+    """Returns (context [n, L, E],), zeros where there is none; () for a model without contexts.
+
+    A single context [L, E] or [1, L, E] serves all n.
+    """
+    if cfg.context is None:
+        if context is not None:
+            raise ValueError("this model takes no context: model.context is not set")
+        return ()
+    if context is None:
+        return (jnp.zeros((n, *cfg.context), jnp.float32),)
+    context = floats("context", context)
+    if context.shape[-2:] != tuple(cfg.context) or context.shape[:-2] not in ((), (1,), (n,)):
+        expected = f"({n}, {cfg.context[0]}, {cfg.context[1]})"
+        raise ValueError(f"context must have the shape {expected}, got {context.shape}")
+    return (jnp.broadcast_to(context, (n, *cfg.context)),)
+
+
 def predict(
     cfg: Config,
     params: Params,
@@ -281,6 +228,7 @@ def predict(
     t: Array,
     label: Label = None,
     key: Key[Array, ""] | None = None,
+    context: Context = None,
 ) -> tuple[Sample, Sample | None]:
     """Returns (prediction, raw) of the network.
 
@@ -290,13 +238,15 @@ def predict(
     t: steps 0..T-1 [B]; with a learned schedule u in [0, 1].
     label: [B]; None, or the class number cfg.classes, is no label.
     key: with a key, dropout is on.
+    context: [B, L, E], one for all, or None, which is no context.
     """
     if cfg.classes and label is None:
         label = jnp.full(len(x_t), cfg.classes)
     x_t, label = floats("x_t", x_t), _label_or_none(cfg, label, len(x_t))
     time = 1000.0 * t / (1 if cfg.schedule == "learned" else cfg.T)
     rngs = None if key is None else {"dropout": key}
-    out = _net(cfg).apply({"params": params["net"]}, x_t, time, label, rngs=rngs)
+    given = (label, *_context(cfg, context, len(x_t)))
+    out = _net(cfg).apply({"params": params["net"]}, x_t, time, *given, rngs=rngs)
     if label is not None:
         is_wrong = label.reshape(-1, *[1] * (out.ndim - 1)) < 0
         out = jnp.where(is_wrong, jnp.nan, out)  # see core.labels
@@ -320,49 +270,63 @@ def _is_guided(w) -> bool:
     return not isinstance(w, (int, float)) or w != 0
 
 
-def predict_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
+def predict_fn_of(
+    cfg: Config,
+    params: Params,
+    label: Label = None,
+    w: Any = 0.0,
+    *,
+    context: Context = None,
+    negative: Context = None,
+):
     """Returns (fn, prediction) for samplers and bounds, where fn(x_t, t) is the network.
 
-    fn returns the network's own prediction, "eps", "x_0" or "v"; for a network that predicts mu,
-    x_0. With learned variances it returns (prediction, raw), for sigma2 = "learned". t are steps,
-    with a learned schedule too.
+    fn returns the network's own prediction, "eps", "x_0", "v" or "velocity"; for a network that
+    predicts mu, x_0. With learned variances it returns (prediction, raw), for sigma2 = "learned".
+    t are steps, with a learned schedule too.
 
-    label: the classes [B], or one for all. w: guidance weight; raw is then that of the label.
+    label: the classes [B], or one for all. context: [B, L, E], or one for all.
+    w: guidance weight, away from no label and no context; raw is then that of the condition.
+    negative: the context that guidance leads away from instead (a "negative prompt").
     """
     schedule = schedule_of(cfg, params)
     guided = _is_guided(w)
-    if guided and label is None:
-        raise ValueError("guidance (w) needs labels: give a label for each example")
+    if guided and label is None and context is None:
+        raise ValueError("guidance (w) needs labels or a context: give one for each example")
+    if negative is not None and not guided:
+        raise ValueError("a negative context acts through guidance: give w")
 
-    def call_net(x_t, t, label):
+    def call_net(x_t, t, label, context):
         time = t
         if cfg.schedule == "learned":  # the u of `discretise`: both ends, or of one step the last
             time = t / (cfg.T - 1) if cfg.T > 1 else jnp.ones(len(x_t))
-        value, raw = predict(cfg, params, x_t, time, label)
+        value, raw = predict(cfg, params, x_t, time, label, context=context)
         return _without_mu(cfg, schedule, value, x_t, t)[0], raw
 
     def fn(x_t, t):
         if not guided:
-            value, raw = call_net(x_t, t, label)
+            value, raw = call_net(x_t, t, label, context)
         else:
             cond = _label_or_none(cfg, label, len(x_t))
-            uncond = jnp.full_like(cond, cfg.classes)
-            pairs = (x_t, x_t), (t, t), (cond, uncond)
-            value, raw = call_net(*(jnp.concatenate(pair) for pair in pairs))
+            uncond = None if cond is None else jnp.full_like(cond, cfg.classes)
+            contexts = [_context(cfg, each, len(x_t)) for each in (context, negative)]
+            pairs = (x_t, x_t), (t, t), (cond, uncond), sum(contexts, ()) or (None, None)
+            both = (None if a is None else jnp.concatenate((a, b)) for a, b in pairs)
+            value, raw = call_net(*both)
             value, raw = guide(*jnp.split(value, 2), w), None if raw is None else raw[: len(x_t)]
         return value if raw is None else (value, raw)
 
     return fn, "x_0" if cfg.prediction == "mu" else cfg.prediction
 
 
-def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0):
+def eps_fn_of(cfg: Config, params: Params, label: Label = None, w: Any = 0.0, **contexts: Context):
     """Returns eps_fn(x_t, t) of the network: `predict_fn_of`, converted to eps.
 
     With learned variances it returns (eps_hat, raw). Prefer `predict_fn_of` for samplers and
     bounds: the conversion loses digits.
     """
     schedule = schedule_of(cfg, params)
-    fn, prediction = predict_fn_of(cfg, params, label, w)
+    fn, prediction = predict_fn_of(cfg, params, label, w, **contexts)
 
     def eps_fn(x_t, t):
         value, raw = call_eps_fn(fn, x_t, t)
@@ -387,11 +351,13 @@ def losses(
     eps: Sample,
     label: Label,
     key=None,
+    context: Context = None,
 ) -> Float[Array, "B"]:
     """Returns the objective of each example, at one t each. With a key, dropout is on.
 
     simple: mean squared error of the network's own prediction (DDPM eq. 14; for mu the "MSE" of
-        table 2).
+        table 2). With prediction velocity on a straight path it is flow matching's loss (Lipman et
+        al. 2022, eq. 23), here per dimension and at T times.
     vlb: T L_t in bits per dimension. Its mean over t is the bound without L_T (DDPM eq. 5).
     hybrid: simple + 0.001 vlb, in which vlb trains the variance only (Nichol & Dhariwal, eq. 16).
     snr, truncated_snr, min_snr: mean squared error of x_0, weighted by the signal-to-noise ratio.
@@ -399,7 +365,7 @@ def losses(
     schedule = schedule_of(cfg, params)
     x_t = q_sample(schedule, x_0, t, eps)
     signal, noise = signal_and_noise(schedule, t, x_0)
-    value, raw = predict(cfg, params, x_t, t, label, key)
+    value, raw = predict(cfg, params, x_t, t, label, key, context)
 
     def bound(value):
         value, prediction = _without_mu(cfg, schedule, value, x_t, t)
@@ -414,12 +380,13 @@ def losses(
         return _WEIGHTS[cfg.objective](snr) * _mean_per_example((x_0 - x_0_hat) ** 2)
     if cfg.objective == "vlb":
         return bound(value)
-    target = {  # from x_0 and eps themselves: x_t would have to be divided by sqrt(alpha_bar)
+    targets = {  # from x_0 and eps themselves: x_t would have to be divided by sqrt(alpha_bar)
         "eps": eps,
         "x_0": x_0,
         "v": signal * eps - noise * x_0,
         "mu": q_posterior(schedule, x_0, x_t, t)[0],
-    }[cfg.prediction]
+    }
+    target = eps - x_0 if cfg.prediction == "velocity" else targets[cfg.prediction]
     simple = _mean_per_example((target - value) ** 2)
     if cfg.objective == "simple":
         return simple
@@ -433,6 +400,7 @@ def continuous_nll(
     label: Label,
     key: Key[Array, ""],
     k_drop: Key[Array, ""] | None = None,
+    context: Context = None,
 ) -> Float[Array, "B"]:
     """Returns VDM's bound on -log p(x_0), nats, from one u per example."""
 
@@ -440,16 +408,24 @@ def continuous_nll(
         return gamma(params["gamma"], u)
 
     def eps_fn(x_u, u):
-        return predict(cfg, params, x_u, u, label, k_drop)[0]
+        return predict(cfg, params, x_u, u, label, k_drop, context)[0]
 
     return continuous_vlb(gamma_fn, eps_fn, x_0, key, levels=_grey_levels(cfg))
 
 
-def vdm_loss(cfg: Config, params: Params, x_0: Sample, label: Label, key, k_drop=None):
+def vdm_loss(
+    cfg: Config,
+    params: Params,
+    x_0: Sample,
+    label: Label,
+    key,
+    k_drop=None,
+    context: Context = None,
+):
     """Returns the mean of VDM's bound in bits per dimension: see `learned_schedule.loss`."""
 
     def bits_per_dim(params, key, k_drop):
-        nats = continuous_nll(cfg, params, x_0, label, key, k_drop)
+        nats = continuous_nll(cfg, params, x_0, label, key, k_drop, context)
         return 1 / _nats_per_bit_per_dim(cfg) * nats
 
     return learned_schedule.loss(bits_per_dim, params, key, k_drop)
@@ -463,12 +439,29 @@ def labels_in(cfg: Config, batch: dict, n: int):
     return labels(batch.get("label") if cfg.classes else None, cfg.classes, (n,))
 
 
-def withhold_labels(cfg: Config, label, key: Key[Array, ""]):
-    """Replaces a share cfg.unlabelled of the labels by cfg.classes, which stands for no label."""
-    if label is None:
+def context_in(cfg: Config, batch: dict) -> Context:
+    """Returns the context [B, L, E] of a batch, None for a model without contexts."""
+    if cfg.context is None:
         return None
-    withheld = jax.random.uniform(key, label.shape) < cfg.unlabelled
-    return jnp.where(withheld, cfg.classes, label)
+    if "context" not in batch:
+        raise ValueError("model.context is set, and the batch has no 'context'")
+    return batch["context"]
+
+
+def withhold(cfg: Config, label, context: Context, key: Key[Array, ""]):
+    """Withholds the labels and contexts of a share cfg.unlabelled of the rows.
+
+    Returns (label, context): cfg.classes stands for no label, zeros for no context.
+    """
+    given = label if context is None else context
+    if given is None:
+        return None, None
+    withheld = jax.random.uniform(key, given.shape[:1]) < cfg.unlabelled
+    if label is not None:
+        label = jnp.where(withheld, cfg.classes, label)
+    if context is not None:
+        context = jnp.where(withheld[:, None, None], 0, context)
+    return label, context
 
 
 def mirror_half(x_0: Sample, key: Key[Array, ""]) -> Sample:
@@ -502,15 +495,16 @@ def training_loss(
     """
     k_t, k_eps, k_label, k_drop, k_mirror = jax.random.split(key, 5)
     x_0 = preprocess(cfg, batch)
-    label = withhold_labels(cfg, labels_in(cfg, batch, len(x_0)), k_label)
+    label, context = labels_in(cfg, batch, len(x_0)), context_in(cfg, batch)
+    label, context = withhold(cfg, label, context, k_label)
     k_drop = k_drop if cfg.net.dropout else None
     if cfg.mirror:
         x_0 = mirror_half(x_0, k_mirror)
     if cfg.schedule == "learned":
-        return vdm_loss(cfg, params, x_0, label, k_eps, k_drop), (state.extra, {})
+        return vdm_loss(cfg, params, x_0, label, k_eps, k_drop, context), (state.extra, {})
     t, weight = draw_t(cfg, state.extra, k_t, len(x_0))
     eps = jax.random.normal(k_eps, x_0.shape, x_0.dtype)
-    loss = losses(cfg, params, x_0, t, eps, label, k_drop)
+    loss = losses(cfg, params, x_0, t, eps, label, k_drop, context)
     mean, extra = (weight * loss).mean(), state.extra
     if cfg.times == "importance":
         extra = importance.update_history(extra, t, loss, axis_name)
@@ -523,16 +517,16 @@ def training_loss(
 def nll_nats(cfg: Config, params: Params, batch: dict, key: Key[Array, ""]) -> Float[Array, "B"]:
     """Returns an upper bound on -log p per example, unbiased, from cfg.terms of its T terms."""
     x_0 = preprocess(cfg, batch)
-    label = labels_in(cfg, batch, len(x_0))
+    label, context = labels_in(cfg, batch, len(x_0)), context_in(cfg, batch)
     k_t, k_eps = jax.random.split(key)
     if cfg.schedule == "learned":
 
         def estimate(k):
-            return continuous_nll(cfg, params, x_0, label, k)
+            return continuous_nll(cfg, params, x_0, label, k, context=context)
 
         return jax.lax.map(estimate, jax.random.split(k_eps, max(1, cfg.terms))).mean(0)
     schedule = schedule_of(cfg, params)
-    fn, prediction = predict_fn_of(cfg, params, label)
+    fn, prediction = predict_fn_of(cfg, params, label, context=context)
     options = {"levels": _grey_levels(cfg), "sigma2": cfg.variance, "prediction": prediction}
     if cfg.terms in (0, cfg.T):
         return vlb(schedule, fn, x_0, k_eps, **options)
@@ -555,31 +549,32 @@ def generate(
     *,
     n: int,
     label: Label = None,
+    context: Context = None,
+    negative: Context = None,
     w: Any = 0.0,
     sampler: str = "ddpm",
     steps: int = 0,
     eta: Any = 0.0,
     spacing: str | None = None,
 ) -> Sample:
-    """Samples n images [n, H, W, C] in [0, 1], or points; the options are those of `make`'s sample.
+    """Samples n images [n, H, W, C] in [0, 1], points or latents. Options: see `make`'s sample.
 
     sampler "ddpm" is DDPM's algorithm 2: see `sample_ddpm`.
     """
-    if _is_guided(w) and not (cfg.classes and cfg.unlabelled):
-        rule = "guidance (w) needs a model that was trained with labels, some of them withheld"
-        raise ValueError(f"{rule}: set model.classes and model.unlabelled")
+    if _is_guided(w) and not ((cfg.classes or cfg.context) and cfg.unlabelled):
+        rule = "guidance (w) needs labels or contexts in training, some of them withheld"
+        raise ValueError(f"{rule}: set model.classes or model.context, and model.unlabelled")
     if eta and sampler != "ddim":
         raise ValueError(f"eta is an option of the sampler ddim, not of {sampler!r}")
     # Callers may not pass the class that stands for no label: `eps_fn_of` accepts it.
     label = labels(label, cfg.classes, (n,), in_turn=True)
     schedule, steps = schedule_of(cfg, params), steps or cfg.T
     default_spacing = "log_snr" if sampler in ("dpm_solver", "heun") else "uniform"
-    fn, prediction = predict_fn_of(cfg, params, label, w)
-    is_image = len(cfg.shape) == 3
+    fn, prediction = predict_fn_of(cfg, params, label, w, context=context, negative=negative)
     options = {
         "steps": steps,
         "spacing": spacing or default_spacing,
-        "clip": 1.0 if is_image else None,
+        "clip": 1.0 if cfg.is_image else None,
         "prediction": prediction,
     }
     k_start, k_steps = jax.random.split(key)
@@ -594,7 +589,7 @@ def generate(
         x_0 = sample_heun(schedule, fn, x_T, **options)
     else:
         raise ValueError(f"sampler must be ddpm, ddim, dpm_solver or heun, not {sampler!r}")
-    return jnp.clip((x_0 + 1) / 2, 0, 1) if is_image else x_0
+    return jnp.clip((x_0 + 1) / 2, 0, 1) if cfg.is_image else x_0
 
 
 # ------------------------------------------------------------------------------------ the family
@@ -603,15 +598,18 @@ def generate(
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     """Returns the diffusion model as a Family.
 
-    Batches hold `image` or `points`, and `label` if cfg.classes is set.
+    Batches hold `image` or `points` (float32 [B, ...], such as latents), `label` if cfg.classes is
+    set, and `context` [B, L, E] if cfg.context is.
 
     evaluate: `nll_nats`, an upper bound on -log p per example, unbiased; of images also
         `nll_bits_per_dim`.
-    sample(state, key, *, n, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0, spacing=None):
-        images [n, H, W, C] in [0, 1], or points.
+    sample(state, key, *, n, label=None, context=None, negative=None, w=0.0, sampler="ddpm",
+            steps=0, eta=0.0, spacing=None):
+        images [n, H, W, C] in [0, 1], points or latents.
         label: a class in 0..classes-1, one for all or [n]; by default the classes in turn.
+        context: [L, E] for all, or [n, L, E]; by default none. negative: see `predict_fn_of`.
         w: guidance weight, see `guide`. sampler: ddpm | ddim | dpm_solver | heun.
-        steps: 0 is all T. eta: of ddim. spacing: which steps, see `process.spaced`; by default
+        steps: 0 is all T. eta: of ddim. spacing: which steps, see `schedules.spaced`; by default
         uniform, for dpm_solver and heun log_snr.
     """
     ema = EMA(cfg.ema)
@@ -624,13 +622,27 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     def evaluate(state, batch, key):
         nll = nll_nats(cfg, ema.read(state), batch, key)
-        if len(cfg.shape) != 3:
+        if not cfg.is_image:
             return {"nll_nats": nll}
         return {"nll_nats": nll, "nll_bits_per_dim": nll / _nats_per_bit_per_dim(cfg)}
 
-    def sample(state, key, *, n, label=None, w=0.0, sampler="ddpm", steps=0, eta=0.0, spacing=None):
+    def sample(
+        state,
+        key,
+        *,
+        n,
+        label=None,
+        context=None,
+        negative=None,
+        w=0.0,
+        sampler="ddpm",
+        steps=0,
+        eta=0.0,
+        spacing=None,
+    ):
+        given = {"label": label, "context": context, "negative": negative, "w": w}
         options = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing}
-        return generate(cfg, ema.read(state), key, n=n, label=label, w=w, **options)
+        return generate(cfg, ema.read(state), key, n=n, **given, **options)
 
     step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
     return Family(init, step, evaluate, sample)

@@ -2,7 +2,7 @@
 
 A step keeps a bit with probability 1 - beta, and else draws it anew from B(rate). Bits are floats
 0.0 and 1.0, [B, D]. `logits_fn(x_t, t) -> [B, D]` predicts the logits of x_0 = 1. Schedules are
-those of `process`.
+those of `schedules`.
 
 The bound is exact enough to reveal an error: it must not lie below a known entropy of the data.
 """
@@ -33,7 +33,7 @@ from ..core import (
 )
 from .bounds import mean_over_steps
 from .nets import NetConfig, module
-from .process import (
+from .schedules import (
     Schedule,
     Steps,
     at_least_float32,
@@ -82,17 +82,26 @@ class DiscreteConfig:
 # --------------------------------------------------------------------------------- the process
 
 
+def _check_sum(schedule: Schedule) -> None:
+    """Raises ValueError for a path whose signal^2 and noise^2 are no probabilities."""
+    if not schedule.preserves_variance:
+        rule = "bits need a schedule that preserves variance: a bit is kept with probability"
+        raise ValueError(f"{rule} alpha_bar, else drawn anew. Use cosine_schedule")
+
+
 def q_marginal(schedule: Schedule, x_0: Bits, t: Steps, rate: float) -> Bits:
     """Returns P(x_t = 1 | x_0) = alpha_bar x_0 + (1 - alpha_bar) rate.
 
     x_0 may be a probability.
     """
+    _check_sum(schedule)
     kept = extract(schedule.alpha_bar, t, x_0)
     return kept * x_0 + extract(noise_variance(schedule), t, x_0) * rate
 
 
 def q_posterior(schedule: Schedule, x_0: Bits, x_t: Bits, t: Steps, rate: float) -> Bits:
     """Returns P(x_{t-1} = 1 | x_t, x_0), by Bayes' rule; at step 0 it is x_0 itself."""
+    _check_sum(schedule)
     x_0 = at_least_float32(x_0)
     tables = (schedule.beta, *previous(schedule))
     beta, kept, drawn = (extract(table, t, x_0) for table in tables)

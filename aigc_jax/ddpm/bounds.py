@@ -6,7 +6,7 @@
 
 Common arguments:
 
-prediction: what eps_fn returns, "eps", "x_0" or "v", as in the samplers.
+prediction: what eps_fn returns, "eps", "x_0", "v" or "velocity", as in the samplers.
 levels: number of grey levels of x_0, evenly over [-1, 1]; the bound is then that of a probability.
     None: the bound is that of a density.
 sigma2: the variance of p(x_{t-1} | x_t): see `samplers.variance`.
@@ -25,24 +25,29 @@ from jaxtyping import Array, Float, Key
 from ..core import floats
 from .process import (
     Given,
+    check_eps,
+    posterior_factors,
+    q_posterior,
+    q_sample,
+    to_x_0_and_eps,
+)
+from .samplers import EpsFn, call_eps_fn, variance, velocity
+from .schedules import (
     Sample,
     Schedule,
     Steps,
-    angle,
     array_namespace,
     at_least_float32,
     beta_tilde_clipped,
     check,
     extract,
+    flow_time,
+    from_flow_units,
     noise_variance,
-    posterior_factors,
-    q_posterior,
-    q_sample,
     respace,
     signal_and_noise,
-    to_x_0_and_eps,
+    to_flow_units,
 )
-from .samplers import EpsFn, call_eps_fn, variance, velocity
 
 PerExample = Float[Array, "B"]
 
@@ -135,9 +140,13 @@ def vlb_term(
     """
     x_0 = at_least_float32(floats("x_0", x_0))
     x_t = q_sample(schedule, x_0, t, jnp.asarray(eps, x_0.dtype))
+    check_eps(schedule, prediction)
     value, raw = call_eps_fn(eps_fn, x_t, jnp.asarray(schedule.t)[t])
     signal, noise = signal_and_noise(schedule, t, x_t)
-    x_0_hat, _ = to_x_0_and_eps(value, x_t, signal, noise, prediction=prediction)
+    preserving = schedule.preserves_variance
+    x_0_hat, _ = to_x_0_and_eps(
+        value, x_t, signal, noise, prediction=prediction, preserves_variance=preserving
+    )
     _, var_q = q_posterior(schedule, x_0, x_t, t)
     var_p = positive_variance(schedule, sigma2, x_t, t, raw)
     is_0 = t == 0
@@ -305,25 +314,26 @@ def ode_log_likelihood(
     A density in the units of x_0. x_0 counts as a sample of the schedule's first level: it should
     contain that noise, or vary far more than it.
 
-    The flow is `velocity`, dx_t / d phi = v_hat, which is bounded at both ends. (The flow of
-    x_t / sqrt(alpha_bar) is not: that grows to 20,000 over a cosine schedule.) Heun's method goes
-    through `steps` levels, which takes steps - 1 steps.
+    The flow is `velocity`: v_hat by phi, or on other paths eps_hat - x_0_hat by u, in the units of
+    `to_flow_units`. It is bounded at both ends. (The flow of x_t / signal is not: that grows to
+    20,000 over a cosine schedule.) Heun's method goes through `steps` levels, which takes steps - 1
+    steps.
 
-    trace: of the Jacobian of v_hat. "hutchinson" is unbiased, from one vector of +-1 per example.
-        "exact" takes one product with the Jacobian per dimension.
+    trace: of the Jacobian of the flow. "hutchinson" is unbiased, from one vector of +-1 per
+        example. "exact" takes one product with the Jacobian per dimension.
     """
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"trace must be hutchinson or exact, not {trace!r}")
     if not 2 <= steps <= len(schedule.t):
         raise ValueError(f"steps counts levels, 2..{len(schedule.t)}, got {steps}")
     respaced = respace(schedule, steps, spacing)
-    phi, variance_0 = angle(respaced), noise_variance(respaced)[:1]
+    time, variance_0 = flow_time(respaced), noise_variance(respaced)[:1]
     x_0 = at_least_float32(floats("x_0", x_0))
-    h = jnp.asarray(array_namespace(phi).diff(phi), x_0.dtype)
+    h = jnp.asarray(array_namespace(time).diff(time), x_0.dtype)
     probe, D = jax.random.rademacher(key, x_0.shape, x_0.dtype), math.prod(x_0.shape[1:])
 
     def flow(x, level):
-        """Returns v_hat and the trace of its Jacobian."""
+        """Returns the velocity and the trace of its Jacobian."""
         i = jnp.full(len(x), level)
         v_hat, jvp = jax.linearize(lambda x: velocity(respaced, eps_fn, x, i, prediction), x)
         if trace == "hutchinson":
@@ -337,13 +347,18 @@ def ode_log_likelihood(
         log_det = log_det + h[level - 1] * (trace_1 + trace_2) / 2
         return (x, log_det, flow(x, level)), None
 
-    first = np.zeros(len(x_0), int)
+    first, last = np.zeros(len(x_0), int), np.full(len(x_0), len(respaced.t) - 1)
     x = extract(respaced.signal, first, x_0) * x_0
-    # The change of units from x_0 to x_t at the first level, D log(signal).
-    log_det = D / 2 * jnp.log1p(-extract(variance_0, first, x_0).reshape(-1))
+    x = to_flow_units(respaced, x, first)
+    # The change of units from x_0 to x at the first level, D log(signal); on other paths D log(1 -
+    # u).
+    power, lost = (D / 2, variance_0) if respaced.preserves_variance else (D, time[:1])
+    log_det = power * jnp.log1p(-extract(lost, first, x_0).reshape(-1))
     start = (x, log_det, flow(x, 0))
     (x, log_det, _), _ = jax.lax.scan(heun_step, start, jnp.arange(1, len(respaced.t)))
-    return log_normal(x, 0.0, 1.0) + log_det
+    if not respaced.preserves_variance:  # back to the units of x_T
+        log_det = log_det + D * jnp.log(from_flow_units(respaced, jnp.ones_like(log_det), last))
+    return log_normal(from_flow_units(respaced, x, last), 0.0, 1.0) + log_det
 
 
 def _exact_trace(jvp: Callable, x: Sample) -> PerExample:

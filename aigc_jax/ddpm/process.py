@@ -1,325 +1,49 @@
-"""The noising process q: schedules, the distribution of x_t, conversions between predictions.
+"""The noising process q: the distribution of x_t, its posterior, conversions between predictions.
 
     x_t = signal_t x_0 + noise_t eps,   eps ~ N(0, I)
 
-Steps are numbered 0 .. T-1: `alpha_bar[t]` is the paper's with index t + 1. Before step 0 it is 1.
+For any schedule, the step from t-1 to t is
 
-The tables of a schedule are NumPy arrays in float64. `extract` casts them to the precision of x, at
-least float32. A traced schedule, such as a learned one, keeps its own dtype. In float32,
-1 - alpha_bar has no digits left at small t, so `noise_variance` sums it up from the betas.
+    x_t = r x_{t-1} + sqrt(beta_t) eps,   r = signal_t / signal_{t-1},
+    beta_t = noise_t^2 - r^2 noise_{t-1}^2
+
+and Bayes' rule gives q(x_{t-1} | x_t, x_0) (Kingma et al. 2021, appendix A):
+
+    mean      (signal_{t-1} beta_t x_0 + r noise_{t-1}^2 x_t) / noise_t^2
+    variance  beta_t noise_{t-1}^2 / noise_t^2
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Shaped
 
-PREDICTIONS = ("eps", "x_0", "v", "mu")
+from .schedules import (
+    Sample,
+    Schedule,
+    Steps,
+    arrays,
+    beta_tilde,
+    beta_tilde_clipped,
+    extract,
+    noise_variance,
+    previous,
+    ratio,
+    signal_and_noise,
+    step_signal_squared,
+)
 
-Sample = Float[Array | np.ndarray, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
+PREDICTIONS = ("eps", "x_0", "v", "mu", "velocity")
+
 Given = Shaped[Array | np.ndarray, "B ..."]  # a Sample whose dtype `core.floats` checks
-Steps = Int[Array | np.ndarray, "B"]
-
-
-class Schedule(NamedTuple):
-    """The levels of x_t = signal x_0 + noise eps, the least noisy first.
-
-    Other papers write alpha_t for signal and sigma_t for noise. DDPM's alpha_t is another number,
-    1 - beta_t: see `one_minus_beta`. signal^2 + noise^2 = 1 (a variance-preserving process).
-    """
-
-    beta: Any  # [S], variance of the noise that each step adds
-    alpha_bar: Any  # [S], signal^2, the product of 1 - beta up to and including this step
-    t: Any  # [S], steps of the training schedule, which the network is given; see `respace`
-
-    @property
-    def signal(self):
-        """The factor of x_0 in x_t, sqrt(alpha_bar) [S]."""
-        return _arrays(self)[2] ** 0.5
-
-    @property
-    def noise(self):
-        """The factor of eps in x_t, sqrt(1 - alpha_bar) [S]."""
-        return noise_variance(self) ** 0.5
-
-
-# --------------------------------------------------------------------------- tables and look-ups
-
-
-def array_namespace(x):
-    """Returns jax.numpy for an array of JAX, which may be traced, else numpy."""
-    return jnp if isinstance(x, jax.Array) else np
-
-
-def at_least_float32(x) -> Array:
-    """Returns x as a JAX array in its own precision, but at least float32."""
-    return jnp.asarray(x, jnp.result_type(x, jnp.float32))
-
-
-def extract(table, t: Steps, x: Sample) -> Array:
-    """Returns table[t], shaped to broadcast against x, in the precision of x (at least float32)."""
-    return jnp.asarray(table, jnp.result_type(x, jnp.float32))[t].reshape(-1, *[1] * (x.ndim - 1))
-
-
-def signal_and_noise(schedule: Schedule, t: Steps, x: Sample) -> tuple[Array, Array]:
-    """Returns signal and noise of step t, shaped to broadcast against x."""
-    signal, noise = schedule.signal, schedule.noise
-    return extract(signal, t, x), extract(noise, t, x)
-
-
-def _arrays(schedule: Schedule):
-    """Returns (xp, beta, alpha_bar): NumPy in float64, or jax.numpy for a traced schedule."""
-    beta, alpha_bar, _ = schedule
-    if isinstance(beta, jax.core.Tracer) or isinstance(alpha_bar, jax.core.Tracer):
-        return jnp, jnp.asarray(beta), jnp.asarray(alpha_bar)
-    return np, np.asarray(beta, np.float64), np.asarray(alpha_bar, np.float64)
-
-
-def _ratio(a, b, *, if_zero: float):
-    """Returns a / b, and `if_zero` where b is 0.
-
-    alpha_bar and the noise are 0 at levels that float32 cannot represent.
-    """
-    xp = array_namespace(b)
-    return xp.where(b > 0, a / xp.where(b > 0, b, 1.0), if_zero)
-
-
-def noise_variance(schedule: Schedule):
-    """Returns 1 - alpha_bar [S], the variance of the noise in x_t, as precise as beta."""
-    xp, beta, alpha_bar = _arrays(schedule)
-    return xp.cumsum(beta * xp.append(1.0, alpha_bar[:-1]))
-
-
-def previous(schedule: Schedule):
-    """Returns alpha_bar and `noise_variance` of the step before; before step 0 they are 1 and 0."""
-    xp, _, alpha_bar = _arrays(schedule)
-    return xp.append(1.0, alpha_bar[:-1]), xp.append(0.0, noise_variance(schedule)[:-1])
-
-
-def one_minus_beta(schedule: Schedule):
-    """Returns 1 - beta [S], DDPM's alpha_t.
-
-    Computed as alpha_bar over the previous alpha_bar, because float32 loses 1 - beta near beta = 1.
-    """
-    return _ratio(_arrays(schedule)[2], previous(schedule)[0], if_zero=1.0)
-
-
-def beta_tilde(schedule: Schedule):
-    """Returns the variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7), 0 at step 0."""
-    product = _arrays(schedule)[1] * previous(schedule)[1]
-    return _ratio(product, noise_variance(schedule), if_zero=0.0)
-
-
-def beta_tilde_clipped(schedule: Schedule):
-    """Like `beta_tilde`, except that step 0, where it is 0, has the value of step 1.
-
-    (Nichol & Dhariwal 2021, section 3.1.) A schedule of one step has beta there.
-    """
-    xp, beta, _ = _arrays(schedule)
-    tilde = beta_tilde(schedule)
-    return xp.append(tilde[1:2] if len(tilde) > 1 else beta[:1], tilde[1:])
-
-
-def log_sigma(schedule: Schedule):
-    """Returns log(noise / signal) [S], which is minus half the log signal-to-noise ratio.
-
-    It is finite where signal or noise is 0.
-    """
-    xp, _, alpha_bar = _arrays(schedule)
-    tiny = np.finfo(alpha_bar.dtype).tiny
-    variance = xp.maximum(noise_variance(schedule), tiny)
-    return 0.5 * (xp.log(variance) - xp.log(xp.maximum(alpha_bar, tiny)))
-
-
-def angle(schedule: Schedule):
-    """Returns phi [S] in 0 .. pi / 2, with signal = cos phi and noise = sin phi.
-
-    (Salimans & Ho 2022, appendix D.)
-    """
-    signal, noise = schedule.signal, schedule.noise
-    return _arrays(schedule)[0].arctan2(noise, signal)
-
-
-# -------------------------------------------------------------------------------------- schedules
-
-
-def check(schedule: Schedule) -> Schedule:
-    """Returns the schedule. Raises ValueError for a beta outside (0, 1), which cannot be reversed.
-
-    A beta that is 1 only by rounding, with alpha_bar above 0, is accepted. Traced schedules are not
-    checked, because their values are not known.
-    """
-    xp, beta, alpha_bar = _arrays(schedule)
-    if xp is np:
-        wrong = np.flatnonzero(~((beta > 0) & (beta <= 1) & (alpha_bar > 0)))
-        if wrong.size:
-            i = int(wrong[0])
-            rule = "the betas of a schedule must lie between 0 and 1"
-            raise ValueError(f"{rule}: at step {i} it is {beta[i]:.4g}")
-    return schedule
-
-
-def _from_beta(beta) -> Schedule:
-    return Schedule(beta, np.cumprod(1 - beta), np.arange(len(beta)))
-
-
-def _from_alpha_bar(alpha_bar, variance, t) -> Schedule:
-    """Returns the schedule with these alpha_bar; variance is 1 - alpha_bar with all its digits."""
-    xp = array_namespace(alpha_bar)
-    alpha_bar_prev = xp.append(1.0, alpha_bar[:-1])
-    variance_prev = xp.append(0.0, variance[:-1])
-    # beta alpha_bar_prev is a difference of either. Float32 has kept the digits of the smaller one.
-    small = variance < 0.5
-    difference = xp.where(small, variance - variance_prev, alpha_bar_prev - alpha_bar)
-    return Schedule(_ratio(difference, alpha_bar_prev, if_zero=0.0), alpha_bar, t)
-
-
-def linear_schedule(T: int) -> Schedule:
-    """Returns betas from 1e-4 to 0.02 for T = 1000 (DDPM, section 4), times 1000 / T for another T.
-
-    Raises ValueError for T <= 20, where a beta reaches 1.
-    """
-    if T <= 20:
-        rule = "linear_schedule needs T >= 21, where beta stays below 1"
-        raise ValueError(f"{rule}, got {T}: use cosine_schedule")
-    return _from_beta(np.linspace(1e-4, 0.02, T) * 1000 / T)
-
-
-def cosine_schedule(T: int) -> Schedule:
-    """Returns alpha_bar = f(t) / f(0), f(t) = cos^2((t/T + 0.008) / 1.008 pi/2), beta <= 0.999.
-
-    (Nichol & Dhariwal 2021, eq. 17.)
-    """
-    if T < 1:
-        raise ValueError(f"T must be at least 1, got {T}")
-    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-    return _from_beta(np.minimum(1 - f[1:] / f[:-1], 0.999))
-
-
-def discretise(gamma: Callable, T: int) -> Schedule:
-    """Returns T levels of a continuous schedule, from u = 0 to u = 1, both included.
-
-    gamma(u) is minus the log signal-to-noise ratio, increasing: alpha_bar = sigmoid(-gamma(u))
-    (Kingma et al. 2021, "VDM", eq. 3). For T = 1 the level is that of u = 1.
-    """
-    if T < 1:
-        raise ValueError(f"T must be at least 1, got {T}")
-    u = np.linspace(0.0, 1.0, T) if T > 1 else np.ones(1)
-    g = gamma(jnp.asarray(u))
-    return check(_from_alpha_bar(jax.nn.sigmoid(-g), jax.nn.sigmoid(g), np.arange(T)))
-
-
-# ---------------------------------------------------------------------------------- fewer steps
-
-
-def _uniform(T: int, steps: int, _):
-    return np.round(np.linspace(0, T - 1, steps)).astype(int)
-
-
-def _paper(T: int, steps: int, _):
-    if T % steps:
-        rule = f"spacing 'paper' needs steps that divide T = {T}"
-        raise ValueError(f"{rule}, got {steps}: use uniform")
-    return np.arange(0, T, T // steps)
-
-
-def _quadratic(T: int, steps: int, _):
-    return np.round(np.linspace(0, np.sqrt(T - 1), steps) ** 2).astype(int)
-
-
-def _log_snr(T: int, steps: int, log_sigma):
-    return _nearest_to_even(log_sigma, steps)
-
-
-def _karras(T: int, steps: int, log_sigma):
-    return _nearest_to_even(array_namespace(log_sigma).exp(log_sigma / 7), steps)
-
-
-_SPACINGS = {
-    "uniform": _uniform,
-    "paper": _paper,
-    "quadratic": _quadratic,
-    "log_snr": _log_snr,
-    "karras": _karras,
-}
-SPACINGS = tuple(_SPACINGS)
-
-
-def _nearest_to_even(position, steps: int):
-    """Returns `steps` >= 2 of T levels, nearest to evenly spaced positions, both ends included.
-
-    position [T]: where each level lies, increasing. A gap wider than a step counts as one step, so
-    that no step is lost inside it: the last two levels of a cosine schedule of T = 1000 have sigma
-    641 and 20,000.
-    """
-    xp = array_namespace(position)
-    T, gap = len(position), xp.diff(position)
-    ascending = xp.sort(gap)
-    # If the k widest gaps are one step each, the other gaps leave steps of length[k].
-    k = np.arange(steps - 1)
-    length = xp.cumsum(ascending)[T - 2 - k] / (steps - 1 - k)
-    step = length[xp.argmax(ascending[::-1][: steps - 1] <= length)]
-    counted = xp.append(0.0, xp.cumsum(xp.minimum(gap / step, 1.0)))
-    goal = np.arange(1, steps - 1)
-    above = xp.clip(xp.searchsorted(counted, goal), 1, T - 1)
-    nearest = above - (goal - counted[above - 1] < counted[above] - goal)
-    return xp.concatenate([xp.zeros(1, int), nearest, xp.full(1, T - 1)])
-
-
-def spaced(T: int, steps: int, spacing: str = "uniform", log_sigma=None):
-    """Returns `steps` of the steps 0 .. T-1, increasing.
-
-    All spacings but `paper` visit both ends; of one step they visit the last.
-
-    uniform: round(linspace(0, T-1, steps)).
-    paper: 0, k, 2k, ... with k = T / steps, which must divide T (the code of DDIM).
-    quadratic: round(linspace(0, sqrt(T-1), steps)^2), which has more steps at little noise. DDIM's,
-        section D.2, ends at 0.8 T.
-    log_snr: evenly in log sigma, sigma^2 = 1 / alpha_bar - 1 (Lu et al. 2022).
-    karras: evenly in sigma^(1/7) (Karras et al. 2022, eq. 5).
-
-    log_snr and karras take the nearest existing steps. They need log_sigma [T]; if it is traced, so
-    are the steps that are returned.
-    """
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}")
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must lie in 1..{T}, got {steps}")
-    if spacing in ("log_snr", "karras") and log_sigma is None:
-        rule = f"spacing {spacing!r} depends on the noise levels"
-        raise ValueError(f"{rule}: give log_sigma, or use respace")
-    if steps == 1 and spacing != "paper":
-        return np.array([T - 1])
-    chosen, i = _SPACINGS[spacing](T, steps, log_sigma), np.arange(steps)
-    # Two goals may share a nearest step. Each step is made to exceed the one before, and to leave
-    # room for those after it.
-    cumulative_max = jax.lax.cummax if isinstance(chosen, jax.Array) else np.maximum.accumulate
-    rising = cumulative_max(chosen - i)
-    return array_namespace(rising).minimum(rising, T - steps) + i
-
-
-def respace(schedule: Schedule, steps: int, spacing: str = "uniform") -> Schedule:
-    """Returns the process that visits only `steps` of the steps, with the same marginals there.
-
-    (Nichol & Dhariwal 2021, eq. 19.) spacing: see `spaced`. For a traced schedule, `log_snr` and
-    `karras` choose by its values, so that t is traced too.
-    """
-    xp, _, alpha_bar = _arrays(check(schedule))
-    chosen = spaced(len(alpha_bar), steps, spacing, log_sigma(schedule))
-    t = xp.asarray(schedule.t)[chosen]
-    return _from_alpha_bar(alpha_bar[chosen], noise_variance(schedule)[chosen], t)
 
 
 # --------------------------------------------------------------------- q(x_t | x_0), its posterior
 
 
 def q_sample(schedule: Schedule, x_0: Sample, t: Steps, eps: Sample) -> Sample:
-    """Returns x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (DDPM eq. 4)."""
+    """Returns x_t = signal x_0 + noise eps (DDPM eq. 4)."""
     signal, noise = signal_and_noise(schedule, t, x_0)
     return signal * x_0 + noise * eps
 
@@ -327,13 +51,13 @@ def q_sample(schedule: Schedule, x_0: Sample, t: Steps, eps: Sample) -> Sample:
 def posterior_factors(schedule: Schedule):
     """Returns the factors of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7), [S].
 
-    At step 0 and without noise they are 1 and 0.
+    The general form is at the top of this file. At step 0 and without noise they are 1 and 0.
     """
     alpha_bar_prev, variance_prev = previous(schedule)
     signal_prev = alpha_bar_prev**0.5
-    of_x_0 = signal_prev * _ratio(_arrays(schedule)[1], noise_variance(schedule), if_zero=1.0)
-    step_signal = one_minus_beta(schedule) ** 0.5
-    of_x_t = step_signal * _ratio(variance_prev, noise_variance(schedule), if_zero=0.0)
+    of_x_0 = signal_prev * ratio(arrays(schedule)[1], noise_variance(schedule), if_zero=1.0)
+    step_signal = step_signal_squared(schedule) ** 0.5
+    of_x_t = step_signal * ratio(variance_prev, noise_variance(schedule), if_zero=0.0)
     return of_x_0, of_x_t
 
 
@@ -357,7 +81,7 @@ def learned_variance(schedule: Schedule, raw: Sample, t: Steps) -> Sample:
     exp(v log beta + (1 - v) log beta_tilde), v = (raw + 1) / 2, where raw is the network's output
     (Nichol & Dhariwal 2021, eq. 15). At step 0, where beta_tilde is 0, it is that of step 1.
     """
-    xp, beta, _ = _arrays(schedule)
+    xp, beta, _ = arrays(schedule)
     low = extract(xp.log(beta_tilde_clipped(schedule)), t, raw)
     high = extract(xp.log(beta), t, raw)
     v = (raw + 1) / 2
@@ -372,24 +96,52 @@ def _divide(a, b):
     return a / jnp.maximum(b, jnp.finfo(b.dtype).tiny ** 0.5)
 
 
+def check_eps(schedule: Schedule, prediction: str) -> None:
+    """Raises ValueError where x_0_hat is wanted of the prediction eps at a level without signal.
+
+    Only paths with a `variance` of their own may have such a level. Traced ones are not checked.
+    """
+    if prediction != "eps" or schedule.preserves_variance:
+        return
+    xp, _, alpha_bar = arrays(schedule)
+    if xp is np and not alpha_bar[-1]:
+        rule = "prediction 'eps' says nothing about x_0 at the last level, which has no signal"
+        raise ValueError(f"{rule}: give velocity, x_0 or v, see `convert`")
+
+
 def to_x_0_and_eps(
-    value: Sample, x_t: Sample, signal: Array, noise: Array, *, prediction: str
+    value: Sample,
+    x_t: Sample,
+    signal: Array,
+    noise: Array,
+    *,
+    prediction: str,
+    preserves_variance: bool = True,
 ) -> tuple[Sample, Sample]:
-    """Returns x_0_hat and eps_hat, given a prediction `eps`, `x_0` or `v` for x_t.
+    """Returns x_0_hat and eps_hat, given a prediction `eps`, `x_0`, `v` or `velocity` for x_t.
 
     They satisfy x_t = signal x_0_hat + noise eps_hat. From eps to x_0_hat divides by signal, from
-    x_0 to eps_hat by noise. v divides by nothing.
+    x_0 to eps_hat by noise. velocity divides by signal + noise, v by signal^2 + noise^2.
+
+    preserves_variance: whether signal^2 + noise^2 = 1, so that v divides by nothing.
     """
     if prediction == "eps":
         return _divide(x_t - noise * value, signal), value
     if prediction == "x_0":
         return value, _divide(x_t - signal * value, noise)
     if prediction == "v":
-        return signal * x_t - noise * value, noise * x_t + signal * value
+        x_0_hat, eps_hat = signal * x_t - noise * value, noise * x_t + signal * value
+        if preserves_variance:
+            return x_0_hat, eps_hat
+        power = signal**2 + noise**2
+        return x_0_hat / power, eps_hat / power
+    if prediction == "velocity":
+        total = signal + noise
+        return (x_t - noise * value) / total, (x_t + signal * value) / total
     hint = ""
     if prediction == "mu":
         hint = " ('mu' belongs to the steps of training: convert it to x_0 first)"
-    raise ValueError(f"prediction must be eps, x_0 or v, not {prediction!r}{hint}")
+    raise ValueError(f"prediction must be eps, x_0, v or velocity, not {prediction!r}{hint}")
 
 
 def convert(
@@ -403,12 +155,15 @@ def convert(
 ) -> Sample:
     """Returns the prediction `wanted` that the prediction `given` implies. Both are one of:
 
-    `eps`, `x_0`, `v` = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022), or `mu`,
-    the mean of x_{t-1} (DDPM eq. 7).
+    eps, x_0: the noise and the data in x_t.
+    v: signal eps - noise x_0 (Salimans & Ho 2022).
+    velocity: eps - x_0, along a straight path the derivative by u (Lipman et al. 2022).
+    mu: the mean of x_{t-1} (DDPM eq. 7).
 
         x_0_hat = convert(schedule, net(x_t, t), x_t, t, given="v", wanted="x_0")
 
-    From eps to the others divides by sqrt(alpha_bar), from x_0 or mu to eps by sqrt(1 - alpha_bar).
+    From eps to the others divides by signal, from x_0 or mu to eps by noise. At a level without
+    signal, a given eps leads to x_0_hat of no meaning.
     """
     for name in (given, wanted):
         if name not in PREDICTIONS:
@@ -419,7 +174,12 @@ def convert(
     of_x_0, of_x_t = (extract(factor, t, x_t) for factor in posterior_factors(schedule))
     if given == "mu":
         value, given = _divide(value - of_x_t * x_t, of_x_0), "x_0"
-    x_0, eps = to_x_0_and_eps(value, x_t, signal, noise, prediction=given)
+    preserving = schedule.preserves_variance
+    x_0, eps = to_x_0_and_eps(
+        value, x_t, signal, noise, prediction=given, preserves_variance=preserving
+    )
+    if wanted == "velocity":
+        return eps - x_0
     return {
         "eps": eps,
         "x_0": x_0,

@@ -8,14 +8,18 @@
 - `inpaint`: RePaint (Lugmayr et al. 2022)
 - `slerp`, `interpolate`: between noises, between images
 
+They hold for every path of a `Schedule`. On a straight one, `sample_ddim` with eta = 0 is Euler's
+method of flow matching, x_{t-1} = x_t + (u_{t-1} - u_t) velocity, and `sample_heun` Heun's.
+
 Common arguments:
 
 schedule: the levels; `i` below is an index into them. Samplers that take `steps` and `spacing`
-    visit only so many of them: see `process.spaced`. `interpolate` takes a respaced schedule.
+    visit only so many of them: see `schedules.spaced`. `interpolate` takes a respaced schedule.
 eps_fn: eps_fn(x_t, t) -> eps_hat, any function, with t [B] the steps of training (`schedule.t`).
     It may return (eps_hat, raw) where `raw` chooses the variance: see `learned_variance`.
-prediction: what eps_fn really returns, "eps", "x_0" or "v". Pass a network's own prediction: the
-    way from eps to x_0_hat divides by sqrt(alpha_bar), 5e-5 at the end of a cosine schedule.
+prediction: what eps_fn really returns, "eps", "x_0", "v" or "velocity". Pass a network's own
+    prediction: the way from eps to x_0_hat divides by the signal, 5e-5 at the end of a cosine
+    schedule. At the end of a straight one it is 0, and "eps" is refused.
 clip: x_0_hat is limited to [-clip, clip], as the code of DDPM does for images (1.0).
 
 A sample has the dtype of x_T. The chain, and the x_t that eps_fn sees, are at least float32. The
@@ -33,23 +37,28 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
 from .process import (
+    check_eps,
+    learned_variance,
+    q_posterior,
+    q_sample,
+    to_x_0_and_eps,
+)
+from .schedules import (
     Sample,
     Schedule,
-    angle,
     array_namespace,
     at_least_float32,
     beta_tilde,
     check,
     extract,
-    learned_variance,
+    flow_time,
+    from_flow_units,
     log_sigma,
-    one_minus_beta,
     previous,
-    q_posterior,
-    q_sample,
     respace,
     signal_and_noise,
-    to_x_0_and_eps,
+    step_signal_squared,
+    to_flow_units,
 )
 
 EpsFn = Callable[[Any, Any], Any]
@@ -71,7 +80,7 @@ def guide(eps_cond: Sample, eps_uncond: Sample, w) -> Sample:
     w: a number, or one per example [B]. 0 is conditional, -1 unconditional sampling. The "guidance
     scale" of other libraries is 1 + w.
 
-    Predictions of x_0 or v may be guided too: at a given x_t each is linear in eps.
+    Predictions of x_0, v or velocity may be guided too: at a given x_t each is linear in eps.
     """
     w = at_least_float32(w).reshape(-1, *[1] * (eps_cond.ndim - 1))
     return ((1 + w) * eps_cond - w * eps_uncond).astype(eps_cond.dtype)
@@ -95,9 +104,13 @@ def _denoise(schedule, eps_fn, x_t, i, prediction, clip):
 
     After clipping x_0_hat, eps_hat is recomputed such that both still give x_t.
     """
+    check_eps(schedule, prediction)
     value, raw = call_eps_fn(eps_fn, x_t, jnp.asarray(schedule.t)[i])
     signal, noise = signal_and_noise(schedule, i, x_t)
-    x_0_hat, eps_hat = to_x_0_and_eps(value, x_t, signal, noise, prediction=prediction)
+    preserving = schedule.preserves_variance
+    x_0_hat, eps_hat = to_x_0_and_eps(
+        value, x_t, signal, noise, prediction=prediction, preserves_variance=preserving
+    )
     if clip is not None:
         x_0_hat = jnp.clip(x_0_hat, -clip, clip)
         x_0_hat, eps_hat = to_x_0_and_eps(x_0_hat, x_t, signal, noise, prediction="x_0")
@@ -215,7 +228,7 @@ def sample_ddim(
 
     eta: 0 is deterministic, 1 is ancestral sampling with sigma2 = "beta_tilde".
     sigma_hat: the last row of the paper's table 1 (section 5.1). The mean is that of eta = 1, the
-        noise has the larger variance 1 - alpha_bar_t / alpha_bar_s.
+        noise has the larger variance beta, 1 - alpha_bar_t / alpha_bar_s of the levels visited.
     path: as in `sample_ddpm`.
     """
     known_eta = None if isinstance(eta, jax.core.Tracer) else np.asarray(eta)
@@ -280,7 +293,8 @@ def sample_dpm_solver(
 
     One evaluation per step. Three steps are of first order: the first one; the last one, which ends
     at x_0_hat itself; and the step into level 0, which is often several times as long as the step
-    before it. The default spacing is the paper's.
+    before it. So is the second one on a path that begins without signal: lambda is infinite there.
+    The default spacing is the paper's.
     """
     respaced = respace(schedule, steps, spacing)
     signal, noise = respaced.signal, respaced.noise
@@ -290,6 +304,8 @@ def sample_dpm_solver(
     h = xp.append(1.0, xp.diff(minus_lambda))
     h_before = xp.append(h[1:], 1.0)
     ratio = h / xp.where(h_before > 0, h_before, 1.0)
+    if not respaced.preserves_variance:
+        ratio = xp.where(xp.append(signal[1:], 1.0) > 0, ratio, 0.0)
     second_order = np.arange(len(h)) < len(h) - 1
     second_order[:2] = False
 
@@ -313,17 +329,24 @@ def sample_dpm_solver(
 def velocity(
     schedule: Schedule,
     eps_fn: EpsFn,
-    x_t: Sample,
+    x: Sample,
     i,
     prediction: str,
     clip: float | None = None,
 ) -> Sample:
-    """Returns dx_t / d phi = cos(phi) eps_hat - sin(phi) x_0_hat = v_hat, with phi the `angle`.
+    """Returns the flow at level i, by `flow_time`; x is in the units of `to_flow_units`.
 
-    This is the probability flow of Karras et al. 2022, eq. 4, with sigma(phi) = tan(phi) and scale
-    s(phi) = cos(phi).
+    If variance is preserved, x is x_t, and the flow is dx_t / d phi = cos(phi) eps_hat - sin(phi)
+    x_0_hat = v_hat. This is the probability flow of Karras et al. 2022, eq. 4, with sigma(phi) =
+    tan(phi) and scale s(phi) = cos(phi).
+
+    On other paths x is x_t / (signal + noise), and the flow is dx / du = eps_hat - x_0_hat (Lipman
+    et al. 2022; eq. 4 with sigma(u) = u / (1 - u) and scale s(u) = 1 - u).
     """
+    x_t = from_flow_units(schedule, x, i)
     x_0_hat, eps_hat, _ = _denoise(schedule, eps_fn, x_t, i, prediction, clip)
+    if not schedule.preserves_variance:
+        return eps_hat - x_0_hat
     signal, noise = signal_and_noise(schedule, i, x_t)
     return signal * eps_hat - noise * x_0_hat
 
@@ -343,22 +366,26 @@ def sample_heun(
     2 steps - 1 evaluations. The last step, to sigma = 0, is of first order. The flow is `velocity`,
     in the angle phi = arctan(sigma). The paper recommends sigma itself (eq. 4 with s = 1) and the
     spacing "karras". A cosine schedule of T = 1000 ends at sigma = 20,000: there sigma needs some
-    hundred steps, while phi ends at pi / 2.
+    hundred steps, while phi ends at pi / 2. On a straight path the time is u.
     """
     respaced = respace(schedule, steps, spacing)
-    phi = angle(respaced)
-    xp = array_namespace(phi)
-    h = xp.append(0.0, xp.diff(phi))  # from level i - 1 to level i
+    time = flow_time(respaced)
+    xp = array_namespace(time)
+    h = xp.append(0.0, xp.diff(time))  # from level i - 1 to level i
 
-    def one(x_t, step):
-        i = jnp.full(len(x_t), step)
-        d_phi = -extract(h, i, x_t)
-        first = velocity(respaced, eps_fn, x_t, i, prediction, clip)
-        second = velocity(respaced, eps_fn, x_t + d_phi * first, i - 1, prediction, clip)
-        return x_t + d_phi * (first + second) / 2, None
+    def one(x, step):
+        i = jnp.full(len(x), step)
+        d_time = -extract(h, i, x)
+        first = velocity(respaced, eps_fn, x, i, prediction, clip)
+        second = velocity(respaced, eps_fn, x + d_time * first, i - 1, prediction, clip)
+        return x + d_time * (first + second) / 2, None
 
-    x, _ = jax.lax.scan(one, at_least_float32(x_T), jnp.arange(len(respaced.t) - 1, 0, -1))
-    x_0_hat, _, _ = _denoise(respaced, eps_fn, x, jnp.zeros(len(x), int), prediction, clip)
+    x = at_least_float32(x_T)
+    x = to_flow_units(respaced, x, np.full(len(x), len(respaced.t) - 1))
+    x, _ = jax.lax.scan(one, x, jnp.arange(len(respaced.t) - 1, 0, -1))
+    first = jnp.zeros(len(x), int)
+    x = from_flow_units(respaced, x, first)
+    x_0_hat, _, _ = _denoise(respaced, eps_fn, x, first, prediction, clip)
     return x_0_hat.astype(jnp.asarray(x_T).dtype)
 
 
@@ -404,7 +431,7 @@ def inpaint(
             unknown = mean + std * normal(k_back)
             noisy = q_sample(schedule, known, jnp.maximum(i - 1, 0), normal(k_known))
             x_prev = jnp.where(mask, jnp.where(step > 0, noisy, known), unknown)
-            again = extract(one_minus_beta(schedule) ** 0.5, i, x_t) * x_prev
+            again = extract(step_signal_squared(schedule) ** 0.5, i, x_t) * x_prev
             again = again + _safe_sqrt(extract(schedule.beta, i, x_t)) * normal(k_forth)
             return jnp.where(r < repeats - 1, again, x_prev)
 

@@ -21,13 +21,14 @@ from .dit import DiT
 from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
 from .mlp import MLP, MLPDiscriminator, MLPGenerator, TimeMLP
 from .transformer import Block, Decoder, causal
-from .unet import PixelAttention, ResBlock, UNet
+from .unet import ContextAttention, PixelAttention, ResBlock, UNet
 
 __all__ = [
     "MLP",
     "Attention",
     "Block",
     "Condition",
+    "ContextAttention",
     "ConvDiscriminator",
     "ConvGenerator",
     "Decoder",

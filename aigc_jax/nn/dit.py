@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from .attention import Attention
 from .blocks import Norm
 from .embeddings import Condition, adaln_zero, modulate
 from .transformer import Block
@@ -14,6 +15,9 @@ from .transformer import Block
 
 class DiT(nn.Module):
     """x_t [B, H, W, C], time [B] in 0 .. 1000, label [B] -> [B, H, W, out], float32, 0 at first.
+
+    With a context [B, L, E], such as the features of a text's tokens, each block is followed by an
+    attention of patches to tokens (Chen et al. 2023, "PixArt-alpha", has it inside the block).
 
     Time and label shift, scale and gate every block ("adaLN-Zero", section 3.2). Positions are
     learned; the paper's are sines and cosines.
@@ -30,9 +34,10 @@ class DiT(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x_t, t, label=None):
+    def __call__(self, x_t, t, label=None, context=None):
         (B, H, W, _), p, D = x_t.shape, self.patch, self.width
-        condition = Condition(D, 256, self.classes, self.dtype, name="condition")(t, label)
+        condition = Condition(D, 256, self.classes, self.dtype, name="condition")
+        condition = condition(t, label, context)
         patches = nn.Conv(D, (p, p), p, dtype=self.dtype, name="patches")(x_t)
         h = patches.reshape(B, -1, D)
         T = h.shape[1]
@@ -45,9 +50,18 @@ class DiT(nn.Module):
         for i in range(self.layers):
             layer = block(self.heads, 4 * D, **options, name=f"block{i}")
             h, _ = layer(h, everyone, positions, condition_BD=condition)
+            if context is not None:
+                h = h + self._look_at(context, h, f"block{i}_context")
         shift, scale = adaln_zero(condition, 2, self.dtype)
         h = modulate(Norm("layer", dtype=self.dtype, name="norm")(h), shift, scale)
         zeros = nn.initializers.zeros
         h = nn.Dense(p * p * self.out, kernel_init=zeros, dtype=self.dtype, name="out")(h)
         h = h.reshape(B, H // p, W // p, p, p, self.out).swapaxes(2, 3)
         return h.reshape(B, H, W, self.out).astype(jnp.float32)
+
+    def _look_at(self, context, h, name: str):
+        """Returns the attention of the patches h [B, T, D] to the context, 0 at first."""
+        zeros = nn.initializers.zeros
+        attention = Attention(self.heads, fused=False, out_init=zeros, dtype=self.dtype, name=name)
+        h = Norm("layer", dtype=self.dtype, name=f"{name}_norm")(h)
+        return attention(h, context_BSE=context)[0]

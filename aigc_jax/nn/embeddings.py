@@ -33,7 +33,10 @@ def rotate(x_BHTK: Array, positions: Int[Array, "B T"]) -> Array:
 
 
 class Condition(nn.Module):
-    """Time t [B] and label [B] as one vector [B, width]. Label `classes` means no label."""
+    """Time t [B], label [B] and context [B, L, E] as one vector [B, width].
+
+    Label `classes` means no label. Of the context the mean over its L tokens enters.
+    """
 
     width: int
     inner: int  # number of sinusoids
@@ -41,9 +44,11 @@ class Condition(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, t, label):
+    def __call__(self, t, label, context=None):
         h = nn.Dense(self.width, dtype=self.dtype)(sinusoids(t, self.inner))
         h = nn.Dense(self.width, dtype=self.dtype)(nn.silu(h))
+        if context is not None:
+            h = h + nn.Dense(self.width, dtype=self.dtype, name="context")(context.mean(1))
         if self.classes:
             h = h + nn.Embed(self.classes + 1, self.width, dtype=self.dtype, name="label")(label)
         return h

@@ -54,8 +54,30 @@ class PixelAttention(nn.Module):
         return x + attention(h)[0]
 
 
+class ContextAttention(nn.Module):
+    """x + attention(norm(x), context), in which every pixel looks at every token of a context.
+
+    x [B, H, W, C], context [B, L, E] -> [B, H, W, C] (Rombach et al. 2022, section 3.3).
+    """
+
+    heads: int
+    groups: int  # of GroupNorm
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, context):
+        zeros = nn.initializers.zeros
+        attention = Attention(self.heads, fused=False, out_init=zeros, dtype=self.dtype)
+        nn.share_scope(self, attention)
+        return x + attention(GroupNorm(self.groups)(x), context_BSE=context)[0]
+
+
 class UNet(nn.Module):
     """x_t [B, H, W, C], time [B] in 0 .. 1000, label [B] -> [B, H, W, out], float32, 0 at first.
+
+    With a context [B, L, E], such as the features of a text's tokens, its mean is added to the time
+    (Nichol et al. 2021, "GLIDE"), and each attention of pixels to pixels is followed by one of
+    pixels to tokens.
 
     Where it halves the resolution it pads both sides; the authors pad below and to the right.
     """
@@ -72,9 +94,10 @@ class UNet(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x_t, t, label=None):
+    def __call__(self, x_t, t, label=None, context=None):
         first, dtype = self.widths[0], self.dtype
-        condition = Condition(4 * first, first, self.classes, dtype, name="condition")(t, label)
+        condition = Condition(4 * first, first, self.classes, dtype, name="condition")
+        condition = condition(t, label, context)
         h = nn.Conv(first, (3, 3), dtype=dtype, name="in")(x_t)
         skips = [h]
         for level, width in enumerate(self.widths):
@@ -83,28 +106,34 @@ class UNet(nn.Module):
                 h = down(h)
                 skips.append(h)
             for i in range(self.blocks):
-                h = self._block(h, condition, width, f"down{level}_{i}")
+                h = self._block(h, condition, context, width, f"down{level}_{i}")
                 skips.append(h)
         h = self._res_block(self.widths[-1], "middle_0")(h, condition)
-        h = self._attention("middle_attention")(h)
+        h = self._attend(h, context, "middle")
         h = self._res_block(self.widths[-1], "middle_1")(h, condition)
         for level, width in reversed(list(enumerate(self.widths))):
             for i in range(self.blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], -1)
-                h = self._block(h, condition, width, f"up{level}_{i}")
+                h = self._block(h, condition, context, width, f"up{level}_{i}")
             if level:
                 h = nn.Conv(width, (3, 3), dtype=dtype, name=f"up{level}")(upsample(h))
         h = nn.silu(GroupNorm(self.groups, name="norm")(h))
         return zero_conv(self.out, "out", dtype)(h).astype(jnp.float32)
 
-    def _block(self, h, condition, width: int, name: str):
+    def _block(self, h, condition, context, width: int, name: str):
         h = self._res_block(width, name)(h, condition)
-        return self._attention(f"{name}_attention")(h) if h.shape[1] in self.attention else h
+        return self._attend(h, context, name) if h.shape[1] in self.attention else h
 
     def _res_block(self, width: int, name: str) -> nn.Module:
         block = nn.remat(ResBlock) if self.remat else ResBlock
         return block(width, self.groups, self.dropout, self.dtype, name=name)
 
-    def _attention(self, name: str) -> nn.Module:
-        attention = nn.remat(PixelAttention) if self.remat else PixelAttention
-        return attention(self.heads, self.groups, self.dtype, name=name)
+    def _attend(self, h, context, name: str):
+        """Pixels look at pixels, then at the tokens of the context."""
+        options = (self.heads, self.groups, self.dtype)
+        pixels = nn.remat(PixelAttention) if self.remat else PixelAttention
+        h = pixels(*options, name=f"{name}_attention")(h)
+        if context is None:
+            return h
+        tokens = nn.remat(ContextAttention) if self.remat else ContextAttention
+        return tokens(*options, name=f"{name}_context")(h, context)

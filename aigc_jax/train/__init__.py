@@ -15,6 +15,7 @@ from .inference import evaluate, load, replay, sample
 from .log import metrics
 from .loop import fit
 from .record import Refused
+from .shipping import ship, shipped
 
 __all__ = [
     "NonFinite",
@@ -29,4 +30,6 @@ __all__ = [
     "metrics",
     "replay",
     "sample",
+    "ship",
+    "shipped",
 ]

@@ -88,7 +88,7 @@ def _described(info: Info) -> dict:
 
 
 def write(folder: Path, record: dict, info: Info) -> None:
-    """Writes run.json with its checksums, and for text tokenizer.json."""
+    """Writes run.json with its checksums, and for text and captions tokenizer.json."""
     if info.tokenizer:
         _write(folder / "tokenizer.json", info.tokenizer)
     write_json(folder / "run.json", {**record, "sha256": _digests(record, info.tokenizer or None)})
@@ -302,11 +302,19 @@ def warn_of_environment(record: dict, here: dict) -> None:
         )
 
 
+def _models() -> str:
+    """Names the models that come with the package, as the end of a message."""
+    from .shipping import shipped
+
+    names = ", ".join(shipped())
+    return f"; models that come with the package: {names}" if names else ""
+
+
 def _no_run(folder: Path) -> str:
     """Says why a folder is no run folder, and names the runs inside it."""
     if not folder.is_dir():
         why = "it is a file" if folder.exists() else "there is no such folder"
-        return f"{folder} is no run folder: {why}"
+        return f"{folder} is no run folder: {why}{_models()}"
     inside = []
     for at, below, files in os.walk(folder):
         depth = len(Path(at).relative_to(folder).parts)
@@ -391,7 +399,7 @@ def rebuild(folder: str | Path, trust=()) -> tuple:
     tokenizer = folder / "tokenizer.json"
     with one_line(f"{folder}/run.json does not describe a run of this version"):
         info = build(Info, record["data"])
-        if info.kind == "text" and tokenizer.is_file():
+        if (info.kind == "text" or info.caption_length) and tokenizer.is_file():
             info = dataclasses.replace(info, tokenizer=tokenizer.read_bytes().decode())
         return make, cfg, build(Run, record["run"]), info, record
 

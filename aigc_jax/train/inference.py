@@ -22,6 +22,7 @@ from .log import metrics, ranked
 from .progress import counted
 from .record import Refused, one_line
 from .run_folder import first_checkpoint
+from .shipping import WEIGHTS, load_shipped, shipped
 
 
 def _family(make: Callable, cfg, folder: Path) -> tuple[Family, State]:
@@ -39,6 +40,8 @@ def load(
 ) -> Result:
     """Brings back a run as its folder records it; no flag is typed again.
 
+    A name without a folder of this name is a model that comes with the package: see `shipped`.
+
     Takes the best checkpoint where run.best was set, else the newest. Damaged checkpoints, and
     those that hold NaN or infinity, are passed over. Another process may train in the folder
     meanwhile. Raises Refused, in one line, for a folder that is no run, was edited by hand, or has
@@ -51,6 +54,8 @@ def load(
         folder is ever imported.
     """
     folder = folders.home(folder)
+    if not folder.exists() and str(folder) in shipped():
+        return load_shipped(WEIGHTS / f"{folder}.safetensors")
     make, cfg, run, info, record = folders.rebuild(folder, trust)
     folders.unedited(folder, record)
     family, shapes = _family(make, cfg, folder)
@@ -81,9 +86,9 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     """Returns n samples, made in chunks of equal size; chunk i uses fold_in(key, i).
 
     The samples depend on `chunk`. Options are those of the family's `sample`. Arrays, such as
-    label [n], have one entry per sample. One prompt, [T] or [1, T], serves all samples. Without a
-    label a conditional model takes the classes in turn, counted over all n. Raises Refused for
-    anything else.
+    label [n], have one entry per sample. One prompt, [T] or [1, T], serves all samples. So does
+    one context, [L, E] or [1, L, E]. Without a label a conditional model takes the classes in
+    turn, counted over all n. Raises Refused for anything else.
     """
     if not all(isinstance(count, (int, np.integer)) and count >= 1 for count in (n, chunk)):
         raise Refused(f"n and chunk must be whole numbers and at least 1, got n={n}, chunk={chunk}")
@@ -103,9 +108,12 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
 
 def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
     """(options for all samples, arrays with one entry per sample); Refused if they do not fit."""
-    prompt = options.get("prompt")
-    if prompt is not None and (np.ndim(prompt) == 1 or np.shape(prompt)[:1] == (1,)):
-        options["prompt"] = np.repeat(np.reshape(prompt, (1, -1)), n, 0)
+    for name in ("prompt", "context", "negative"):
+        value = options.get(name)
+        if name == "prompt" and np.ndim(value) == 1:
+            value = np.reshape(value, (1, -1))
+        if np.shape(value)[:1] == (1,):
+            options[name] = np.repeat(value, n, 0)
     per_sample = {name: np.asarray(value) for name, value in options.items() if np.ndim(value)}
     for name, value in per_sample.items():
         if len(value) != n:
