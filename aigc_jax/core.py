@@ -112,8 +112,8 @@ def check_at_least(cfg, smallest: int, *fields: str, name: str = "model") -> Non
 def check_data(cfg, info) -> None:
     """Raises ValueError where data do not have the shape, levels and classes of a Config.
 
-    cfg: has the fields shape, (H, W, C) of images or (d,) of points, and levels, which is None where
-        the examples are floats, such as latents. Labels are compared if it has `classes`.
+    cfg: has the fields shape, (H, W, C) of images or (d,) of points, and levels, which is None
+        where the examples are floats, such as latents. Labels are compared if it has `classes`.
     info: describes the data (`data.Info`).
     """
     shape, classes = tuple(cfg.shape), getattr(cfg, "classes", 0)

@@ -30,7 +30,8 @@ class Info:
     levels: int | None = None  # images and tokens are whole numbers in 0..levels-1
     classes: int | None = None  # labels lie in 0..classes-1; None: there are no labels
     examples: int | None = None  # number of examples; None: endless
-    # Name, split and options. It holds no folder, except within images:FOLDER and text:FILE.
+    # Name, split and options. It holds no folder, except within images:FOLDER, pairs:FOLDER and
+    # text:FILE.
     # None: the set was made from arrays.
     source: dict[str, Any] | None = None
     fingerprint: str = ""  # sha256 of the arrays; of `source` for an endless set
@@ -396,15 +397,17 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
     """Loads a named data set.
 
     name: digits, mnist, fashion_mnist, cifar10, emoji; ring, grid, swiss_roll, ppca; python_source,
-        tiny_shakespeare; jsb_chorales; images:FOLDER and text:FILE for your own data.
+        tiny_shakespeare; jsb_chorales; images:FOLDER, pairs:FOLDER and text:FILE for your own data.
     split: train or test, or slices as in TFDS: "train[:50000]", "train[90%:]", "train+test".
         Synthetic sets take any name, and each name draws other points. Text is divided into
-        train and validation. For images:FOLDER see `pictures.load_pictures`.
+        train and validation. emoji has train, test and unseen; see `emoji.emoji`. For
+        images:FOLDER see `pictures.load_pictures`, for pairs:FOLDER `pairs.load_pairs`.
     folder: where the original files of a downloaded set lie. Without it the set is sought in
         AIGC_DATA/<name>, then among prepared copies, then on the network. Files are recognised
-        by checksum, under any name. For images: and text: it replaces FOLDER or FILE.
+        by checksum, under any name. For your own data it replaces FOLDER or FILE.
     options: those of the set: std, examples and others for synthetic sets; length, stride and
-        tokenizer for text; size, stream and labels for images:FOLDER.
+        tokenizer for text; size, stream and labels for images:FOLDER and pairs:FOLDER; length
+        and tokenizer for pairs:FOLDER.
 
     Raises ValueError for an unknown name, split or option and for a wrong file, and
     FileNotFoundError if files are missing.
@@ -419,7 +422,7 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
 
 def _function_of(name: str) -> Callable[..., Data]:
     """Returns the function that loads the set: `function(split, **options)`."""
-    from . import emoji, images, music, pictures, points, text
+    from . import emoji, images, music, pairs, pictures, points, text
 
     functions = {
         "digits": images.digits,
@@ -437,10 +440,12 @@ def _function_of(name: str) -> Callable[..., Data]:
     }
     if name.startswith("images:"):
         return functools.partial(pictures.load_pictures, name)
+    if name.startswith("pairs:"):
+        return functools.partial(pairs.load_pairs, name)
     if name.startswith("text:"):
         return functools.partial(text.load_text, name)
     if name not in functions:
-        known = f"{', '.join(functions)}, images:FOLDER and text:FILE"
+        known = f"{', '.join(functions)}, images:FOLDER, pairs:FOLDER and text:FILE"
         raise ValueError(f"unknown data set {name!r}; there are {known}")
     return functions[name]
 
@@ -451,8 +456,8 @@ def _check_options(name: str, accepted, folder: str | None, options: dict) -> No
         raise ValueError(f"{name} needs no files, so it takes no folder")
     own = [option for option in accepted if option not in ("split", "folder")]
     flags = {
-        "size": "images:FOLDER",
-        "tokenizer": "text:FILE, python_source and tiny_shakespeare",
+        "size": "images:FOLDER and pairs:FOLDER",
+        "tokenizer": "text:FILE, pairs:FOLDER, python_source and tiny_shakespeare",
     }
     for option in options:
         if option not in own:

@@ -22,12 +22,14 @@ def encode(
     length: int,
     *,
     skip_unknown: bool = False,
+    cut: bool = False,
 ) -> np.ndarray:
     """Returns captions as tokens int32 [N, length], padded with 0. An empty text is all 0.
 
     tokenizer: a tokenizer of words, or its content.
     texts: a single text counts as a list of one.
     skip_unknown: leaves out words that the vocabulary does not have.
+    cut: leaves out what follows the first `length` words.
 
     Raises ValueError that names the unknown words, and for a caption of more than `length` words.
     Punctuation marks count as words.
@@ -41,9 +43,9 @@ def encode(
             named = ", ".join(map(repr, unknown))
             raise ValueError(f"caption {text!r} has words that are not in the vocabulary: {named}")
         known = [tokenizer.numbers[word] for word in split_words(text) if word not in unknown]
-        if len(known) > length:
+        if len(known) > length and not cut:
             raise ValueError(f"caption {text!r} has {len(known)} words, the most is {length}")
-        row[: len(known)] = known
+        row[: len(known)] = known[:length]
     return tokens
 
 
