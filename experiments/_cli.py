@@ -178,7 +178,9 @@ def expanded(args: list[str]) -> list[str]:
             found.append(arg)
             continue
         kind, colon, path = (
-            value.rpartition(":") if value.startswith(("images:", "text:")) else ("", "", value)
+            value.rpartition(":")
+            if value.startswith(("images:", "pairs:", "text:"))
+            else ("", "", value)
         )
         if flag.rpartition(".")[2].lstrip("-") in PLACES and path.startswith("~"):
             value = f"{kind}{colon}{os.path.expanduser(path)}"

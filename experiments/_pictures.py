@@ -170,7 +170,7 @@ def distances(
     as many training images, drawn from `seen`, in place of the samples.
     """
     n = min(len(fake), len(real), len(seen))
-    if name.startswith("images:"):
+    if name.startswith(("images:", "pairs:")):
         say(
             f"{name}: no classifier of ours knows these pictures. Frechet and kernel distance, "
             "classifier score and class accuracy are left out. "

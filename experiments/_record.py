@@ -51,7 +51,8 @@ def recordable(scale: str, flags: list[str]) -> str:
     if scale == "smoke":
         raise ValueError("a smoke run is no result: record scale cpu or paper")
     if any(
-        flag.startswith("--data.folder") or "images:" in flag or "text:" in flag for flag in flags
+        flag.startswith("--data.folder") or "images:" in flag or "pairs:" in flag or "text:" in flag
+        for flag in flags
     ):
         raise ValueError(
             "a recorded command holds no path to data: use a named set, and AIGC_DATA instead of "

@@ -29,7 +29,7 @@ class Source:
     @property
     def pictures(self) -> bool:
         """Whether these are the user's own pictures."""
-        return self.name.startswith("images:")
+        return self.name.startswith(("images:", "pairs:"))
 
     def load(self, split: str, **options) -> data.Data:
         """Loads a split. Raises DataError where the data are not there or cannot be used."""
