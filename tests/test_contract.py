@@ -26,11 +26,11 @@ CROPS = text.from_tokens(np.random.default_rng(0).integers(0, 12, 500), length=8
 
 def with_captions(images):
     """The pictures of a set with captions of up to four tokens, 0 where there is none."""
-    arrays, rows, take = images.resident
+    arrays = images.resident[0]
     tokens = np.random.default_rng(0).integers(1, 12, (len(arrays["image"]), 4)).astype(np.int32)
     tokens[:, 2:] *= tokens[:, 2:] > 6
     arrays = {"image": arrays["image"], "tokens": tokens}
-    return data.Data(images.info, lambda *i: take(arrays, rows(*i)), (arrays, rows, take))
+    return data.from_arrays(arrays, levels=images.info.levels)
 
 
 CAPTIONED = with_captions(DIGITS)

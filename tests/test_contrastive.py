@@ -62,17 +62,8 @@ def captioned(n=40, seed=0, length=5):
 
 
 def as_data(arrays):
-    """A finite set of these arrays, of which every batch has an index."""
-    n = len(arrays["image"])
-    info = data.Info(
-        "image", arrays["image"].shape[1:], levels=17, examples=n, fingerprint="of a test"
-    )
-    rows = partial(data.order, n)
-
-    def take(arrays, rows):
-        return {**{name: x[rows] for name, x in arrays.items()}, "index": rows}
-
-    return data.Data(info, lambda *i: take(arrays, rows(*i)), (arrays, rows, take))
+    """A finite set of these arrays."""
+    return data.from_arrays(arrays, levels=17)
 
 
 # ------------------------------------------------------------------------------------- the losses
@@ -512,8 +503,11 @@ def test_eight_devices_have_the_gradient_of_one(loss):
     ],
 )
 def test_configs_that_cannot_work(change, words):
+    cfg = dataclasses.replace(TINY)
+    for field, value in change.items():  # in pytest, jaxtyping would refuse some before us
+        object.__setattr__(cfg, field, value)
     with pytest.raises(ValueError, match=words):
-        dataclasses.replace(TINY, **change)
+        cfg.__post_init__()
 
 
 def test_nets_that_cannot_work():
@@ -549,11 +543,21 @@ def test_inputs_that_do_not_fit(params):
     batch = {"image": captioned(2)["image"]}
     with refused("a contrastive model needs tokens in a batch, got image"):
         contrastive.make(TINY).evaluate(begun(TINY), batch, key(0))
-    info = data.load("digits").info
-    with refused(r"model.shape is \(8, 8, 3\), the images are \(8, 8, 1\)"):
-        TINY.check(info)
-    with refused("takes pictures with captions, this data set holds points"):
-        TINY.check(data.load("ring").info)
+
+
+def test_data_that_do_not_fit():
+    good = as_data(captioned()).info
+    TINY.check(good)
+    for change, words in (
+        ({"kind": "points"}, "takes pictures with captions, this data set holds points"),
+        ({"caption_length": None}, "this data set holds image without captions"),
+        ({"shape": (8, 8, 1)}, r"model.shape is \(8, 8, 3\), the images are \(8, 8, 1\)"),
+        ({"levels": 256}, "model.levels is 17, the images have 256 levels"),
+        ({"caption_length": 6}, "model.text.context is 5, the captions have 6 tokens"),
+        ({"caption_vocab": 13}, "model.text.vocab is 12, the captions have a vocabulary of 13"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            TINY.check(dataclasses.replace(good, **change))
 
 
 def test_a_model_without_samples_is_refused_in_one_line():

@@ -38,6 +38,7 @@ from .nets import (
     Params,
     Sequence,
     TextEncoder,
+    check_tokens,
     encode_image,
     encode_text,
     encode_text_sequence,
@@ -182,7 +183,7 @@ def _compare(cfg: Config, params: Params, batch: dict, key, axis_name: str | Non
     if missing := [name for name in ("image", "tokens") if name not in batch]:
         got = ", ".join(batch)
         raise ValueError(f"a contrastive model needs {missing[0]} in a batch, got {got}")
-    tokens = jnp.asarray(batch["tokens"])
+    tokens = check_tokens(cfg, batch["tokens"])
     a = encode_image(cfg, params, preprocess(cfg, batch, key))
     b = encode_text(cfg, params, tokens)
     scale = logit_scale(params)

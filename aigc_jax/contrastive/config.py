@@ -86,11 +86,19 @@ class Config:
 
     def check(self, info) -> None:
         """Raises ValueError if the data that `info` (a `data.Info`) describes does not fit."""
-        if info.kind != "image":
+        if info.kind != "image" or info.caption_length is None:
+            got = f"{info.kind}{' without captions' * (info.kind == 'image')}"
             hint = "takes pictures with captions"
-            raise ValueError(f"a contrastive model {hint}, this data set holds {info.kind}")
+            raise ValueError(f"a contrastive model {hint}, this data set holds {got}")
         if tuple(info.shape) != tuple(self.shape):
             shape = tuple(self.shape)
             raise ValueError(f"model.shape is {shape}, the images are {tuple(info.shape)}")
         if info.levels != self.levels:
             raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
+        context, vocab = self.text.context, self.text.vocab
+        if info.caption_length > context:
+            got = f"the captions have {info.caption_length} tokens"
+            raise ValueError(f"model.text.context is {context}, {got}")
+        if info.caption_vocab > vocab:
+            got = f"the captions have a vocabulary of {info.caption_vocab}"
+            raise ValueError(f"model.text.vocab is {vocab}, {got}")

@@ -107,8 +107,8 @@ def init(cfg: Config, key: Key[Array, ""]) -> Params:
     return params
 
 
-def _checked_tokens(cfg: Config, tokens):
-    """Returns tokens [B, L]; raises ValueError for what the text net cannot read."""
+def check_tokens(cfg: Config, tokens) -> Int[Array, "B L"]:
+    """Returns tokens [B, L]. Raises ValueError for what the text net cannot read."""
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be whole numbers, got {tokens.dtype}")
@@ -128,7 +128,7 @@ def encode_text(cfg: Config, params: Params, tokens: Tokens) -> Features:
     Raises ValueError for captions longer than the context and, unless traced, for tokens outside
     0..vocab-1.
     """
-    return unit(TextEncoder(cfg).apply(params["text"], _checked_tokens(cfg, tokens))[1])
+    return unit(TextEncoder(cfg).apply(params["text"], check_tokens(cfg, tokens))[1])
 
 
 def encode_text_sequence(cfg: Config, params: Params, tokens: Tokens) -> Sequence:
@@ -137,7 +137,7 @@ def encode_text_sequence(cfg: Config, params: Params, tokens: Tokens) -> Sequenc
     The first is the start token, which even an empty caption has. Features of padding are 0.
     Raises as `encode_text` does.
     """
-    return TextEncoder(cfg).apply(params["text"], _checked_tokens(cfg, tokens))[0]
+    return TextEncoder(cfg).apply(params["text"], check_tokens(cfg, tokens))[0]
 
 
 def encode_image(cfg: Config, params: Params, image: ImageLike) -> Features:
