@@ -528,7 +528,7 @@ def test_inputs_that_do_not_fit(params):
 
     with refused("tokens must lie in 0..11, got 1..12"):
         contrastive.encode_text(TINY, params, np.array([[1, 12]]))
-    with refused("tokens must be whole numbers, got float32"):
+    with refused(r"tokens must be whole numbers \[B, L\], got float32 \[2, 2\]"):
         contrastive.make(TINY).evaluate(
             begun(TINY),
             {"image": captioned(2)["image"], "tokens": np.zeros((2, 2), np.float32)},

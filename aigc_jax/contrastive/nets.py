@@ -110,8 +110,9 @@ def init(cfg: Config, key: Key[Array, ""]) -> Params:
 def check_tokens(cfg: Config, tokens) -> Int[Array, "B L"]:
     """Returns tokens [B, L]. Raises ValueError for what the text net cannot read."""
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be whole numbers, got {tokens.dtype}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2:
+        got = f"{tokens.dtype} {list(tokens.shape)}"
+        raise ValueError(f"tokens must be whole numbers [B, L], got {got}")
     if tokens.shape[1] > cfg.text.context:
         most = f"model.text.context is {cfg.text.context}"
         raise ValueError(f"{most}, the captions have {tokens.shape[1]} tokens")
