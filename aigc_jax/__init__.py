@@ -10,9 +10,21 @@ import importlib
 
 TYPE_CHECKING = False  # type checkers treat it like typing.TYPE_CHECKING
 if TYPE_CHECKING:
-    from . import core, data, ddpm, figures, gan, metrics, nn, train, transformer, vae
+    from . import contrastive, core, data, ddpm, figures, gan, metrics, nn, train, transformer, vae
 
-__all__ = ["core", "data", "ddpm", "figures", "gan", "metrics", "nn", "train", "transformer", "vae"]
+__all__ = [
+    "contrastive",
+    "core",
+    "data",
+    "ddpm",
+    "figures",
+    "gan",
+    "metrics",
+    "nn",
+    "train",
+    "transformer",
+    "vae",
+]
 __version__ = "0.1.0"
 
 

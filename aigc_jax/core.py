@@ -46,7 +46,7 @@ class Family(NamedTuple):
         before clipping and the learning rate
     evaluate(state, batch, key) -> {name: [B]}: one value per example
     sample(state, key, *, n, ...) -> [n, ...]: float32 in [0, 1] for images, data units for points,
-        int32 tokens for text
+        int32 tokens for text. None: the model draws nothing
     rules: ((regex searched in a State leaf's path, PartitionSpec), ...); the first match decides
         (`train.engine.shardings_of`)
     """
@@ -54,7 +54,7 @@ class Family(NamedTuple):
     init: Callable
     step: Callable
     evaluate: Callable
-    sample: Callable
+    sample: Callable | None
     rules: tuple = ()
 
 

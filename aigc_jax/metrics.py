@@ -408,6 +408,34 @@ class ModeCount(NamedTuple):
     histogram: np.ndarray  # int [M], high-quality samples by nearest mode
 
 
+def recall_at_k(
+    similarity: Num[Array | np.ndarray, "N M"],
+    targets: Int[Array | np.ndarray, " N"] | None = None,
+    k: int = 1,
+) -> float:
+    """Returns the share of rows whose target is among the k most similar columns (R@k).
+
+    similarity: row i compares query i with M candidates; larger is more similar.
+    targets: the right column of each row; by default row i belongs to column i.
+
+    A tie does not count: a row counts if fewer than k other columns are at least as similar. So
+    features that are all equal score 0. Chance is k / M.
+    """
+    similarity = np.asarray(similarity)
+    rows, columns = similarity.shape
+    targets = np.arange(rows) if targets is None else np.asarray(targets)
+    if not rows or not 1 <= k <= columns:
+        raise ValueError(f"recall needs rows and k in 1..{columns}, got {rows} rows and k = {k}")
+    if targets.min() < 0 or targets.max() >= columns:
+        low, high = targets.min(), targets.max()
+        raise ValueError(f"targets must lie in 0..{columns - 1}, got {low}..{high}")
+    if np.isnan(similarity).any():
+        raise ValueError("similarity holds values that are not numbers")
+    own = similarity[np.arange(rows), targets]
+    others = (similarity >= own[:, None]).sum(1) - 1  # the target itself is one of them
+    return float((others < k).mean())
+
+
 def mode_count(
     samples: SamplesN,
     modes: SamplesM,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-FAMILIES = ("vae", "gan", "ddpm", "transformer")
+FAMILIES = ("vae", "gan", "ddpm", "transformer", "contrastive")
 
 
 def names() -> list[str]:

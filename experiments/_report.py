@@ -320,6 +320,7 @@ HEADS = {
     "gan": "GANs",
     "ddpm": "Diffusion models",
     "transformer": "Transformers",
+    "contrastive": "Contrastive models",
     "several": "Several families",
 }
 

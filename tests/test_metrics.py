@@ -641,3 +641,45 @@ def test_a_classifier_takes_floats_of_every_type():
     for dtype in (jnp.bfloat16, np.float16, np.float64):
         given = images.astype(dtype)
         np.testing.assert_array_equal(apply(given)[0], apply(np.asarray(given, np.float32))[0])
+
+
+def test_recall_is_that_of_a_loop_ties_included():
+    rng = np.random.default_rng(0)
+    for n, m in ((1, 1), (5, 5), (7, 4), (30, 12)):
+        similarity = rng.integers(0, 4, (n, m)).astype(float)  # many ties
+        targets = rng.integers(0, m, n)
+        for k in range(1, m + 1):
+            hits = 0
+            for row, target in zip(similarity, targets, strict=True):
+                rivals = [v for j, v in enumerate(row) if j != target and v >= row[target]]
+                hits += len(rivals) < k
+            assert metrics.recall_at_k(similarity, targets, k) == hits / n
+
+
+def test_recall_at_its_ends():
+    perfect = np.eye(6)
+    assert metrics.recall_at_k(perfect) == 1.0 and metrics.recall_at_k(-perfect, None, 5) == 0.0
+    assert metrics.recall_at_k(-perfect, None, 6) == 1.0
+    equal = np.ones((6, 6))  # nothing was learned: no tie is a hit
+    assert metrics.recall_at_k(equal, None, 5) == 0.0 and metrics.recall_at_k(equal, None, 6) == 1.0
+    chance = metrics.recall_at_k(
+        np.random.default_rng(0).random((4000, 20)), np.arange(4000) % 20, 5
+    )
+    assert abs(chance - 5 / 20) < 0.03
+
+
+@pytest.mark.parametrize(
+    "similarity, targets, k, words",
+    [
+        (np.eye(3), None, 0, "recall needs rows and k in 1..3, got 3 rows and k = 0"),
+        (np.eye(3), None, 4, "recall needs rows and k in 1..3"),
+        (np.zeros((0, 3)), None, 1, "recall needs rows"),
+        (np.eye(3), [0, 1, 3], 1, "targets must lie in 0..2, got 0..3"),
+        (np.ones((3, 2)), None, 1, "targets must lie in 0..1, got 0..2"),
+        (np.full((2, 2), np.nan), None, 1, "values that are not numbers"),
+    ],
+)
+def test_recall_refuses(similarity, targets, k, words):
+    targets = None if targets is None else np.array(targets)
+    with pytest.raises(ValueError, match=words):
+        metrics.recall_at_k(similarity, targets, k)

@@ -21,6 +21,7 @@ from .. import ddpm, figures, train, transformer
 from ..data import captions, music
 from ..data.text import Tokenizer
 from ..train import folder as folders
+from ..train.inference import check_samples
 from .shared import Folder, Place, Trust, check_seed, load_run
 
 MOST_BYTES = 2**30  # of samples in float32, which are held in memory until all are drawn
@@ -115,6 +116,7 @@ def sample(
     if (n is not None and n < 1) or chunk < 1:
         raise train.Refused(f"n and chunk must be at least 1, got n={n}, chunk={chunk}")
     result = load_run(run_folder, trust)
+    check_samples(result)
     kind, suffix = result.info.kind, out.suffix.lower() if out else ""
     if kind == "text" and label is not None:
         raise train.Refused(f"{run_folder} writes text: it takes no --label")

@@ -5,6 +5,7 @@ embeddings.py  sinusoids, time and label as one vector, rotary positions, adaLN-
 attention.py   one Attention: causal or not, with or without a cache, over the input or a context
 mlp.py         one MLP, and the nets for points that are made of it
 conv.py        generators and discriminators of DCGAN and SNGAN
+resnet.py      a residual network that reads a picture
 unet.py        the U-Net of DDPM
 transformer.py the transformer block and the decoder trunk
 dit.py         a transformer over patches
@@ -20,6 +21,7 @@ from .conv import ConvDiscriminator, ConvGenerator
 from .dit import DiT
 from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
 from .mlp import MLP, MLPDiscriminator, MLPGenerator, TimeMLP
+from .resnet import ResNet
 from .transformer import Block, Decoder, causal
 from .unet import ContextAttention, PixelAttention, ResBlock, UNet
 
@@ -40,6 +42,7 @@ __all__ = [
     "NormAct",
     "PixelAttention",
     "ResBlock",
+    "ResNet",
     "TimeMLP",
     "UNet",
     "adaln_zero",

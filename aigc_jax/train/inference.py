@@ -92,6 +92,7 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     """
     if not all(isinstance(count, (int, np.integer)) and count >= 1 for count in (n, chunk)):
         raise Refused(f"n and chunk must be whole numbers and at least 1, got n={n}, chunk={chunk}")
+    check_samples(result)
     options, per_sample = _options(result, n, options)
     size = min(chunk, n)
     draw = jax.jit(
@@ -104,6 +105,13 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
         own = {name: value[rows] for name, value in per_sample.items()}
         pieces.append(np.asarray(draw(result.state, jax.random.fold_in(key, i), **own)))
     return np.concatenate(pieces)[:n]
+
+
+def check_samples(result: Result) -> None:
+    """Raises Refused for a model that draws no samples."""
+    if result.family.sample is None:
+        kind = type(result.config).__module__.removeprefix("aigc_jax.").split(".")[0]
+        raise Refused(f"a {kind} model draws no samples: use its own functions on result.state")
 
 
 def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
