@@ -6,6 +6,7 @@ attention.py   one Attention: causal or not, with or without a cache, over the i
 mlp.py         one MLP, and the nets for points that are made of it
 conv.py        generators and discriminators of DCGAN and SNGAN
 unet.py        the U-Net of DDPM
+autoencoder.py the encoder and decoder of latent diffusion's first stage
 transformer.py the transformer block and the decoder trunk
 dit.py         a transformer over patches
 
@@ -15,7 +16,8 @@ caller passes an rng named dropout.
 """
 
 from .attention import Attention
-from .blocks import GroupNorm, Norm, NormAct, pixel_shuffle
+from .autoencoder import ImageDecoder, ImageEncoder
+from .blocks import GroupNorm, Norm, NormAct, pixel_shuffle, pixel_unshuffle
 from .conv import ConvDiscriminator, ConvGenerator
 from .dit import DiT
 from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
@@ -33,6 +35,8 @@ __all__ = [
     "Decoder",
     "DiT",
     "GroupNorm",
+    "ImageDecoder",
+    "ImageEncoder",
     "MLPDiscriminator",
     "MLPGenerator",
     "Norm",
@@ -45,6 +49,7 @@ __all__ = [
     "causal",
     "modulate",
     "pixel_shuffle",
+    "pixel_unshuffle",
     "rotate",
     "sinusoids",
 ]
