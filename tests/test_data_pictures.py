@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from aigc_jax import data, train, vae
-from aigc_jax.data import pictures
+from aigc_jax.data import picture_folder, pictures
 
 from .trainee import CFG, fingerprint
 
@@ -245,7 +245,7 @@ def test_files_that_cannot_be_used_are_named(folder, spoil, words):
 
 def said(capfd, folder, **options):
     """The set and what loading it said, which is one line or none."""
-    pictures._print_once.cache_clear()
+    picture_folder.print_once.cache_clear()
     capfd.readouterr()
     source = data.load(f"images:{folder}", **options)
     out = capfd.readouterr()
@@ -551,7 +551,7 @@ def test_the_order_is_that_of_the_names_bytes(tmp_path, monkeypatch):
     for i, name in enumerate(("b", "B", "a", "\u00e9", "z", "10", "9")):
         picture(i).save(tmp_path / f"{name}.png")
     expected = data.load(f"images:{tmp_path}").resident[0]["image"]
-    files = pictures._walk(tmp_path)[0]
+    files = picture_folder.walk(tmp_path)[0]
     assert [file.stem for file in files] == ["10", "9", "B", "a", "b", "z", "\u00e9"]
     listed = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))

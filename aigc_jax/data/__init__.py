@@ -13,9 +13,12 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,18 @@ class Info:
     levels: int | None = None  # images and tokens are whole numbers in 0..levels-1
     classes: int | None = None  # labels lie in 0..classes-1; None: there are no labels
     examples: int | None = None  # number of examples; None: endless
-    # Name, split and options. It holds no folder, except within images:FOLDER and text:FILE.
+    # Name, split and options. It holds no folder, except within images:FOLDER, pairs:FOLDER and
+    # text:FILE.
     # None: the set was made from arrays.
     source: dict[str, Any] | None = None
     fingerprint: str = ""  # sha256 of the arrays; of `source` for an endless set
-    tokenizer: str = ""  # content for `data.text.Tokenizer(content)`, where the set is text
+    # Content for `data.text.Tokenizer(content)`, where the set is text or has captions.
+    tokenizer: str = ""
     bytes_per_token: float | None = None  # UTF-8 bytes, where the set is text
+    class_names: tuple[str, ...] = ()  # name of each label, where they have names
+    # Images with captions have `tokens` [B, caption_length], padded with 0; see `captions.py`.
+    caption_length: int | None = None
+    caption_vocab: int | None = None  # tokens of captions are whole numbers in 0..caption_vocab-1
 
 
 class Data(NamedTuple):
@@ -88,6 +97,8 @@ def from_arrays(
     *,
     levels: int = 256,
     classes: int | None = None,
+    class_names: tuple[str, ...] = (),
+    tokenizer: Tokenizer | None = None,
     source: dict | None = None,
     fingerprint: str | None = None,
 ) -> Data:
@@ -95,9 +106,12 @@ def from_arrays(
 
     arrays: exactly one of "image" uint8 [N, H, W, C], "points" float [N, d], "tokens" int
         [N, T+1] and "roll" [N, T, keys] of 0 and 1. With it optionally "label" int [N]; with
-        tokens and roll also "mask" [N, T], which is 1 where a position counts.
-    levels: images and tokens are whole numbers in 0..levels-1.
+        tokens and roll also "mask" [N, T], which is 1 where a position counts. With image also
+        captions, "tokens" int [N, L] padded with 0, and "tone" int [N], a skin tone.
+    levels: images and tokens are whole numbers in 0..levels-1; tokens of captions are not bound.
     classes: number of classes; the largest label + 1 by default.
+    class_names: the name of each class.
+    tokenizer: the tokenizer of words that made the captions; see `captions.encode`.
     fingerprint: identifies the set; the sha256 of the arrays by default.
 
     Raises ValueError for anything that does not fit this description, and for images that look
@@ -126,14 +140,21 @@ def from_arrays(
         arrays["mask"] = _checked_mask(arrays["mask"], (n, positions))
     if "label" in arrays:
         arrays["label"], classes = _checked_labels(arrays["label"], n, classes)
+    if "tone" in arrays:
+        arrays["tone"] = _checked_tone(arrays["tone"], n)
+    captions = {}
+    if kind == "image" and "tokens" in arrays:
+        arrays["tokens"], captions = _checked_captions(arrays["tokens"], n, tokenizer)
     info = Info(
         kind="text" if kind == "tokens" else kind,
         shape=shape,
         levels=levels if kind in ("image", "tokens") else None,
         classes=classes if "label" in arrays else None,
+        class_names=class_names if "label" in arrays else (),
         examples=n,
         source=source,
         fingerprint=fingerprint or _digest(arrays),
+        **captions,
     )
     rows = functools.partial(order, n)
     resident = (arrays, rows, _gather)
@@ -143,11 +164,18 @@ def from_arrays(
 def _kind_of(arrays: dict) -> str:
     """Returns which of the four kinds the arrays are; refuses names that do not belong to it."""
     kinds = [kind for kind in ("image", "points", "tokens", "roll") if kind in arrays]
+    if kinds == ["image", "tokens"]:  # pictures with captions
+        kinds = ["image"]
     if len(kinds) != 1:
         given = ", ".join(arrays) or "nothing"
         raise ValueError(f"arrays must hold one of image, points, tokens, roll, got {given}")
     [kind] = kinds
-    optional = ("label", "mask") if kind in ("tokens", "roll") else ("label",)
+    optional = {
+        "image": ("label", "tokens", "tone"),
+        "points": ("label",),
+        "tokens": ("label", "mask"),
+        "roll": ("label", "mask"),
+    }[kind]
     if unknown := sorted(set(arrays) - {kind, *optional}):
         names = " and ".join(optional)
         raise ValueError(f"with {kind}, arrays may hold {names} only, got {', '.join(unknown)}")
@@ -208,6 +236,34 @@ def _checked_labels(label: np.ndarray, n: int, classes: int | None) -> tuple[np.
     return label.astype(np.int32), classes
 
 
+def _checked_tone(tone: np.ndarray, n: int) -> np.ndarray:
+    if tone.shape != (n,) or not np.issubdtype(tone.dtype, np.integer) or tone.min() < 0:
+        got = f"{tone.dtype} {list(tone.shape)}"
+        raise ValueError(f"tone must be whole numbers [{n}] of at least 0, got {got}")
+    return tone.astype(np.int32)
+
+
+def _checked_captions(
+    tokens: np.ndarray,
+    n: int,
+    tokenizer: Tokenizer | None,
+) -> tuple[np.ndarray, dict]:
+    """Returns captions as int32 [n, L], and the fields of Info that describe them."""
+    whole = np.issubdtype(tokens.dtype, np.integer)
+    if tokens.ndim != 2 or len(tokens) != n or not tokens.shape[1] or not whole:
+        got = f"{tokens.dtype} {list(tokens.shape)}"
+        raise ValueError(f"tokens of captions must be whole numbers [{n}, L], got {got}")
+    vocab = tokenizer.size if tokenizer else int(tokens.max()) + 1
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= vocab:
+        raise ValueError(f"tokens of captions must lie in 0..{vocab - 1}, got {low}..{high}")
+    return tokens.astype(np.int32), {
+        "tokenizer": tokenizer.content if tokenizer else "",
+        "caption_length": tokens.shape[1],
+        "caption_vocab": vocab,
+    }
+
+
 def _channels_first(shape: tuple[int, ...]) -> bool:
     """Returns whether images look like PyTorch's [N, C, H, W]; `from_arrays` states the rule."""
     if len(shape) != 4:
@@ -246,6 +302,8 @@ def from_source(
     *,
     levels: int = 256,
     classes: int | None = None,
+    class_names: tuple[str, ...] = (),
+    tokenizer: Tokenizer | None = None,
     source: dict | None = None,
     fingerprint: str | None = None,
 ) -> Data:
@@ -254,8 +312,11 @@ def from_source(
     The order of examples is the same as in `from_arrays`. `fit` reads ahead in threads.
 
     examples: has `len(examples)` and `examples[i] -> {"image": uint8 [H, W, C], "label": int}`,
-        as the data sources of grain and TFDS do. It is read in any order, from any thread.
+        as the data sources of grain and TFDS do. It is read in any order, from any thread. With
+        captions an example also has "tokens" int [L], as in `from_arrays`.
     classes: number of classes; needed if there are labels.
+    class_names: the name of each class.
+    tokenizer: the tokenizer of words that made the captions; needed if there are any.
     fingerprint: identifies the set. By default it is a sha256 of the number of examples and of
         64 examples at even distances.
 
@@ -268,8 +329,10 @@ def from_source(
     first = examples[0]
     if "image" not in first:
         raise ValueError(f"examples must hold 'image', got {', '.join(first) or 'nothing'}")
-    names = [name for name in ("image", "label") if name in first]
+    names = [name for name in ("image", "label", "tokens", "tone") if name in first]
     shape = np.shape(first["image"])
+    known = {"levels": levels, "classes": classes, "tokenizer": tokenizer}
+    known["class_names"] = class_names
 
     def read(rows) -> dict:
         found = [examples[int(row)] for row in rows]
@@ -281,10 +344,11 @@ def from_source(
                     f"image {row} is {np.shape(example['image'])}, image 0 is {shape}",
                 )
         arrays = {name: np.stack([example[name] for example in found]) for name in names}
-        checked = from_arrays(arrays, levels=levels, classes=classes, fingerprint="of a batch")
-        return checked.resident[0]
+        return from_arrays(arrays, **known, fingerprint="of a batch").resident[0]
 
-    info = from_arrays(read([0]), levels=levels, classes=classes).info
+    info = from_arrays(read([0]), **known).info
+    if "tokens" in names and tokenizer is None:
+        raise ValueError("from_source needs the tokenizer of the captions: pass tokenizer=")
     if "label" in names and classes is None:
         raise ValueError("from_source needs to be told how many classes there are: pass classes=")
     if fingerprint is None:
@@ -320,16 +384,18 @@ def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
 def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
     """Loads a named data set.
 
-    name: digits, mnist, fashion_mnist, cifar10; ring, grid, swiss_roll, ppca; python_source,
-        tiny_shakespeare; jsb_chorales; images:FOLDER and text:FILE for your own data.
+    name: digits, mnist, fashion_mnist, cifar10, emoji; ring, grid, swiss_roll, ppca; python_source,
+        tiny_shakespeare; jsb_chorales; images:FOLDER, pairs:FOLDER and text:FILE for your own data.
     split: train or test, or slices as in TFDS: "train[:50000]", "train[90%:]", "train+test".
         Synthetic sets take any name, and each name draws other points. Text is divided into
-        train and validation. For images:FOLDER see `pictures.load_pictures`.
+        train and validation. emoji has train, test and unseen; see `emoji.emoji`. For
+        images:FOLDER see `pictures.load_pictures`, for pairs:FOLDER `pairs.load_pairs`.
     folder: where the original files of a downloaded set lie. Without it the set is sought in
         AIGC_DATA/<name>, then among prepared copies, then on the network. Files are recognised
-        by checksum, under any name. For images: and text: it replaces FOLDER or FILE.
+        by checksum, under any name. For your own data it replaces FOLDER or FILE.
     options: those of the set: std, examples and others for synthetic sets; length, stride and
-        tokenizer for text; size, stream and labels for images:FOLDER.
+        tokenizer for text; size, stream and labels for images:FOLDER and pairs:FOLDER; length
+        and tokenizer for pairs:FOLDER.
 
     Raises ValueError for an unknown name, split or option and for a wrong file, and
     FileNotFoundError if files are missing.
@@ -344,13 +410,14 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
 
 def _function_of(name: str) -> Callable[..., Data]:
     """Returns the function that loads the set: `function(split, **options)`."""
-    from . import images, music, pictures, points, text
+    from . import emoji, images, music, pairs, pictures, points, text
 
     functions = {
         "digits": images.digits,
         "mnist": images.mnist,
         "fashion_mnist": images.fashion_mnist,
         "cifar10": images.cifar10,
+        "emoji": emoji.emoji,
         "ring": points.ring,
         "grid": points.grid,
         "swiss_roll": points.swiss_roll,
@@ -361,10 +428,12 @@ def _function_of(name: str) -> Callable[..., Data]:
     }
     if name.startswith("images:"):
         return functools.partial(pictures.load_pictures, name)
+    if name.startswith("pairs:"):
+        return functools.partial(pairs.load_pairs, name)
     if name.startswith("text:"):
         return functools.partial(text.load_text, name)
     if name not in functions:
-        known = f"{', '.join(functions)}, images:FOLDER and text:FILE"
+        known = f"{', '.join(functions)}, images:FOLDER, pairs:FOLDER and text:FILE"
         raise ValueError(f"unknown data set {name!r}; there are {known}")
     return functions[name]
 
@@ -375,8 +444,8 @@ def _check_options(name: str, accepted, folder: str | None, options: dict) -> No
         raise ValueError(f"{name} needs no files, so it takes no folder")
     own = [option for option in accepted if option not in ("split", "folder")]
     flags = {
-        "size": "images:FOLDER",
-        "tokenizer": "text:FILE, python_source and tiny_shakespeare",
+        "size": "images:FOLDER and pairs:FOLDER",
+        "tokenizer": "text:FILE, pairs:FOLDER, python_source and tiny_shakespeare",
     }
     for option in options:
         if option not in own:

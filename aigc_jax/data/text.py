@@ -244,8 +244,8 @@ def _read(name: str, folder: str | None, start: int = 0, stop: int | None = None
     if not path.is_file():
         raise FileNotFoundError(f"text: there is no file {path}")
     with open(path, "rb") as file:
-        if _guess_utf16(file.read(4096)):
-            raise ValueError(_describe_encoding(path))
+        if guess_utf16(file.read(4096)):
+            raise ValueError(describe_encoding(path))
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for i in range(0, start, BLOCK):
@@ -255,7 +255,7 @@ def _read(name: str, folder: str | None, start: int = 0, stop: int | None = None
                 yield piece
                 left -= len(piece)
     except UnicodeDecodeError as e:
-        raise ValueError(_describe_encoding(path)) from e
+        raise ValueError(describe_encoding(path)) from e
 
 
 @functools.lru_cache(maxsize=1)
@@ -284,7 +284,7 @@ def _python_source() -> str:
 # ------------------------------------------------------------------------------- files not in UTF-8
 
 
-def _describe_encoding(path: Path) -> str:
+def describe_encoding(path: Path, kind: str = "text") -> str:
     """Returns a message for a file that is not UTF-8, with the command that converts it."""
     content, wrong = path.read_bytes(), 0
     try:
@@ -293,7 +293,7 @@ def _describe_encoding(path: Path) -> str:
         wrong = e.start
     line = content.rfind(b"\n", 0, wrong) + 1
     encoding = _guess_encoding(content[line : line + BLOCK])
-    problem = f"text: {path} is not UTF-8 (byte {wrong})"
+    problem = f"{kind}: {path} is not UTF-8 (byte {wrong})"
     if not encoding:
         return f"{problem}, and does not look like text: name a text file"
     files = f"{shlex.quote(str(path))} > {shlex.quote(f'{path.stem}-utf8.txt')}"
@@ -304,7 +304,7 @@ def _describe_encoding(path: Path) -> str:
     return f"{problem}; it looks like {encoding}. Convert it: {command}"
 
 
-def _guess_utf16(sample: bytes) -> str:
+def guess_utf16(sample: bytes) -> str:
     """Returns UTF-16LE or UTF-16BE if nearly every other byte is 0, else "".
 
     Western letters in UTF-16 are valid UTF-8 too, with a NUL after each.
@@ -319,7 +319,7 @@ def _guess_encoding(sample: bytes) -> str:
     """Returns an encoding by iconv's name: UTF-8 if little is damaged, "" if it is not text."""
     import charset_normalizer
 
-    if name := _guess_utf16(sample):
+    if name := guess_utf16(sample):
         return name
     runs, letters = re.findall(rb"[\x80-\xff]+", sample), re.findall(rb"[A-Za-z]", sample)
     high = sum(map(len, runs))  # bytes that are not ASCII

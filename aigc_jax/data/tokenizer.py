@@ -1,4 +1,4 @@
-"""Tokenizers: single characters, and byte-level BPE by the `tokenizers` library.
+"""Tokenizers: single characters, whole words, and byte-level BPE by the `tokenizers` library.
 
 Long texts are read, learnt from and encoded in pieces, so that only the tokens take memory.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,9 +30,11 @@ _WORD_END = re.compile(r"\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?，。！？；�
 class Tokenizer:
     """Turns text into token numbers and back.
 
-    Made by `Tokenizer.characters(text)`, `Tokenizer.bpe(text, vocab)`, `Tokenizer.gpt2(folder)` or
-    `Tokenizer.load(file)`. `size` is the number of tokens. `content` is the JSON that `save`
-    writes: tokenizers with equal content are equal.
+    Made by `Tokenizer.characters(text)`, `Tokenizer.words(texts)`, `Tokenizer.bpe(text, vocab)`,
+    `Tokenizer.gpt2(folder)` or `Tokenizer.load(file)`. `size` is the number of tokens. `content`
+    is the JSON that `save` writes: tokenizers with equal content are equal. `vocabulary` lists
+    the words of a tokenizer of words and `numbers` gives the token of each, 1 or more. Both are
+    None for the other kinds.
     """
 
     def __init__(self, content: str):
@@ -42,6 +45,8 @@ class Tokenizer:
         """
         self.content = content
         self._characters = None
+        self.vocabulary: tuple[str, ...] | None = None
+        self.numbers: dict[str, int] | None = None
         try:
             if len(content) > MAX_CONTENT:
                 raise ValueError(f"{len(content)} characters are more than {MAX_CONTENT}")
@@ -51,6 +56,10 @@ class Tokenizer:
             if "characters" in config:
                 self._characters = np.array(sorted(map(ord, config["characters"])))
                 self.size = len(self._characters)
+            elif "words" in config:
+                self.vocabulary = _check_words(config["words"])
+                self.numbers = {word: i for i, word in enumerate(self.vocabulary, 1)}
+                self.size = 1 + len(self.vocabulary)
             else:
                 import tokenizers
 
@@ -77,6 +86,15 @@ class Tokenizer:
             seen[_code_points(_check_characters(piece))] = True
         found = "".join(map(chr, np.flatnonzero(seen).tolist()))
         return cls(json.dumps({"characters": found}))
+
+    @classmethod
+    def words(cls, texts: Iterable[str]) -> Tokenizer:
+        """Makes one token for each word of the texts, in alphabetical order; see `split_words`.
+
+        Token 0 is padding and stands for no word.
+        """
+        found = {word for text in texts for word in split_words(text)}
+        return cls(json.dumps({"words": sorted(found)}))
 
     @classmethod
     def bpe(cls, text: str | Iterable[str], vocab: int) -> Tokenizer:
@@ -151,8 +169,11 @@ class Tokenizer:
 
         text: a string, or its pieces in order.
 
-        Raises ValueError for a character without a token.
+        Raises ValueError for a character without a token, or a word that a tokenizer of words
+        does not have.
         """
+        if self.vocabulary is not None:
+            return self._encode_words(text)
         if self._characters is None:
             return self._encode_bpe(text)
         tokens = array.array("i")
@@ -166,6 +187,12 @@ class Tokenizer:
                 raise ValueError(f"the vocabulary has no {unknown!r}")
             tokens.frombytes(found.tobytes())
         return np.frombuffer(tokens, np.int32)
+
+    def _encode_words(self, text: str | Iterable[str]) -> np.ndarray:
+        words = split_words("".join(_split_blocks(text)))
+        if unknown := [word for word in dict.fromkeys(words) if word not in self.numbers]:
+            raise ValueError(f"the vocabulary has no {', '.join(map(repr, unknown))}")
+        return np.array([self.numbers[word] for word in words], np.int32)
 
     def _encode_bpe(self, text: str | Iterable[str]) -> np.ndarray:
         blocks = _split_blocks(text)
@@ -194,15 +221,61 @@ class Tokenizer:
     def decode(self, tokens) -> str:
         """Returns the text of token numbers. Bytes that are not UTF-8 become U+FFFD.
 
+        Words are joined by spaces, without the space before a comma and the like. Padding is
+        left out.
+
         Raises ValueError for numbers outside the vocabulary.
         """
         tokens = np.asarray(tokens, np.int64).reshape(-1)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.size:
             got = f"{tokens.min()}..{tokens.max()}"
             raise ValueError(f"tokens lie in 0..{self.size - 1}, got {got}")
+        if self.vocabulary is not None:
+            return _join_words([self.vocabulary[i - 1] for i in tokens if i])
         if self._characters is None:
             return self._bpe.decode(tokens.tolist(), skip_special_tokens=False)
         return "".join(map(chr, self._characters[tokens]))
+
+
+# -------------------------------------------------------------------------------------------- words
+
+
+def split_words(text: str) -> list[str]:
+    """Returns the words of a text, in lower case.
+
+    Words end at white space. A punctuation mark or symbol is a word of its own, except for a
+    hyphen, an apostrophe or an underscore between two letters or digits.
+
+    Raises ValueError for half of a surrogate pair, which is not a character.
+    """
+    text = unicodedata.normalize("NFC", _check_characters(text).lower())
+    spaced = (f" {c} " if _is_mark(text, i) else c for i, c in enumerate(text))
+    return "".join(spaced).split()
+
+
+def _is_mark(text: str, i: int) -> bool:
+    """Returns whether character i is punctuation or a symbol, and not inside a word."""
+    if unicodedata.category(text[i])[0] not in "PS":
+        return False
+    inside = text[i - 1 : i].isalnum() and text[i + 1 : i + 2].isalnum()
+    return not (inside and text[i] in "-'\u2019_")
+
+
+def _join_words(words: list[str]) -> str:
+    """Returns the words as a text that `split_words` splits into the same words."""
+    return re.sub(r" (?=[,.;:!?)\]}])|(?<=[(\[{]) ", "", " ".join(words))
+
+
+def _check_words(words) -> tuple[str, ...]:
+    """Returns the words of a tokenizer.json; raises ValueError unless they are distinct words."""
+    if not isinstance(words, list):
+        raise ValueError("words must be a list")
+    for word in words:
+        if not isinstance(word, str) or word.split() != [word]:
+            raise ValueError(f"{word!r} is not a word")
+    if len(set(words)) < len(words):
+        raise ValueError("a word is listed twice")
+    return tuple(words)
 
 
 # --------------------------------------------------------------------------- what is in a tokenizer

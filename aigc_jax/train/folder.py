@@ -88,7 +88,7 @@ def _described(info: Info) -> dict:
 
 
 def write(folder: Path, record: dict, info: Info) -> None:
-    """Writes run.json with its checksums, and for text tokenizer.json."""
+    """Writes run.json with its checksums, and for text and captions tokenizer.json."""
     if info.tokenizer:
         _write(folder / "tokenizer.json", info.tokenizer)
     write_json(folder / "run.json", {**record, "sha256": _digests(record, info.tokenizer or None)})
@@ -391,7 +391,7 @@ def rebuild(folder: str | Path, trust=()) -> tuple:
     tokenizer = folder / "tokenizer.json"
     with one_line(f"{folder}/run.json does not describe a run of this version"):
         info = build(Info, record["data"])
-        if info.kind == "text" and tokenizer.is_file():
+        if (info.kind == "text" or info.caption_length) and tokenizer.is_file():
             info = dataclasses.replace(info, tokenizer=tokenizer.read_bytes().decode())
         return make, cfg, build(Run, record["run"]), info, record
 

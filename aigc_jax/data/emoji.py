@@ -1,0 +1,160 @@
+"""Emoji with captions: 3,786 pictures of Google's Noto Emoji, 32x32 RGB on white.
+
+The files are in `noto/`, with their origin and licences. They are part of the package, so this set
+needs no network.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import lzma
+import re
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from . import Data, captions, from_arrays
+from .prepare import cuts
+from .tokenizer import Tokenizer
+
+NOTO = Path(__file__).parent / "noto"
+LENGTH = 16  # words of the longest caption, punctuation included
+UNSEEN = 400  # emoji that are kept out of train in all their tones
+# tone 1..5, in the order of Unicode's modifiers 1F3FB..1F3FF. 0: no tone.
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+TWO_TONES = 6  # tone of a picture that shows two people or hands of different tones
+# Names of Unicode that another emoji has too, or that say another colour than the picture.
+RENAMED = {"person_in_tuxedo": "person in tuxedo", "heart": "red heart"}
+
+
+class Emoji(NamedTuple):
+    """One picture: an emoji in one skin tone, or without."""
+
+    code_points: str  # in hexadecimal, joined by -
+    base: str  # code points of the same emoji without a skin tone
+    category: str
+    tone: int  # 0: none; 1..5: light to dark, as in TONES; 6: two different tones
+    caption: str
+    row: int  # of the files in noto/
+
+
+def emoji(split: str) -> Data:
+    """Loads emoji of 32x32 RGB with captions: 2,747 train, 309 test and 730 unseen pictures.
+
+    A batch has `image`, `label` (the category; `info.class_names` names it), `tokens` int32
+    [B, 16] (the caption in words, padded with 0), `tone` int32 [B] and `index`. The tone is 0 for
+    none, 1..5 for light to dark, and 6 for two different tones in one picture.
+    `captions.decode(info.tokenizer, tokens)` returns the captions, such as "waving hand, dark skin
+    tone". `examples(split)` returns them with all other facts.
+
+    Splits and their order depend only on a hash of the code points:
+    - unseen: 400 of the 1,911 emoji in all their tones.
+    - test: a fifth of the other pictures with a skin tone. Train has each of these emoji in other
+      tones and without a tone.
+    - train: all others.
+
+    The vocabulary is the 1,523 words of train. Test has no other words. 332 pictures of unseen
+    have some, which are left out of their tokens; 94 have no known word, so their tokens are all 0.
+    """
+    table, vocabulary, categories = examples(split), _tokenizer(), class_names()
+    texts = [one.caption for one in table]
+    arrays = {
+        "image": _images()[[one.row for one in table]],
+        "label": np.array([categories.index(one.category) for one in table]),
+        "tone": np.array([one.tone for one in table]),
+        "tokens": captions.encode(vocabulary, texts, LENGTH, skip_unknown=True),
+    }
+    return from_arrays(
+        arrays,
+        classes=len(categories),
+        class_names=categories,
+        tokenizer=vocabulary,
+        source={"name": "emoji", "split": split},
+    )
+
+
+def examples(split: str) -> list[Emoji]:
+    """Returns what each example of a split shows; the i-th has `index` i in its batches."""
+    splits = _splits()
+    sizes = {part: len(found) for part, found in splits.items()}
+    slices = cuts("emoji", split, sizes)
+    return [one for part, start, stop in slices for one in splits[part][start:stop]]
+
+
+@functools.lru_cache(maxsize=1)
+def class_names() -> tuple[str, ...]:
+    """Returns the names of the ten categories, in the order of their labels."""
+    return tuple(sorted({one.category for one in _table()}))
+
+
+@functools.lru_cache(maxsize=1)
+def _splits() -> dict[str, list[Emoji]]:
+    """Returns {split: pictures}; `emoji` states the rule."""
+    table = sorted(_table(), key=lambda one: _hash("order", one.code_points))
+    bases = sorted({one.base for one in table}, key=lambda base: _hash("unseen emoji", base))
+    unseen = set(bases[:UNSEEN])
+    toned = [one for one in table if one.tone and one.base not in unseen]
+    toned.sort(key=lambda one: _hash("test tone", one.code_points))
+    test = set(toned[: len(toned) // 5])
+    return {
+        "train": [one for one in table if one.base not in unseen and one not in test],
+        "test": [one for one in table if one in test],
+        "unseen": [one for one in table if one.base in unseen],
+    }
+
+
+def _hash(purpose: str, code_points: str) -> str:
+    return hashlib.sha256(f"{purpose} {code_points}".encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+@functools.lru_cache(maxsize=1)
+def _images() -> np.ndarray:
+    raw = lzma.decompress((NOTO / "images.bin.xz").read_bytes())
+    return np.frombuffer(raw, np.uint8).reshape(-1, 32, 32, 3)
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> tuple[Emoji, ...]:
+    """Returns all pictures in the order of the files. An emoji's tones follow it."""
+    lines = lzma.decompress((NOTO / "emoji.tsv.xz").read_bytes()).decode().splitlines()
+    found = []
+    for row, line in enumerate(lines[1:]):
+        code_points, category, _, short_name, name, variation = line.split("\t")
+        if not variation:
+            base = code_points
+        modifiers = [int(tone, 16) - 0x1F3FA for tone in variation.split("-") if tone]
+        tones = list(dict.fromkeys(modifiers))
+        tone = TWO_TONES if len(tones) == 2 else sum(tones)
+        words = [f"{TONES[i - 1]} skin tone" for i in tones]
+        caption = ", ".join([readable(short_name, name), *[" and ".join(words)] * bool(words)])
+        found.append(Emoji(code_points, base, category, tone, caption, row))
+    return tuple(found)
+
+
+def readable(short_name: str, name: str) -> str:
+    """Returns a name of Unicode in plain lower-case words.
+
+    "man: red hair" becomes "man with red hair", "thumbs up sign" becomes "thumbs up" and "são tomé
+    & príncipe flag" becomes "sao tome and principe flag". Colons become commas.
+    """
+    name = RENAMED.get(short_name, name).lower()
+    plain = unicodedata.normalize("NFKD", name)
+    name = "".join(c for c in plain if not unicodedata.combining(c)).replace("\u2019", "'")
+    name = re.sub(r"(hands?|thumbs up|thumbs down) sign$", r"\1", name)
+    name = re.sub(r"^white (?=.* pointing )", "", name)  # white: only an outline
+    name = re.sub(r": (.* hair|beard)$", r" with \1", name)
+    name = re.sub(r"^(\w+): bald$", r"bald \1", name)
+    name = name.replace("*", "asterisk").replace("keycap: ", "keycap ").replace(":", ",")
+    name = re.sub(r"[.()]| -(?= )", "", name.replace("&", "and"))
+    return name
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer() -> Tokenizer:
+    return Tokenizer.words(one.caption for one in _splits()["train"])
