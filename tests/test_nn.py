@@ -86,6 +86,16 @@ NETS = {
         (normal(1, 2, 6, 10, 3), ONE_HOT, True),
         (2,),
     ),
+    "image encoder": (
+        partial(nn.ImageEncoder, 5, (4, 6), 1, 2, 2),
+        (normal(1, 2, 8, 12, 3),),
+        (2, 2, 3, 5),
+    ),
+    "image decoder": (
+        partial(nn.ImageDecoder, 3, (4, 6), 1, 2, 2),
+        (normal(1, 2, 2, 3, 5),),
+        (2, 8, 12, 3),
+    ),
 }
 
 
@@ -171,7 +181,13 @@ def test_resolution_changes_are_inverse():
     x = normal(0, 2, 3, 5, 8)
     assert nn.pixel_shuffle(x).shape == (2, 6, 10, 2)
     np.testing.assert_array_equal(nn.pixel_shuffle(x)[0, 0, :2], x[0, 0, 0, :4].reshape(2, 2))
+    np.testing.assert_array_equal(nn.pixel_unshuffle(nn.pixel_shuffle(x)), x)
     np.testing.assert_allclose(nn.blocks.downsample(nn.blocks.upsample(x)), x, rtol=1e-6)
+    x = normal(0, 2, 6, 9, 2)
+    patches = nn.pixel_unshuffle(x, 3)
+    assert patches.shape == (2, 2, 3, 18)
+    np.testing.assert_array_equal(patches[1, 1, 2], x[1, 3:6, 6:9].reshape(18))
+    np.testing.assert_array_equal(nn.pixel_shuffle(patches, 3), x)
 
 
 # ------------------------------------------------------------------------------- attention

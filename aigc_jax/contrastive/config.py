@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core import EMA, Optim, Optimizer, check_choices
+from ..core import EMA, Optim, Optimizer, check_fields
 
 
 def _check_counts(part: str, cfg, **least: int) -> None:
@@ -70,7 +70,7 @@ class Config:
     optim: Optimizer = Optim()
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         _check_counts("", self, dim=1)
         if len(self.shape) != 3 or min(self.shape) < 1:
             hint = "must be three positive numbers (H, W, C)"

@@ -7,6 +7,7 @@ mlp.py         one MLP, and the nets for points that are made of it
 conv.py        generators and discriminators of DCGAN and SNGAN
 resnet.py      a residual network that reads a picture
 unet.py        the U-Net of DDPM
+autoencoder.py the encoder and decoder of latent diffusion's first stage
 transformer.py the transformer block and the decoder trunk
 dit.py         a transformer over patches
 
@@ -16,7 +17,8 @@ caller passes an rng named dropout.
 """
 
 from .attention import Attention
-from .blocks import GroupNorm, Norm, NormAct, pixel_shuffle
+from .autoencoder import ImageDecoder, ImageEncoder
+from .blocks import GroupNorm, Norm, NormAct, pixel_shuffle, pixel_unshuffle
 from .conv import ConvDiscriminator, ConvGenerator
 from .dit import DiT
 from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
@@ -36,6 +38,8 @@ __all__ = [
     "Decoder",
     "DiT",
     "GroupNorm",
+    "ImageDecoder",
+    "ImageEncoder",
     "MLPDiscriminator",
     "MLPGenerator",
     "Norm",
@@ -49,6 +53,7 @@ __all__ = [
     "causal",
     "modulate",
     "pixel_shuffle",
+    "pixel_unshuffle",
     "rotate",
     "sinusoids",
 ]

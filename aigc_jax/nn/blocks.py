@@ -146,15 +146,23 @@ class GroupNorm(nn.Module):
         return h.astype(x.dtype)
 
 
-def pixel_shuffle(h: Float[Array, "... H W C4"]) -> Float[Array, "... H2 W2 C"]:
-    """Turns four channels into 2 x 2 pixels (Shi et al. 2016).
+def pixel_shuffle(h: Float[Array, "... H W CC"], size: int = 2) -> Float[Array, "... H2 W2 C"]:
+    """Turns size^2 channels into size x size pixels (Shi et al. 2016).
 
-    [..., H, W, 4 C] -> [..., 2 H, 2 W, C]. After a convolution, it makes a transposed
-    convolution of stride 2, without the checkerboard and the products with zeros.
+    [..., H, W, size^2 C] -> [..., size H, size W, C]. After a convolution, it makes a transposed
+    convolution of stride `size`, without the checkerboard and the products with zeros.
     """
     *rows, height, width, channels = h.shape
-    h = h.reshape(*rows, height, width, 2, 2, channels // 4).swapaxes(-4, -3)
-    return h.reshape(*rows, 2 * height, 2 * width, channels // 4)
+    h = h.reshape(*rows, height, width, size, size, channels // size**2).swapaxes(-4, -3)
+    return h.reshape(*rows, size * height, size * width, channels // size**2)
+
+
+def pixel_unshuffle(h: Float[Array, "... H2 W2 C"], size: int = 2) -> Float[Array, "... H W CC"]:
+    """Turns size x size pixels into size^2 channels: the inverse of `pixel_shuffle`."""
+    *rows, height, width, channels = h.shape
+    height, width = height // size, width // size
+    h = h.reshape(*rows, height, size, width, size, channels).swapaxes(-4, -3)
+    return h.reshape(*rows, height, width, size**2 * channels)
 
 
 def upsample(h: Float[Array, "... H W C"]) -> Float[Array, "... H2 W2 C"]:

@@ -18,7 +18,7 @@ def zero_conv(features: int, name: str | None = None, dtype: Any = jnp.float32) 
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the condition added between them, beside a shortcut."""
+    """Two convolutions beside a shortcut, with the condition, where there is one, between them."""
 
     width: int
     groups: int  # of GroupNorm
@@ -26,10 +26,11 @@ class ResBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, condition):
+    def __call__(self, x, condition=None):
         h = nn.silu(GroupNorm(self.groups)(x))
         h = nn.Conv(self.width, (3, 3), dtype=self.dtype)(h)
-        h = h + nn.Dense(self.width, dtype=self.dtype)(nn.silu(condition))[:, None, None]
+        if condition is not None:
+            h = h + nn.Dense(self.width, dtype=self.dtype)(nn.silu(condition))[:, None, None]
         h = nn.silu(GroupNorm(self.groups)(h))
         h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
         h = zero_conv(self.width, dtype=self.dtype)(h)

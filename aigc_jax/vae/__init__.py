@@ -17,6 +17,9 @@ Likelihoods and bounds are in nats per example, summed over pixels. Images are f
     state = family.init(key)
     step = jax.jit(family.step)
     state, metrics = step(state, batch, step_key)
+
+Two relatives keep the latents in the shape of an image, each in a file of its own: `autoencoder`
+(the first stage of latent diffusion) and `vq` (the VQ-VAE).
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ..core import EMA, Family, Optim, State, labels, make_step, pixels, start
+from . import autoencoder, vq
+from .autoencoder import AutoencoderConfig, make_autoencoder
 from .config import Config
 from .likelihoods import (
     bits_per_dim,
@@ -51,14 +56,18 @@ from .nets import (
     encode_upper,
     init,
 )
+from .vq import VQConfig, make_vq
 
 __all__ = [
+    "AutoencoderConfig",
     "Config",
     "Decoder",
     "Encoder",
     "Gaussian",
     "Optim",
+    "VQConfig",
     "activity",
+    "autoencoder",
     "bits_per_dim",
     "decode",
     "decode_upper",
@@ -77,11 +86,14 @@ __all__ = [
     "log_prior",
     "log_weights",
     "make",
+    "make_autoencoder",
+    "make_vq",
     "manifold",
     "mean_image",
     "preprocess",
     "reconstruct",
     "sample_posterior",
+    "vq",
 ]
 
 Image = Float[Array, "B H W C"]
