@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core import EMA, Optim, Optimizer, check_fields
-
-
-def _check_counts(part: str, cfg, **least: int) -> None:
-    for field, minimum in least.items():
-        if (value := getattr(cfg, field)) < minimum:
-            name = ".".join(["model", *([part] if part else []), field])
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+from ..core import EMA, Optim, Optimizer, check_at_least, check_data, check_fields
 
 
 @dataclass(frozen=True)
@@ -26,7 +19,10 @@ class TextConfig:
     heads: int = 4
 
     def __post_init__(self):
-        _check_counts("text", self, vocab=2, context=1, width=1, layers=0, heads=1)
+        check_fields(self, name="model.text")
+        check_at_least(self, 2, "vocab", name="model.text")
+        check_at_least(self, 1, "context", "width", "heads", name="model.text")
+        check_at_least(self, 0, "layers", name="model.text")
         if self.width % self.heads:
             got = f"got {self.width} and {self.heads}"
             raise ValueError(f"model.text.width must divide into model.text.heads, {got}")
@@ -42,7 +38,9 @@ class ImageConfig:
     shift: int = 0  # in training, pictures move by up to this many pixels along both axes
 
     def __post_init__(self):
-        _check_counts("image", self, blocks=0, groups=1, shift=0)
+        check_fields(self, name="model.image")
+        check_at_least(self, 1, "groups", name="model.image")
+        check_at_least(self, 0, "blocks", "shift", name="model.image")
         if not self.widths or any(w < 1 or w % self.groups for w in self.widths):
             got = f"got {self.widths} and {self.groups}"
             raise ValueError(f"model.image.widths must be multiples of model.image.groups, {got}")
@@ -71,7 +69,7 @@ class Config:
 
     def __post_init__(self):
         check_fields(self)
-        _check_counts("", self, dim=1)
+        check_at_least(self, 1, "dim")
         if len(self.shape) != 3 or min(self.shape) < 1:
             hint = "must be three positive numbers (H, W, C)"
             raise ValueError(f"model.shape {hint}, got {self.shape}")
@@ -90,11 +88,7 @@ class Config:
             got = f"{info.kind}{' without captions' * (info.kind == 'image')}"
             hint = "takes pictures with captions"
             raise ValueError(f"a contrastive model {hint}, this data set holds {got}")
-        if tuple(info.shape) != tuple(self.shape):
-            shape = tuple(self.shape)
-            raise ValueError(f"model.shape is {shape}, the images are {tuple(info.shape)}")
-        if info.levels != self.levels:
-            raise ValueError(f"model.levels is {self.levels}, the images have {info.levels} levels")
+        check_data(self, info)
         context, vocab = self.text.context, self.text.vocab
         if info.caption_length > context:
             got = f"the captions have {info.caption_length} tokens"

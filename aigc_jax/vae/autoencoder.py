@@ -40,6 +40,8 @@ from ..core import (
     Optim,
     Optimizer,
     State,
+    check_at_least,
+    check_data,
     check_fields,
     floats,
     make_step,
@@ -86,12 +88,8 @@ class AutoencoderConfig:
     def __post_init__(self):
         check_fields(self)
         check_nets(self)
-        if self.latent_channels < 1:
-            raise ValueError(
-                f"model.latent_channels must be at least 1, got {self.latent_channels}"
-            )
-        if not self.beta >= 0:
-            raise ValueError(f"model.beta must not be negative, got {self.beta}")
+        check_at_least(self, 1, "latent_channels")
+        check_at_least(self, 0, "beta")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -101,7 +99,7 @@ class AutoencoderConfig:
 
     def check(self, info) -> None:
         """Raises ValueError if the data that `info` (a `data.Info`) describes does not fit."""
-        check_info(self, info)
+        check_data(self, info)
 
 
 def factor(cfg) -> int:
@@ -115,9 +113,8 @@ def check_nets(cfg) -> None:
         raise ValueError(f"model.shape must be three positive numbers (H, W, C), got {cfg.shape}")
     if not 2 <= cfg.levels <= 256:
         raise ValueError(f"model.levels must lie in 2..256, got {cfg.levels}")
-    for field, low in (("blocks", 0), ("groups", 1), ("patch", 1), ("micro", 1)):
-        if (value := getattr(cfg, field)) < low:
-            raise ValueError(f"model.{field} must be at least {low}, got {value}")
+    check_at_least(cfg, 0, "blocks")
+    check_at_least(cfg, 1, "groups", "patch", "micro")
     if any(width < 1 or width % cfg.groups for width in cfg.widths):
         raise ValueError(
             f"model.widths must be positive multiples of model.groups = {cfg.groups}, "
@@ -131,16 +128,6 @@ def check_nets(cfg) -> None:
     if not 0 < cfg.scale < float("inf"):
         raise ValueError(f"model.scale must be positive, got {cfg.scale}")
     EMA(cfg.ema)  # raises ValueError for a decay outside [0, 1)
-
-
-def check_info(cfg, info) -> None:
-    """Raises ValueError if the data set that `info` describes does not fit the config."""
-    if info.kind != "image":
-        raise ValueError(f"an autoencoder takes images, this data set holds {info.kind}")
-    if tuple(info.shape) != tuple(cfg.shape):
-        raise ValueError(f"model.shape is {tuple(cfg.shape)}, the images are {tuple(info.shape)}")
-    if info.levels != cfg.levels:
-        raise ValueError(f"model.levels is {cfg.levels}, the images have {info.levels} levels")
 
 
 # ------------------------------------------------------------------------------------------- nets

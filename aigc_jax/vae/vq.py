@@ -34,13 +34,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Family, Optim, Optimizer, State, check_fields, make_step, start
+from ..core import (
+    EMA,
+    Family,
+    Optim,
+    Optimizer,
+    State,
+    check_at_least,
+    check_data,
+    check_fields,
+    make_step,
+    start,
+)
 from .autoencoder import (
     Image,
     ImageLike,
     Nats,
     check_images,
-    check_info,
     check_nets,
     decoder_of,
     encoder_of,
@@ -89,14 +99,11 @@ class VQConfig:
     def __post_init__(self):
         check_fields(self)
         check_nets(self)
-        for field, low in (("codes", 1), ("code_dim", 1)):
-            if (value := getattr(self, field)) < low:
-                raise ValueError(f"model.{field} must be at least {low}, got {value}")
+        check_at_least(self, 1, "codes", "code_dim")
+        check_at_least(self, 0, "commitment")
         for field in ("decay", "restart"):
             if not 0 <= (value := getattr(self, field)) < 1:
                 raise ValueError(f"model.{field} must lie in [0, 1), got {value}")
-        if not self.commitment >= 0:
-            raise ValueError(f"model.commitment must not be negative, got {self.commitment}")
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -105,7 +112,7 @@ class VQConfig:
 
     def check(self, info) -> None:
         """Raises ValueError if the data that `info` (a `data.Info`) describes does not fit."""
-        check_info(self, info)
+        check_data(self, info)
 
 
 # ------------------------------------------------------------------------------------ the codebook
