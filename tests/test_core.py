@@ -454,9 +454,8 @@ def test_the_smallest_value_of_a_field():
         ({"rate": float("nan")}, r"run\.rate must be at least 2, got nan"),
     ):
         with pytest.raises(ValueError, match=words):
-            core.check_at_least(
-                Fields(**{"count": 2, "rate": 2.0} | low), "run", 2, "count", "rate"
-            )
+            cfg = Fields(**{"count": 2, "rate": 2.0} | low)
+            core.check_at_least(cfg, 2, "count", "rate", name="run")
 
 
 @pytest.mark.parametrize(
