@@ -195,7 +195,7 @@ def bits_per_dim(nll_nats, shape: Sequence[int], *, levels: int | None = None):
 # ---------------------------------------------------------------------- distances of distributions
 
 
-def psnr(a: SamplesN, b: SamplesN) -> float:
+def psnr(a: SamplesN, b: SamplesM) -> float:
     """Returns the peak signal-to-noise ratio of images in [0, 1] in dB, a mean over images.
 
     Of one image it is -10 log10 of the mean squared error over its pixels and channels. An image

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from aigc_jax import data, metrics, train, vae
-from aigc_jax.core import EMA, Optim
+from aigc_jax.core import EMA, Optim, State
 from aigc_jax.vae import autoencoder
 
 CFG = vae.AutoencoderConfig(
@@ -71,7 +71,7 @@ def test_the_loss_weighs_the_kl_by_beta_and_the_metrics_do_not():
     cfg = dataclasses.replace(CFG, beta=0.3)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (4, *CFG.shape), np.uint8)}
     params = shaken()
-    state = vae.make_autoencoder(cfg).init(key(0))
+    state = State(jnp.zeros((), jnp.int32), None, ())
     loss = jax.jit(partial(autoencoder.loss, cfg))
     value, (extra, found) = loss(params, state, batch, key(4))
     expected = 0.3 * found["kl_nats"] - found["reconstruction_nats"]
@@ -295,6 +295,13 @@ def test_a_config_that_cannot_work_is_refused_in_one_line(change, words):
     with pytest.raises(ValueError, match=words) as e:
         dataclasses.replace(CFG, **change)
     assert "\n" not in str(e.value)
+
+
+def test_a_likelihood_that_does_not_exist_is_refused():
+    cfg = dataclasses.replace(CFG)
+    object.__setattr__(cfg, "likelihood", "cauchy")  # in pytest, jaxtyping would refuse it first
+    with pytest.raises(ValueError, match="must be one of laplace, gaussian, not 'cauchy'"):
+        cfg.__post_init__()
 
 
 def test_images_and_latents_that_do_not_fit_are_refused():
