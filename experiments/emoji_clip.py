@@ -117,12 +117,11 @@ def watch(cfg: contrastive.Config, test: data.Data):
 
 def class_texts(cfg: contrastive.Config, params, tokenizer: str, classes: list[list[str]]):
     """Returns one vector per class: the mean of the features of its captions."""
-    encode = jax.jit(partial(contrastive.encode_text, cfg))
-    means = []
-    for texts in classes:
-        tokens = captions.encode(tokenizer, texts, cfg.text.context)
-        means.append(encode(params, tokens).mean(0))
-    return contrastive.unit(np.stack(means))
+    texts = [text for members in classes for text in members]
+    tokens = captions.encode(tokenizer, texts, cfg.text.context)
+    found = jax.jit(partial(contrastive.encode_text, cfg))(params, tokens)
+    ends = np.cumsum([len(members) for members in classes])[:-1]
+    return contrastive.unit(np.stack([part.mean(0) for part in np.split(np.asarray(found), ends)]))
 
 
 def tone_captions() -> list[list[str]]:
