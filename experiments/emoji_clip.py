@@ -1,6 +1,6 @@
 """CLIP on emoji: pictures and captions find each other, also for skin tones never seen: Radford et al. 2021, Zhai et al. 2023
 
-    python -m experiments.emoji_clip        about 30 minutes on 2 cores; downloads nothing
+    python -m experiments.emoji_clip        about 25 minutes on 2 cores; downloads nothing
 
 Trains a text and an image net from nothing on 2,747 emoji and their captions, by InfoNCE (CLIP) and
 by SigLIP's loss. The 309 test pictures show an emoji in a skin tone that training has not; it has
@@ -29,9 +29,9 @@ LOSSES = ("info_nce", "sigmoid")
 MODEL = contrastive.Config(
     text=TextConfig(vocab=1524, context=16),
     image=ImageConfig(shift=2),
-    optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=50, decay=3000),
+    optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=50, decay=1000),
 )
-RUN = Run("runs/emoji_clip", steps=3000, batch_size=256, eval_every=250, save_every=250)
+RUN = Run("runs/emoji_clip", steps=1000, batch_size=256, eval_every=50, save_every=250)
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ SMOKE = Setup(
         image=ImageConfig((8, 16, 32), shift=1),
         optim=replace(MODEL.optim, lr=3e-3, warmup=5, decay=0),
     ),
-    replace(RUN, folder="runs/emoji_clip-smoke", steps=60, batch_size=128, eval_every=20),
+    replace(RUN, folder="runs/emoji_clip-smoke", steps=30, batch_size=64, eval_every=15),
     losses=("info_nce",),
 )
 SCALES = {
-    "smoke": Scale(SMOKE, "60 updates of narrow nets, one loss"),
+    "smoke": Scale(SMOKE, "30 updates of narrow nets, one loss"),
     "cpu": Scale(Setup(), "2,747 emoji (400 million pictures, a ResNet or ViT)"),
 }
 
@@ -78,16 +78,16 @@ CRITERIA = {
 INVARIANTS = {CHANCE.format("info_nce"): "> 3"}
 
 
+@partial(jax.jit, static_argnums=0)
+def encoded(cfg: contrastive.Config, params, image, tokens):
+    """Returns the features of pictures 0..255 and captions; compiled once per config."""
+    x = contrastive.preprocess(cfg, {"image": image})
+    return contrastive.encode_image(cfg, params, x), contrastive.encode_text(cfg, params, tokens)
+
+
 def features(cfg: contrastive.Config, params, batch: dict) -> tuple[np.ndarray, np.ndarray]:
     """Returns the features of pictures and captions of a whole split."""
-
-    @jax.jit
-    def encoded(batch):
-        image = contrastive.preprocess(cfg, batch)
-        text = contrastive.encode_text(cfg, params, batch["tokens"])
-        return contrastive.encode_image(cfg, params, image), text
-
-    return jax.tree.map(np.asarray, encoded({name: batch[name] for name in ("image", "tokens")}))
+    return jax.tree.map(np.asarray, encoded(cfg, params, batch["image"], batch["tokens"]))
 
 
 def recalls(images: np.ndarray, texts: np.ndarray) -> dict[tuple[str, int], float]:
@@ -117,12 +117,11 @@ def watch(cfg: contrastive.Config, test: data.Data):
 
 def class_texts(cfg: contrastive.Config, params, tokenizer: str, classes: list[list[str]]):
     """Returns one vector per class: the mean of the features of its captions."""
-    encode = jax.jit(partial(contrastive.encode_text, cfg))
-    means = []
-    for texts in classes:
-        tokens = captions.encode(tokenizer, texts, cfg.text.context)
-        means.append(encode(params, tokens).mean(0))
-    return contrastive.unit(np.stack(means))
+    texts = [text for members in classes for text in members]
+    tokens = captions.encode(tokenizer, texts, cfg.text.context)
+    found = jax.jit(partial(contrastive.encode_text, cfg))(params, tokens)
+    ends = np.cumsum([len(members) for members in classes])[:-1]
+    return contrastive.unit(np.stack([part.mean(0) for part in np.split(np.asarray(found), ends)]))
 
 
 def tone_captions() -> list[list[str]]:
