@@ -1,25 +1,37 @@
-# make demo       digits that a VAE drew, with its bound in nats (sets up .venv first: about a minute)
-# make test       the tests: every subject, in minutes
-# make test-all   the tests that `make test` leaves out, because they are slow
-# make lint       ruff
-# make soak       the tests that take minutes each; CI does not run them
-# make bench      ours beside PyTorch (installs it)
+# make demo         digits that a VAE drew, with its bound in nats (sets up .venv first: about a minute)
+# make test         the tests: every subject, in minutes
+# make test-all     the tests that `make test` leaves out, because they are slow
+# make test-oldest  the core of `make test` on the oldest Python and JAX (sets up .venv-oldest first)
+# make lint         ruff
+# make soak         the tests that take minutes each; CI does not run them
+# make bench        ours beside PyTorch (installs it)
 
-# The first one that runs: under pyenv, python3.12 may be a shim that only prints an error.
-PYTHON := $(shell for p in python3.11 python3.12 python3; do $$p -c 'import venv' 2>/dev/null && echo $$p && break; done)
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-BIN := .venv/bin
-STAMP := .venv/installed-$(VERSION)
-# A tree that was moved, or an interpreter that is gone, leaves a .venv that does not run.
-$(shell .venv/bin/python -m pip --version >/dev/null 2>&1 || rm -f .venv/installed-*)
+PYTHONS := 3.13 3.12 3.11
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)
 
-.PHONY: demo test test-all lint soak bench
+# The first Python of the versions in $(1) that works, from the PATH or from pyenv's own folder. Each
+# is really run: under pyenv, python3.13 may be a shim that only prints an error.
+find = $(shell for v in $(1); do \
+  for p in python$$v $$(ls -d $(PYENV)/versions/$$v.*[0-9]/bin/python3 2>/dev/null | sort -rV); do \
+    $$p -c 'import ensurepip, ssl, venv' >/dev/null 2>&1 && echo $$p && exit; done; done)
+
+PYTHON := $(call find,$(PYTHONS))
+VERSION := $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(VERSION)
+# A tree that was moved, or an interpreter that is gone, leaves an environment that does not run.
+$(shell $(BIN)/python -m pip --version >/dev/null 2>&1 || rm -f $(VENV)/installed-*)
+
+.PHONY: demo test test-all find-oldest test-oldest lint soak bench
 .DEFAULT_GOAL := demo
 
 $(STAMP): setup.cfg pyproject.toml $(wildcard constraints-$(VERSION).txt)
-	@test -f constraints-$(VERSION).txt || { echo "aigc_jax is tested on Python 3.11 and 3.12; $(PYTHON) is $(VERSION). Install one, or: make PYTHON=python3.11"; exit 2; }
-	rm -rf .venv
-	$(PYTHON) -m venv .venv
+	@test -n "$(PYTHON)" || { echo "None of Python $(PYTHONS) works, on the PATH or in $(PYENV)/versions. Install one with venv and ssl, or: make PYTHON=/path/to/python3.13"; exit 2; }
+	@test -n "$(VERSION)" || { echo "$(PYTHON) is no Python that runs. Try: make PYTHON=/path/to/python3.13"; exit 2; }
+	@test -f constraints-$(VERSION).txt || { echo "aigc_jax is tested on Python $(PYTHONS); $(PYTHON) is $(VERSION). Install one of these, or: make PYTHON=/path/to/python3.13"; exit 2; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$(VERSION).txt --editable '.[test]'
 	@touch $@
 
@@ -28,10 +40,17 @@ demo: $(STAMP)
 	@$(BIN)/python -m aigc_jax sample runs/vae_digits --n 64 --out runs/vae_digits/samples.png
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' $(TESTS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+OLDEST = $(call find,$(lastword $(PYTHONS)))
+find-oldest:
+	@test -n "$(OLDEST)" || { echo "No usable Python $(lastword $(PYTHONS)) here: the oldest versions are not tested."; exit 2; }
+
+test-oldest: find-oldest
+	$(MAKE) test PYTHON=$(OLDEST) VENV=.venv-oldest TESTS="tests/test_golden.py tests/test_contract.py tests/test_train.py"
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

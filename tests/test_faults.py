@@ -647,7 +647,9 @@ def test_cleaning_up_hides_no_failure(tmp_path, monkeypatch):
     def fail(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.ocp.StandardCheckpointer, "close", fail)
+    import orbax.checkpoint
+
+    monkeypatch.setattr(orbax.checkpoint.StandardCheckpointer, "close", fail)
     monkeypatch.setattr(checkpoints, "_sums", lambda folder: fail(None))
     with pytest.raises(
         train.SaveFailed, match="step 5 could not be saved.*; there is no checkpoint$"

@@ -94,6 +94,15 @@ def test_import_is_light():
     assert out.stdout.strip() == "[]"
 
 
+def test_the_command_line_imports_no_more_than_it_needs():
+    code = "import sys, aigc_jax.__main__; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["orbax", "scipy", "sklearn", "grain", "matplotlib", "tokenizers", "PIL", "mido"]
+    out = subprocess.run(
+        [sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"
+
+
 def test_results_table_is_what_the_results_say():
     assert _cli.TABLE.read_text() == _cli.table(), "run: python -m experiments table"
 

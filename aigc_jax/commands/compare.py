@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .. import data, metrics, train
+from .. import data, train
 from ..train import folder as folders
 from .shared import Folder, check_seed
 
@@ -65,6 +65,8 @@ def compare(
         seed: which pictures, and the random directions.
         data_size: resize and crop all pictures to this side; by default the size of the run OTHER.
     """
+    from .. import metrics  # imports scipy, which is slow and which no other command needs
+
     check_seed(seed)
     size = _recorded_size(other) if data_size is None else data_size
     real, fake = _pictures(reference, size), _pictures(other, size)
@@ -118,6 +120,8 @@ def _check_pictures(
 
 def _scores(real: np.ndarray, fake: np.ndarray, seed: int) -> dict[str, tuple[float, ...]]:
     """{quantity: (value,) or (value, standard error)}."""
+    from .. import metrics
+
     k_kernel, k_sliced = jax.random.split(jax.random.key(seed))
     precision, recall = metrics.precision_recall(real, fake)
     density, coverage = metrics.density_coverage(real, fake)

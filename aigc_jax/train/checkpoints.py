@@ -25,7 +25,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 SUMS = "SHA256SUMS"  # the format of coreutils: `sha256sum -c SHA256SUMS` inside the folder agrees
 RUN = "run.sha256"  # the identity of its run, see folder.whose
@@ -155,6 +154,8 @@ class Checkpoints:
         self.folder, self.keep, self.run = folder / "checkpoints", keep, run
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = _hush
+        import orbax.checkpoint as ocp  # slow to import, and only training and loading need it
+
         # If the folder is made in the background and cannot be made, threads wait 300 s for it.
         self._orbax = ocp.StandardCheckpointer(
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
