@@ -52,41 +52,20 @@ class Setup:
     def __post_init__(self):
         if self.texts < 2 or min(self.prompt, self.new, self.beams) < 1:
             raise ValueError("texts must be at least 2, and prompt, new and beams at least 1")
-        if self.prompt + self.new > min(self.length, self.model.context):
-            raise ValueError(
-                f"prompt + new = {self.prompt + self.new} must not exceed the length the model "
-                "trains on, "
-                f"{min(self.length, self.model.context)}"
-            )
+        new, most = self.prompt + self.new, min(self.length, self.model.context)
+        if new > most:
+            raise ValueError(f"prompt + new = {new} must not exceed the length of training, {most}")
 
 
-SMOKE = Setup(
-    replace(_text.SHAKESPEARE, layers=1, width=32),
-    Run(
-        "runs/decoding-smoke",
-        100,
-        12,
-        eval_every=250,
-        save_every=1000,
-        log_every=50,
-        keep=1,
-        steps_per_call=10,
-    ),
-    Source("python_source"),
-    length=64,
-    texts=8,
-    prompt=10,
-    new=40,
-    beams=2,
-)
+TINY = replace(_text.SHAKESPEARE, layers=1, width=32)
+SHORT = Run("runs/decoding-smoke", 100, 12, **_text.EVERY)
+FEW = dict(length=64, texts=8, prompt=10, new=40, beams=2)
+SMOKE = Setup(TINY, SHORT, Source("python_source"), **FEW)
+MODEL = "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on WebText)"
+DIFFERS = "100 texts (5,000), k = 5 and 20 for 40 and 640; without stochastic beam search and HUSE"
 SCALES = {
     "smoke": Scale(SMOKE, "a tiny model on Python's source, 8 texts"),
-    "cpu": Scale(
-        Setup(),
-        "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on "
-        "WebText), 100 texts (5,000), "
-        "k = 5 and 20 for 40 and 640; without stochastic beam search and HUSE",
-    ),
+    "cpu": Scale(Setup(), f"{MODEL}, {DIFFERS}"),
 }
 SAMPLERS = {
     "greedy": Sampling(0.0),
@@ -128,15 +107,8 @@ LIKELY = "perplexity of people over the larger of greedy and beam search"
 UNLIKELY = "perplexity: pure less people"
 CLOSEST = "closest to people in perplexity, of top-k small, the same at t .7, nucleus, pure"
 ALIKE = "self-BLEU-4: greedy less the next largest"
-CRITERIA = {
-    GREEDY: "> 0",
-    BEAM: "> 0",
-    SMALL: ">= 0",
-    LIKELY: "> 1.5",
-    UNLIKELY: "> 0",
-    CLOSEST: ("nucleus .95", lambda ours: ours == "nucleus .95"),
-    ALIKE: "> 0",
-}
+CRITERIA = {GREEDY: "> 0", BEAM: "> 0", SMALL: ">= 0", LIKELY: "> 1.5", UNLIKELY: "> 0"}
+CRITERIA |= {CLOSEST: ("nucleus .95", lambda ours: ours == "nucleus .95"), ALIKE: "> 0"}
 # What stands between spaces. Chinese and Japanese have none: each of their characters is a word.
 WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
@@ -146,11 +118,8 @@ INVARIANTS = {MOST: "< 20"}
 
 
 def repeats(tokens: list[int], longest: int = 90) -> bool:
-    """Returns whether a text ends in a phrase that repeats: of at least 3 tokens, or more than 50
-    times.
-    """
-    # How often, and minus how long: of equal counts the shortest phrase, so that "ababab" is three
-    # of "ab".
+    """Returns whether a text ends in a repeated phrase: of at least 3 tokens, or over 50 times."""
+    # (How often, minus how long): of equal counts the shortest, so that "ababab" is 3 times "ab".
     best = (0, 0)
     for n in range(1, longest + 1):
         phrase, times = tokens[-n:], 1
@@ -189,26 +158,22 @@ def self_bleu(texts: list[list[str]], order: int = 4) -> float:
 
 def zipf(texts: list[list[str]], most: int = 5000) -> float:
     """Returns -slope of log frequency against log rank; 0 where there are fewer than two words."""
-    counts = [
-        count for _, count in Counter(word for words in texts for word in words).most_common(most)
-    ]
+    words = Counter(word for words in texts for word in words)
+    counts = [count for _, count in words.most_common(most)]
     if len(counts) < 2:
         return 0.0
     return -float(np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts), 1)[0])
 
 
 def decode_all(setup: Setup, cfg, params, text: np.ndarray) -> tuple[np.ndarray, dict]:
-    """Returns prompts [texts, prompt] of held-out text, and {strategy: tokens [texts, new]} after
-    them.
-    """
+    """Returns held-out prompts [texts, prompt], and {strategy: tokens [texts, new]} after them."""
     starts = np.linspace(0, len(text) - setup.prompt - setup.new - 1, setup.texts).astype(int)
     prompts = text[starts[:, None] + np.arange(setup.prompt)]
     written = {"human": text[starts[:, None] + setup.prompt + np.arange(setup.new)]}
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
     for i, (name, sampling) in enumerate(SAMPLERS.items()):
         written[name] = np.asarray(generate(params, prompts, jax.random.key(i), sampling=sampling))
-    # By log p alone, as Holtzman et al.: all texts have the same length, so a length penalty
-    # changes nothing.
+    # By log p alone, as in the paper: texts of one length need no length penalty.
     options = {"beams": setup.beams, "max_new_tokens": setup.new, "length_penalty": 0.0}
     search = jax.jit(partial(transformer.beam_search, cfg, **options))
     size = math.gcd(setup.texts, 10)
@@ -219,13 +184,11 @@ def decode_all(setup: Setup, cfg, params, text: np.ndarray) -> tuple[np.ndarray,
 
 def run(setup: Setup, folder: Path) -> list[Row]:
     """Trains, decodes by every strategy, measures each."""
-    training = setup.data.load("train", length=setup.length)
-    valid = setup.data.load("validation", length=setup.length, stride=max(1, setup.length // 2))
+    training, valid = _text.strided(setup.data, setup.length)
     cfg = replace(setup.model, vocab=training.info.levels)
     if setup.beams > cfg.vocab:
-        raise train.Refused(
-            f"beams must lie in 1..{cfg.vocab}, the vocabulary, got {setup.beams} (--beams)"
-        )
+        limit = f"1..{cfg.vocab}, the vocabulary"
+        raise train.Refused(f"beams must lie in {limit}, got {setup.beams} (--beams)")
     result = train.fit(transformer.make, cfg, setup.run, training, valid=valid)
     params, tokenizer = result.state.params, Tokenizer(training.info.tokenizer)
     prompts, written = decode_all(setup, cfg, params, _cli.arrays(valid)["text"])
@@ -238,10 +201,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     measured, found = {}, _cli.kept()
     for name, tokens in written.items():
         words = [WORDS.findall(tokenizer.decode(row)) for row in tokens]
-        share = 100 * np.mean([repeats(row) for row in tokens.tolist()])
-        measured[name] = Measured(
-            math.exp(nats(tokens)), self_bleu(words), zipf(words), float(share)
-        )
+        share = float(100 * np.mean([repeats(row) for row in tokens.tolist()]))
+        measured[name] = Measured(math.exp(nats(tokens)), self_bleu(words), zipf(words), share)
         for quantity, ours, paper in zip(QUANTITIES, measured[name], PUBLISHED[name], strict=True):
             found.append(Row(f"{name}: {quantity}", ours, paper))
     first = {name: tokenizer.decode(tokens[0]) for name, tokens in written.items()}
@@ -259,11 +220,8 @@ def comparisons(measured: dict[str, Measured]) -> list[Row]:
     repetition = {name: m.repetition for name, m in measured.items()}
     perplexity = {name: m.perplexity for name, m in measured.items()}
     bleu = {name: m.bleu for name, m in measured.items() if name != "human"}
-    human, beam, small = (
-        perplexity["human"],
-        repetition["beam search"],
-        repetition["top-k, small, t .7"],
-    )
+    human, beam = perplexity["human"], repetition["beam search"]
+    small = repetition["top-k, small, t .7"]
     fair = ("top-k, small", "top-k, small, t .7", "nucleus .95", "pure")
     return [
         Row(GREEDY, repetition["greedy"] - beam),

@@ -201,13 +201,13 @@ def test_decodings_share_their_start_and_not_their_noise():
 @pytest.mark.parametrize(
     ("script", "change", "words"),
     [
-        (ddim_steps, {"steps": (200, 1000)}, "steps must hold one up to 100"),
-        (ddim_steps, {"digit_steps": (50, 100)}, "digit_steps up to 20"),
-        (ddim_steps, {"digits": 1}, "samples, many and digits must be at least 100"),
+        (ddim_steps, {"steps": (200, 1000)}, "^steps must hold one up to 100"),
+        (ddim_steps, {"digit_steps": (50, 100)}, "digit_steps must hold one up to 20"),
+        (ddim_steps, {"digits": 1}, "digits must be at least 100, got 1"),
         (
             progressive,
             {"pairs": 200},
-            "pairs must lie in 10..180, half of the test digits, got 200",
+            "pairs must lie in 10..180, half of the test set, got 200",
         ),
         (
             schedules,
