@@ -67,14 +67,16 @@ SCALES = {
     "smoke": Scale(SMOKE, "a tiny model on Python's source, 8 texts"),
     "cpu": Scale(Setup(), f"{MODEL}, {DIFFERS}"),
 }
-SAMPLERS = {
-    "greedy": Sampling(0.0),
-    "pure": Sampling(),
-    "temperature .9": Sampling(0.9),
-    "top-k, small": Sampling(top_k=5),
-    "top-k, large": Sampling(top_k=20),
-    "top-k, small, t .7": Sampling(0.7, top_k=5),
-    "nucleus .95": Sampling(top_p=0.95),
+STRATEGIES = {  # the sampling, and the QUANTITIES in the paper's table 1
+    "human": (None, (12.38, 0.31, 0.93, 0.28)),
+    "greedy": (Sampling(0.0), (1.50, 0.50, 1.00, 73.66)),
+    "pure": (Sampling(), (22.73, 0.28, 0.93, 0.22)),
+    "temperature .9": (Sampling(0.9), (10.25, 0.35, 0.96, 0.66)),
+    "top-k, small": (Sampling(top_k=5), (6.88, 0.39, 0.96, 0.78)),
+    "top-k, large": (Sampling(top_k=20), (13.82, 0.32, 0.96, 0.28)),
+    "top-k, small, t .7": (Sampling(0.7, top_k=5), (3.48, 0.44, 1.00, 8.86)),
+    "nucleus .95": (Sampling(top_p=0.95), (13.13, 0.32, 0.95, 0.36)),
+    "beam search": (None, (1.48, 0.44, 0.94, 28.94)),
 }
 QUANTITIES = ("perplexity", "self-BLEU-4 (words)", "Zipf's exponent (words)", "repetition (%)")
 
@@ -88,18 +90,6 @@ class Measured(NamedTuple):
     repetition: float
 
 
-# Of the paper's table 1.
-PUBLISHED = {
-    "human": (12.38, 0.31, 0.93, 0.28),
-    "greedy": (1.50, 0.50, 1.00, 73.66),
-    "beam search": (1.48, 0.44, 0.94, 28.94),
-    "pure": (22.73, 0.28, 0.93, 0.22),
-    "temperature .9": (10.25, 0.35, 0.96, 0.66),
-    "top-k, small": (6.88, 0.39, 0.96, 0.78),
-    "top-k, large": (13.82, 0.32, 0.96, 0.28),
-    "top-k, small, t .7": (3.48, 0.44, 1.00, 8.86),
-    "nucleus .95": (13.13, 0.32, 0.95, 0.36),
-}
 GREEDY = "repetition: greedy less beam search (%)"
 BEAM = "repetition: beam search less top-k, small, t .7 (%)"
 SMALL = "repetition: top-k, small, t .7 less the larger of nucleus and pure (%)"
@@ -171,8 +161,9 @@ def decode_all(setup: Setup, cfg, params, text: np.ndarray) -> tuple[np.ndarray,
     prompts = text[starts[:, None] + np.arange(setup.prompt)]
     written = {"human": text[starts[:, None] + setup.prompt + np.arange(setup.new)]}
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
-    for i, (name, sampling) in enumerate(SAMPLERS.items()):
-        written[name] = np.asarray(generate(params, prompts, jax.random.key(i), sampling=sampling))
+    samplers = {name: how for name, (how, _) in STRATEGIES.items() if how is not None}
+    for i, (name, how) in enumerate(samplers.items()):
+        written[name] = np.asarray(generate(params, prompts, jax.random.key(i), sampling=how))
     # By log p alone, as in the paper: texts of one length need no length penalty.
     options = {"beams": setup.beams, "max_new_tokens": setup.new, "length_penalty": 0.0}
     search = jax.jit(partial(transformer.beam_search, cfg, **options))
@@ -203,8 +194,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         words = [WORDS.findall(tokenizer.decode(row)) for row in tokens]
         share = float(100 * np.mean([repeats(row) for row in tokens.tolist()]))
         measured[name] = Measured(math.exp(nats(tokens)), self_bleu(words), zipf(words), share)
-        for quantity, ours, paper in zip(QUANTITIES, measured[name], PUBLISHED[name], strict=True):
-            found.append(Row(f"{name}: {quantity}", ours, paper))
+        each = zip(QUANTITIES, measured[name], STRATEGIES[name][1], strict=True)
+        found += [Row(f"{name}: {what}", ours, paper) for what, ours, paper in each]
     first = {name: tokenizer.decode(tokens[0]) for name, tokens in written.items()}
     with _cli.costs("texts.txt"):
         start = tokenizer.decode(prompts[0])

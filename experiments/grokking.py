@@ -52,11 +52,8 @@ class Setup:
 
 
 SMOKE = Setup(run=replace(RUN, folder="runs/grokking-smoke", steps=300), fractions=(0.5,))
-PAPER = Setup(
-    replace(MODEL, optim=replace(OPTIM, weight_decay=0.0)),
-    replace(RUN, folder="runs/grokking-paper", steps=1_000_000, eval_every=1000),
-    (0.5,),
-)
+LONG = replace(RUN, folder="runs/grokking-paper", steps=1_000_000, eval_every=1000)
+PAPER = Setup(replace(MODEL, optim=replace(OPTIM, weight_decay=0.0)), LONG, (0.5,))
 DIFFERS = "addition (fig. 1: division)"
 SCALES = {
     "smoke": Scale(SMOKE, "300 updates"),
@@ -68,13 +65,8 @@ THEN = "{:g} of the equations: accuracy on the others then (%)"
 GROKKED = "{:g} of the equations: updates from there until 99 % of the others are right"
 AT_END = "{:g} of the equations: accuracy on them at the end (%)"
 LONGER = "that delay at .3 over that at .5"
-CRITERIA = {
-    TRAINED.format(0.5): "< 3000",
-    TRAINED.format(0.3): "< 3000",
-    THEN.format(0.3): "< 50",
-    GROKKED.format(0.3): ">= 500",
-    LONGER: "> 1",
-}
+CRITERIA = {TRAINED.format(fraction): "< 3000" for fraction in Setup.fractions}
+CRITERIA |= {THEN.format(0.3): "< 50", GROKKED.format(0.3): ">= 500", LONGER: "> 1"}
 INVARIANTS = {AT_END.format(0.5): "> 5, five times chance"}
 
 
@@ -84,8 +76,7 @@ def equations(fraction: float, seed: int = 0) -> tuple[data.Data, data.Data]:
     tokens = np.stack([a, np.full_like(a, P), b, np.full_like(a, P + 1), (a + b) % P], -1)
     tokens = tokens[np.random.default_rng(seed).permutation(len(tokens))]
     parts = np.split(tokens, [round(fraction * len(tokens))])
-    masks = (np.tile([0, 0, 0, 1], (len(part), 1)) for part in parts)
-    arrays = ({"tokens": part, "mask": mask} for part, mask in zip(parts, masks, strict=True))
+    arrays = ({"tokens": part, "mask": np.tile([0, 0, 0, 1], (len(part), 1))} for part in parts)
     return tuple(data.from_arrays(each, levels=P + 2) for each in arrays)
 
 
