@@ -1,8 +1,13 @@
-"""Figures: image grids, scatter plots, curves and pages of text, in one style."""
+"""Figures: image grids, scatter plots, curves and pages of text, in one style.
+
+A web page shows a figure at most 838 pixels wide. So every figure is made for that width: it is
+WIDTH inches wide, a row holds at most MOST panels, and no text is smaller than LEAST pixels.
+"""
 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import textwrap
 from collections.abc import Mapping
@@ -12,12 +17,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Num, Shaped
 
-# Okabe & Ito 2008: distinct for colour-blind readers and in grey print. Lines differ in dash too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Ten colours for ten classes. The first seven are those of Okabe & Ito 2008, for colour-blind
+# readers and grey print. Lines differ in dash too.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#332288", "#A50026", "#BDB76B"),
+)
 DASHES = ("-", "--", "-.", ":")
+PIXELS = 838  # the width at which a page shows a figure
+WIDTH = 8.38  # inches of every figure, so that at PIXELS an inch is 100 pixels
+MOST = 3  # panels in a row
+LEAST = 9  # pixels at PIXELS: no text is smaller
+SMALLEST = f"smallest text at {PIXELS} px"  # the key of a PNG's metadata
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
+    "font.size": 9.5,  # points; an exponent has 0.7 of them, which are 9.2 pixels
+    "axes.titlesize": 9.5,
+    "legend.fontsize": 8.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -25,6 +40,8 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
+WRAP = {"break_long_words": False, "break_on_hyphens": False}  # of titles and captions
+DIGIT = 0.729  # the height of a digit in the font, over the font's size
 
 Images = Num[Array | np.ndarray, "N H W C"]
 Points = Num[Array | np.ndarray, "N 2"]
@@ -140,15 +157,30 @@ def _to_pillow(pixels: np.ndarray):
 
 
 @_in_our_style
-def figure(rows: int, columns: int, *, size: tuple[float | int, float | int]):
+def figure(rows: int, columns: int, *, size: tuple[float | int, float | int] | None = None):
     """Returns a figure that needs no display, and its axes [rows, columns].
 
-    `save` writes it. `size` is (width, height) in inches.
+    The figure is WIDTH inches wide. More than MOST columns are drawn in several rows of panels.
+    `size` is the (width, height) of a figure without such breaks, of which only the shape of its
+    panels counts. By default square pictures fill the panels, and a single panel is half as high
+    as wide. `save` writes the figure.
     """
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=size, layout="constrained")
-    return fig, fig.subplots(rows, columns, squeeze=False)
+    breaks = -(-columns // MOST)  # rows of panels per row of axes
+    across = -(-columns // breaks)
+    panel = WIDTH / across  # its height in inches
+    if size is not None:
+        panel *= size[1] / rows / (size[0] / columns)
+    else:
+        panel *= 0.9 if across > 1 else 0.5
+        panel += 0.3  # for the title
+    fig = Figure(figsize=(WIDTH, rows * breaks * panel), layout="constrained")
+    grid = fig.add_gridspec(rows * breaks, across)
+    axes = np.empty((rows, columns), object)
+    for i, j in np.ndindex(rows, columns):
+        axes[i, j] = fig.add_subplot(grid[i * breaks + j // across, j % across])
+    return fig, axes
 
 
 @_in_our_style
@@ -180,8 +212,8 @@ def points(
         for i, c in enumerate(np.unique(label)):
             of_class = x[label == c]
             colour = COLOURS[i % len(COLOURS)]
-            style = {"s": 22, "marker": f"${c}$", "color": colour, "linewidths": 0.2}
-            ax.scatter(of_class[:, 0], of_class[:, 1], **style)
+            style = {"s": 26, "marker": f"${c}$", "color": colour, "linewidths": 0.2}
+            ax.scatter(of_class[:, 0], of_class[:, 1], **style, gid="numbers")
     ax.set(title=title, xlabel=axes[0], ylabel=axes[1])
 
 
@@ -202,6 +234,18 @@ def curves(ax, lines: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(lines) > 1:
         ax.legend()
+
+
+@_in_our_style
+def level(ax, value: float, name: str, *, at: float = 0.02, dash: str = "-") -> None:
+    """Draws a horizontal line with its name on it, such as a number to compare curves with.
+
+    The name begins at the share `at` of the axis; above a half it ends there.
+    """
+    ax.axhline(value, color="0.5", linewidth=0.8, linestyle=dash, zorder=1)
+    where = {"xycoords": ("axes fraction", "data"), "xytext": (0, 1), "va": "bottom"}
+    side = "left" if at <= 0.5 else "right"
+    ax.annotate(name, (at, value), textcoords="offset points", ha=side, fontsize=8, **where)
 
 
 @_in_our_style
@@ -249,13 +293,145 @@ def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> Non
 
     kind: a file format of matplotlib; by default that of the suffix of `path`.
 
+    Titles, labels and the caption are broken into lines where they are too long. Text below LEAST
+    pixels at the width of a page is enlarged. A PNG says in its metadata how large its smallest
+    text is.
+
     Characters that the figure's font lacks are drawn in other installed fonts. If no font has
     them they become boxes, and the caption says so.
     """
-    label = fig.supxlabel(caption, fontsize=7, parse_math=False)
+    label = fig.supxlabel(caption, fontsize=8, parse_math=False)
     if note := _choose_fonts(fig):
         label.set_text(f"{label.get_text()}\n{note}")
-    fig.savefig(os.path.expanduser(path), format=kind)
+    fig.draw_without_rendering()  # the ticks now have their text
+    for text in _texts(fig):
+        if (pixels := _pixels(fig, text)) < LEAST:
+            text.set_fontsize(text.get_fontsize() * 1.001 * LEAST / pixels)
+    for artist in _numbers(fig):
+        if (pixels := _number_pixels(fig, artist)) < LEAST:
+            artist.set_sizes(artist.get_sizes() * (1.001 * LEAST / pixels) ** 2)
+    fig.draw_without_rendering()
+    _break_lines(fig, label)
+    path = os.path.expanduser(path)
+    kind = kind or Path(path).suffix[1:] or "png"
+    if kind != "png":
+        fig.savefig(path, format=kind)
+        return
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png")
+    _write_png(path if Path(path).suffix else f"{path}.png", drawn, smallest_text(fig))
+
+
+# -------------------------------------------------------------------------------------- text sizes
+
+
+def smallest_text(fig) -> float:
+    """Returns the size of a figure's smallest visible text, in pixels where the figure is PIXELS
+    wide; inf for a figure without text.
+
+    It is the size of the font, as web pages count it. The exponents of a formula count, and so do
+    the class numbers of `points`. Ticks have their text only after the figure was drawn.
+    """
+    texts = [_pixels(fig, text) for text in _texts(fig)]
+    return min([*texts, *(_number_pixels(fig, each) for each in _numbers(fig))], default=np.inf)
+
+
+def _visible(artist):
+    """Yields an artist and all artists in it that can be seen."""
+    if not artist.get_visible():
+        return
+    yield artist
+    hidden = [] if getattr(artist, "axison", True) else [artist.xaxis, artist.yaxis]
+    for child in artist.get_children():
+        if child not in hidden:
+            yield from _visible(child)
+
+
+def _texts(fig) -> list:
+    from matplotlib.text import Text
+
+    return [x for x in _visible(fig) if isinstance(x, Text) and x.get_text().strip()]
+
+
+def _numbers(fig) -> list:
+    """Returns the class numbers that `points` draws as markers."""
+    return [artist for artist in _visible(fig) if artist.get_gid() == "numbers"]
+
+
+def _pixels(fig, text) -> float:
+    from matplotlib import cbook
+    from matplotlib.mathtext import MathTextParser
+
+    points = text.get_fontsize()
+    if text.get_parse_math() and cbook.is_math_text(text.get_text()):
+        glyphs = MathTextParser("path").parse(text.get_text(), 72, text.get_fontproperties()).glyphs
+        points = min((size for _, size, *_ in glyphs), default=points)
+    return points / 72 / fig.get_figwidth() * PIXELS
+
+
+def _number_pixels(fig, markers) -> float:
+    points = float(np.sqrt(markers.get_sizes()).min()) / DIGIT
+    return points / 72 / fig.get_figwidth() * PIXELS
+
+
+def _break_lines(fig, caption) -> None:
+    """Breaks titles, axis labels and the caption where they are longer than their place.
+
+    The figure grows by the new lines, so that the panels do not shrink.
+    """
+    edge = fig.bbox.width
+    grown: dict[object, float] = {"caption": _break_line(caption, edge - 10)}
+    for ax in fig.axes:
+        box, spec = ax.get_window_extent(), ax.get_subplotspec()
+        room, row = box.width, None
+        if spec is not None:
+            # A title is centred over its axes, which labels move away from the panel's centre.
+            panel = edge / spec.get_gridspec().ncols
+            centre = (spec.colspan.start + spec.colspan.stop) / 2 * panel
+            off = abs((box.x0 + box.x1) / 2 - centre)
+            room = max(room, len(spec.colspan) * panel - 2 * off - 16)
+            row = spec.rowspan.start
+        lines = _break_line(ax.title, room) + _break_line(ax.xaxis.label, room)
+        _break_line(ax.yaxis.label, 1.1 * box.height, upright=True)
+        grown[row] = max(grown.get(row, 0), lines)
+    fig.set_figheight(fig.get_figheight() + sum(grown.values()) / fig.dpi)
+
+
+def _break_line(text, room: float, *, upright: bool = False) -> float:
+    """Breaks a text at its spaces into lines of at most `room` pixels; returns how much it grew."""
+    content, height = text.get_text(), text.get_window_extent().height
+    columns = max(map(len, content.splitlines()), default=0)
+    while columns > 8:
+        box = text.get_window_extent()
+        if (box.height if upright else box.width) <= room:
+            break
+        columns -= 1 + columns // 20
+        text.set_text(_wrapped(content, columns))
+    if "\n" in text.get_text():  # no line much shorter than the others
+        count = text.get_text().count("\n")
+        while _wrapped(content, columns - 1).count("\n") == count and columns > 8:
+            columns -= 1
+        text.set_text(_wrapped(content, columns))
+    return text.get_window_extent().height - height
+
+
+def _wrapped(content: str, columns: int) -> str:
+    lines = (textwrap.wrap(line, columns, **WRAP) or [""] for line in content.splitlines())
+    return "\n".join(line for some in lines for line in some)
+
+
+def _write_png(path: str, drawn: io.BytesIO, smallest: float) -> None:
+    """Writes a drawn PNG, with 256 colours where that cannot be seen, and its metadata."""
+    from PIL import Image, PngImagePlugin
+
+    picture = Image.open(drawn).convert("RGB")
+    few = picture.quantize(256, kmeans=3, dither=Image.Dither.NONE)
+    error = np.abs(np.asarray(few.convert("RGB"), np.int16) - np.asarray(picture, np.int16))
+    if (error > 20).mean() <= 1e-3 and error.mean() <= 0.5:  # of 255 levels
+        picture = few
+    about = PngImagePlugin.PngInfo()
+    about.add_text(SMALLEST, f"{smallest:.2f}")
+    picture.save(path, "PNG", optimize=True, pnginfo=about, dpi=(150, 150))
 
 
 # ------------------------------------------------------------------------------------------- fonts
