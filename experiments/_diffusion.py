@@ -198,9 +198,7 @@ def plot(path, result: train.Result, samples: dict, way: tuple, caption: str, wa
 
     way: x_t and x_0_hat of the few pictures whose denoising is drawn, as from `way`.
     """
-    panels = len(samples) + 2
-    fig, axes = figures.figure(-(-panels // 3), min(panels, 3), size=(15, 4.4 * -(-panels // 3)))
-    *grids, denoising, bound = axes.ravel()[:panels]
+    fig, ((*grids, denoising, bound),) = figures.figure(1, len(samples) + 2)
     for ax, (title, (pictures, columns)) in zip(grids, samples.items(), strict=True):
         figures.images(ax, pictures, columns, title=title)
     draw_way(denoising, way, range(way[0].shape[1]))

@@ -187,19 +187,21 @@ def plot(
     path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel: str, caption: str
 ) -> None:
     """Draws learning curves with values to compare as lines, and a sample beside them."""
-    fig, ((ax, page),) = figures.figure(1, 2, size=(11, 4.6))
+    fig, ((ax, page),) = figures.figure(1, 2)
     figures.curves(ax, curves, xlabel="updates", ylabel=ylabel, title="held-out text")
     draw_lines(ax, lines)
-    figures.page(page, text, title="a sample, not chosen")
+    figures.page(page, text, title="a sample, not chosen", columns=64)
     figures.save(fig, path, caption)
 
 
-def draw_lines(ax, lines: dict[str, float]) -> None:
-    """Draws values to compare with as horizontal lines with their names, dotted for a paper's."""
+def draw_lines(ax, lines: dict[str, float], at: float = 0.3) -> None:
+    """Draws values to compare with as horizontal lines with names, dotted for a paper's.
+
+    By default the names begin left of the middle, where learning curves are far from the lines.
+    """
     for name, value in lines.items():
-        ax.axhline(value, color="0.5", linewidth=0.8, linestyle=":" if "paper" in name else "-")
-        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        ax.annotate(f"{name} {value:.3g}", (0.99, value), **where)
+        dash = ":" if "paper" in name else "-"
+        figures.level(ax, value, f"{name} {value:.3g}", at=at, dash=dash)
 
 
 def validations(folder: Path) -> list[dict]:

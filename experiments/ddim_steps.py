@@ -188,16 +188,19 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("ddim_steps.png")
 def plot(setup: Setup, folder: Path, cells: dict, back: dict, of_digits: dict, shown) -> None:
     """Draws quality against steps on both sets, the way there and back, digits by steps."""
-    fig, ((grid, digits), (inverse, samples)) = figures.figure(2, 2, size=(11, 9))
-    for ax, found, steps in ((grid, cells, setup.steps), (digits, of_digits, setup.digit_steps)):
+    fig, ((grid, digits), (inverse, samples)) = figures.figure(2, 2)
+    names = ("samples within 3 sigma of a mode (%)", "25 normals, exact denoiser")
+    each = [(grid, cells, setup.steps, *names)]
+    names = ("fid_digits to training", "8x8 digits, trained")
+    each += [(digits, of_digits, setup.digit_steps, *names)]
+    for ax, found, steps, ylabel, title in each:
         curves = {name: (np.array(steps), [found[name, S] for S in steps]) for name in SAMPLERS}
-        figures.curves(ax, curves, xlabel="steps S", ylabel="")
+        figures.curves(ax, curves, xlabel="steps S", ylabel=ylabel, title=title)
         ax.set_xscale("log")
         ax.set_xticks(steps, [str(S) for S in steps], minor=False)
         ax.xaxis.minorticks_off()
-    grid.axhline(TRUTH, color="0.5", linewidth=0.8)
-    grid.set(ylabel="samples within 3 sigma of a mode (%)", title="25 normals, exact denoiser")
-    digits.set(ylabel="fid_digits to training", title="8x8 digits, trained", yscale="log")
+    figures.level(grid, TRUTH, "the truth", at=0.3)
+    digits.set_yscale("log")
     lines = {"grid, ours (data units)": back, "CIFAR-10, paper (in [0, 1])": BACK}
     curves = {name: (np.array(list(v)), np.array(list(v.values()))) for name, v in lines.items()}
     title = "from x_0 to x_T and back"
@@ -205,9 +208,8 @@ def plot(setup: Setup, folder: Path, cells: dict, back: dict, of_digits: dict, s
     inverse.set(xscale="log", yscale="log")
     steps = ", ".join(str(S) for S in setup.digit_steps)
     figures.images(samples, shown, 10, title=f"eta 0, then sigma-hat, at S = {steps}")
-    caption = f"{setup.samples:,} samples per point of the grid, {setup.digits:,} digits. The grey "
-    caption += "line is the truth. No noise in the last step."
-    figures.save(fig, folder / "ddim_steps.png", caption)
+    caption = f"{setup.samples:,} samples per point of the grid, {setup.digits:,} digits."
+    figures.save(fig, folder / "ddim_steps.png", f"{caption} No noise in the last step.")
 
 
 if __name__ == "__main__":

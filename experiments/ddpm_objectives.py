@@ -98,12 +98,13 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("ddpm_objectives.png")
 def plot(setup: Setup, folder: Path, means: dict, shown: dict) -> None:
     """Draws bound against distance, the terms of each arm's bound, and samples."""
-    fig, ((both, terms, samples),) = figures.figure(1, 3, size=(14, 4.4))
+    fig, ((both, terms, samples),) = figures.figure(1, 3)
     for i, (arm, values) in enumerate(means.items()):
-        both.scatter(values[0], values[1], color=figures.COLOURS[i], s=40, marker="os^Dv"[i])
-        both.annotate(arm, values[:2], xytext=(5, 4), textcoords="offset points", fontsize=7)
-    both.set(xlabel="bound, test (bits per dim)", ylabel="fid_digits to training", yscale="log")
-    both.set_title(f"means of {setup.seeds} seeds")
+        style = {"color": figures.COLOURS[i], "marker": "os^Dv"[i], "s": 40}
+        both.scatter(values[0], values[1], label=arm, **style)
+    labels = {"xlabel": "bound, test (bits per dim)", "ylabel": "fid_digits to training"}
+    figures.label(both, title=f"means of {setup.seeds} seeds", **labels)
+    both.set_yscale("log")
     _diffusion.draw_terms(terms, {arm: each for arm, (_, each) in shown.items()})
     title = "samples, not chosen: two rows per arm"
     figures.images(samples, np.concatenate([x for x, _ in shown.values()]), 10, title=title)

@@ -229,18 +229,16 @@ def comparisons(measured: dict[str, Measured]) -> list[Row]:
 @_cli.costs("decoding.png")
 def plot(setup: Setup, folder: Path, measured: dict[str, Measured], texts: dict[str, str]) -> None:
     """Draws perplexity against repetition, and two texts."""
-    fig, ((ax, page),) = figures.figure(1, 2, size=(11, 4.6))
+    fig, ((ax, page),) = figures.figure(1, 2)
     for i, (name, m) in enumerate(measured.items()):
-        human, place = name == "human", (m.perplexity, m.repetition)
-        colour = "black" if human else figures.COLOURS[i % 6]
-        ax.scatter(*place, s=28, color=colour, marker="*" if human else "o")
-        ax.annotate(name, place, xytext=(2, 5), textcoords="offset points", fontsize=7, rotation=45)
+        style = {"color": figures.COLOURS[i], "marker": "*os^Dv<>P"[i], "s": 36}
+        ax.scatter(m.perplexity, m.repetition, label=name, **style)
     xlabel, ylabel = "perplexity under the model", "texts that end in repetition (%)"
-    ax.set(xlabel=xlabel, ylabel=ylabel, title="every strategy")
+    figures.label(ax, xlabel=xlabel, ylabel=ylabel, title="every strategy")
     text = "\n\n".join(f"[{name}]\n{text}" for name, text in texts.items())
-    figures.page(page, text, title="after one prompt", rows=50, size=6.5)
+    figures.page(page, text, title="after one prompt, not chosen", columns=64)
     size = f"{setup.texts} texts of {setup.new} {_text.unit(setup.data)} after {setup.prompt}"
-    figures.save(fig, folder / "decoding.png", f"{setup.data.name}, {size}")
+    figures.save(fig, folder / "decoding.png", f"{setup.data.name}: {size}.")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("grokking.png")
 def plot(setup: Setup, folder: Path, curves: dict) -> None:
     """Draws accuracies against updates."""
-    fig, ((ax,),) = figures.figure(1, 1, size=(7, 4.4))
+    fig, ((ax,),) = figures.figure(1, 1)
     title = f"right answers to a + b mod {P}, by the share of the equations that is trained on"
     figures.curves(ax, curves, xlabel="updates", ylabel="right answers (%)", title=title)
     ax.set_xscale("log")

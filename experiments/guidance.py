@@ -161,15 +161,18 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("guidance.png")
 def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.ndarray) -> None:
     """Draws density and samples of the normals, the trade on digits, digits by w."""
-    fig, (normals, (fids, scores, digits)) = figures.figure(2, 3, size=(14, 8.6))
+    fig, (normals, (fids, scores, digits)) = figures.figure(2, 3)
     for ax, w in zip(normals, SHOWN_W, strict=True):
         ax.contourf(SIDE, SIDE - SIDE.mean(), tilted(w), levels=12, cmap="Greys")
         ax.scatter(*samples[w][:700].T, s=2, color=figures.COLOURS[1], linewidths=0)
         ax.plot(*CENTRES.T, "k+", markersize=8)
-        ax.set(title=f"normals, guidance w = {w:g}", xlabel="x_1", ylabel="x_2")
+        figures.label(ax, title=f"normals, guidance w = {w:g}", xlabel="x_1", ylabel="x_2")
         ax.set(xlim=(-2.5, 3.5), ylim=(-3, 3))
     w = np.array(list(measured))
-    for ax, i, name, paper in ((fids, 0, "Frechet distance", FID), (scores, 1, "score", IS)):
+    for ax, i, name, paper in (
+        (fids, 0, "Frechet distance", FID),
+        (scores, 1, "classifier score", IS),
+    ):
         values = np.array([each[i] for each in measured.values()])
         theirs = np.array(list(paper)), np.array(list(paper.values())) / paper[0.0]
         curves = {"digits, ours": (w, values / values[0]), "ImageNet 64, paper": theirs}
@@ -182,9 +185,9 @@ def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.nd
     title = f"two rows each of w = {', '.join(f'{w[i]:g}' for i in three)}; not chosen"
     figures.images(digits, pictures, 10, title=title)
     caption = (
-        f"Normals: the tilted density is grey, samples by {setup.steps} steps of DDIM are dots.\n"
+        f"Normals: the tilted density in grey, samples by {setup.steps} steps of DDIM as dots. "
     )
-    caption += f"Digits: {setup.samples:,} samples per w by {setup.digit_steps} steps with eta = 1."
+    caption += f"Digits: {setup.samples:,} samples per w, by {setup.digit_steps} steps, eta = 1."
     figures.save(fig, folder / "guidance.png", caption)
 
 

@@ -271,10 +271,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("heartbeat_and_swiss_roll.png")
 def plot(setup: Setup, folder: Path, sequences, clouds: dict, result, K: dict) -> None:
     """Draws samples of both sets, and which way the net moves points, as the paper's figure 1."""
-    fig, axes = figures.figure(2, 2, size=(10, 9))
+    fig, axes = figures.figure(2, 2)
     beat, *both, field = axes.ravel()
     beat.imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
-    beat.set(title="heartbeats: samples, not chosen", xlabel="bin", ylabel="sample")
+    figures.label(beat, title="heartbeats: samples, not chosen", xlabel="bin", ylabel="sample")
     for ax, (name, x) in zip(both, clouds.items(), strict=True):
         figures.points(ax, x, title=f"swiss roll: {name}")
     cfg, step = result.config, 3 * setup.roll.T // 5
@@ -289,12 +289,11 @@ def plot(setup: Setup, folder: Path, sequences, clouds: dict, result, K: dict) -
     arrows = np.asarray(drift(_cli.weights(result), jnp.asarray(plane, jnp.float32)))
     field.quiver(*plane.T, *arrows.T, color=figures.COLOURS[0])
     title = f"swiss roll: predicted x_0 less x_t, step {step} of {cfg.T}"
-    field.set(title=title, xlabel="x_1", ylabel="x_2")
+    figures.label(field, title=title, xlabel="x_1", ylabel="x_2")
     truth = K[K_ROLL] + K[LESS]
-    caption = f"Heartbeat: T = {setup.beat.T}, K = {K[K_BEAT]:.2f} bits, the truth is {TRUE:.2f}.\n"
-    caption += (
-        f"Roll: T = {cfg.T}, noise {cfg.width}, K = {K[K_ROLL]:.2f} bits, the truth is {truth:.2f}."
-    )
+    beat, roll = f"T = {setup.beat.T}, K = {K[K_BEAT]:.2f}", f"T = {cfg.T}, K = {K[K_ROLL]:.2f}"
+    caption = f"Heartbeat: {beat} bits, the truth is {TRUE:.2f}. Roll: {roll} bits, the truth is "
+    caption += f"{truth:.2f}, noise {cfg.width}."
     figures.save(fig, folder / "heartbeat_and_swiss_roll.png", caption)
 
 

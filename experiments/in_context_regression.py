@@ -228,7 +228,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("in_context_regression.png")
 def plot(setup: Setup, folder: Path, curves: dict) -> None:
     """Draws errors against the number of examples."""
-    fig, ((ax,),) = figures.figure(1, 1, size=(6.5, 4.4))
+    fig, ((ax,),) = figures.figure(1, 1)
     title = f"linear functions in {setup.model.dim} dimensions"
     ylabel = "squared error / variance"
     figures.curves(ax, curves, xlabel="examples in the prompt", ylabel=ylabel, title=title)

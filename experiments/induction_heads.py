@@ -155,7 +155,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("induction_heads.png")
 def plot(setup: Setup, folder: Path, curves: dict) -> None:
     """Draws scores and losses."""
-    fig, ((scores, losses),) = figures.figure(1, 2, size=(11, 4.2))
+    fig, ((scores, losses),) = figures.figure(1, 2)
     best = {model: each["prefix_matching"] for model, each in curves.items()}
     ylabel, title = "weight on what followed before", "prefix-matching score of the best head"
     figures.curves(scores, best, xlabel="updates", ylabel=ylabel, title=title)

@@ -190,7 +190,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     """Draws the loss of the first seed beside published ones, and a chorale."""
-    fig, ((losses, notes),) = figures.figure(1, 2, size=(12, 4.2))
+    fig, ((losses, notes),) = figures.figure(1, 2)
     first = _cli.seeded(setup.run, setup.seeds)[0].folder
     curves = {"validation": _cli.history(first, "nll_nats_per_frame")}
     curves["training batches"] = _cli.history(first, "loss", "train")
@@ -201,14 +201,14 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
         "paper, test: GRU 8.43, LSTM": 8.45,
         "paper, test: TCN": 8.10,
     }
-    _text.draw_lines(losses, lines)
+    _text.draw_lines(losses, lines, at=0.99)
     low, high = 40, 100  # the pieces lie in 43..96
     keys = chorale.T[low - music.LOWEST : high - music.LOWEST]
     extent = (0, 64, low - 0.5, high - 0.5)
     notes.imshow(keys, origin="lower", aspect="auto", cmap="Greys", extent=extent)
     notes.axvline(8, color=figures.COLOURS[1], linewidth=1)
     title = "a sample, not chosen"
-    notes.set(xlabel="quarter notes", ylabel="MIDI number", title=title)
+    figures.label(notes, xlabel="quarter notes", ylabel="MIDI number", title=title)
     net, batch = setup.model.net, setup.run.batch_size
     caption = (
         f"{net.layers} layers of width {net.width}, dropout {net.dropout}, batches of {batch} "

@@ -187,7 +187,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("progressive.png")
 def plot(setup: Setup, folder: Path, result, key, code: tuple, between: dict, shared: dict) -> None:
     """Draws rate and distortion, x_0_hat on the way, interpolations by t, decodings of one x_t."""
-    fig, (plots, (predicted, mixed, decoded)) = figures.figure(2, 3, size=(14, 8))
+    fig, (plots, (predicted, mixed, decoded)) = figures.figure(2, 3)
     T, (rate, error) = setup.model.T, code
     ours = {"share": np.arange(1, T + 1) / T, "rate": rate, "error": 255 * np.sqrt(error)}
     theirs = {"share": TABLE[:, 0] / 1000, "rate": TABLE[:, 1], "error": TABLE[:, 2]}
@@ -200,13 +200,13 @@ def plot(setup: Setup, folder: Path, result, key, code: tuple, between: dict, sh
         figures.curves(ax, curves, xlabel=labels[x], ylabel=labels[y], title=title)
     _, x_0_hat = _diffusion.way(result, key, n=10, label=np.arange(10))
     shown = [round(s * (T - 1)) for s in (0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)]
-    title = f"predicted x_0 after these steps:\n{', '.join(str(i + 1) for i in shown)}"
+    title = f"predicted x_0 after these steps: {', '.join(str(i + 1) for i in shown)}"
     figures.images(predicted, np.concatenate([x_0_hat[i] for i in shown]), 10, title=title)
     pictures = _diffusion.unit(np.concatenate([x[:, 3] for x in between.values()]))
-    title = f"between two digits, mixed at\nt = {', '.join(map(str, between))}"
+    title = f"between two digits, mixed at t = {', '.join(map(str, between))}"
     figures.images(mixed, pictures, 11, title=title)
     pictures = _diffusion.unit(np.concatenate([x[:, 0] for x in shared.values()]))
-    title = f"ten decodings of one x_t,\nt = {', '.join(map(str, shared))}"
+    title = f"ten decodings of one x_t, t = {', '.join(map(str, shared))}"
     figures.images(decoded, pictures, 10, title=title)
     figures.save(fig, folder / "progressive.png", f"{_diffusion.about(setup)} Nothing is chosen.")
 

@@ -179,9 +179,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("schedules.png")
 def plot(setup: Setup, folder: Path, x_0: np.ndarray, shown: dict) -> None:
     """Draws both schedules, a digit under their noise, the terms of the bound, its loss."""
-    fig, axes = figures.figure(2, 3, size=(14, 7.6))
-    (left, ratio, noisy), (terms, loss, empty) = axes
-    empty.set_axis_off()
+    fig, axes = figures.figure(2, 3)
+    (left, ratio, noisy), (terms, names, loss) = axes
     T = 1000
     made, share = {name: make(T) for name, make in MAKES.items()}, (np.arange(T) + 1) / T
     curves, title = {n: (share, s.alpha_bar) for n, s in made.items()}, "what is left of a picture"
@@ -194,9 +193,13 @@ def plot(setup: Setup, folder: Path, x_0: np.ndarray, shown: dict) -> None:
     eps = np.random.default_rng(0).standard_normal(x_0[:1].shape)[0]
     levels = [(s.alpha_bar[t], ddpm.noise_variance(s)[t]) for s in made.values() for t in steps]
     pictures = np.stack([a**0.5 * x_0[0] + v**0.5 * eps for a, v in levels])
-    title = "a digit at t = 1, 100, ... 1000:\nlinear above, cosine below"
+    title = "a digit at t = 1, 100, ... 1000: linear above, cosine below"
     figures.images(noisy, _diffusion.unit(pictures), len(steps), title=title)
     _diffusion.draw_terms(terms, {arm: each for arm, (each, _) in shown.items()})
+    terms.get_legend().remove()  # it has a panel of its own
+    style = {"loc": "center left", "frameon": False, "title": "terms of the bound"}
+    names.legend(*terms.get_legend_handles_labels(), **style)
+    names.set_axis_off()
     curves = {arm: line for arm, (_, line) in shown.items() if "vlb" in arm}
     ylabel, title = "loss of the bound (bits per dim)", "training on the bound, by how t is drawn"
     figures.curves(loss, curves, xlabel="updates", ylabel=ylabel, title=title)

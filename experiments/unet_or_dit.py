@@ -94,7 +94,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("unet_or_dit.png")
 def plot(setup: Setup, folder: Path, curves: dict, samples: dict) -> None:
     """Draws the bound against updates and against minutes, and samples of both nets."""
-    fig, ((by_update, by_minute), grids) = figures.figure(2, 2, size=(10, 9))
+    fig, ((by_update, by_minute), grids) = figures.figure(2, 2)
     lines = {net: (steps, bound) for net, (steps, _, bound) in curves.items()}
     ylabel = "bound, held-out images (bits per dim)"
     figures.curves(by_update, lines, xlabel="updates", ylabel=ylabel, title="bound by updates")

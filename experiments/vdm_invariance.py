@@ -248,7 +248,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("vdm_invariance.png")
 def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, variance) -> None:
     """Draws the schedules, the loss of each at every u, and the bound of T steps."""
-    fig, ((schedules, losses, steps),) = figures.figure(1, 3, size=(14, 4.4))
+    fig, ((schedules, losses, steps),) = figures.figure(1, 3)
     u, curves = np.linspace(0, 1, 201, dtype=np.float32), {}
     for name, gamma in gammas.items():
         curves[f"{name}: variance {variance[name]:.0f}"] = u, np.asarray(gamma(jnp.asarray(u)))
@@ -264,13 +264,16 @@ def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, v
     curves = {
         name: (coarse, [float(loss(x, key, g)) for x in coarse]) for name, g in gammas.items()
     }
-    title = "equal areas: the bound"
+    title = "its loss by u: the areas are equal"
     figures.curves(losses, curves, xlabel="u", ylabel="loss at u (nats)", title=title)
+    losses.set_ylim(-1, 60)  # under cosine it begins far above
     curve = list(finite), np.array(list(finite.values())) - truth
     title = "linear gamma in T steps"
     ylabel = "bound less the continuous one (nats)"
     figures.curves(steps, {"": curve}, xlabel="steps T", ylabel=ylabel, title=title)
     steps.set(xscale="log", yscale="log")
+    steps.set_xticks(list(finite), map(str, finite), rotation=45)
+    steps.xaxis.minorticks_off()
     caption = (
         f"25 normals with their exact denoiser, gamma from {LOW} to {HIGH}. {setup.samples:,} "
     )
