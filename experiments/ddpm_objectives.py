@@ -54,10 +54,7 @@ class Setup:
 SMOKE_RUN = _ddpm_arms.smoke_run("runs/ddpm_objectives-smoke")
 SMOKE = Setup(_ddpm_arms.SMOKE, SMOKE_RUN, seeds=1, samples=100, images=36)
 DIFFERS = f"{_ddpm_arms.DIFFERS} (CIFAR-10, T = 1000, 35.7 million, 800,000 of 128)"
-SCALES = {
-    "smoke": Scale(SMOKE, "40 updates of one dense layer"),
-    "cpu": Scale(Setup(), DIFFERS),
-}
+SCALES = {"smoke": Scale(SMOKE, "40 updates of one dense layer"), "cpu": Scale(Setup(), DIFFERS)}
 BETTER_BOUND = "bound: eps, simple less eps, bound (bits per dim; +- s.e. over seeds)"
 BEST_PICTURES = "fid_digits: least of the paper's other arms less eps, simple"
 WORST = "fid_digits: worst of the paper's arms"

@@ -52,12 +52,9 @@ class Setup:
 
 
 SMOKE = Setup(run=replace(RUN, folder="runs/induction_heads-smoke", steps=200))
-DIFFERS = "synthetic sequences of 100 symbols (the paper: text), width 64"
 SCORE = "the score is the weight on what followed any earlier copy"
-SCALES = {
-    "smoke": Scale(SMOKE, "200 updates"),
-    "cpu": Scale(Setup(), f"{DIFFERS}; {SCORE}"),
-}
+DIFFERS = f"synthetic sequences of 100 symbols (the paper: text), width 64; {SCORE}"
+SCALES = {"smoke": Scale(SMOKE, "200 updates"), "cpu": Scale(Setup(), DIFFERS)}
 JUMP = "2 layers: share of training in which the best head's prefix-matching score goes from < .1 to > .5 (%)"
 TOGETHER = (
     "2 layers: distance of that jump from the fastest fall of the second-copy loss (% of training)"
