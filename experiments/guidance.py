@@ -185,9 +185,9 @@ def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.nd
     title = f"two rows each of w = {', '.join(f'{w[i]:g}' for i in three)}; not chosen"
     figures.images(digits, pictures, 10, title=title)
     caption = (
-        f"Normals: the tilted density in grey, samples by {setup.steps} steps of DDIM as dots. "
+        f"Normals: the tilted density in grey, samples by {setup.steps} steps of DDIM. Digits: "
     )
-    caption += f"Digits: {setup.samples:,} samples per w, by {setup.digit_steps} steps, eta = 1."
+    caption += f"{setup.samples:,} samples per w, by {setup.digit_steps} steps with eta = 1."
     figures.save(fig, folder / "guidance.png", caption)
 
 

@@ -196,12 +196,8 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     curves["training batches"] = _cli.history(first, "loss", "train")
     title = "loss of the first seed"
     figures.curves(losses, curves, xlabel="updates", ylabel="nats per frame", title=title)
-    lines = {
-        "paper, test: RNN": 8.91,
-        "paper, test: GRU 8.43, LSTM": 8.45,
-        "paper, test: TCN": 8.10,
-    }
-    _text.draw_lines(losses, lines, at=0.99)
+    lines = {"RNN": 8.91, "GRU 8.43, LSTM": 8.45, "TCN": 8.10}
+    _text.draw_lines(losses, {f"paper, test: {name}": x for name, x in lines.items()}, at=0.99)
     low, high = 40, 100  # the pieces lie in 43..96
     keys = chorale.T[low - music.LOWEST : high - music.LOWEST]
     extent = (0, 64, low - 0.5, high - 0.5)
@@ -210,10 +206,8 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     title = "a sample, not chosen"
     figures.label(notes, xlabel="quarter notes", ylabel="MIDI number", title=title)
     net, batch = setup.model.net, setup.run.batch_size
-    caption = (
-        f"{net.layers} layers of width {net.width}, dropout {net.dropout}, batches of {batch} "
-    )
-    caption += "pieces. The first 8 quarter notes of the sample are Bach's."
+    caption = f"{net.layers} layers of width {net.width}, batches of {batch} pieces. "
+    caption += "The first 8 quarter notes of the sample are Bach's."
     figures.save(fig, folder / "jsb_chorales.png", caption)
 
 

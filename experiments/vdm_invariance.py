@@ -209,9 +209,7 @@ def in_steps(setup: Setup, T: int, key) -> float:
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
-    """Trains on the digits, then takes the bounds of the grid under every schedule and number of
-    steps.
-    """
+    """Trains on the digits; takes the bounds of the grid under every schedule and in T steps."""
     training, test = _pictures.parts(setup.data, "train", "test")
     setup = _pictures.adopt(setup, SCALES, training.info)
     place = replace(setup.run, folder=str(folder / "digits"))
@@ -249,7 +247,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, variance) -> None:
     """Draws the schedules, the loss of each at every u, and the bound of T steps."""
     fig, ((schedules, losses, steps),) = figures.figure(1, 3)
-    u, curves = np.linspace(0, 1, 201, dtype=np.float32), {}
+    u, curves, each = np.linspace(0, 1, 201, dtype=np.float32), {}, {}
     for name, gamma in gammas.items():
         curves[f"{name}: variance {variance[name]:.0f}"] = u, np.asarray(gamma(jnp.asarray(u)))
     ylabel, title = "gamma, log noise-to-signal ratio", "schedules with equal ends"
@@ -261,23 +259,22 @@ def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, v
         return (0.5 * rate * squared_error(g, key)).mean()
 
     coarse, key = u[::4], jax.random.key(0)
-    curves = {
-        name: (coarse, [float(loss(x, key, g)) for x in coarse]) for name, g in gammas.items()
-    }
+    for name, gamma in gammas.items():
+        each[name] = coarse, [float(loss(x, key, gamma)) for x in coarse]
     title = "its loss by u: the areas are equal"
-    figures.curves(losses, curves, xlabel="u", ylabel="loss at u (nats)", title=title)
+    figures.curves(losses, each, xlabel="u", ylabel="loss at u (nats)", title=title)
     losses.set_ylim(-1, 60)  # under cosine it begins far above
     curve = list(finite), np.array(list(finite.values())) - truth
     title = "linear gamma in T steps"
     ylabel = "bound less the continuous one (nats)"
     figures.curves(steps, {"": curve}, xlabel="steps T", ylabel=ylabel, title=title)
     steps.set(xscale="log", yscale="log")
-    steps.set_xticks(list(finite), map(str, finite), rotation=45)
+    steps.set_xticks(list(finite), list(map(str, finite)), rotation=45)
     steps.xaxis.minorticks_off()
     caption = (
-        f"25 normals with their exact denoiser, gamma from {LOW} to {HIGH}. {setup.samples:,} "
+        f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}, {setup.samples:,} points per "
     )
-    caption += "points per bound. The variance of its estimate is in squared nats."
+    caption += "bound. The variance of its estimate is in squared nats."
     figures.save(fig, folder / "vdm_invariance.png", caption)
 
 
