@@ -164,7 +164,7 @@ def draw_way(ax, way: tuple[np.ndarray, np.ndarray], which: Iterable[int]) -> No
         pictures += [x_t[T - t, i] for t in (*left, 0)]
         pictures += [*(x_0_hat[T - t, i] for t in left), x_0_hat[-1, i]]
     steps = ", ".join(map(str, left))
-    title = f"x_t, below it the predicted x_0; steps left: {steps}, 0"
+    title = f"x_t, the predicted x_0 below it, with these steps left: {steps}, 0"
     figures.images(ax, np.stack(pictures), len(left) + 1, title=title)
 
 

@@ -184,9 +184,7 @@ def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.nd
     pictures = np.concatenate([shown[20 * i : 20 * i + 20] for i in three])
     title = f"two rows each of w = {', '.join(f'{w[i]:g}' for i in three)}; not chosen"
     figures.images(digits, pictures, 10, title=title)
-    caption = (
-        f"Normals: the tilted density in grey, samples by {setup.steps} steps of DDIM. Digits: "
-    )
+    caption = f"Normals: tilted density in grey, samples by {setup.steps} steps of DDIM. Digits: "
     caption += f"{setup.samples:,} samples per w, by {setup.digit_steps} steps with eta = 1."
     figures.save(fig, folder / "guidance.png", caption)
 
