@@ -274,6 +274,8 @@ def plot(setup: Setup, folder: Path, sequences, clouds: dict, result, K: dict) -
     fig, axes = figures.figure(2, 2)
     beat, *both, field = axes.ravel()
     beat.imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
+    beat.set_xticks(range(0, setup.beat.dim, 5))
+    beat.grid(False)
     figures.label(beat, title="heartbeats: samples, not chosen", xlabel="bin", ylabel="sample")
     for ax, (name, x) in zip(both, clouds.items(), strict=True):
         figures.points(ax, x, title=f"swiss roll: {name}")

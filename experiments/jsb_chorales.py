@@ -202,6 +202,7 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     keys = chorale.T[low - music.LOWEST : high - music.LOWEST]
     extent = (0, 64, low - 0.5, high - 0.5)
     notes.imshow(keys, origin="lower", aspect="auto", cmap="Greys", extent=extent)
+    notes.grid(False)
     notes.axvline(8, color=figures.COLOURS[1], linewidth=1)
     title = "a sample, not chosen"
     figures.label(notes, xlabel="quarter notes", ylabel="MIDI number", title=title)
