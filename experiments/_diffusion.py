@@ -190,7 +190,8 @@ def about(setup) -> str:
     model, run = setup.model, setup.run
     net = {"unet": "U-Net", "dit": "DiT", "mlp": "MLP"}[model.net.kind]
     updates = f"{run.steps:,} updates of {run.batch_size} images"
-    return f"Trained on {setup.data.name}: {net} {model.net.widths}, T = {model.T}, {updates}."
+    widths = ", ".join(map(str, model.net.widths))
+    return f"Trained on {setup.data.name}: {net} of widths {widths}, T = {model.T}, {updates}."
 
 
 def plot(path, result: train.Result, samples: dict, way: tuple, caption: str, watched: str) -> None:

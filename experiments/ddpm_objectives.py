@@ -100,12 +100,13 @@ def plot(setup: Setup, folder: Path, means: dict, shown: dict) -> None:
         style = {"color": figures.COLOURS[i], "marker": "os^Dv"[i], "s": 40}
         both.scatter(values[0], values[1], label=arm, **style)
     labels = {"xlabel": "bound, test (bits per dim)", "ylabel": "fid_digits to training"}
-    figures.label(both, title=f"means of {setup.seeds} seeds", **labels)
+    figures.label(both, title="means over seeds", **labels)
     both.set_yscale("log")
     _diffusion.draw_terms(terms, {arm: each for arm, (_, each) in shown.items()})
-    title = "samples, not chosen: two rows per arm"
+    title = "samples, not chosen: two rows per arm, in this order"
     figures.images(samples, np.concatenate([x for x, _ in shown.values()]), 10, title=title)
-    caption = f"{_diffusion.about(setup)} sigma^2 = beta. Terms and samples are of the first seed."
+    caption = f"{_diffusion.about(setup)} sigma^2 = beta. Seeds: {setup.seeds}. "
+    caption += "Terms and samples are of the first one."
     figures.save(fig, folder / "ddpm_objectives.png", caption)
 
 

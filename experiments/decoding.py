@@ -233,6 +233,7 @@ def plot(setup: Setup, folder: Path, measured: dict[str, Measured], texts: dict[
     for i, (name, m) in enumerate(measured.items()):
         style = {"color": figures.COLOURS[i], "marker": "*os^Dv<>P"[i], "s": 36}
         ax.scatter(m.perplexity, m.repetition, label=name, **style)
+    ax.set_ylim(-5, 105)
     xlabel, ylabel = "perplexity under the model", "texts that end in repetition (%)"
     figures.label(ax, xlabel=xlabel, ylabel=ylabel, title="every strategy")
     text = "\n\n".join(f"[{name}]\n{text}" for name, text in texts.items())

@@ -235,7 +235,7 @@ def plot(setup: Setup, folder: Path, curves: dict) -> None:
     ax.set_ylim(-0.05, 1.6)
     net = setup.model.net
     updates = f"{setup.run.steps:,} updates of {setup.run.batch_size} fresh prompts"
-    caption = f"{net.layers} layers of width {net.width}, {updates}. Scored on {setup.prompts:,}."
+    caption = f"Depth {net.layers}, width {net.width}, {updates}. {setup.prompts:,} are scored."
     figures.save(fig, folder / "in_context_regression.png", caption)
 
 

@@ -207,7 +207,7 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     title = "a sample, not chosen"
     figures.label(notes, xlabel="quarter notes", ylabel="MIDI number", title=title)
     net, batch = setup.model.net, setup.run.batch_size
-    caption = f"{net.layers} layers of width {net.width}, batches of {batch} pieces. "
+    caption = f"Depth {net.layers}, width {net.width}, batches of {batch} pieces. "
     caption += "The first 8 quarter notes of the sample are Bach's."
     figures.save(fig, folder / "jsb_chorales.png", caption)
 

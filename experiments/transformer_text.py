@@ -85,7 +85,7 @@ def plot(setup: Setup, folder: Path, each: float, grams: dict, text: str) -> Non
     curves = {"transformer": _text.curve(folder, "nll_nats_per_token", each)}
     model, run, lines = setup.model, setup.run, {f"{best}-gram": grams[best]}
     size = f"{run.batch_size} x {setup.length} {_text.unit(setup.data)}"
-    caption = f"{model.layers} layers of width {model.width}, {run.steps:,} updates of {size}. "
+    caption = f"Depth {model.layers}, width {model.width}, {run.steps:,} updates of {size}. "
     caption += "The sample is at temperature 0.8."
     _text.plot(path, curves, lines, text, ylabel="nats per character", caption=caption)
 
