@@ -68,7 +68,16 @@ from experiments._rows import (
     verdict,
     why,
 )
-from experiments._runs import Source, arrays, at_least, history, parameters, seeded, weights
+from experiments._runs import (
+    Source,
+    arrays,
+    at_least,
+    change,
+    history,
+    parameters,
+    seeded,
+    weights,
+)
 
 __all__ = [
     "NOT_REACHED",
@@ -81,6 +90,7 @@ __all__ = [
     "Source",
     "arrays",
     "at_least",
+    "change",
     "costs",
     "history",
     "kept",
@@ -95,13 +105,8 @@ __all__ = [
     "write_table",
 ]
 
-PLACES = (
-    "folder",
-    "init",
-    "weights",
-    "name",
-    "tokenizer",
-)  # last parts of flags whose values may be paths
+# The last parts of flags whose values may be paths.
+PLACES = ("folder", "init", "weights", "name", "tokenizer")
 # Before a training has begun, these errors come from wrong flags. The exit code is then 2.
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 

@@ -1,14 +1,23 @@
 """What the GAN scripts share: distances to training images, and the discriminator while training."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from aigc_jax import figures, train
+from aigc_jax import figures, gan, train
 from experiments import _cli, _pictures
 from experiments._cli import Row
 
 COVERAGE = f"{_pictures.COVERAGE}; oracle: training images"
 NEAR = "median distance of a sample to its nearest training image, over that of test images"
+WHO = {"training images": "seen_real", "held-out images": "real", "samples": "fake"}
 COPIES = "smallest distance of a sample to a training image (pixels in [0, 1])"
+
+
+def small(model: gan.Config) -> gan.Config:
+    """Returns the model with small nets for 8x8 digits, for scale smoke."""
+    gen, disc = replace(model.gen, widths=(64, 64)), replace(model.disc, widths=(32, 32))
+    return replace(model, shape=(8, 8, 1), levels=17, latent_dim=10, gen=gen, disc=disc)
 
 
 def nearest_rows(fake: np.ndarray, seen: np.ndarray, real: np.ndarray) -> list[Row]:
@@ -23,6 +32,5 @@ def draw_discriminator(ax, result: train.Result, title: str) -> None:
     """
     steps, _ = _cli.history(result.folder, "real_accuracy")
     kind = "accuracy" if len(steps) else "logit"
-    who = {"training images": "seen_real", "held-out images": "real", "samples": "fake"}
-    curves = {words: _cli.history(result.folder, f"{name}_{kind}") for words, name in who.items()}
+    curves = {words: _cli.history(result.folder, f"{name}_{kind}") for words, name in WHO.items()}
     figures.curves(ax, curves, xlabel="updates", ylabel=f"D's {kind}", title=title)

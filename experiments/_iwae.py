@@ -29,10 +29,7 @@ class Setup:
     folder: str = "runs/iwae_table"
     data: Source = Source("mnist")
     epochs: int = 25  # of every arm of table 1
-    longer: tuple[int, ...] = (
-        400,
-        200,
-    )  # epochs for k = 1, 5 in the time of the largest k's (2 cores)
+    longer: tuple[int, ...] = (400, 200)  # epochs for k = 1, 5 in the largest k's time (2 cores)
     further: int = 10  # epochs with the other objective (table 2); 0: no table 2
     stages: int = 0  # the paper's: stage i has 3^i times `epochs` at lr 10^(-i/7); 0: one cosine
     ks: tuple[int, ...] = (1, 5, 50)  # of the IWAE; k = 1 is the VAE
@@ -40,9 +37,7 @@ class Setup:
     two_layers: tuple[int, ...] = (5,)  # the k with two stochastic layers
     batch_size: int = 100
     lr: float = 3e-3  # its peak, after 600 updates of warm-up
-    kl_warmup: int = (
-        6000  # updates in which the weight of the KL rises, in table 1 and for two layers
-    )
+    kl_warmup: int = 6000  # updates in which the KL's weight rises; not in table 2
     seeds: int = 3  # of VAE k = 1 and IWAE k <= 5 at `epochs`; all else has one
     seed: int = 0  # the first
     test: int = 1000  # how many test images, from the first
@@ -309,37 +304,30 @@ def comparisons(setup: Setup, folder: Path, training, x, nlls: dict, units: dict
 @_cli.costs("iwae_table.png")
 def plot(setup: Setup, folder: Path, nlls: dict, minutes: dict) -> None:
     """Draws table 1 at equal epochs and at equal time, and samples of the arm with the lowest NLL."""
-    fig, ((by_epochs, by_minutes, samples),) = figures.figure(1, 3, size=(13, 4.2))
+    fig, ((by_epochs, by_minutes, samples),) = figures.figure(1, 3, size=(3, 1.3))
     one_layer = [arm for arm in nlls if arm.layers == 1 and not arm.after]
     chosen = [arm for arm in one_layer if arm.objective == "IWAE" or arm.k == 1]
     epochs = {arm: arm.epochs for arm in chosen}
-    for ax, taken, words in (
-        (by_epochs, epochs, "epochs"),
-        (by_minutes, minutes, "minutes of training"),
-    ):
+    for ax, taken, words in ((by_epochs, epochs, "epochs"), (by_minutes, minutes, "minutes")):
         curves = {}
         for k in setup.ks:
             same = [arm for arm in chosen if arm.k == k and taken[arm] is not None]
-            curves[f"k = {k}"] = (
-                np.array([taken[arm] for arm in same]),
-                np.array([nlls[arm].mean() for arm in same]),
-            )
-        ylabel, title = f"-L_{setup.draws} (nats per image)", f"one layer, against {words}"
-        figures.curves(ax, curves, xlabel=f"{words} (log scale)", ylabel=ylabel, title=title)
+            values = ([taken[arm] for arm in same], [nlls[arm].mean() for arm in same])
+            curves[f"k = {k}"] = tuple(map(np.array, values))
+        names = {"ylabel": f"-L_{setup.draws} (nats per image)", "title": f"one layer, by {words}"}
+        figures.curves(ax, curves, xlabel=f"{words} of training (log scale)", **names)
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter("")  # labels between the decades would overlap
-        for k in setup.ks if setup.data.name == "mnist" else ():
+        for i, k in enumerate(setup.ks if setup.data.name == "mnist" else ()):
             value = PAPER[1, "IWAE" if k > 1 else "VAE", k][0]
-            ax.axhline(value, color="0.5", linewidth=0.8)
-            where = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 7}
-            ax.annotate(f"paper, k = {k}: {value}", (0.01, value), **where)
+            figures.level(ax, value, f"paper, k = {k}: {value}", at=(0.02, 0.98)[i % 2])
     best = min(nlls, key=lambda arm: nlls[arm].mean())
     result = train.load(place(setup, folder, best, setup.seed))
     drawn = train.sample(result, jax.random.key(0), n=100)
-    figures.images(samples, drawn, 10, title=f"means of p(x|z), z ~ p(z): {best.name}")
-    setting = (
-        f"{setup.data.name}, dynamic binarisation, batch {setup.batch_size}, at most {setup.test} "
-        "test images"
+    figures.images(samples, drawn, 10, title=f"means of p(x|z), z ~ p(z), of the best: {best.name}")
+    caption = (
+        f"{setup.data.name}, dynamic binarisation, batches of {setup.batch_size}, "
+        f"at most {setup.test} test images. "
+        "Every point is a training of its own, with its own decay."
     )
-    caption = f"{setting}; every point is a training of its own with its own decay"
     figures.save(fig, folder / "iwae_table.png", caption)

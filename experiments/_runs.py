@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,13 +20,11 @@ class Source:
     """The data set of an experiment."""
 
     name: str = "digits"
-    folder: str | None = (
-        None  # of its original files; default: AIGC_DATA, a prepared copy, the network
-    )
+    # Of its original files; default: AIGC_DATA, a prepared copy, the network.
+    folder: str | None = None
     size: int | None = None  # of images:FOLDER: pictures are resized and cut to size x size
-    tokenizer: str = (
-        ""  # of text: characters, bpe:N, a tokenizer.json, a GPT-2 folder; "": the script's
-    )
+    # Of text: characters, bpe:N, a tokenizer.json, a GPT-2 folder; "": the script's.
+    tokenizer: str = ""
 
     @property
     def pictures(self) -> bool:
@@ -65,6 +65,22 @@ def seeded(run: train.Run, seeds: int) -> list[train.Run]:
         dataclasses.replace(run, seed=s, folder=str(folder / f"seed{s}"))
         for s in range(run.seed, run.seed + seeds)
     ]
+
+
+def change(setup, fields: Mapping[str, Any]):
+    """Returns a setup with other values of some fields: "run.steps" is the field `steps` of `run`.
+
+    All fields of one dataclass change at once, so that its checks see all new values.
+    """
+    direct, inner = {}, {}
+    for name, value in fields.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(first, {})[rest] = value
+        else:
+            direct[first] = value
+    deeper = {first: change(getattr(setup, first), some) for first, some in inner.items()}
+    return dataclasses.replace(setup, **direct, **deeper)
 
 
 def weights(result: train.Result):

@@ -24,20 +24,17 @@ from experiments._cli import Row, Scale, Source
 
 ADAM = Optim(lr=2e-4, b1=0.5)
 GEN = gan.NetConfig(widths=(1200, 1200), init="uniform", init_scale=0.05)
-MODEL = gan.Config(classes=10, gen=GEN, optim=ADAM, disc_optim=ADAM, ema=0.999)
-RUN = Run("runs/cgan_mnist", 30_000, 100, eval_every=1000, save_every=10_000, log_every=100, keep=1)
+EVERY = {"eval_every": 1000, "save_every": 10_000, "log_every": 100, "steps_per_call": 100}
 
 
 @dataclass(frozen=True)
 class Setup:
     """Flags of cgan_mnist."""
 
-    model: gan.Config = MODEL
-    run: Run = replace(RUN, steps_per_call=100)
+    model: gan.Config = gan.Config(classes=10, gen=GEN, optim=ADAM, disc_optim=ADAM, ema=0.999)
+    run: Run = Run("runs/cgan_mnist", 30_000, 100, keep=1, **EVERY)
     data: Source = Source("mnist")
-    training: int | None = (
-        None  # images; default 50,000 or 80 % of own pictures; the next are held out
-    )
+    training: int | None = None  # images; default 50,000 or 80 % of own ones; next: held out
     samples: int = 10_000
 
     def __post_init__(self):
@@ -45,21 +42,17 @@ class Setup:
         _cli.at_least(self, "which coverage needs", samples=6)
 
 
-NETS = {"gen": replace(GEN, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}
-SMOKE = Setup(
-    replace(MODEL, shape=(8, 8, 1), levels=17, latent_dim=10, **NETS, ema=0.99),
-    replace(Setup.run, folder="runs/cgan_mnist-smoke", steps=2000),
-    Source("digits"),
-    samples=360,
-)
+SMALL = {"model": _gan.small(replace(Setup.model, ema=0.99)), "data.name": "digits", "samples": 360}
+SHORT = {"run.folder": "runs/cgan_mnist-smoke", "run.steps": 2000}
 SCALES = {
-    "smoke": Scale(SMOKE, "digits 8x8, small nets, 2,000 updates"),
+    "smoke": Scale(
+        _cli.change(Setup(), {**SMALL, **SHORT}), "digits 8x8, small nets, 2,000 updates"
+    ),
     "cpu": Scale(
         Setup(),
         "3e6 images, Adam for SGD, averaged generator, N(0, I) for uniform noise (with which D won "
         "and G collapsed), the 2014 GAN's widths with the label beside the input (the paper: "
-        "separate "
-        "first layers for label and input), no early stopping",
+        "separate first layers for label and input), no early stopping",
     ),
 }
 PARZEN = "Parzen log-likelihood (nats; +- s.e. over test)"
@@ -95,18 +88,18 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 def plot(setup: Setup, folder: Path, result: train.Result, found: list[Row]) -> None:
     """Draws one class per row, and the same latent in every class."""
     cfg = result.config
-    fig, ((samples, same),) = figures.figure(1, 2, size=(11, 5.6))
+    fig, ((samples, same),) = figures.figure(1, 2)
     classes = min(20, cfg.classes)
     label = np.repeat(np.arange(classes), 10)
     drawn = train.sample(result, jax.random.key(1), n=10 * classes, label=label)
     figures.images(samples, drawn, 10, title="samples, not chosen; one class per row")
     z = np.tile(np.asarray(gan.noise(cfg, jax.random.key(2), 10)), (classes, 1))
     drawn = gan.generate(cfg, gan.generator_of(cfg, result.state), z, label.astype(np.int32))
-    figures.images(
-        same, (np.asarray(drawn) + 1) / 2, 10, title="one latent per column, one class per row"
-    )
-    caption = f"{setup.data.name}, {cfg.loss}, {setup.run.steps} updates of {setup.run.batch_size}"
-    figures.save(fig, folder / "cgan_mnist.png", f"{caption}; {_pictures.caption(found)}")
+    title = "one latent per column, one class per row"
+    figures.images(same, (np.asarray(drawn) + 1) / 2, 10, title=title)
+    length = f"{setup.run.steps} updates of {setup.run.batch_size} images"
+    caption = f"{setup.data.name}, {cfg.loss} loss, {length}; {_pictures.caption(found)}"
+    figures.save(fig, folder / "cgan_mnist.png", caption)
 
 
 if __name__ == "__main__":

@@ -56,18 +56,15 @@ def moved(images, key, *, shift: int, mirror: bool):
     k_shift, k_mirror = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
     corners = jax.random.randint(k_shift, (len(images), 2), 0, 2 * shift + 1)
-    cut = jax.vmap(
-        lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
-    )
+    size = images.shape[1:]
+    cut = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), size))
     images = cut(padded, corners)
     flip = jax.random.bernoulli(k_mirror, 0.5 * mirror, (len(images), 1, 1, 1))
     return jnp.where(flip, images[:, :, ::-1], images)
 
 
 def make(cfg: Config, *, axis_name=None) -> Family:
-    """Returns the classifier as a family; `evaluate` gives the cross-entropy in nats and the error
-    (0 or 1).
-    """
+    """Returns the classifier as a family; `evaluate` gives nats and the error, 0 or 1."""
     net, ema = metrics.Classifier(cfg.channels, cfg.width, cfg.classes), EMA(cfg.ema)
 
     def cross_entropy(logits, batch):
@@ -82,10 +79,8 @@ def make(cfg: Config, *, axis_name=None) -> Family:
 
     def evaluate(state, batch, key):
         logits, _ = net.apply(ema.read(state), batch["image"] / (cfg.levels - 1.0))
-        return {
-            "nll_nats": cross_entropy(logits, batch),
-            "error": (logits.argmax(-1) != batch["label"]) * 1.0,
-        }
+        error = (logits.argmax(-1) != batch["label"]) * 1.0
+        return {"nll_nats": cross_entropy(logits, batch), "error": error}
 
     def sample(state, key, *, n):
         raise train.Refused("a classifier makes no samples")
@@ -110,9 +105,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """Flags of classifiers; originals of the sets come from AIGC_DATA, a prepared copy or the
-    network.
-    """
+    """Flags of classifiers; the sets come from AIGC_DATA, a prepared copy or the network."""
 
     folder: str = "runs/classifiers"
     sets: tuple[str, ...] = ("digits", "mnist", "fashion_mnist")
@@ -128,15 +121,12 @@ class Setup:
             raise ValueError(
                 f"epochs must hold a positive number for each of {self.sets}, got {self.epochs}"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        _cli.at_least(self, batch_size=1)
 
 
+SMOKE = Setup(folder="runs/classifiers-smoke", sets=("digits",), epochs=(60,))
 SCALES = {
-    "smoke": Scale(
-        Setup(folder="runs/classifiers-smoke", sets=("digits",), epochs=(60,)),
-        "digits 8x8 alone, 60 epochs",
-    ),
+    "smoke": Scale(SMOKE, "digits 8x8 alone, 60 epochs"),
     "cpu": Scale(Setup(), "no paper: small nets of our own"),
 }
 ACCURACY = "{}: test accuracy (%)"
@@ -157,44 +147,30 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     found = _cli.kept()
     for epochs, (name, (training, test)) in zip(setup.epochs, loaded.items(), strict=True):
         steps, optim = plan(epochs, EXAMPLES[name], setup.batch_size, setup.lr)
-        run = Run(
-            folder=str(folder / name),
-            steps=steps,
-            batch_size=setup.batch_size,
-            seed=setup.seed,
-            save_every=2000,
-            keep=1,
-        )
+        length = {"steps": steps, "batch_size": setup.batch_size, "save_every": 2000, "keep": 1}
+        run = Run(str(folder / name), **length, seed=setup.seed)
         result = train.fit(make, replace(MODELS[name], optim=optim), run, training)
         accuracy, size = write(folder / f"{name}.safetensors", name, result, test, epochs)
         error = 100 * (accuracy * (1 - accuracy) / test.info.examples) ** 0.5
-        found += [
-            Row(ACCURACY.format(name), 100 * accuracy, error=error),
-            Row(f"{name}: parameters", float(_cli.parameters(result))),
-            Row(SIZE.format(name), size / 1000),
-        ]
+        found.append(Row(ACCURACY.format(name), 100 * accuracy, error=error))
+        found.append(Row(f"{name}: parameters", float(_cli.parameters(result))))
+        found.append(Row(SIZE.format(name), size / 1000))
     return found
 
 
 def write(path: Path, name: str, result: train.Result, test, epochs: float) -> tuple[float, int]:
-    """Writes weights as float16, with their accuracy on the test split; returns it and the file's
-    bytes.
-    """
+    """Writes weights as float16, with their test accuracy; returns it and the file's bytes."""
     from safetensors.numpy import save_file
 
     cfg = result.config
     halves = jax.tree.map(lambda x: np.asarray(x, np.float16), jax.device_get(result.state.ema))
     stored = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), halves)
-    accuracy = (
-        1 - train.evaluate(result._replace(state=result.state._replace(ema=stored)), test)["error"]
-    )
+    read_back = result._replace(state=result.state._replace(ema=stored))
+    accuracy = 1 - train.evaluate(read_back, test)["error"]
     moves = f"shifts of {cfg.shift} pixels{', mirrored' if cfg.mirror else ''}"
     about = {
         "set": name,
-        "shape": cfg.shape,
-        "channels": cfg.channels,
-        "width": cfg.width,
-        "classes": cfg.classes,
+        **{field: getattr(cfg, field) for field in ("shape", "channels", "width", "classes")},
         "accuracy": round(accuracy, 6),
         "held_out": f"{test.info.examples} images of the test split",
         "trained": f"python -m experiments.classifiers: {epochs:g} epochs of the train split, {moves}, "

@@ -9,7 +9,7 @@ by 0.02 from draw to draw, and that of fid_digits by 5. No paper has numbers for
 criteria are ours.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -34,16 +34,8 @@ MODEL = gan.Config(
     optim=Optim(lr=2e-4, b1=0.0, b2=0.9),
     disc_optim=Optim(lr=4e-4, b1=0.0, b2=0.9),
 )
-RUN = Run(
-    "runs/gan_digits",
-    10_000,
-    100,
-    eval_every=500,
-    save_every=5000,
-    log_every=100,
-    keep=1,
-    steps_per_call=100,
-)
+EVERY = {"eval_every": 500, "save_every": 5000, "log_every": 100, "steps_per_call": 100}
+RUN = Run("runs/gan_digits", 10_000, 100, keep=1, **EVERY)
 
 
 @dataclass(frozen=True)
@@ -53,18 +45,15 @@ class Setup:
     model: gan.Config = MODEL
     run: Run = RUN
     data: Source = Source("digits")
-    training: int | None = (
-        None  # images; default 1,237 digits or 80 % of own pictures; the rest is watched
-    )
+    training: int | None = None  # images; default 1,237 digits or 80 % of own ones; rest: watched
 
     def __post_init__(self):
         _pictures.check(self, "gan_digits", conditional=True, own=True)
 
 
+SHORT = {"run.folder": "runs/gan_digits-smoke", "run.steps": 1000}
 SCALES = {
-    "smoke": Scale(
-        Setup(run=replace(RUN, folder="runs/gan_digits-smoke", steps=1000)), "1,000 updates"
-    ),
+    "smoke": Scale(_cli.change(Setup(), SHORT), "1,000 updates"),
     "cpu": Scale(Setup(), "our own set and network: no paper has GANs on digits 8x8"),
 }
 CRITERIA = {_pictures.ACCURACY: ">= 90", _gan.COVERAGE: ">= 0.6"}
@@ -90,13 +79,14 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("gan_digits.png")
 def plot(setup: Setup, folder: Path, result: train.Result, found: list[Row]) -> None:
     """Draws samples by class, and D's accuracy."""
-    fig, ((samples, curves),) = figures.figure(1, 2, size=(9.5, 4.4))
+    fig, ((samples, curves),) = figures.figure(1, 2)
     label = np.repeat(np.arange(min(20, setup.model.classes)), 12)
     fake = train.sample(result, jax.random.key(1), n=len(label), label=label)
     figures.images(samples, fake, 12, title="samples, not chosen; one class per row")
-    _gan.draw_discriminator(curves, result, "the gap is overfitting of D")
-    caption = f"{setup.model.loss}, {setup.run.steps} updates of {setup.run.batch_size} images"
-    figures.save(fig, folder / "gan_digits.png", f"{caption}; {_pictures.caption(found)}")
+    _gan.draw_discriminator(curves, result, "D overfits where the first two lines part")
+    length = f"{setup.run.steps} updates of {setup.run.batch_size} images"
+    caption = f"{setup.model.loss} loss, {length}; {_pictures.caption(found)}"
+    figures.save(fig, folder / "gan_digits.png", caption)
 
 
 if __name__ == "__main__":

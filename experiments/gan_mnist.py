@@ -26,7 +26,7 @@ from experiments._cli import Row, Scale, Source
 
 ADAM = Optim(lr=2e-4, b1=0.5)
 MODEL = gan.Config(optim=ADAM, disc_optim=ADAM, ema=0.999)
-RUN = Run("runs/gan_mnist", 30_000, 100, eval_every=1000, save_every=10_000, log_every=100, keep=1)
+EVERY = {"eval_every": 1000, "save_every": 10_000, "log_every": 100, "steps_per_call": 100}
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,9 @@ class Setup:
     """Flags of gan_mnist."""
 
     model: gan.Config = MODEL
-    run: Run = replace(RUN, steps_per_call=100)
+    run: Run = Run("runs/gan_mnist", 30_000, 100, keep=1, **EVERY)
     data: Source = Source("mnist")
-    training: int | None = (
-        None  # images; default 50,000 or 80 % of own pictures; the rest is watched
-    )
+    training: int | None = None  # images; default 50,000 or 80 % of own ones; the rest is watched
     samples: int = 10_000
 
     def __post_init__(self):
@@ -46,13 +44,9 @@ class Setup:
         _cli.at_least(self, "which the figure shows", samples=40)
 
 
-NETS = {"gen": replace(MODEL.gen, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}
-SMOKE = Setup(
-    replace(MODEL, shape=(8, 8, 1), levels=17, latent_dim=10, **NETS, ema=0.99),
-    replace(RUN, folder="runs/gan_mnist-smoke", steps=800, eval_every=400, steps_per_call=50),
-    Source("digits"),
-    samples=360,
-)
+SMALL = {"model": _gan.small(replace(MODEL, ema=0.99)), "data.name": "digits", "samples": 360}
+SHORT = {"run.steps": 800, "run.eval_every": 400, "run.steps_per_call": 50}
+SMOKE = _cli.change(Setup(), {**SMALL, **SHORT, "run.folder": "runs/gan_mnist-smoke"})
 SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, small nets, 800 updates"),
     "cpu": Scale(
@@ -82,8 +76,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         if not setup.data.pictures:  # our classifiers know named sets only
             logits, _ = metrics.load_classifier(setup.data.name).apply(fake)
             found.append(Row(CLASSES, len(np.unique(logits.argmax(-1)))))
-    who = {"training images": "seen_real", "held-out images": "real", "samples": "fake"}
-    for words, name in who.items():
+    for words, name in _gan.WHO.items():
         _, accuracy = _cli.history(result.folder, f"{name}_accuracy")
         if len(accuracy):
             found.append(Row(f"D's accuracy on {words} (%)", 100 * accuracy[-1]))
@@ -93,27 +86,24 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("gan_mnist.png")
 def plot(setup: Setup, folder: Path, result: train.Result, fake, seen, score: Row | None) -> None:
-    """Draws fig. 2 (each row's fifth sample and its nearest training image), fig. 3 (lines between
-    latents), and D.
-    """
+    """Draws samples beside training images (fig. 2), lines between latents (fig. 3), and D."""
     cfg = result.config
-    fig, ((samples, lines, curves),) = figures.figure(1, 3, size=(13.5, 4.8))
-    last = fake[4:40:5]
-    nearest = seen[metrics.nearest(last, seen)[1]]
+    fig, ((samples, lines, curves),) = figures.figure(1, 3)
+    nearest = seen[metrics.nearest(fake[4:40:5], seen)[1]]
     table = np.concatenate([fake[:40].reshape(8, 5, *cfg.shape), nearest[:, None]], 1)
-    title = "samples, not chosen; last: training image\nnearest to the fifth"
+    title = "samples, not chosen; last column: the training image nearest to the fifth"
     figures.images(samples, table.reshape(-1, *cfg.shape), 6, title=title)
     ends = gan.noise(cfg, jax.random.key(1), 16).reshape(8, 2, -1)
     share = np.linspace(0, 1, 9, dtype=np.float32)[None, :, None]
     z = (ends[:, :1] * (1 - share) + ends[:, 1:] * share).reshape(-1, cfg.latent_dim)
     walk = (np.asarray(gan.generate(cfg, gan.generator_of(cfg, result.state), z)) + 1) / 2
-    figures.images(lines, walk, 9, title="G on straight lines between two latents")
+    figures.images(lines, walk, 9, title="each row is a straight line between two latents")
     _gan.draw_discriminator(curves, result, "D on each kind of image")
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size}"
-    caption = f"{setup.data.name}, {cfg.loss}, penalty {cfg.penalty}, {updates}"
+    updates = f"{setup.run.steps} updates of {setup.run.batch_size} images"
+    caption = f"{setup.data.name}. {cfg.loss} loss, penalty {cfg.penalty}, {updates}."
     if score is not None:
         name = score.quantity.split(",")[0]
-        caption = f"{caption}; {name} {score.ours:.3g}, of training images {score.oracle:.3g}"
+        caption += f" {name}: {score.ours:.3g}; of training images: {score.oracle:.3g}."
     figures.save(fig, folder / "gan_mnist.png", caption)
 
 

@@ -44,13 +44,10 @@ from experiments import _cli
 from experiments._cli import Row, Scale
 
 NET = gan.NetConfig(widths=(128, 128), activation="tanh", init="orthogonal", init_scale=1.4)
+NETS = {"shape": (2,), "latent_dim": 16, "gen": NET, "disc": NET}
 D_OPTIM = Optim(lr=3e-4, b1=0.5, eps_root=1e-16)
-MODEL = gan.Config(
-    shape=(2,), latent_dim=16, gen=NET, disc=NET, optim=Optim(lr=1e-3, b1=0.5), disc_optim=D_OPTIM
-)
-RUN = Run(
-    "runs/mode_collapse", 10_000, 512, save_every=5000, log_every=100, keep=1, steps_per_call=100
-)
+MODEL = gan.Config(**NETS, optim=Optim(lr=1e-3, b1=0.5), disc_optim=D_OPTIM)
+EVERY = {"save_every": 5000, "log_every": 100, "steps_per_call": 100}
 SETS = {"grid": (points.grid_modes(), 0.05), "ring": (points.ring_modes(), 0.01)}
 ARMS = {
     "plain": {},
@@ -75,7 +72,7 @@ class Setup:
     """Flags of mode_collapse."""
 
     model: gan.Config = MODEL
-    run: Run = RUN
+    run: Run = Run("runs/mode_collapse", 10_000, 512, keep=1, **EVERY)
     seeds: int = 10  # of plain and packed on the grid
     unrolled_seeds: int = 5
     samples: int = 2500
@@ -87,26 +84,20 @@ class Setup:
             raise ValueError(f"samples must be at least 2, got {self.samples} (--samples)")
 
 
-SMOKE = Setup(
-    run=replace(RUN, folder="runs/mode_collapse-smoke", steps=300), seeds=1, unrolled_seeds=1
-)
-PAPER = Setup(
-    replace(MODEL, latent_dim=256, disc_optim=replace(D_OPTIM, lr=1e-4)),
-    replace(RUN, folder="runs/mode_collapse-paper", steps=25_000),
-    unrolled_seeds=10,
-)
+SMOKE = {"run.folder": "runs/mode_collapse-smoke", "run.steps": 300}
+PAPER = {"run.folder": "runs/mode_collapse-paper", "run.steps": 25_000}
+RATES = {"model.latent_dim": 256, "model.disc_optim.lr": 1e-4}
 SCALES = {
-    "smoke": Scale(SMOKE, "300 updates"),
+    "smoke": Scale(_cli.change(Setup(), {**SMOKE, "seeds": 1, "unrolled_seeds": 1}), "300 updates"),
     "cpu": Scale(
         Setup(),
         "10,000 updates (the unrolled demonstration: 25,000) with its nets on PacGAN's sets, D's "
-        "rate 3e-4 for 1e-4, "
-        "16 latents for 256; fresh points for 100,000 fixed ones; non-saturating loss; the ring "
-        "has 8 modes (the "
-        "demonstration's: 7)",
+        "rate 3e-4 for 1e-4, 16 latents for 256; fresh points for 100,000 fixed ones; "
+        "non-saturating loss; the ring has 8 modes (the demonstration's: 7)",
     ),
     "paper": Scale(
-        PAPER, "the unrolled demonstration's nets and length on PacGAN's sets; non-saturating loss"
+        _cli.change(Setup(), {**PAPER, **RATES, "unrolled_seeds": 10}),
+        "the unrolled demonstration's nets and length on PacGAN's sets; non-saturating loss",
     ),
 }
 
@@ -152,9 +143,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
             scores[name, arm] = []
             for run in _cli.seeded(base, seeds):
                 result = train.fit(gan.make, replace(setup.model, **changes), run, training)
-                x = train.sample(
-                    result, jax.random.key(run.seed), n=setup.samples, chunk=setup.samples
-                )
+                key, n = jax.random.key(run.seed), setup.samples
+                x = train.sample(result, key, n=n, chunk=n)
                 scores[name, arm].append(score(x, modes, std))
                 samples.setdefault((name, arm), x)
             found += table(name, arm, scores[name, arm], setup.samples)
@@ -203,19 +193,16 @@ def table(name: str, arm: str, runs: list[Score], samples: int) -> list[Row]:
 @_cli.costs("mode_collapse.png")
 def plot(setup: Setup, folder: Path, samples: dict, scores: dict) -> None:
     """Draws samples of the first seed of every arm, over the modes."""
-    fig, axes = figures.figure(len(SETS), len(ARMS), size=(2.6 * len(ARMS), 2.8 * len(SETS)))
+    fig, axes = figures.figure(len(SETS), len(ARMS))
     for line, (name, (modes, _)) in zip(axes, SETS.items(), strict=True):
         reach = 1.3 * np.abs(modes).max()
         for ax, arm in zip(line, ARMS, strict=True):
             ax.plot(*modes.T, "+", color="0.6", markersize=7, zorder=0)
-            title = f"{arm}: {scores[name, arm][0].modes} of {len(modes)} modes"
+            title = f"{name}, {arm}: {scores[name, arm][0].modes} of {len(modes)} modes"
             figures.points(ax, samples[name, arm], title=title)
             ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    caption = (
-        f"{setup.samples} samples of the first seed after {setup.run.steps} updates; crosses: the "
-        "modes"
-    )
-    figures.save(fig, folder / "mode_collapse.png", caption)
+    length = f"{setup.samples} samples of the first seed after {setup.run.steps} updates"
+    figures.save(fig, folder / "mode_collapse.png", f"{length}. Crosses are the modes.")
 
 
 if __name__ == "__main__":

@@ -52,17 +52,15 @@ def generator(shape: tuple[int, ...]) -> gan.NetConfig:
     """Returns residual blocks, or dense layers if the sides cannot be halved."""
     if not halvings(shape):
         return gan.NetConfig(widths=(256, 256), norm="batch")
-    return gan.NetConfig(
-        "resnet", (24,) * (halvings(shape) - 2) + (48, 96)[-halvings(shape) :], norm="batch"
-    )
+    widths = (24,) * (halvings(shape) - 2) + (48, 96)[-halvings(shape) :]
+    return gan.NetConfig("resnet", widths, norm="batch")
 
 
 def discriminator(shape: tuple[int, ...]) -> gan.NetConfig:
     """Returns DCGAN's net with spectral normalisation, or dense layers."""
     widths = (32, 64, 128, *[128] * 5)[: halvings(shape)]
-    return gan.NetConfig(
-        "dcgan" if widths else "mlp", widths or (256, 256), activation="leaky_relu", norm="spectral"
-    )
+    kind, widths = ("dcgan", widths) if widths else ("mlp", (256, 256))
+    return gan.NetConfig(kind, widths, activation="leaky_relu", norm="spectral")
 
 
 def unet(shape: tuple[int, ...]) -> ddpm.NetConfig:
@@ -72,38 +70,32 @@ def unet(shape: tuple[int, ...]) -> ddpm.NetConfig:
 
 
 DIGIT = (8, 8, 1)
+SHAPE = {"shape": DIGIT, "levels": 17, "ema": 0.99}
 VAE = vae.Config(
-    shape=DIGIT,
-    levels=17,
+    **SHAPE,
     latent_dim=32,
     channels=channels(DIGIT),
     hidden=(256,),
     activation="relu",
-    ema=0.99,
     optim=Optim(lr=1e-3, clip=100.0, warmup=100, decay=2900, floor=0.05),
 )
 GAN = gan.Config(
-    shape=DIGIT,
-    levels=17,
+    **SHAPE,
     latent_dim=64,
     gen=generator(DIGIT),
     disc=discriminator(DIGIT),
     loss="hinge",
-    ema=0.99,
     optim=Optim(lr=4e-4, b1=0.0, b2=0.9),
     disc_optim=Optim(lr=8e-4, b1=0.0, b2=0.9),
 )
+LEARNED = {"variance": "learned", "objective": "hybrid", "terms": 8}
 DDPM = ddpm.Config(
-    shape=DIGIT,
-    levels=17,
+    **SHAPE,
     T=100,
     schedule="cosine",
     prediction="v",
-    variance="learned",
-    objective="hybrid",
-    terms=8,
+    **LEARNED,
     net=unet(DIGIT),
-    ema=0.99,
     optim=Optim(lr=2e-3, clip=1.0, warmup=100, decay=1900, floor=0.05),
 )
 RUN = Run(steps=3000, batch_size=64, eval_every=250, save_every=500, log_every=50, keep=1)
@@ -114,9 +106,8 @@ class VAESetup:
     """Flags of own_pictures --family vae."""
 
     model: vae.Config = VAE
-    run: Run = replace(
-        RUN, folder="runs/own_pictures-vae", best="nll_nats"
-    )  # it overfits few pictures
+    # The best checkpoint: it overfits few pictures.
+    run: Run = replace(RUN, folder="runs/own_pictures-vae", best="nll_nats")
     data: Source = Source("digits")
     samples: int = 400  # at most as many as pictures are held out
 
@@ -161,15 +152,18 @@ SCALES = scales("vae")
 NEAR = "median distance of a sample to its nearest training image, over that of held-out images"
 COPIES = "smallest distance of a sample to a training image (pixels in [0, 1])"
 SPREAD = "variance of the samples' pixels over that of held-out images"
-CRITERIA = {
-    NEAR: "within 0.5 .. 2",
-    COPIES: "> 0",
-    SPREAD: "within 0.3 .. 3",
-}
+CRITERIA = {NEAR: "within 0.5 .. 2", COPIES: "> 0", SPREAD: "within 0.3 .. 3"}
 INVARIANTS = {COPIES: CRITERIA[COPIES], SPREAD: "within 0.02 .. 20"}
 SCORES = {
     "vae": ("nll_nats", "negative bound, held-out images (nats, -ELBO)"),
     "ddpm": ("nll_bits_per_dim", "bound, held-out images (bits per dim)"),
+}
+# What the figure shows of a training: the label of its axis, and {line: value of the validations}.
+LOGIT = {"training images": "seen_real_logit", "held-out images": "real_logit"}
+WATCHED = {
+    "vae": ("negative bound (nats)", {"held-out images": "nll_nats"}),
+    "gan": ("D's logit", {**LOGIT, "samples": "fake_logit"}),
+    "ddpm": ("bound (bits per dim)", {"held-out images": "nll_bits_per_dim"}),
 }
 
 
@@ -188,14 +182,11 @@ def sized(setup, info: data.Info):
         "gan": {"gen": generator, "disc": discriminator},
         "ddpm": {"net": unet},
     }[family]
-    usual = {
-        name: make(shape) for name, make in nets.items() if getattr(model, name) == make(DIGIT)
-    }
-    return (
-        replace(setup, model=replace(model, shape=shape, **usual))
-        if tuple(model.shape) == DIGIT
-        else setup
-    )
+    if tuple(model.shape) != DIGIT:
+        return setup
+    usual = {name: net for name, net in nets.items() if getattr(model, name) == net(DIGIT)}
+    fitting = {name: net(shape) for name, net in usual.items()}
+    return replace(setup, model=replace(model, shape=shape, **fitting))
 
 
 def run(setup, folder: Path) -> list[Row]:
@@ -212,7 +203,7 @@ def run(setup, folder: Path) -> list[Row]:
         result = train.load(setup.run.folder)
 
     found = _cli.kept()
-    found.append(Row("parameters", sum(leaf.size for leaf in jax.tree.leaves(result.state.params))))
+    found.append(Row("parameters", _cli.parameters(result)))
     if family in SCORES:
         name, words = SCORES[family]
         with _cli.costs(words):
@@ -234,51 +225,24 @@ def run(setup, folder: Path) -> list[Row]:
 
 
 @_cli.costs("own_pictures.png")
-def plot(
-    setup, folder: Path, result: train.Result, fake: np.ndarray, seen: np.ndarray, found: list[Row]
-) -> None:
-    """Samples beside training images; samples above their nearest training images; the run."""
-    fig, ((a, b), (c, d)) = figures.figure(2, 2, size=(10, 10.4))
+def plot(setup, folder: Path, result, fake: np.ndarray, seen: np.ndarray, found: list) -> None:
+    """Draws samples beside training images, samples above their nearest ones, and the training."""
+    fig, ((a, b), (c, d)) = figures.figure(2, 2)
     figures.images(a, fake[:64], 8, title="samples, not chosen")
-    figures.images(
-        b, seen[np.random.default_rng(0).permutation(len(seen))[:64]], 8, title="training images"
-    )
+    some = np.random.default_rng(0).permutation(len(seen))[:64]
+    figures.images(b, seen[some], 8, title="training images")
     few = fake[:32].reshape(4, 8, *fake.shape[1:])
     nearest = seen[metrics.nearest(fake[:32], seen)[1]].reshape(few.shape)
     pairs = np.stack([few, nearest], 1).reshape(-1, *fake.shape[1:])
-    figures.images(
-        c, pairs, 8, title="samples (rows 1, 3, 5, 7), below each its nearest training image"
-    )
-    family, lines = (
-        family_of(setup),
-        [line for line in train.metrics(result.folder) if "valid" in line],
-    )
-    names = {
-        "vae": ("nll_nats",),
-        "gan": ("seen_real_logit", "real_logit", "fake_logit"),
-        "ddpm": ("nll_bits_per_dim",),
-    }
-    words = {
-        "nll_nats": "held-out images",
-        "nll_bits_per_dim": "held-out images",
-        "seen_real_logit": "training images",
-        "real_logit": "held-out images",
-        "fake_logit": "samples",
-    }
-    curves = {
-        words[name]: np.array([(line["step"], line["valid"][name]) for line in lines]).T
-        for name in names[family]
-    }
-    ylabel = {"vae": "negative bound (nats)", "gan": "D's logit", "ddpm": "bound (bits per dim)"}[
-        family
-    ]
+    figures.images(c, pairs, 8, title="samples, below each its nearest training image")
+    family = family_of(setup)
+    ylabel, names = WATCHED[family]
+    curves = {words: _cli.history(result.folder, name) for words, name in names.items()}
     figures.curves(d, curves, xlabel="updates", ylabel=ylabel, title="while training")
     size = " x ".join(map(str, setup.model.shape))
-    steps = (
-        f"update {int(result.state.step)} of {setup.run.steps}, batches of {setup.run.batch_size}"
-    )
-    caption = f"{family}, {size}, {steps}, {len(seen)} training images"
-    figures.save(fig, folder / "own_pictures.png", f"{caption}; {_pictures.caption(found)}")
+    length = f"update {int(result.state.step)} of {setup.run.steps}, {setup.run.batch_size} each"
+    caption = f"{family}, {size}; {length}; {len(seen)} training images; {_pictures.caption(found)}"
+    figures.save(fig, folder / "own_pictures.png", caption)
 
 
 if __name__ == "__main__":

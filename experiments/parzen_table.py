@@ -35,32 +35,17 @@ import numpy as np
 from aigc_jax import figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, _pictures
+from experiments import _cli, _gan, _pictures
 from experiments._cli import Row, Scale, Source
 
 MODEL = gan.Config(optim=Optim(lr=2e-4, b1=0.5), disc_optim=Optim(lr=2e-4, b1=0.5))
 # mnist.yaml of the authors' code: 0.1 / 1.000004 per update down to 1e-6, momentum 0.5 to 0.7 over
 # 250 epochs of 500.
-RECIPE = Optim(
-    "sgd",
-    lr=0.1,
-    momentum=0.5,
-    momentum_end=0.7,
-    momentum_steps=125_000,
-    decay=2_878_237,
-    curve="exponential",
-    floor=1e-5,
-)
-RUN = Run(
-    "runs/parzen_table",
-    10_000,
-    100,
-    eval_every=1000,
-    save_every=5000,
-    log_every=100,
-    keep=1,
-    steps_per_call=100,
-)
+CURVE = {"decay": 2_878_237, "curve": "exponential", "floor": 1e-5}
+MOMENTUM = {"momentum": 0.5, "momentum_end": 0.7, "momentum_steps": 125_000}
+RECIPE = Optim("sgd", lr=0.1, **MOMENTUM, **CURVE)
+EVERY = {"eval_every": 1000, "save_every": 5000, "log_every": 100, "steps_per_call": 100}
+RUN = Run("runs/parzen_table", 10_000, 100, keep=1, **EVERY)
 
 
 @dataclass(frozen=True)
@@ -73,16 +58,9 @@ class Setup:
     seeds: int = 3  # of Adam; SGD has one
     sgd_steps: int = 125_000
     biases: bool = False  # of G's last layer under SGD, begun as in the authors' code
-    marks: tuple[int, ...] = (
-        1000,
-        3000,
-        10_000,
-        30_000,
-        125_000,
-    )  # updates after which samples are scored
-    training: int = (
-        50_000  # images of train that the nets see; the width is chosen on the next `validation`
-    )
+    # Updates after which samples are scored.
+    marks: tuple[int, ...] = (1000, 3000, 10_000, 30_000, 125_000)
+    training: int = 50_000  # images that the nets see; the width is chosen on the next `validation`
     validation: int = 1000
     samples: int = 10_000
     clusters: int = 2000  # of k-means
@@ -109,30 +87,19 @@ class Setup:
             )
 
 
-NETS = {"gen": replace(MODEL.gen, widths=(64, 64)), "disc": replace(MODEL.disc, widths=(32, 32))}
-SMOKE = Setup(
-    gan.Config(shape=(8, 8, 1), levels=17, latent_dim=10, **NETS),
-    replace(RUN, folder="runs/parzen_table-smoke", steps=600, eval_every=200, steps_per_call=50),
-    Source("digits"),
-    seeds=1,
-    sgd_steps=600,
-    marks=(200, 600),
-    training=1237,
-    validation=100,
-    samples=1000,
-    clusters=100,
-)
+SMALL = {"model": _gan.small(gan.Config()), "data.name": "digits", "training": 1237}
+SHORT = {"run.steps": 600, "sgd_steps": 600, "run.eval_every": 200, "run.steps_per_call": 50}
+FEW = {"seeds": 1, "marks": (200, 600), "validation": 100, "samples": 1000, "clusters": 100}
+SMOKE = {**SMALL, **SHORT, **FEW, "run.folder": "runs/parzen_table-smoke"}
 SCALES = {
-    "smoke": Scale(SMOKE, "digits 8x8, small nets, 600 updates"),
+    "smoke": Scale(_cli.change(Setup(), SMOKE), "digits 8x8, small nets, 600 updates"),
     "cpu": Scale(
         Setup(),
         "the SGD arm has the authors' nets, dropout, schedule, 250 epochs and test, but updates D "
-        "before G and not "
-        "both at once, with N(0, I) latents for uniform ones and G's last biases begun at 0 and "
-        "not at the log odds "
-        "of the mean image (with which ours collapsed: -334 nats after 250 epochs); which "
-        "checkpoint they scored is "
-        "unknown; the Adam arm is ours; k-means with 2,000 centroids",
+        "before G and not both at once, with N(0, I) latents for uniform ones and G's last biases "
+        "begun at 0 and not at the log odds of the mean image (with which ours collapsed: -334 "
+        "nats after 250 epochs); which checkpoint they scored is unknown; the Adam arm is ours; "
+        "k-means with 2,000 centroids",
     ),
 }
 PUBLISHED = {"DBN": 138.0, "Stacked CAE": 121.0, "Deep GSN": 214.0, "GAN": 225.0}
@@ -159,23 +126,18 @@ def by_the_paper(cfg: gan.Config, training: np.ndarray, biases: bool) -> gan.Con
     """
     mean = np.clip(training.mean(0).reshape(-1).astype(np.float64), 1e-7, 1 - 1e-7)
     bias = tuple(float(b) for b in np.round(np.log(mean / (1 - mean)), 4)) if biases else ()
-    return replace(
-        cfg, optim=RECIPE, disc_optim=replace(RECIPE, lr=RECIPE.lr / 2), output_bias=bias
-    )
+    half = replace(RECIPE, lr=RECIPE.lr / 2)
+    return replace(cfg, optim=RECIPE, disc_optim=half, output_bias=bias)
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
-    """Scores training images, centroids and the mean image, trains both arms and scores their
-    samples.
-    """
+    """Scores training images, centroids, the mean image, and samples of both arms."""
     training = setup.data.load(f"train[:{setup.training}]")
     valid = setup.data.load(f"train[{setup.training}:{setup.training + setup.validation}]")
     test = setup.data.load("test")
     seen, held, x = map(_pictures.pixels, (training, valid, test))
-    parzen, mnist = (
-        partial(metrics.parzen_log_likelihood, validation=held, test=x),
-        setup.data.name == "mnist",
-    )
+    parzen = partial(metrics.parzen_log_likelihood, validation=held, test=x)
+    mnist = setup.data.name == "mnist"
     ceiling, error, sigma = parzen(seen[: setup.samples])
     centroids, _, _ = parzen(kmeans(seen, setup.clusters))
     mean_image, _, _ = parzen(seen.mean(0, keepdims=True))
@@ -195,9 +157,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         if step in setup.marks:
             result = train.Result(family, state, setup.model, training.info, None)
             samples = train.sample(result, jax.random.key(step), n=setup.samples, chunk=500)
-            values |= dict(
-                zip(("parzen_nats", "parzen_error", "parzen_sigma"), parzen(samples), strict=True)
-            )
+            names = ("parzen_nats", "parzen_error", "parzen_sigma")
+            values |= dict(zip(names, parzen(samples), strict=True))
         return values
 
     adam = _cli.seeded(replace(setup.run, folder=str(folder / "adam")), setup.seeds)
@@ -239,46 +200,41 @@ def kmeans(x: np.ndarray, clusters: int) -> np.ndarray:
     """Returns the centroids of the images."""
     from sklearn.cluster import MiniBatchKMeans
 
-    flat = x.reshape(len(x), -1)
-    fit = MiniBatchKMeans(
-        clusters, init="random", n_init=1, batch_size=10_000, max_iter=20, random_state=0
-    ).fit(flat)
-    return np.asarray(fit.cluster_centers_, np.float32)
+    length = {"batch_size": 10_000, "max_iter": 20}
+    found = MiniBatchKMeans(clusters, init="random", n_init=1, **length, random_state=0)
+    return np.asarray(found.fit(x.reshape(len(x), -1)).cluster_centers_, np.float32)
 
 
 @_cli.costs("parzen_table.png")
 def plot(setup: Setup, folder: Path, results: dict, means: dict, lines: dict) -> None:
     """Draws nats against images seen, with the paper's numbers as lines, and samples of both arms."""
-    fig, (axes,) = figures.figure(1, 3, size=(13, 4.6))
+    fig, (axes,) = figures.figure(1, 3, size=(3, 1.5))
     curves = {}
     for arm, each in means.items():
         steps = np.array(sorted(each))
-        curves[f"GAN, {arm}"] = (
-            steps * setup.run.batch_size,
-            np.array([each[step] for step in steps]),
-        )
-    ylabel, title = (
-        "Parzen log-likelihood (nats, test)",
-        f"{setup.data.name}: {setup.samples} samples, one width",
-    )
-    figures.curves(axes[0], curves, xlabel="images seen in training", ylabel=ylabel, title=title)
+        nats = np.array([each[step] for step in steps])
+        curves[f"GAN, {arm}"] = (steps * setup.run.batch_size, nats)
+    names = {"ylabel": "Parzen log-likelihood (nats, test)", "title": setup.data.name}
+    figures.curves(axes[0], curves, xlabel="images seen in training", **names)
     axes[0].set_xscale("log")
     low = min(values.min() for _, values in curves.values())
     if setup.data.name == "mnist":
-        lines = {**lines, **{f"paper: {name}": value for name, value in PUBLISHED.items()}}
-    where = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "va": "bottom"}
-    for name, value in lines.items():
-        if value >= low - 20:
-            style = ":" if name.startswith("paper") else "-"
-            axes[0].axhline(value, color="0.5", linewidth=0.8, linestyle=style)
-            axes[0].annotate(f"{name} {value:.0f}", (0.01, value), **where)
+        lines = lines | {f"paper: {name}": value for name, value in PUBLISHED.items()}
+    shown = sorted((value, name) for name, value in lines.items() if value >= low - 20)
+    for i, (value, name) in enumerate(shown):  # names of near lines stand on both sides
+        side, dash = (0.02, 0.98)[i % 2], ":" if name.startswith("paper") else "-"
+        figures.level(axes[0], value, f"{name} {value:.0f}", at=side, dash=dash)
     for ax, (arm, result) in zip(axes[1:], results.items(), strict=True):
         samples = train.sample(result, jax.random.key(setup.run.seed), n=64)
         images = int(result.state.step) * setup.run.batch_size
-        figures.images(ax, samples, 8, title=f"samples, {arm}, {images:.3g} images, not chosen")
+        title = f"samples after {images:.3g} images, {arm}, not chosen"
+        figures.images(ax, samples, 8, title=title)
     gen, disc = setup.model.gen, setup.model.disc
-    nets = f"G {gen.widths} ReLU, D {disc.widths} maxout of {disc.pieces}, dropout"
-    caption = f"{nets}; batches of {setup.run.batch_size}; Adam: {setup.seeds} seeds"
+    caption = (
+        f"G {gen.widths} ReLU, D {disc.widths} maxout of {disc.pieces}, dropout. "
+        f"Batches of {setup.run.batch_size}. Each point: {setup.samples} samples, one width. "
+        f"Adam: {setup.seeds} seeds."
+    )
     figures.save(fig, folder / "parzen_table.png", caption)
 
 

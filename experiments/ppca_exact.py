@@ -33,9 +33,7 @@ class Setup:
     examples: int = 200  # x drawn from the model
     k: int = 5000  # draws of z per x, for the largest bound
     wider: float = 1.3  # the wrong posterior: its standard deviation, as a factor
-    shift: float = (
-        0.3  # the wrong posterior: its mean is off by so many standard deviations in 5 latents
-    )
+    shift: float = 0.3  # its mean is off by so many standard deviations in 5 latents
     seed: int = 0
 
     def __post_init__(self):
@@ -44,10 +42,9 @@ class Setup:
             raise ValueError(f"k must be at least 1000 and a multiple of 100, got {self.k}")
 
 
+SMOKE = Setup(folder="runs/ppca_exact-smoke", examples=100, k=1000)
 SCALES = {
-    "smoke": Scale(
-        Setup(folder="runs/ppca_exact-smoke", examples=100, k=1000), "fewer examples, 1,000 draws"
-    ),
+    "smoke": Scale(SMOKE, "fewer examples, 1,000 draws"),
     "cpu": Scale(Setup(), "exact mathematics, no paper protocol"),
 }
 
@@ -62,50 +59,34 @@ INVARIANTS = CRITERIA
 
 
 def log_p(x: np.ndarray, w: np.ndarray, b: np.ndarray, std: float) -> np.ndarray:
-    """Returns log N(x; b, W W^T + std^2 I) in nats, [N], for x [N, dim] (Tipping & Bishop 1999, eq.
-    3).
-    """
+    """Returns log N(x; b, W W^T + std^2 I) in nats, [N], for x [N, dim] (eq. 3)."""
     root = np.linalg.cholesky(w @ w.T + std**2 * np.eye(len(b)))
     z = np.linalg.solve(root, (x - b).T)
     return -0.5 * (z**2).sum(0) - np.log(np.diag(root)).sum() - 0.5 * len(b) * np.log(2 * np.pi)
 
 
-def linear_vae(
-    w: np.ndarray,
-    b: np.ndarray,
-    std: float,
-    *,
-    wider: float = 1.0,
-    shift: float = 0.0,
-    latents: int = 5,
-):
-    """Returns (cfg, params) of a VAE that is PPCA, its encoder the exact posterior or one wrong by
-    the last three arguments.
+def linear_vae(w, b, std: float, *, wider: float = 1.0, shift: float = 0.0):
+    """Returns (cfg, params) of a VAE that is PPCA. Its encoder is the exact posterior; `wider` and
+    `shift` make it wrong.
 
-    q(z|x) = N(M^-1 W^T (x - b), std^2 M^-1), M = W^T W + std^2 I (Tipping & Bishop 1999, eq. 6),
-    diagonal because the columns of W are orthogonal.
+    q(z|x) = N(M^-1 W^T (x - b), std^2 M^-1), M = W^T W + std^2 I (eq. 6), diagonal because the
+    columns of W are orthogonal.
     """
     dim, k = w.shape
     m = np.diag(w.T @ w) + std**2
-    sd = std / np.sqrt(m)
-    off = shift * sd * (np.arange(k) < latents)
+    sd, to_mu = std / np.sqrt(m), w / m
+    off = shift * sd * (np.arange(k) < 5)
     cfg = vae.Config(shape=(1, dim, 1), latent_dim=k, hidden=(), likelihood="gaussian", sigma=std)
-    to_mu = w / m
-    encoder = {
-        "kernel": np.concatenate([to_mu, np.zeros((dim, k))], 1),
-        "bias": np.concatenate([off - b @ to_mu, 2 * np.log(wider * sd)]),
-    }
-    params = {
-        "encoder": {"params": {"Gaussian_0": {"Dense_0": encoder}}},
-        "decoder": {"params": {"Dense_0": {"kernel": w.T, "bias": b}}},
-    }
+    kernel = np.concatenate([to_mu, np.zeros((dim, k))], 1)
+    bias = np.concatenate([off - b @ to_mu, 2 * np.log(wider * sd)])
+    encoder = {"Gaussian_0": {"Dense_0": {"kernel": kernel, "bias": bias}}}
+    decoder = {"Dense_0": {"kernel": w.T, "bias": b}}
+    params = {"encoder": {"params": encoder}, "decoder": {"params": decoder}}
     return cfg, jax.tree.map(jnp.asarray, params)
 
 
 def bounds(log_w: np.ndarray, k: int) -> np.ndarray:
-    """Returns L_k of every x, [N], from log weights [K, N]: the mean over K // k groups of
-    log-mean-exp in a group.
-    """
+    """Returns L_k of every x, [N], from log weights [K, N]: log-mean-exp, averaged over groups."""
     groups = log_w[: len(log_w) // k * k].reshape(-1, k, log_w.shape[1])
     top = groups.max(1, keepdims=True)
     return (np.log(np.exp(groups - top).mean(1)) + top[:, 0]).mean(0)
@@ -114,18 +95,17 @@ def bounds(log_w: np.ndarray, k: int) -> np.ndarray:
 def log_weights(cfg: vae.Config, params, images, key, k: int) -> np.ndarray:
     """Returns log weights [k, N], a hundred draws at a time."""
     hundred = jax.jit(partial(vae.log_weights, cfg, k=100))
-    return np.concatenate(
-        [hundred(params, images, jax.random.fold_in(key, i)) for i in range(k // 100)]
-    )
+    keys = [jax.random.fold_in(key, i) for i in range(k // 100)]
+    return np.concatenate([hundred(params, images, key) for key in keys])
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
     """Measures everything in float64, with numpy's own log p as the oracle."""
-    options = {"dim": setup.dim, "latents": setup.latents, "std": setup.std}
-    x = data.load("ppca", "test", examples=setup.examples, **options)
+    sizes = {"dim": setup.dim, "latents": setup.latents}
+    x = data.load("ppca", "test", examples=setup.examples, std=setup.std, **sizes)
     x = _cli.arrays(x)["points"].astype(np.float64)
     folder.mkdir(parents=True, exist_ok=True)
-    w, b = points.ppca_parameters(setup.dim, setup.latents)
+    w, b = points.ppca_parameters(**sizes)
     truth = log_p(x, w, b, setup.std)
     k_exact, k_wrong, k_elbo = jax.random.split(jax.random.key(setup.seed), 3)
     with jax.enable_x64(True):
@@ -144,19 +124,16 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 
 def compare(exact: np.ndarray, log_w: np.ndarray, elbos: np.ndarray, levels: dict) -> list[Row]:
-    """Returns the rows. The x are given and the draws are random, so errors come from the
-    independent draws of each x.
-    """
+    """Returns the rows. The x are given, so errors come from the independent draws of each x."""
     *bound, truth = levels.values()
     gaps = [later - earlier for earlier, later in zip(bound, [*bound[1:], truth], strict=True)]
-    gap = elbos.mean(0) - levels["L_1"]
+    gap, left = elbos.mean(0) - levels["L_1"], truth - bound[-1]
     variance = elbos.var(0, ddof=1) / len(elbos) + log_w.var(0, ddof=1) / len(log_w)
     gap_se = np.sqrt(variance.sum()) / len(truth)
 
     def se(difference):
         return difference.std(ddof=1) / np.sqrt(len(difference))
 
-    left = truth - bound[-1]
     return [
         Row("log p(x), mean over the examples (nats)", bound[-1].mean(), oracle=truth.mean()),
         Row(CONSTANT, float(np.abs(exact - truth).max()), oracle=0.0),
@@ -171,14 +148,15 @@ def compare(exact: np.ndarray, log_w: np.ndarray, elbos: np.ndarray, levels: dic
 @_cli.costs("ppca_exact.png")
 def plot(setup: Setup, folder: Path, levels: dict) -> None:
     """Draws how far each bound lies below log p(x)."""
-    fig, ((ax,),) = figures.figure(1, 1, size=(5.5, 3.6))
+    fig, ((ax,),) = figures.figure(1, 1)
     below = [float((levels["log p"] - level).mean()) for level in levels.values()][:-1]
     curves = {"wrong posterior": ([1, 10, 100, setup.k], below)}
     title = "importance-weighted bounds approach log p(x)"
     figures.curves(ax, curves, xlabel="draws k", ylabel="log p(x) - L_k (nats)", title=title)
     ax.set(xscale="log", yscale="log")
-    wrong = f"q: sd x {setup.wider}, mean + {setup.shift} sd in 5 latents"
-    caption = f"PPCA {setup.dim} x {setup.latents}, {wrong}; {setup.examples} examples, float64"
+    wrong = f"sd times {setup.wider}, mean off by {setup.shift} sd in 5 latents"
+    sizes = f"{setup.dim} dimensions, {setup.latents} latents, {setup.examples} examples"
+    caption = f"Probabilistic PCA: {sizes}, float64. The posterior is wrong: {wrong}."
     figures.save(fig, folder / "ppca_exact.png", caption)
 
 

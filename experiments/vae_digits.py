@@ -8,7 +8,7 @@ checkpoint that is best on the next 200, and reads the test digits once. The pap
 for this set: the criteria are ours.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -22,24 +22,9 @@ from experiments._cli import Row, Scale, Source
 from experiments._vae import marginal_nats
 
 OPTIM = Optim(lr=3e-3, decay=16_000, floor=0.05)
-MODEL = vae.Config(
-    shape=(8, 8, 1),
-    levels=17,
-    latent_dim=10,
-    hidden=(200,),
-    activation="relu",
-    ema=0.999,
-    optim=OPTIM,
-)
-RUN = Run(
-    "runs/vae_digits",
-    16_000,
-    100,
-    eval_every=1000,
-    save_every=4000,
-    log_every=100,
-    steps_per_call=100,
-)
+NET = {"latent_dim": 10, "hidden": (200,), "activation": "relu"}
+MODEL = vae.Config(shape=(8, 8, 1), levels=17, **NET, ema=0.999, optim=OPTIM)
+EVERY = {"eval_every": 1000, "save_every": 4000, "log_every": 100, "steps_per_call": 100}
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class Setup:
     """Flags of vae_digits."""
 
     model: vae.Config = MODEL
-    run: Run = replace(RUN, best="nll_nats")
+    run: Run = Run("runs/vae_digits", 16_000, 100, best="nll_nats", **EVERY)
     data: Source = Source("digits")
     seeds: int = 1  # runs; run.seed is the first
 
@@ -55,10 +40,9 @@ class Setup:
         _cli.at_least(self, seeds=1)
 
 
-SMOKE = Setup(
-    replace(MODEL, ema=0.0, optim=Optim(lr=3e-3)),
-    replace(Setup.run, folder="runs/vae_digits-smoke", steps=600, eval_every=200, save_every=200),
-)
+SHORT = {"run.steps": 600, "run.eval_every": 200, "run.save_every": 200}
+PLAIN = {"model.ema": 0.0, "model.optim": Optim(lr=3e-3)}
+SMOKE = _cli.change(Setup(), {"run.folder": "runs/vae_digits-smoke", **SHORT, **PLAIN})
 SCALES = {
     "smoke": Scale(SMOKE, "600 steps"),
     "cpu": Scale(Setup(), "our own set and network: AEVB has no digits 8x8"),
@@ -80,19 +64,15 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         results.append(train.load(run.folder))  # the best checkpoint on the validation digits
     bounds = [train.evaluate(result, test)["nll_nats"] for result in results]
     bound, error = _cli.mean_and_error(bounds)
-    dims = np.prod(setup.model.shape) * np.log(2)
-    found.append(Row(BOUND, bound, error=error))
-    marginal = marginal_nats(training, test)
-    bits_error = None if error is None else error / dims
-    found += [Row(MARGINAL, marginal), Row(BITS, bound / dims, error=bits_error)]
+    dims, marginal = np.prod(setup.model.shape) * np.log(2), marginal_nats(training, test)
+    found += [Row(BOUND, bound, error=error), Row(MARGINAL, marginal)]
+    found.append(Row(BITS, bound / dims, error=None if error is None else error / dims))
     plot(setup, folder, results[0], test, bounds[0], marginal)
     return found
 
 
 @_cli.costs("vae_digits.png")
-def plot(
-    setup: Setup, folder: Path, result: train.Result, test: data.Data, bound, marginal
-) -> None:
+def plot(setup: Setup, folder: Path, result, test: data.Data, bound, marginal) -> None:
     """Draws samples, reconstructions, the latent map and the learning curve."""
     cfg, params = result.config, _cli.weights(result)
     batch = test.batch(0, 0, test.info.examples)
@@ -103,35 +83,25 @@ def plot(
     _, _, axes = np.linalg.svd(mu - mu.mean(0), full_matrices=False)
     samples = train.sample(result, jax.random.split(jax.random.key(setup.run.seed), 4)[3], n=100)
 
-    fig, ((a, b), (c, d)) = figures.figure(2, 2, size=(9, 8.5))
-    figures.images(a, samples, 10, title="samples: mean of p(x|z), z ~ N(0, I)")
-    title = "test images (rows 1, 3, 5) and their reconstructions"
+    fig, ((a, b), (c, d)) = figures.figure(2, 2)
+    figures.images(a, samples, 10, title="samples: means of p(x|z) for z ~ N(0, I)")
+    title = "test images (rows 1, 3, 5), below each its reconstruction"
     figures.images(b, pairs.reshape(-1, *cfg.shape), 10, title=title)
-    title, names = (
-        f"posterior means of the {len(x)} test images",
-        ("first principal axis", "second principal axis"),
-    )
-    figures.points(c, mu @ axes[:2].T, batch.get("label"), title=title, axes=names)
+    names = {"title": "posterior means of the test images", "axes": ("principal axis 1", "axis 2")}
+    figures.points(c, mu @ axes[:2].T, batch.get("label"), **names)
     curves = {
-        "train (one batch)": _cli.history(result.folder, "loss", "train"),
-        "validation (averaged weights)": _cli.history(result.folder, "nll_nats"),
+        "train, one batch": _cli.history(result.folder, "loss", "train"),
+        "validation, averaged weights": _cli.history(result.folder, "nll_nats"),
     }
-    figures.curves(
-        d,
-        curves,
-        xlabel="updates",
-        ylabel="negative bound (nats per image)",
-        title="learning curve",
-    )
-    d.axhline(marginal, color="0.4", linewidth=1)
-    where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-    d.annotate("per-pixel marginal", (0.98, marginal), **where)
+    names = {"ylabel": "negative bound (nats per image)", "title": "learning curve"}
+    figures.curves(d, curves, xlabel="updates", **names)
+    figures.level(d, marginal, "per-pixel marginal", at=0.98)
     d.set_ylim(None, marginal + 1)
-    setting = (
-        f"VAE {cfg.hidden} x {cfg.latent_dim} latents, batches of {setup.run.batch_size} images"
+    caption = (
+        f"Hidden layers {cfg.hidden}, {cfg.latent_dim} latents, batches of {setup.run.batch_size}. "
+        f"Update {int(result.state.step)} of {setup.run.steps} is the best on validation. "
+        f"Test: {bound:.2f} nats (-ELBO, grey levels)."
     )
-    chosen = f"update {int(result.state.step)}, the best of {setup.run.steps} on validation"
-    caption = f"{setting}; {chosen}; test: {bound:.2f} nats (-ELBO, grey levels)"
     figures.save(fig, folder / "vae_digits.png", caption)
 
 

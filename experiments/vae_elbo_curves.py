@@ -22,18 +22,18 @@ from experiments import _cli, _pictures
 from experiments._cli import DataError, Row, Scale, Source
 from experiments._vae import ADAGRAD, check_latents
 
-MODEL = vae.Config(hidden=(500,), activation="tanh", binarisation="dynamic", optim=Optim(lr=1e-3))
-RUN = Run(
-    "runs/vae_elbo_curves", 20_000, 100, eval_every=1000, save_every=5000, log_every=10, keep=1
-)
+ADAM = Optim(lr=1e-3)
+EVERY = {"eval_every": 1000, "save_every": 5000, "log_every": 10, "steps_per_call": 100}
 
 
 @dataclass(frozen=True)
 class Setup:
     """Flags of vae_elbo_curves."""
 
-    model: vae.Config = MODEL
-    run: Run = replace(RUN, steps_per_call=100)
+    model: vae.Config = vae.Config(
+        hidden=(500,), activation="tanh", binarisation="dynamic", optim=ADAM
+    )
+    run: Run = Run("runs/vae_elbo_curves", 20_000, 100, keep=1, **EVERY)
     data: Source = Source("mnist")
     latents: tuple[int, ...] = (3, 5, 10, 20, 200)  # N_z
     seeds: int = 2  # run.seed is the first
@@ -43,30 +43,23 @@ class Setup:
         check_latents(self.latents)
 
 
-SMOKE = Setup(
-    replace(MODEL, shape=(8, 8, 1), levels=17, hidden=(32,)),
-    replace(
-        Setup.run, folder="runs/vae_elbo_curves-smoke", steps=1000, eval_every=250, save_every=1000
-    ),
-    Source("digits"),
-    latents=(2, 8),
-    seeds=1,
-)
-PAPER = Setup(
-    replace(MODEL, optim=ADAGRAD),
-    replace(Setup.run, folder="runs/vae_elbo_curves-paper", steps=1_000_000, eval_every=20_000),
-)
+SMALL = {"model.shape": (8, 8, 1), "model.levels": 17, "model.hidden": (32,), "latents": (2, 8)}
+SHORT = {"run.steps": 1000, "run.eval_every": 250, "run.save_every": 1000, "seeds": 1}
+PLACE = {"run.folder": "runs/vae_elbo_curves-smoke", "data.name": "digits"}
+LONG = {"run.folder": "runs/vae_elbo_curves-paper", "run.steps": 1_000_000}
+PAPER = {**LONG, "run.eval_every": 20_000, "model.optim": ADAGRAD}
+UNSAID = "dynamic binarisation (the paper does not say)"
 SCALES = {
-    "smoke": Scale(SMOKE, "digits 8x8, 1,000 updates"),
+    "smoke": Scale(_cli.change(Setup(), {**SMALL, **SHORT, **PLACE}), "digits 8x8, 1,000 updates"),
     "cpu": Scale(
         Setup(),
         "2e6 images per arm (paper: 1e8), Adam for Adagrad, no prior on the weights, Flax's "
-        "initialisation; dynamic binarisation (the paper does not say)",
+        f"initialisation; {UNSAID}",
     ),
     "paper": Scale(
-        PAPER,
+        _cli.change(Setup(), PAPER),
         "no prior on the weights, one step size where the paper chooses from three, Flax's "
-        "initialisation; dynamic binarisation (the paper does not say)",
+        f"initialisation; {UNSAID}",
     ),
 }
 AHEAD = "AEVB ahead of wake-sleep, smallest lead over the sizes (nats, test)"
@@ -99,10 +92,8 @@ def make_wake_sleep(cfg: vae.Config, *, axis_name: str | None = None) -> Family:
         bound = wake - vae.gaussian_kl(*vae.encode(cfg, held, x))
         return -(wake + sleep).mean(), (state.extra, {"elbo_nats": bound.mean()})
 
-    ema = EMA(cfg.ema)
-    return family._replace(
-        step=make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
-    )
+    step = make_step(loss, cfg.optim, ema=EMA(cfg.ema), micro=cfg.micro, axis_name=axis_name)
+    return family._replace(step=step)
 
 
 MAKES = {"AEVB": vae.make, "wake-sleep": make_wake_sleep}
@@ -117,19 +108,17 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     seen = setup.data.load(f"train[:{min(test.info.examples, training.info.examples)}]")
     setup = _pictures.adopt(setup, SCALES, training.info)
     bounds, gaps, curves, found = {}, {}, {}, _cli.kept()
-    for latents in setup.latents:
-        for algorithm, make in MAKES.items():
-            base, ends = replace(setup.run, folder=str(folder / f"{algorithm}-{latents}")), []
-            for run in _cli.seeded(base, setup.seeds):
-                model = replace(setup.model, latent_dim=latents)
-                result = train.fit(make, model, run, training, valid=test)
-                ends.append([-train.evaluate(result, part)["nll_nats"] for part in (test, seen)])
-                curves.setdefault((algorithm, latents), curve(run))
-            bound, error = _cli.mean_and_error([end[0] for end in ends])
-            bounds[algorithm, latents] = bound
-            gaps[algorithm, latents] = float(np.mean([end[1] - end[0] for end in ends]))
-            what = f"{algorithm}, {latents} latents: bound, test (nats, ELBO; +- s.e. over seeds)"
-            found.append(Row(what, bound, error=error))
+    for algorithm, n in ((a, n) for n in setup.latents for a in MAKES):
+        model, ends = replace(setup.model, latent_dim=n), []
+        base = replace(setup.run, folder=str(folder / f"{algorithm}-{n}"))
+        for run in _cli.seeded(base, setup.seeds):
+            result = train.fit(MAKES[algorithm], model, run, training, valid=test)
+            ends.append([-train.evaluate(result, part)["nll_nats"] for part in (test, seen)])
+            curves.setdefault((algorithm, n), curve(run))
+        bounds[algorithm, n], error = _cli.mean_and_error([end[0] for end in ends])
+        gaps[algorithm, n] = float(np.mean([end[1] - end[0] for end in ends]))
+        what = f"{algorithm}, {n} latents: bound, test (nats, ELBO; +- s.e. over seeds)"
+        found.append(Row(what, bounds[algorithm, n], error=error))
     lead = min(bounds["AEVB", n] - bounds["wake-sleep", n] for n in setup.latents)
     small = [bounds["AEVB", n] for n in setup.latents if n <= 20]
     found += [Row(AHEAD, lead), Row(ORDER, float(min(np.diff(small), default=np.nan)))]
@@ -141,9 +130,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 
 def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns images seen, the bound on test, and its mean over the training batches since the last
-    validation.
-    """
+    """Returns images seen, the bound on test, and its mean over the training batches since."""
     steps, nats = _cli.history(run.folder, "nll_nats")
     at, batches = _cli.history(run.folder, "elbo_nats", "train")
     means = [batches[(step - run.eval_every < at) & (at <= step)].mean() for step in steps]
@@ -153,7 +140,7 @@ def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @_cli.costs("vae_elbo_curves.png")
 def plot(setup: Setup, folder: Path, curves: dict) -> None:
     """Draws one panel per size, as in the paper: images seen against the bound."""
-    fig, (axes,) = figures.figure(1, len(setup.latents), size=(3.2 * len(setup.latents), 3.4))
+    fig, (axes,) = figures.figure(1, len(setup.latents))
     low = min(test[len(test) // 10] for _, test, _ in curves.values())
     high = max(batches.max() for _, _, batches in curves.values())
     for ax, latents in zip(axes, setup.latents, strict=True):
@@ -161,16 +148,14 @@ def plot(setup: Setup, folder: Path, curves: dict) -> None:
         for algorithm in MAKES:
             seen, test, batches = curves[algorithm, latents]
             lines |= {f"{algorithm}, test": (seen, test), f"{algorithm}, train": (seen, batches)}
-        title = f"{setup.data.name}, {latents} latents"
-        figures.curves(ax, lines, xlabel="images seen", ylabel="ELBO (nats per image)", title=title)
-        ax.set_xscale("log")
+        names = {"ylabel": "ELBO (nats per image)", "title": f"{latents} latents"}
+        figures.curves(ax, lines, xlabel="images seen", **names)
+        ax.set(xscale="log", ylim=(low, high + 0.05 * (high - low)))
         ax.xaxis.set_minor_formatter("")  # labels between the decades would overlap
-        ax.set_ylim(low, high + 0.05 * (high - low))
-    nets = (
-        f"{setup.model.hidden} {setup.model.activation}, batches of {setup.run.batch_size}, "
-        "dynamic binarisation"
+    caption = (
+        f"{setup.data.name}. Hidden layers {setup.model.hidden}, dynamic binarisation. "
+        f"First of {setup.seeds} seeds. Train: mean over batches of {setup.run.batch_size}."
     )
-    caption = f"{nets}; first of {setup.seeds} seeds; train: mean over batches"
     figures.save(fig, folder / "vae_elbo_curves.png", caption)
 
 

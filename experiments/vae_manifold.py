@@ -10,7 +10,7 @@ nats below a per-pixel marginal on MNIST, and digits that turn into one another 
 paper prints the picture and no number.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -24,35 +24,21 @@ from experiments._cli import Row, Scale, Source
 from experiments._vae import ADAGRAD, marginal_nats
 
 OPTIM = Optim(lr=3e-3, decay=24_000, floor=0.05)
-MODEL = vae.Config(latent_dim=2, hidden=(500,), activation="tanh", optim=OPTIM)
-RUN = Run(
-    "runs/vae_manifold",
-    24_000,
-    100,
-    eval_every=2000,
-    save_every=4000,
-    log_every=200,
-    steps_per_call=100,
-)
+EVERY = {"eval_every": 2000, "save_every": 4000, "log_every": 200, "steps_per_call": 100}
 
 
 @dataclass(frozen=True)
 class Setup:
     """Flags of vae_manifold."""
 
-    model: vae.Config = MODEL
-    run: Run = RUN
+    model: vae.Config = vae.Config(latent_dim=2, hidden=(500,), activation="tanh", optim=OPTIM)
+    run: Run = Run("runs/vae_manifold", 24_000, 100, **EVERY)
     data: Source = Source("mnist")
 
 
-SMOKE = Setup(
-    replace(MODEL, hidden=(64,), optim=Optim(lr=3e-3)),
-    replace(RUN, folder="runs/vae_manifold-smoke", steps=500, eval_every=500),
-)
-PAPER = Setup(
-    replace(MODEL, optim=ADAGRAD),
-    replace(RUN, folder="runs/vae_manifold-paper", steps=1_000_000, eval_every=50_000),
-)
+SHORT = {"run.folder": "runs/vae_manifold-smoke", "run.steps": 500, "run.eval_every": 500}
+SMOKE = _cli.change(Setup(), {**SHORT, "model.hidden": (64,), "model.optim": Optim(lr=3e-3)})
+LONG = {"run.folder": "runs/vae_manifold-paper", "run.steps": 1_000_000, "run.eval_every": 50_000}
 SCALES = {
     "smoke": Scale(SMOKE, "500 updates of a small net"),
     "cpu": Scale(
@@ -61,7 +47,7 @@ SCALES = {
         "targets",
     ),
     "paper": Scale(
-        PAPER,
+        _cli.change(Setup(), {**LONG, "model.optim": ADAGRAD}),
         "1e8 images (the paper gives no length here); no N(0, I) prior on the weights, Flax's "
         "initialisation",
     ),
@@ -82,10 +68,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     result = train.fit(vae.make, setup.model, setup.run, training, valid=valid)
     scores = train.evaluate(result, test)
     found, nats = _cli.kept(), scores["nll_nats"]
-    found += [
-        Row("negative bound, test (nats, -ELBO)", nats),
-        Row("its KL term (nats)", scores["kl_nats"]),
-    ]
+    found.append(Row("negative bound, test (nats, -ELBO)", nats))
+    found.append(Row("its KL term (nats)", scores["kl_nats"]))
     marginal = marginal_nats(training, test)
     found += [Row("per-pixel marginal, test (nats)", marginal), Row(BELOW, marginal - nats)]
     plot(setup, folder, result, test, nats)
@@ -99,17 +83,17 @@ def plot(setup: Setup, folder: Path, result: train.Result, test: data.Data, nats
     batch = test.batch(0, 0, min(2000, test.info.examples))
     mu = np.asarray(vae.encode(cfg, params, vae.preprocess(cfg, batch, jax.random.key(0)))[0])
     grid = vae.manifold(cfg, params, side=20)
-    fig, ((a, b),) = figures.figure(1, 2, size=(12, 6))
-    title = "mean of p(x|z), z through the inverse Gaussian CDF of a grid"
+    fig, ((a, b),) = figures.figure(1, 2)
+    title = "means of p(x|z): z on a grid, through the inverse Gaussian CDF"
     figures.images(a, grid.reshape(-1, *cfg.shape), 20, title=title)
     title = f"posterior means of {len(mu):,} test images{', by class' if 'label' in batch else ''}"
     figures.points(b, mu, batch.get("label"), title=title, axes=("z_1", "z_2"))
     caption = (
-        f"{setup.data.name}, {cfg.hidden} x 2 latents, {setup.run.steps} updates of "
-        f"{setup.run.batch_size}"
+        f"{setup.data.name}. Hidden layers {cfg.hidden}, 2 latents. "
+        f"{setup.run.steps} updates of {setup.run.batch_size} images. "
+        f"Test: {nats:.1f} nats (-ELBO, grey-level targets)."
     )
-    score = f"test: {nats:.1f} nats (-ELBO, grey-level targets)"
-    figures.save(fig, folder / "vae_manifold.png", f"{caption}; {score}")
+    figures.save(fig, folder / "vae_manifold.png", caption)
 
 
 if __name__ == "__main__":

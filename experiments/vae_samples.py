@@ -22,18 +22,15 @@ from experiments._cli import Row, Scale, Source
 from experiments._vae import ADAGRAD, check_latents
 
 OPTIM = Optim(lr=2e-3, decay=24_000, floor=0.05)
-MODEL = vae.Config(hidden=(500,), activation="tanh", optim=OPTIM)
-RUN = Run(
-    "runs/vae_samples", 24_000, 100, save_every=8000, log_every=200, keep=1, steps_per_call=100
-)
+EVERY = {"save_every": 8000, "log_every": 200, "keep": 1, "steps_per_call": 100}
 
 
 @dataclass(frozen=True)
 class Setup:
     """Flags of vae_samples."""
 
-    model: vae.Config = MODEL
-    run: Run = RUN
+    model: vae.Config = vae.Config(hidden=(500,), activation="tanh", optim=OPTIM)
+    run: Run = Run("runs/vae_samples", 24_000, 100, **EVERY)
     data: Source = Source("mnist")
     latents: tuple[int, ...] = (2, 5, 10, 20)  # N_z
 
@@ -41,16 +38,11 @@ class Setup:
         check_latents(self.latents)
 
 
-SMOKE = Setup(
-    replace(MODEL, shape=(8, 8, 1), levels=17, hidden=(32,), optim=Optim(lr=3e-3)),
-    replace(RUN, folder="runs/vae_samples-smoke", steps=600),
-    Source("digits"),
-    (2, 8),
-)
-PAPER = Setup(
-    replace(MODEL, optim=ADAGRAD),
-    replace(RUN, folder="runs/vae_samples-paper", steps=1_000_000, save_every=50_000),
-)
+SMALL = {"model.shape": (8, 8, 1), "model.levels": 17, "model.hidden": (32,), "latents": (2, 8)}
+SHORT = {"run.folder": "runs/vae_samples-smoke", "run.steps": 600, "model.optim": Optim(lr=3e-3)}
+SMOKE = _cli.change(Setup(), {**SMALL, **SHORT, "data.name": "digits"})
+LONG = {"run.folder": "runs/vae_samples-paper", "run.steps": 1_000_000, "run.save_every": 50_000}
+PAPER = _cli.change(Setup(), {**LONG, "model.optim": ADAGRAD})
 SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, 600 updates"),
     "cpu": Scale(
@@ -75,16 +67,12 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     setup = _pictures.adopt(setup, SCALES, training.info)
     found, results, bounds = _cli.kept(), {}, {}
     for latents in setup.latents:
-        run = replace(setup.run, folder=str(folder / f"{latents}"))
-        results[latents] = train.fit(
-            vae.make, replace(setup.model, latent_dim=latents), run, training
-        )
+        run, model = replace(setup.run, folder=str(folder / f"{latents}")), setup.model
+        results[latents] = train.fit(vae.make, replace(model, latent_dim=latents), run, training)
         score = train.evaluate(results[latents], test)
-        bounds[latents] = -score["nll_nats"]
-        found += [
-            Row(f"{latents} latents: negative bound, test (nats, -ELBO)", score["nll_nats"]),
-            Row(f"{latents} latents: its KL term (nats)", score["kl_nats"]),
-        ]
+        bounds[latents], who = -score["nll_nats"], f"{latents} latents"
+        found.append(Row(f"{who}: negative bound, test (nats, -ELBO)", score["nll_nats"]))
+        found.append(Row(f"{who}: its KL term (nats)", score["kl_nats"]))
     found.append(Row(ORDER, float(min(np.diff(list(bounds.values())), default=np.nan))))
     plot(setup, folder, results, bounds)
     return found
@@ -93,17 +81,16 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("vae_samples.png")
 def plot(setup: Setup, folder: Path, results: dict, bounds: dict) -> None:
     """Draws 100 samples per size, from the same key."""
-    fig, (axes,) = figures.figure(1, len(results), size=(3.6 * len(results), 4.2))
+    fig, (axes,) = figures.figure(1, len(results))
     for ax, (latents, result) in zip(axes, results.items(), strict=True):
         samples = train.sample(result, jax.random.key(setup.run.seed), n=100)
-        figures.images(
-            ax, samples, 10, title=f"{latents} latents: {-bounds[latents]:.1f} nats (-ELBO)"
-        )
+        title = f"{latents} latents: {-bounds[latents]:.1f} nats (-ELBO)"
+        figures.images(ax, samples, 10, title=title)
     caption = (
-        f"{setup.data.name}, means of p(x|z) for z ~ N(0, I), {setup.model.hidden} "
-        f"{setup.model.activation}"
+        f"{setup.data.name}. Means of p(x|z) for z ~ N(0, I), not chosen. "
+        f"Hidden layers {setup.model.hidden}. "
+        f"{setup.run.steps} updates of {setup.run.batch_size} images per size."
     )
-    caption = f"{caption}, {setup.run.steps} updates of {setup.run.batch_size}"
     figures.save(fig, folder / "vae_samples.png", caption)
 
 

@@ -31,21 +31,12 @@ from experiments import _cli
 from experiments._cli import Row, Scale
 
 CRITIC = gan.NetConfig(widths=(256, 256, 256), activation="relu", init="he")
-CLIP = gan.Config(
-    shape=(2,),
-    latent_dim=2,
-    gen=CRITIC,
-    disc=CRITIC,
-    loss="wasserstein",
-    penalty="clip",
-    penalty_weight=0.01,
-    disc_optim=Optim("rmsprop", lr=5e-5, b2=0.9, eps=0.0, eps_root=1e-8),
-)
+NETS = {"shape": (2,), "latent_dim": 2, "gen": CRITIC, "disc": CRITIC, "loss": "wasserstein"}
+RMS = Optim("rmsprop", lr=5e-5, b2=0.9, eps=0.0, eps_root=1e-8)
+CLIP = gan.Config(**NETS, penalty="clip", penalty_weight=0.01, disc_optim=RMS)
 # For these sets the authors' code weighs the penalty by 0.1, their text by 10.
 GP = replace(CLIP, penalty="gp", penalty_weight=0.1, disc_optim=Optim(lr=1e-4, b1=0.5, b2=0.9))
-RUN = Run(
-    "runs/wgan_gp_toys", 5000, 256, save_every=5000, log_every=100, keep=1, steps_per_call=100
-)
+EVERY = {"save_every": 5000, "log_every": 100, "steps_per_call": 100}
 # At the scale of the authors' code.
 SETS = {
     "8 Gaussians": ("ring", {"radius": 2 / 1.414, "std": 0.02 / 1.414}),
@@ -61,7 +52,7 @@ class Setup:
 
     clip: gan.Config = CLIP
     penalty: gan.Config = GP
-    run: Run = RUN
+    run: Run = Run("runs/wgan_gp_toys", 5000, 256, keep=1, **EVERY)
     depth: int = 12  # layers of the critics of fig. 1b
     width: int = 128
     deep_steps: int = 2000
@@ -70,25 +61,20 @@ class Setup:
         _cli.at_least(self, depth=3, width=1, deep_steps=1)  # a slope needs two hidden layers
 
 
-SMOKE = Setup(run=replace(RUN, folder="runs/wgan_gp_toys-smoke", steps=300), deep_steps=100)
-WIDE = replace(CRITIC, widths=(512, 512, 512))
-PAPER = Setup(
-    replace(CLIP, disc=WIDE),
-    replace(GP, disc=WIDE),
-    replace(RUN, folder="runs/wgan_gp_toys-paper", steps=500_000, save_every=50_000),
-    width=512,
-    deep_steps=5000,
-)
+SMOKE = {"run.folder": "runs/wgan_gp_toys-smoke", "run.steps": 300, "deep_steps": 100}
+WIDE = {"clip.disc.widths": (512,) * 3, "penalty.disc.widths": (512,) * 3, "width": 512}
+LONG = {"run.steps": 500_000, "run.save_every": 50_000, "deep_steps": 5000}
+PAPER = {**WIDE, **LONG, "run.folder": "runs/wgan_gp_toys-paper"}
 SCALES = {
-    "smoke": Scale(SMOKE, "300 and 100 critic updates, width 256 for 512"),
+    "smoke": Scale(_cli.change(Setup(), SMOKE), "300 and 100 critic updates, width 256 for 512"),
     "cpu": Scale(
         Setup(),
         "5,000 critic updates of width 256 (the authors' code: 512, 5 critic updates for each of "
-        "100,000 of the "
-        "generator); fig. 1b of width 128 after 2,000 updates, generator fixed as in fig. 1a",
+        "100,000 of the generator); fig. 1b of width 128 after 2,000 updates, generator fixed as "
+        "in fig. 1a",
     ),
     "paper": Scale(
-        PAPER,
+        _cli.change(Setup(), PAPER),
         "fig. 1b: generator fixed as in fig. 1a; the paper gives no width and no length for it",
     ),
 }
@@ -135,9 +121,8 @@ def make_critic(cfg: gan.Config, *, axis_name: str | None = None) -> Family:
         return value, (state.extra, {})
 
     def step(state, batch, key):
-        state, seen = descend(
-            loss, cfg.disc_optim, state, batch, key, net="disc", axis_name=axis_name
-        )
+        place = {"net": "disc", "axis_name": axis_name}
+        state, seen = descend(loss, cfg.disc_optim, state, batch, key, **place)
         if cfg.penalty == "clip":
             c = cfg.penalty_weight
             clipped = jax.tree.map(lambda w: jnp.clip(w, -c, c), state.params["disc"])
@@ -155,14 +140,11 @@ def layers(params) -> list:
 
 
 def slopes(params, real, fake) -> np.ndarray:
-    """Returns the norm of the loss's gradient in the activations of each hidden layer, from the
-    input on.
+    """Returns the norm of the loss's gradient at each hidden layer, from the input on.
 
     By hand in float64: at c = 0.001 it falls by powers of ten per layer, below what float32 holds.
     """
-    *hidden, (last, _) = [
-        (np.asarray(w, np.float64), np.asarray(b, np.float64)) for w, b in layers(params)
-    ]
+    *hidden, (last, _) = [[np.asarray(x, np.float64) for x in layer] for layer in layers(params)]
     squares = np.zeros(len(hidden))
     for x in (real, fake):
         h, on = np.asarray(x, np.float64), []
@@ -177,13 +159,10 @@ def slopes(params, real, fake) -> np.ndarray:
 
 
 def scaled_gap(result: train.Result, real, key) -> float:
-    """Returns E D(real) - E D(fake), the critic rescaled to a median slope of 1 on the lines
-    between them.
-    """
+    """Returns E D(real) - E D(fake) of the critic, rescaled to a median slope of 1 between them."""
     k_noise, k_at = jax.random.split(key)
-    critic = jax.jit(
-        partial(gan.discriminate, result.config, {"params": result.state.params["disc"]})
-    )
+    params = {"params": result.state.params["disc"]}
+    critic = jax.jit(partial(gan.discriminate, result.config, params))
     fake = real + jax.random.normal(k_noise, real.shape)
     between = real + jax.random.uniform(k_at, (len(real), 1)) * (fake - real)
     steep = np.sqrt(np.median(gan.r1_penalty(critic, between)))
@@ -221,18 +200,14 @@ def value_surfaces(setup: Setup, folder: Path, found: list[Row]) -> dict:
         for arm, gap in gaps.items():
             what = f"fig. 1a, {name}: E D(real) - E D(fake) at slope 1, {arm}"
             found.append(Row(what, gap, oracle=distance))
-        found += [
-            Row(objective(name), gaps["penalty"] / gaps["clip"]),
-            Row(reached(name), gaps["penalty"] / distance),
-            Row(piled(name), float(piles.mean())),
-        ]
+        found.append(Row(objective(name), gaps["penalty"] / gaps["clip"]))
+        found.append(Row(reached(name), gaps["penalty"] / distance))
+        found.append(Row(piled(name), float(piles.mean())))
     return critics
 
 
 def deep_gradients(setup: Setup, folder: Path, found: list[Row]) -> dict:
-    """Trains the critics of fig. 1b and appends their rows; returns {arm: (gradient norms by layer,
-    critic)}.
-    """
+    """Trains the critics of fig. 1b, appends their rows; returns {arm: (gradient norms, critic)}."""
     training = data.load("swiss_roll", "train")
     real = jnp.asarray(training.batch(1, 0, 4096)["points"])
     fake = real + jax.random.normal(jax.random.key(2), real.shape)
@@ -240,11 +215,8 @@ def deep_gradients(setup: Setup, folder: Path, found: list[Row]) -> dict:
     configs = {f"c = {c}": replace(setup.clip, disc=tall, penalty_weight=c) for c in BOUNDS}
     configs["penalty"] = replace(setup.penalty, disc=tall)
     for name, cfg in configs.items():
-        run = replace(
-            setup.run,
-            folder=str(folder / f"deep-{name.replace(' = ', '')}"),
-            steps=setup.deep_steps,
-        )
+        place = str(folder / f"deep-{name.replace(' = ', '')}")
+        run = replace(setup.run, folder=place, steps=setup.deep_steps)
         result = train.fit(make_critic, cfg, run, training)
         norms = slopes(result.state.params["disc"], real, fake)
         deep[name] = norms, result
@@ -270,37 +242,31 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("wgan_gp_toys.png")
 def plot(setup: Setup, folder: Path, critics: dict, deep: dict) -> None:
     """Draws fig. 1a, level sets of the critics, and fig. 1b, gradients by layer and weights."""
-    fig, axes = figures.figure(2, 5, size=(16, 6.6))
+    fig, axes = figures.figure(3, 3)
     side = np.linspace(-3, 3, 128, dtype=np.float32)
     plane = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2))
     for column, (name, (source, options)) in enumerate(SETS.items()):
         real = data.load(source, "train", **options).batch(1, 0, 500)["points"]
-        for ax, arm in zip(axes[:, column], ("clip", "penalty"), strict=True):
+        for ax, arm in zip(axes[:2, column], ("clip", "penalty"), strict=True):
             result = critics[name, arm]
             variables = {"params": result.state.params["disc"]}
             value = np.asarray(gan.discriminate(result.config, variables, plane)).reshape(128, 128)
             figures.points(ax, real, title=f"{name}, {arm}: level sets of D")
             ax.contour(side, side, value, 12, cmap="viridis", linewidths=0.9)
             ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
-    curves = {name: (np.arange(1, len(norms) + 1), norms) for name, (norms, _) in deep.items()}
-    xlabel, ylabel = (
-        "layer of the critic (1: next to the input)",
-        "norm of the loss's gradient there",
-    )
-    title = f"swiss roll, {setup.depth} layers"
-    figures.curves(axes[0, 3], curves, xlabel=xlabel, ylabel=ylabel, title=title)
-    axes[0, 3].set_yscale("log")
-    for ax, name in zip(
-        (axes[1, 3], axes[0, 4], axes[1, 4]), ("c = 0.01", "c = 0.1", "penalty"), strict=True
-    ):
+    norms = {name: (np.arange(1, len(each) + 1), each) for name, (each, _) in deep.items()}
+    names = {"xlabel": "layer, from the input", "ylabel": "norm of the loss's gradient"}
+    title = f"swiss roll, critics of {setup.depth} layers"
+    figures.curves(axes[2, 0], norms, **names, title=title)
+    axes[2, 0].set_yscale("log")
+    for ax, name in zip(axes[2, 1:], ("c = 0.01", "penalty"), strict=True):
         ax.hist(weights(deep[name][1]), 60, color=figures.COLOURS[0])
-        ax.set(
-            title=f"weights of the critic, {name}", xlabel="weight", ylabel="count", yscale="log"
-        )
-    updates = f"{setup.run.steps} critic updates of {setup.run.batch_size} points"
+        ax.set(title=f"weights of that critic, {name}", xlabel="weight", ylabel="count")
+        ax.set_yscale("log")
     caption = (
-        f"generator fixed at real + N(0, I); {updates}; {setup.depth} layers: {setup.deep_steps} "
-        "updates"
+        "The generator is fixed at real points + N(0, I). "
+        f"{setup.run.steps} critic updates of {setup.run.batch_size} points; "
+        f"{setup.deep_steps} of the critics of {setup.depth} layers."
     )
     figures.save(fig, folder / "wgan_gp_toys.png", caption)
 
