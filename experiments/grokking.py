@@ -29,9 +29,8 @@ OPTIM = Optim(lr=1e-3, b2=0.98, weight_decay=1.0, warmup=10)
 # std 0.05 is that of PyTorch's default for layers of this width, U(+-128^-0.5), which the paper's
 # code uses. The delay depends on it. Trained on half, a net with 0.02 generalises as soon as it
 # memorises, one with 0.1 two thousand updates later.
-MODEL = transformer.Config(
-    vocab=P + 2, context=4, layers=2, heads=4, width=128, activation="relu", std=0.05, optim=OPTIM
-)
+SHAPE = dict(context=4, layers=2, heads=4, width=128)
+MODEL = transformer.Config(P + 2, **SHAPE, activation="relu", std=0.05, optim=OPTIM)
 EVERY = dict(eval_every=100, save_every=2000, log_every=100, keep=1, steps_per_call=100)
 RUN = Run("runs/grokking", 5000, 512, **EVERY)
 
@@ -89,10 +88,9 @@ def accuracies(cfg: transformer.Config, parts: dict[str, data.Data]):
         logits = transformer.apply(cfg, params, tokens[:, :-1])[:, -1]
         return (logits.argmax(-1) == tokens[:, -1]).mean()
 
-    def on_eval(family, state, step):
-        return {f"{name}_accuracy": 100 * right(state.params, x) for name, x in tokens.items()}
-
-    return on_eval
+    return lambda family, state, step: {
+        f"{name}_accuracy": 100 * right(state.params, x) for name, x in tokens.items()
+    }
 
 
 def moments(steps, seen, others) -> tuple:
@@ -119,8 +117,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         curves[f"{fraction:g}, trained on"] = steps, on_seen
         curves[f"{fraction:g}, others"] = steps, on_others
         values = *moments(steps, on_seen, on_others), float(on_seen[-1])
-        names = (TRAINED, THEN, GROKKED, AT_END)
-        found += [Row(name.format(fraction), x) for name, x in zip(names, values, strict=True)]
+        each = zip((TRAINED, THEN, GROKKED, AT_END), values, strict=True)
+        found += [Row(what.format(fraction), value) for what, value in each]
         delays[fraction] = values[2]
     if {0.3, 0.5} <= set(delays):
         reached = NOT_REACHED not in (delays[0.3], delays[0.5])

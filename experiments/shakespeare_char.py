@@ -49,25 +49,16 @@ class Setup:
         _cli.at_least(self, seeds=1, batches=1, length=1, ours_length=1)
 
 
-SMOKE = Setup(
-    replace(NANO, layers=1, width=32),
-    replace(RUN, folder="runs/shakespeare_char-smoke", steps=200),
-    replace(OURS, layers=1, width=32),
-    replace(RUN, steps=100, steps_per_call=10),
-    Source("python_source"),
-    seeds=1,
-    batches=4,
-)
-LARGE = {"layers": 6, "heads": 6, "width": 384, "dropout": 0.2}
-LONG = replace(RUN, steps=5000, batch_size=64)
-PAPER = Setup(
-    replace(NANO, context=256, optim=replace(OPTIM, decay=4900), **LARGE),
-    replace(LONG, folder="runs/shakespeare_char-paper", best="crops_nats"),
-    replace(OURS, optim=replace(OURS.optim, decay=4900), **LARGE),
-    LONG,
-    length=256,
-    seeds=1,
-)
+TINY = {"model.layers": 1, "model.width": 32, "ours.layers": 1, "ours.width": 32, "batches": 4}
+SHORT = {"run.steps": 200, "ours_run.steps": 100, "ours_run.batch_size": 12, "seeds": 1}
+SHORT |= {"run.folder": "runs/shakespeare_char-smoke", "data.name": "python_source"}
+SMOKE = _cli.change(Setup(), {**TINY, **SHORT})
+LARGE = {"layers": 6, "heads": 6, "width": 384, "dropout": 0.2, "optim.decay": 4900}
+LONG = {"steps": 5000, "batch_size": 64, "steps_per_call": 50}
+BOTH = {f"{net}.{field}": x for field, x in LARGE.items() for net in ("model", "ours")}
+BOTH |= {f"{run}.{field}": x for field, x in LONG.items() for run in ("run", "ours_run")}
+NANO_GPT = {"run.folder": "runs/shakespeare_char-paper", "run.best": "crops_nats", "seeds": 1}
+PAPER = _cli.change(Setup(), {**BOTH, **NANO_GPT, "model.context": 256, "length": 256})
 GELU = "GELU in its tanh form"
 README = f"nanoGPT's configuration for CPUs, as its README has it ({GELU})"
 DIFFERS = f"{README}, scored on 200 batches of crops (20); the second model is ours"
@@ -82,18 +73,8 @@ STRIDED = "nanoGPT's configuration: validation, every character once (nats; +- s
 OWN = "our configuration: validation, every character once (nats)"
 CRITERIA = {CROPS: "within 1.83 .. 1.93", START: "within 4.17 .. 4.25", OWN: "< 1.75"}
 INVARIANTS = {STRIDED: "< 3.5"}
-
-
-def gram(n: int) -> str:
-    """Returns the quantity of an n-gram model."""
-    return f"{n}-gram, add-alpha tuned on validation (nats per character)"
-
-
-def published(setup: Setup, levels: int) -> float | None:
-    """Returns nanoGPT's number for this setup, if it has one."""
-    if setup.data.name != "tiny_shakespeare" or levels != 65:
-        return None
-    return 1.88 if setup.model.context == 64 else 1.4697
+PUBLISHED = {64: 1.88, 256: 1.4697}  # of nanoGPT's README, by context
+GRAM = "{}-gram, add-alpha tuned on validation (nats per character)"
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
@@ -116,7 +97,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         lines = _text.validations(run.folder)
         ends.append(min(lines, key=lambda v: v["crops_nats"]) if run.best else lines[-1])
     nats, error = _cli.mean_and_error([end["crops_nats"] * each for end in ends])
-    found.append(Row(CROPS, nats, published(setup, training.info.levels), error))
+    known = (setup.data.name, training.info.levels) == ("tiny_shakespeare", 65)
+    paper = PUBLISHED.get(model.context) if known else None
+    found.append(Row(CROPS, nats, paper, error))
     k_init = jax.random.split(jax.random.key(setup.run.seed), 4)[0]
     family = transformer.make(model)
     start = estimate(family, jax.jit(family.init)(k_init), 0)
@@ -129,8 +112,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     own = _text.validations(run.folder)[-1]
     found.append(Row(OWN, own["nll_nats_per_token"] * each))
     found.append(Row("the same (bits per byte)", own["nll_bits_per_byte"]))
-    grams = {n: value * each for n, value in _text.ngrams(training, valid, gram).items()}
-    found += [Row(gram(n), value) for n, value in grams.items()]
+    grams = {n: value * each for n, value in _text.ngrams(training, valid, GRAM.format).items()}
+    found += [Row(GRAM.format(n), value) for n, value in grams.items()]
     text = _text.write_sample(folder, result, prompt, 700)
     plot(setup, folder, {"nanoGPT's configuration": runs[-1], "ours": run}, each, grams, text)
     return found

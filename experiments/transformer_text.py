@@ -48,11 +48,7 @@ BEST = "best n-gram, n <= 6 (nats per character)"
 LEAD = "best n-gram less the model (nats per character)"
 CRITERIA = {LEAD: "> 0.2"}
 INVARIANTS = {NATS: "< 3.2"}
-
-
-def gram(n: int) -> str:
-    """Returns the quantity of an n-gram model."""
-    return f"{n}-gram, add-alpha (nats per character)"
+GRAM = "{}-gram, add-alpha (nats per character)"
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
@@ -68,8 +64,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     nats = last["nll_nats_per_token"] * each
     found = _cli.kept()
     found += [Row(NATS, nats), Row(BITS, last["nll_bits_per_byte"])]
-    grams = {n: value * each for n, value in _text.ngrams(training, valid, gram).items()}
-    found += [Row(gram(n), value) for n, value in grams.items()]
+    grams = {n: value * each for n, value in _text.ngrams(training, valid, GRAM.format).items()}
+    found += [Row(GRAM.format(n), value) for n, value in grams.items()]
     with _cli.costs(BEST, LEAD):
         best = min(grams, key=grams.get)
         found += [Row(BEST, grams[best]), Row(LEAD, grams[best] - nats)]
