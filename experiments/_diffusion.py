@@ -191,7 +191,7 @@ def about(setup) -> str:
     net = {"unet": "U-Net", "dit": "DiT", "mlp": "MLP"}[model.net.kind]
     updates = f"{run.steps:,} updates of {run.batch_size} images"
     widths = ", ".join(map(str, model.net.widths))
-    return f"Trained on {setup.data.name}: {net} of widths {widths}, T = {model.T}, {updates}."
+    return f"Trained on {setup.data.name}: {net} (widths {widths}), T = {model.T}, {updates}."
 
 
 def plot(path, result: train.Result, samples: dict, way: tuple, caption: str, watched: str) -> None:
