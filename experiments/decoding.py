@@ -238,8 +238,9 @@ def plot(setup: Setup, folder: Path, measured: dict[str, Measured], texts: dict[
     figures.label(ax, xlabel=xlabel, ylabel=ylabel, title="every strategy")
     text = "\n\n".join(f"[{name}]\n{text}" for name, text in texts.items())
     figures.page(page, text, title="after one prompt, not chosen", columns=64)
-    size = f"{setup.texts} texts of {setup.new} {_text.unit(setup.data)} after {setup.prompt} given ones"
-    figures.save(fig, folder / "decoding.png", f"{setup.data.name}: {size}.")
+    texts = f"{setup.texts} texts of {setup.new} {_text.unit(setup.data)}"
+    caption = f"{setup.data.name}: {texts}, after {setup.prompt} that are given."
+    figures.save(fig, folder / "decoding.png", caption)
 
 
 if __name__ == "__main__":
