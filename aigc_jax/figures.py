@@ -232,8 +232,22 @@ def curves(ax, lines: Mapping[str, Any], *, xlabel: str, ylabel: str, title: str
             markersize=4,
         )
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    whole = all(np.asarray(x).dtype.kind in "iu" for x, _ in lines.values())
+    if whole and ax.get_xscale() == "linear":
+        ax.xaxis.get_major_locator().set_params(integer=True)
     if len(lines) > 1:
         ax.legend()
+
+
+@_in_our_style
+def share_legend(fig) -> None:
+    """Replaces the legends of panels with the same curves by one legend above all panels."""
+    panels = [ax for ax in fig.axes if ax.get_legend() is not None]
+    for ax in panels:
+        ax.get_legend().remove()
+    if panels:
+        handles, names = panels[0].get_legend_handles_labels()
+        fig.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
 
 
 @_in_our_style
@@ -308,6 +322,7 @@ def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> Non
     Characters that the figure's font lacks are drawn in other installed fonts. If no font has
     them they become boxes, and the caption says so.
     """
+    _set_sizes(fig)
     label = fig.supxlabel(caption, fontsize=8, parse_math=False)
     if note := _choose_fonts(fig):
         label.set_text(f"{label.get_text()}\n{note}")
@@ -328,6 +343,18 @@ def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> Non
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png")
     _write_png(path if Path(path).suffix else f"{path}.png", drawn, smallest_text(fig))
+
+
+def _set_sizes(fig) -> None:
+    """Gives titles, labels, ticks and legends the sizes of our style, whoever made them."""
+    for ax in fig.axes:
+        ax.tick_params(labelsize=STYLE["font.size"])
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            text.set_fontsize(STYLE["axes.titlesize"])
+        if (legend := ax.get_legend()) is not None:
+            legend.set_frame_on(STYLE["legend.frameon"])
+            for text in legend.get_texts():
+                text.set_fontsize(STYLE["legend.fontsize"])
 
 
 # -------------------------------------------------------------------------------------- text sizes

@@ -152,6 +152,7 @@ def plot(setup: Setup, folder: Path, curves: dict) -> None:
         figures.curves(ax, lines, xlabel="images seen", **names)
         ax.set(xscale="log", ylim=(low, high + 0.05 * (high - low)))
         ax.xaxis.set_minor_formatter("")  # labels between the decades would overlap
+    figures.share_legend(fig)
     caption = (
         f"{setup.data.name}. Hidden layers {setup.model.hidden}, dynamic binarisation. "
         f"First of {setup.seeds} seeds. Train: mean over batches of {setup.run.batch_size}."

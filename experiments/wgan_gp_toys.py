@@ -251,7 +251,7 @@ def plot(setup: Setup, folder: Path, critics: dict, deep: dict) -> None:
             result = critics[name, arm]
             variables = {"params": result.state.params["disc"]}
             value = np.asarray(gan.discriminate(result.config, variables, plane)).reshape(128, 128)
-            figures.points(ax, real, title=f"{name}, {arm}: level sets of D")
+            figures.points(ax, real, title=f"{name}, {arm}")
             ax.contour(side, side, value, 12, cmap="viridis", linewidths=0.9)
             ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     norms = {name: (np.arange(1, len(each) + 1), each) for name, (each, _) in deep.items()}
@@ -264,7 +264,7 @@ def plot(setup: Setup, folder: Path, critics: dict, deep: dict) -> None:
         ax.set(title=f"weights of that critic, {name}", xlabel="weight", ylabel="count")
         ax.set_yscale("log")
     caption = (
-        "The generator is fixed at real points + N(0, I). "
+        "Lines: level sets of the critic. The generator is fixed at real points + N(0, I). "
         f"{setup.run.steps} critic updates of {setup.run.batch_size} points; "
         f"{setup.deep_steps} of the critics of {setup.depth} layers."
     )

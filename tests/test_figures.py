@@ -66,7 +66,7 @@ PLOTS = {
     "tiny page": lambda ax: figures.page(ax, "abc" * 90, columns=30, size=2),
     "decades": decades,
     "tiny": lambda ax: ax.annotate("tiny", (0.5, 0.5), fontsize=3),
-    "tiny formula": lambda ax: ax.set_title("$x_{t_0}$", fontsize=4),
+    "tiny formula": lambda ax: ax.text(0.5, 0.5, "$x_{t_0}$", fontsize=4),
     "tiny numbers": lambda ax: ax.scatter([0, 1], [0, 1], s=2, marker="$3$", gid="numbers"),
 }
 
@@ -167,6 +167,52 @@ def test_long_titles_and_captions_are_broken_within_their_panels(tmp_path):
         assert 0 <= box.x0 and box.x1 <= fig.bbox.width and box.y0 >= 0
     assert axes[0].title.get_text().replace("\n", " ") == words
     assert 1 < fig._supxlabel.get_text().count("\n") + 1 < 6
+
+
+def test_one_style_on_the_whole_figure(tmp_path):
+    """Also where a script calls matplotlib itself, outside of our functions."""
+
+    def draw(ax):
+        ax.hist(RNG.normal(size=50), label="a")
+        ax.set(title="by hand", xlabel="x", ylabel="y")
+        ax.legend(fontsize=20)
+
+    fig, axes, _ = saved(tmp_path, draw, 2)
+    _, others, _ = saved(tmp_path, PLOTS["curves"], 2)
+    for a, b in zip(axes, others, strict=True):
+        for part in (lambda ax: ax.title, lambda ax: ax.xaxis.label, lambda ax: ax.yaxis.label):
+            assert part(a).get_fontsize() == part(b).get_fontsize() == 9.5
+        assert a.get_legend().get_texts()[0].get_fontsize() == 8.5
+        assert not a.get_legend().get_frame_on() and not a.spines["top"].get_visible()
+        assert a.xaxis.get_majorticklabels()[0].get_fontsize() == 9.5
+
+
+def test_panels_can_share_a_legend(tmp_path):
+    fig, axes = figures.figure(1, 5)
+    for ax in axes[0]:
+        PLOTS["curves"](ax)
+    figures.share_legend(fig)
+    figures.save(fig, tmp_path / "figure.png", "caption")
+    assert [ax.get_legend() for ax in axes[0]] == [None] * 5
+    [legend] = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    fig.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(ax.get_window_extent()) for ax in axes[0])
+    empty, _ = figures.figure(1, 1)
+    figures.share_legend(empty)
+    assert not empty.legends
+
+
+def test_whole_numbers_have_whole_ticks():
+    fig, ((ax, other),) = figures.figure(1, 2)
+    figures.curves(ax, {"a": (np.arange(1, 12), X[:11])}, xlabel="layer", ylabel="y")
+    figures.curves(other, {"a": (np.arange(1, 4) / 4, X[:3])}, xlabel="share", ylabel="y")
+    fig.draw_without_rendering()
+    assert all(tick % 1 == 0 for tick in ax.get_xticks())
+    assert any(tick % 1 for tick in other.get_xticks())
+    other.set_xscale("log")
+    figures.curves(other, {"a": (X, X)}, xlabel="updates", ylabel="y")
 
 
 def test_a_word_longer_than_its_panel_ends_the_breaking(tmp_path):
