@@ -263,14 +263,6 @@ def level(ax, value: float, name: str, *, at: float = 0.02, dash: str = "-") -> 
 
 
 @_in_our_style
-def label(ax, *, title: str = "", xlabel: str = "", ylabel: str = "") -> None:
-    """Writes the title and the axis labels; with a legend where something drawn has a name."""
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend()
-
-
-@_in_our_style
 def page(
     ax,
     text: str,

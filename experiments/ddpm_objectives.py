@@ -100,8 +100,8 @@ def plot(setup: Setup, folder: Path, means: dict, shown: dict) -> None:
         style = {"color": figures.COLOURS[i], "marker": "os^Dv"[i], "s": 40}
         both.scatter(values[0], values[1], label=arm, **style)
     labels = {"xlabel": "bound, test (bits per dim)", "ylabel": "fid_digits to training"}
-    figures.label(both, title="means over seeds", **labels)
-    both.set_yscale("log")
+    both.legend()
+    both.set(title="means over seeds", **labels, yscale="log")
     _diffusion.draw_terms(terms, {arm: each for arm, (_, each) in shown.items()})
     title = "samples, not chosen: two rows per arm, in this order"
     figures.images(samples, np.concatenate([x for x, _ in shown.values()]), 10, title=title)

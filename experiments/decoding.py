@@ -233,9 +233,9 @@ def plot(setup: Setup, folder: Path, measured: dict[str, Measured], texts: dict[
     for i, (name, m) in enumerate(measured.items()):
         style = {"color": figures.COLOURS[i], "marker": "*os^Dv<>P"[i], "s": 36}
         ax.scatter(m.perplexity, m.repetition, label=name, **style)
-    ax.set_ylim(-5, 105)
+    ax.legend()
     xlabel, ylabel = "perplexity under the model", "texts that end in repetition (%)"
-    figures.label(ax, xlabel=xlabel, ylabel=ylabel, title="every strategy")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title="every strategy", ylim=(-5, 105))
     text = "\n\n".join(f"[{name}]\n{text}" for name, text in texts.items())
     figures.page(page, text, title="after one prompt, not chosen", columns=64)
     texts = f"{setup.texts} texts of {setup.new} {_text.unit(setup.data)}"

@@ -166,7 +166,7 @@ def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.nd
         ax.contourf(SIDE, SIDE - SIDE.mean(), tilted(w), levels=12, cmap="Greys")
         ax.scatter(*samples[w][:700].T, s=2, color=figures.COLOURS[1], linewidths=0)
         ax.plot(*CENTRES.T, "k+", markersize=8)
-        figures.label(ax, title=f"normals, guidance w = {w:g}", xlabel="x_1", ylabel="x_2")
+        ax.set(title=f"normals, guidance w = {w:g}", xlabel="x_1", ylabel="x_2")
         ax.set(xlim=(-2.5, 3.5), ylim=(-3, 3))
     w = np.array(list(measured))
     for ax, i, name, paper in (

@@ -276,7 +276,7 @@ def plot(setup: Setup, folder: Path, sequences, clouds: dict, result, K: dict) -
     beat.imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
     beat.set_xticks(range(0, setup.beat.dim, 5))
     beat.grid(False)
-    figures.label(beat, title="heartbeats: samples, not chosen", xlabel="bin", ylabel="sample")
+    beat.set(title="heartbeats: samples, not chosen", xlabel="bin", ylabel="sample")
     for ax, (name, x) in zip(both, clouds.items(), strict=True):
         figures.points(ax, x, title=f"swiss roll: {name}")
     cfg, step = result.config, 3 * setup.roll.T // 5
@@ -291,7 +291,7 @@ def plot(setup: Setup, folder: Path, sequences, clouds: dict, result, K: dict) -
     arrows = np.asarray(drift(_cli.weights(result), jnp.asarray(plane, jnp.float32)))
     field.quiver(*plane.T, *arrows.T, color=figures.COLOURS[0])
     title = f"swiss roll: predicted x_0 less x_t, step {step} of {cfg.T}"
-    figures.label(field, title=title, xlabel="x_1", ylabel="x_2")
+    field.set(title=title, xlabel="x_1", ylabel="x_2")
     truth = K[K_ROLL] + K[LESS]
     beat, roll = f"T = {setup.beat.T}, K = {K[K_BEAT]:.2f}", f"T = {cfg.T}, K = {K[K_ROLL]:.2f}"
     caption = f"Heartbeat: {beat} bits, the truth is {TRUE:.2f}. Roll: {roll} bits, the truth is "

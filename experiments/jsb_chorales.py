@@ -205,7 +205,7 @@ def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     notes.grid(False)
     notes.axvline(8, color=figures.COLOURS[1], linewidth=1)
     title = "a sample, not chosen"
-    figures.label(notes, xlabel="quarter notes", ylabel="MIDI number", title=title)
+    notes.set(xlabel="quarter notes", ylabel="MIDI number", title=title)
     net, batch = setup.model.net, setup.run.batch_size
     caption = f"Depth {net.layers}, width {net.width}, batches of {batch} pieces. "
     caption += "The first 8 quarter notes of the sample are Bach's."

@@ -318,13 +318,3 @@ def test_every_picture_of_the_documents_can_be_read():
     assert not small
     silent = {name for name, about in found.items() if figures.SMALLEST not in about}
     assert silent == set(NOT_REDRAWN), "redraw what is new here; strike what was redrawn"
-
-
-def test_label_writes_in_our_style():
-    fig, ((named, unnamed),) = figures.figure(1, 2)
-    named.plot([0, 1], [0, 1], label="a curve")
-    for ax in (named, unnamed):
-        figures.label(ax, title="a title", xlabel="x", ylabel="y")
-        assert ax.title.get_fontsize() == figures.STYLE["axes.titlesize"]
-        assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("a title", "x", "y")
-    assert not named.get_legend().get_frame_on() and unnamed.get_legend() is None
