@@ -19,6 +19,7 @@ MODEL = ddpm.Config(
     ema=0.995,
     optim=Optim(lr=1e-3, clip=1.0, warmup=100, decay=2000, floor=0.1),
 )
+DIFFERS = "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64"
 SMOKE = replace(MODEL, T=50, net=ddpm.NetConfig("mlp", (32,), dropout=0.0), ema=0.9)
 
 
@@ -46,6 +47,18 @@ def check(setup, script: str) -> None:
         raise ValueError(
             f"{script} measures by our classifier of digits, not of {setup.data.name}{instead}"
         )
+
+
+def rows(arm: str, quantities, papers, values) -> list[_cli.Row]:
+    """Returns an arm's row of each quantity: the paper's number, our mean and error over seeds.
+
+    papers: a number or None per quantity. values: for each seed, a number per quantity.
+    """
+    ours = map(_cli.mean_and_error, zip(*values, strict=True))
+    return [
+        _cli.Row(f"{arm}: {quantity}", mean, paper, error)
+        for quantity, paper, (mean, error) in zip(quantities, papers, ours, strict=True)
+    ]
 
 
 class Digits:

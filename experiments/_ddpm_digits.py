@@ -5,10 +5,12 @@ With the same --run.folder they share one training.
 
 from dataclasses import replace
 
-from aigc_jax import ddpm, train
+import numpy as np
+
+from aigc_jax import ddpm, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _pictures
+from experiments import _cli, _pictures
 
 MODEL = ddpm.Config(
     shape=(8, 8, 1),
@@ -47,6 +49,13 @@ def smoke_run(folder: str, **changes) -> Run:
     """Returns the run of scale smoke, with changes."""
     small = {"steps": 400, "batch_size": 64, "eval_every": 200, "save_every": 400}
     return run(folder, **{**small, **changes})
+
+
+def judged_by(setup) -> tuple[dict, metrics.Pretrained, np.ndarray]:
+    """Returns the training digits, our classifier, and its features of them."""
+    seen = _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
+    net = metrics.load_classifier(setup.data.name)
+    return seen, net, net.apply(seen["image"] / (setup.model.levels - 1))[1]
 
 
 def fitted(setup) -> train.Result:

@@ -49,6 +49,14 @@ def mixture_nll(x: np.ndarray, centres: np.ndarray, std: float) -> np.ndarray:
     return np.log(len(centres)) + d / 2 * np.log(2 * np.pi * std**2) - inside
 
 
+def check_guidance(setup) -> None:
+    """Raises ValueError unless w holds 0, and the model can be guided where it holds more."""
+    if 0.0 not in setup.w:
+        raise ValueError(f"w must hold 0, got {setup.w}")
+    if max(setup.w) > 0 and not setup.model.unlabelled:
+        raise ValueError("guidance needs training without labels: set model.unlabelled above 0")
+
+
 def compiled(f, **options):
     """Compiles a function as train does: on some CPUs, convolutions need an option."""
     return jax.jit(f, compiler_options=compiler_options(jax.devices()[0]), **options)
@@ -156,7 +164,7 @@ def draw_way(ax, way: tuple[np.ndarray, np.ndarray], which: Iterable[int]) -> No
         pictures += [x_t[T - t, i] for t in (*left, 0)]
         pictures += [*(x_0_hat[T - t, i] for t in left), x_0_hat[-1, i]]
     steps = ", ".join(map(str, left))
-    title = f"x_t, below it the predicted x_0; steps left: {steps}, 0"
+    title = f"x_t, the predicted x_0 below it, with these steps left: {steps}, 0"
     figures.images(ax, np.stack(pictures), len(left) + 1, title=title)
 
 
@@ -167,3 +175,33 @@ def draw_bound(ax, result: train.Result, watched: str) -> None:
     figures.curves(
         ax, {watched: curve}, xlabel="updates", ylabel="bound (bits per dim)", title=title
     )
+
+
+def draw_terms(ax, terms: dict[str, np.ndarray]) -> None:
+    """Draws the terms L_0, L_1, ... of bounds {name: [T + 1]}, without the prior's."""
+    curves = {name: (np.arange(1, len(each)), each[:-1]) for name, each in terms.items()}
+    ylabel, title = "L_{t-1} (bits per dim)", "terms of the bound on test digits"
+    figures.curves(ax, curves, xlabel="t", ylabel=ylabel, title=title)
+    ax.set(xscale="log", yscale="log")
+
+
+def about(setup) -> str:
+    """Returns a sentence for captions: the data, the net, its steps and its updates."""
+    model, run = setup.model, setup.run
+    net = {"unet": "U-Net", "dit": "DiT", "mlp": "MLP"}[model.net.kind]
+    updates = f"{run.steps:,} updates of {run.batch_size} images"
+    widths = ", ".join(map(str, model.net.widths))
+    return f"Trained on {setup.data.name}: {net} (widths {widths}), T = {model.T}, {updates}."
+
+
+def plot(path, result: train.Result, samples: dict, way: tuple, caption: str, watched: str) -> None:
+    """Draws what a trained model gives: samples {title: (pictures, columns)}, denoising, its bound.
+
+    way: x_t and x_0_hat of the few pictures whose denoising is drawn, as from `way`.
+    """
+    fig, ((*grids, denoising, bound),) = figures.figure(1, len(samples) + 2)
+    for ax, (title, (pictures, columns)) in zip(grids, samples.items(), strict=True):
+        figures.images(ax, pictures, columns, title=title)
+    draw_way(denoising, way, range(way[0].shape[1]))
+    draw_bound(bound, result, watched)
+    figures.save(fig, path, caption)

@@ -31,20 +31,12 @@ SHAKESPEARE = transformer.Config(
     bias=False,
     optim=Optim(lr=2e-3, b2=0.99, weight_decay=0.1, clip=1.0, warmup=100, decay=1400, floor=0.05),
 )
-SHAKESPEARE_RUN = train.Run(
-    steps=1500,
-    batch_size=16,
-    eval_every=250,
-    save_every=1000,
-    log_every=50,
-    keep=1,
-    steps_per_call=10,
-)
+EVERY = dict(eval_every=250, save_every=1000, log_every=50, keep=1, steps_per_call=10)
+SHAKESPEARE_RUN = train.Run(steps=1500, batch_size=16, **EVERY)
 
 
 def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> str:
-    """Returns the split to load: `split`, or all of its part where a script's default asks for more
-    than there is.
+    """Returns the split to load: `split`, or all of its part where a default asks for too much.
 
     Raises DataError, which names the flag, for a slice that a user typed and the text does not
     have.
@@ -69,6 +61,12 @@ def part(source: Source, split: str, flag: str, defaults: Collection[str]) -> st
         )
         return whole
     return split
+
+
+def strided(source: Source, length: int, split: str = "validation") -> tuple:
+    """Returns crops of the training part, and windows of another that overlap by half."""
+    training = source.load("train", length=length)
+    return training, source.load(split, length=length, stride=max(1, length // 2))
 
 
 def unit(source: Source) -> str:
@@ -151,9 +149,7 @@ def crops_nats(valid: data.Data, batches: int, size: int):
 
 
 def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
-    """Returns the tokens of `wish`, or the beginning of the held-out text where the tokenizer lacks
-    tokens for it.
-    """
+    """Returns the tokens of `wish`; where it has none, the beginning of the held-out text."""
     text = _cli.arrays(valid)["text"]
     try:
         tokens = Tokenizer(valid.info.tokenizer).encode(wish)
@@ -163,9 +159,7 @@ def prompt(wish: str, valid: data.Data, context: int) -> np.ndarray:
 
 
 def written(result: train.Result, prompt: np.ndarray, new: int, seed: int = 0, **sampling) -> str:
-    """Returns the text of the prompt and of what a run writes after it, at most to the end of its
-    context.
-    """
+    """Returns the prompt and what a run writes after it, at most to the end of its context."""
     tokenizer, new = Tokenizer(result.info.tokenizer), min(new, result.config.context - len(prompt))
     if new < 1:
         return tokenizer.decode(prompt)
@@ -180,19 +174,34 @@ def written(result: train.Result, prompt: np.ndarray, new: int, seed: int = 0, *
     return tokenizer.decode([*prompt, *tokens[tokens < tokenizer.size]])
 
 
+def write_sample(folder: Path, result: train.Result, prompt: np.ndarray, new: int, **how) -> str:
+    """Writes sample.txt and returns its text; "" if that fails, which costs only this file."""
+    text = ""
+    with _cli.costs("sample.txt"):
+        text = written(result, prompt, new, **how)
+        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
 def plot(
     path: Path, curves: dict, lines: dict[str, float], text: str, *, ylabel: str, caption: str
 ) -> None:
     """Draws learning curves with values to compare as lines, and a sample beside them."""
-    fig, ((ax, page),) = figures.figure(1, 2, size=(11, 4.6))
+    fig, ((ax, page),) = figures.figure(1, 2)
     figures.curves(ax, curves, xlabel="updates", ylabel=ylabel, title="held-out text")
-    for name, value in lines.items():
-        ax.axhline(value, color="0.5", linewidth=0.8, linestyle=":" if "paper" in name else "-")
-        # In the middle, where the curves are far from these lines.
-        where = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "va": "bottom"}
-        ax.annotate(f"{name} {value:.3g}", (0.4, value), **where)
-    figures.page(page, text, title="a sample, not chosen")
+    draw_lines(ax, lines)
+    figures.page(page, text, title="a sample, not chosen", columns=64)
     figures.save(fig, path, caption)
+
+
+def draw_lines(ax, lines: dict[str, float], at: float = 0.3) -> None:
+    """Draws values to compare with as horizontal lines with names, dotted for a paper's.
+
+    By default the names begin left of the middle, where learning curves are far from the lines.
+    """
+    for name, value in lines.items():
+        dash = ":" if "paper" in name else "-"
+        figures.level(ax, value, f"{name} {value:.3g}", at=at, dash=dash)
 
 
 def validations(folder: Path) -> list[dict]:
@@ -204,17 +213,13 @@ def validations(folder: Path) -> list[dict]:
 
 
 def curve(folder: Path, name: str, times: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (updates, values) of a validation value in a run folder, the values multiplied by
-    `times`.
-    """
+    """Returns (updates, values) of a validation value in a run folder, the values times `times`."""
     steps, values = _cli.history(folder, name)
     return steps, values * times
 
 
 def random_gpt2(folder: Path) -> str:
-    """Writes a small random GPT-2 with a tokenizer, in the published layout, and returns its
-    folder.
-    """
+    """Writes a small random GPT-2 with a tokenizer, as published, and returns its folder."""
     cfg = transformer.Config(vocab=300, context=48, layers=2, heads=2, width=16)
     transformer.save_gpt2(folder, cfg, jax.jit(partial(transformer.init, cfg))(jax.random.key(0)))
     text = data.load("python_source", "train[:20000]", length=8, tokenizer="bpe:300")

@@ -12,6 +12,7 @@ step, all agree. Encoding and decoding (table 2) comes back closer with more ste
 numbers are FIDs and squared errors on CIFAR-10: compare orders, not values.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,7 @@ from experiments import _cli, _ddpm_digits, _diffusion, _pictures
 from experiments._cli import Row, Scale, Source
 
 CENTRES, STD = points.grid_modes() / 8**0.5, 0.05 / 8**0.5  # of unit variance, as in WGAN-GP's code
-TRUTH = 100 * (
-    1 - np.exp(-4.5)
-)  # percent of a normal in the plane within three standard deviations
+TRUTH = 100 * (1 - np.exp(-4.5))  # % of a normal in the plane within three standard deviations
 SAMPLERS = {
     "eta 0": {"eta": 0.0},
     "eta .2": {"eta": 0.2},
@@ -38,8 +37,7 @@ SAMPLERS = {
     "sigma-hat": {"sigma_hat": True},
 }
 ETAS = [name for name in SAMPLERS if name != "sigma-hat"]
-# FID on CIFAR-10 at S = 10, 20, 50, 100, 1000 (table 1), and squared error there and back (table
-# 2).
+# FID on CIFAR-10 at S = 10, 20, 50, 100, 1000 (table 1); squared error there and back (table 2).
 PUBLISHED = {
     "eta 0": (13.36, 6.84, 4.67, 4.16, 4.04),
     "eta .2": (14.04, 7.11, 4.77, 4.25, 4.09),
@@ -66,38 +64,23 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "ddim_steps", conditional=True)
-        for field, T in (("steps", 1000), ("digit_steps", self.model.T)):
-            if not getattr(self, field) or not all(
-                1 <= S <= T and T % S == 0 for S in getattr(self, field)
-            ):
-                raise ValueError(
-                    f"{field} must divide the model's {T} steps, got {getattr(self, field)}"
-                )
-        if min(self.steps) > 100 or min(self.digit_steps) > 20:
-            raise ValueError(
-                "sigma-hat is compared at few steps: steps must hold one up to 100, digit_steps "
-                "up to 20"
-            )
-        if min(self.samples, self.many, self.digits) < 100:
-            raise ValueError("samples, many and digits must be at least 100")
+        columns = (("steps", 1000, 100), ("digit_steps", self.model.T, 20))
+        for field, T, few in columns:
+            steps = getattr(self, field)
+            if not steps or not all(1 <= S <= T and T % S == 0 for S in steps):
+                raise ValueError(f"{field} must divide the model's {T} steps, got {steps}")
+            if min(steps) > few:
+                raise ValueError(f"{field} must hold one up to {few}, where sigma-hat is compared")
+        _cli.at_least(self, samples=100, many=100, digits=100)
 
 
-SMOKE = Setup(
-    _ddpm_digits.SMOKE,
-    _ddpm_digits.smoke_run("runs/ddim_steps-smoke"),
-    steps=(10, 50),
-    samples=1000,
-    many=4000,
-    digit_steps=(5, 50),
-    digits=200,
-)
+SMOKE_RUN = _ddpm_digits.smoke_run("runs/ddim_steps-smoke")
+FEW = dict(steps=(10, 50), samples=1000, many=4000, digit_steps=(5, 50), digits=200)
+SMOKE = Setup(_ddpm_digits.SMOKE, SMOKE_RUN, **FEW)
+DIFFERS = "8x8 digits with T = 100 (CIFAR-10 and CelebA, T = 1000)"
 SCALES = {
     "smoke": Scale(SMOKE, "two columns, a tiny digits model"),
-    "cpu": Scale(
-        Setup(),
-        "a grid of normals with its exact denoiser, and 8x8 digits with T = 100 (CIFAR-10 and "
-        "CelebA, T = 1000)",
-    ),
+    "cpu": Scale(Setup(), f"a grid of normals with its exact denoiser, and {DIFFERS}"),
 }
 FAR = "grid, S = 1000: furthest from the truth of all eta and sigma-hat (points)"
 WORST = "grid: least lead of any eta over sigma-hat, S <= 100 (points)"
@@ -106,38 +89,27 @@ TEN = "grid, S = 10: eta 0 less eta 1 (points, the larger sample)"
 FALLS = "grid: there and back, least ratio of an error to that of the next S"
 SAME = "grid: distance of ends of one x_T at S = 20 and 1000, over that of two x_T (medians)"
 DIGITS_WORST = "digits: least fid_digits of sigma-hat over any eta's, S <= 20 (ratio)"
-CRITERIA = {
-    FAR: "<= 1.5",
-    WORST: "> 0",
-    FIFTY: "> 20",
-    TEN: "> 0",
-    FALLS: "> 1",
-    SAME: "< 0.2",
-    DIGITS_WORST: "> 1",
-}
+CRITERIA = {FAR: "<= 1.5", WORST: "> 0", FIFTY: "> 20", TEN: "> 0", FALLS: "> 1", SAME: "< 0.2"}
+CRITERIA |= {DIGITS_WORST: "> 1"}
 INVARIANTS = {WORST: CRITERIA[WORST]}
 
 
 def measure_grid(setup: Setup) -> tuple[dict, dict, list[Row]]:
-    """Returns {(name, S): % within three sigma}, {S: squared error there and back}, and the other
-    rows.
-    """
+    """Returns {(name, S): % within 3 sigma}, {S: squared error there and back}, the other rows."""
     schedule = ddpm.linear_schedule(1000)
     eps_fn = _diffusion.exact_eps(schedule, CENTRES, STD)
-    key = jax.random.key(setup.run.seed)
+    key, paper = jax.random.key(setup.run.seed), {"spacing": "paper"}
 
     @partial(jax.jit, static_argnames=("S", "name", "n"))
     def sample(S, name, n):
         k_start, k_way = jax.random.split(key)
         x_T = jax.random.normal(k_start, (n, 2))
-        return ddpm.sample_ddim(
-            schedule, eps_fn, x_T, k_way, steps=S, spacing="paper", **SAMPLERS[name]
-        )
+        return ddpm.sample_ddim(schedule, eps_fn, x_T, k_way, steps=S, **paper, **SAMPLERS[name])
 
     @partial(jax.jit, static_argnames="S")
     def there_and_back(x_0, S):
-        x_T = ddpm.ddim_invert(schedule, eps_fn, x_0, steps=S, spacing="paper")
-        return ddpm.sample_ddim(schedule, eps_fn, x_T, key, steps=S, spacing="paper")
+        x_T = ddpm.ddim_invert(schedule, eps_fn, x_0, steps=S, **paper)
+        return ddpm.sample_ddim(schedule, eps_fn, x_T, key, steps=S, **paper)
 
     def share(S, name, n):
         return 100 * metrics.mode_count(np.asarray(sample(S, name, n)), CENTRES, STD).high_quality
@@ -157,7 +129,7 @@ def measure_grid(setup: Setup) -> tuple[dict, dict, list[Row]]:
     start = jnp.asarray(x_0, jnp.float32)
     back = {S: float(((there_and_back(start, S) - x_0) ** 2).mean()) for S in BACK}
     errors = list(back.values())
-    rows.append(Row(FALLS, min(a / b for a, b in zip(errors, errors[1:], strict=False))))
+    rows.append(Row(FALLS, min(a / b for a, b in itertools.pairwise(errors))))
     few, many = (np.asarray(sample(S, "eta 0", setup.samples)) for S in (20, 1000))
     apart = np.median(np.linalg.norm(many - np.roll(many, 1, 0), axis=-1))
     rows.append(Row(SAME, float(np.median(np.linalg.norm(few - many, axis=-1)) / apart)))
@@ -165,14 +137,10 @@ def measure_grid(setup: Setup) -> tuple[dict, dict, list[Row]]:
 
 
 def measure_digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
-    """Returns {(name, S): Frechet distance to the training set}, and samples: an x_T per column, an
-    S per row.
-    """
-    cfg, seen = result.config, _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
-    n, params = min(setup.digits, len(seen["label"])), _cli.weights(result)
+    """Returns {(name, S): Frechet distance to training}, and samples: an x_T per column."""
+    seen, net, real = _ddpm_digits.judged_by(setup)
+    cfg, n, params = result.config, min(setup.digits, len(real)), _cli.weights(result)
     schedule, label = ddpm.schedule_of(cfg, params), jnp.asarray(seen["label"][:n])
-    net = metrics.load_classifier(setup.data.name)
-    _, real = net.apply(seen["image"] / (cfg.levels - 1))
     k_start, k_way = jax.random.split(jax.random.key(setup.run.seed))
     x_T = jax.random.normal(k_start, (n, *cfg.shape))
     cells, shown = {}, []
@@ -219,34 +187,29 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("ddim_steps.png")
 def plot(setup: Setup, folder: Path, cells: dict, back: dict, of_digits: dict, shown) -> None:
-    """Draws quality against steps on both sets, the way there and back, and digits of few and many
-    steps.
-    """
-    fig, ((grid, digits, inverse, samples),) = figures.figure(1, 4, size=(17, 4.4))
-    for ax, found, steps in ((grid, cells, setup.steps), (digits, of_digits, setup.digit_steps)):
-        curves = {
-            name: (np.array(steps), np.array([found[name, S] for S in steps])) for name in SAMPLERS
-        }
-        figures.curves(ax, curves, xlabel="steps S", ylabel="", title="")
+    """Draws quality against steps on both sets, the way there and back, digits by steps."""
+    fig, ((grid, digits), (inverse, samples)) = figures.figure(2, 2)
+    names = ("samples within 3 sigma of a mode (%)", "25 normals, exact denoiser")
+    each = [(grid, cells, setup.steps, *names)]
+    names = ("fid_digits to training", "8x8 digits, trained")
+    each += [(digits, of_digits, setup.digit_steps, *names)]
+    for ax, found, steps, ylabel, title in each:
+        curves = {name: (np.array(steps), [found[name, S] for S in steps]) for name in SAMPLERS}
+        figures.curves(ax, curves, xlabel="steps S", ylabel=ylabel, title=title)
         ax.set_xscale("log")
         ax.set_xticks(steps, [str(S) for S in steps], minor=False)
         ax.xaxis.minorticks_off()
-    grid.axhline(TRUTH, color="0.5", linewidth=0.8)
-    grid.set(
-        ylabel="samples within 3 sigma of a mode (%)",
-        title="25 normals, exact denoiser (line: the truth)",
-    )
-    digits.set(ylabel="fid_digits to the training set", title="digits 8x8, trained", yscale="log")
+    figures.level(grid, TRUTH, "the truth", at=0.3)
+    digits.set_yscale("log")
     lines = {"grid, ours (data units)": back, "CIFAR-10, paper (in [0, 1])": BACK}
     curves = {name: (np.array(list(v)), np.array(list(v.values()))) for name, v in lines.items()}
-    title = "x_0 to x_T and back"
+    title = "from x_0 to x_T and back"
     figures.curves(inverse, curves, xlabel="steps S", ylabel="mean squared error", title=title)
     inverse.set(xscale="log", yscale="log")
     steps = ", ".join(str(S) for S in setup.digit_steps)
-    figures.images(samples, shown, 10, title=f"rows in pairs, eta 0 and sigma-hat: S = {steps}")
-    caption = f"{setup.samples} samples per cell of the grid, {setup.digits} of the digits; "
-    caption += "the paper's spacing; no noise in the last step"
-    figures.save(fig, folder / "ddim_steps.png", caption)
+    figures.images(samples, shown, 10, title=f"eta 0, then sigma-hat, at S = {steps}")
+    caption = f"{setup.samples:,} samples per point of the grid, {setup.digits:,} digits."
+    figures.save(fig, folder / "ddim_steps.png", f"{caption} No noise in the last step.")
 
 
 if __name__ == "__main__":

@@ -18,22 +18,14 @@ from pathlib import Path
 
 import jax
 
-from aigc_jax import ddpm, figures, train
+from aigc_jax import ddpm, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
 from experiments import _cli, _diffusion, _pictures
 from experiments._cli import Row, Scale, Source
 
 MODEL = ddpm.Config(mirror=True)
-RUN = Run(
-    "runs/ddpm_cifar10-paper",
-    800_000,
-    128,
-    eval_every=10_000,
-    save_every=10_000,
-    log_every=100,
-    keep=2,
-)
+RUN = Run("runs/ddpm_cifar10-paper", 800_000, eval_every=10_000, save_every=10_000, log_every=100)
 
 
 @dataclass(frozen=True)
@@ -49,52 +41,35 @@ class Setup:
     samples: int = 64
 
     def __post_init__(self):
-        if self.model.classes:
-            raise ValueError(
-                "ddpm_cifar10 trains an unconditional model: model.classes cannot be "
-                f"{self.model.classes}"
-            )
-        if self.model.schedule == "learned":
-            raise ValueError(
-                "ddpm_cifar10 takes schedules of T steps: model.schedule cannot be learned"
-            )
-        if (
-            min(self.watched, self.samples) < 1
-            or self.images < 2
-            or not 0 <= self.terms <= self.model.T
-        ):
-            raise ValueError(
-                "watched and samples must be at least 1, images at least 2, and terms lie in "
-                "0..model.T"
-            )
+        model = self.model
+        if model.classes:
+            raise ValueError(f"the model is unconditional: model.classes cannot be {model.classes}")
+        if model.schedule == "learned":
+            raise ValueError("the schedule has T steps: model.schedule cannot be learned")
+        if not 0 <= self.terms <= model.T:
+            raise ValueError(f"terms must lie in 0..model.T, got {self.terms}")
+        _cli.at_least(self, watched=1, samples=1, images=2)
 
 
 TINY = ddpm.NetConfig(widths=(16,), blocks=1, attention=(), groups=8)
 SMALL = replace(MODEL.net, widths=(32, 64, 64), blocks=1, groups=8)
 OPTIM = Optim(lr=2e-3, clip=1.0, warmup=20)
-SMOKE = Setup(
-    ddpm.Config(shape=(8, 8, 1), levels=17, T=50, terms=4, ema=0.98, optim=OPTIM, net=TINY),
-    Run("runs/ddpm_cifar10-smoke", 200, 64, eval_every=100, save_every=200, log_every=100, keep=2),
-    Source("digits"),
-    watched=100,
-    images=100,
-    terms=10,
+SMOKE_RUN = Run("runs/ddpm_cifar10-smoke", 200, 64, eval_every=100, save_every=200, log_every=100)
+SMOKE_MODEL = ddpm.Config(
+    shape=(8, 8, 1), levels=17, T=50, terms=4, ema=0.98, optim=OPTIM, net=TINY
 )
-CPU = Setup(
-    replace(MODEL, net=SMALL, ema=0.995, optim=Optim(lr=1e-3, clip=1.0, warmup=200)),
-    Run("runs/ddpm_cifar10", 2000, 64, eval_every=500, save_every=500, log_every=100, keep=1),
-    watched=200,
-    images=200,
-    terms=20,
+SMOKE = Setup(SMOKE_MODEL, SMOKE_RUN, Source("digits"), watched=100, images=100, terms=10)
+EVERY = dict(eval_every=500, save_every=500, log_every=100, keep=1)
+CPU_MODEL = replace(MODEL, net=SMALL, ema=0.995, optim=Optim(lr=1e-3, clip=1.0, warmup=200))
+CPU_RUN = Run("runs/ddpm_cifar10", 2000, 64, **EVERY)
+CPU = Setup(CPU_MODEL, CPU_RUN, watched=200, images=200, terms=20)
+DIFFERS = (
+    "the same code at reduced scale, not comparable: 1.1 million parameters, 2,000 updates of 64, "
+    "lr 1e-3, averages of 0.995"
 )
 SCALES = {
     "smoke": Scale(SMOKE, "digits 8x8, a tiny net, 50 steps, 200 updates"),
-    "cpu": Scale(
-        CPU,
-        "the same code at reduced scale, not comparable: 1.1 million parameters, 2,000 updates of "
-        "64, lr 1e-3, "
-        "averages of 0.995",
-    ),
+    "cpu": Scale(CPU, DIFFERS),
     "paper": Scale(Setup(), "no FID"),
 }
 BOUND = "bound on test (bits per dim; +- s.e. over images)"
@@ -104,11 +79,8 @@ PARAMETERS = "parameters"
 AWAY = "bound on test less the paper's, by its net and updates (bits per dim)"
 UNMEASURED = "not measured: needs Inception"
 PAPER = {BOUND: 3.75, TRAIN: 3.72, PRIOR: 1e-5, PARAMETERS: "35.7 million"}
-CRITERIA = {
-    BOUND: "< 8, what a pixel costs without a model",
-    PRIOR: "< 2e-5",
-    AWAY: "within 0.03 of 0",
-}
+NAIVE = "< 8, what a pixel costs without a model"
+CRITERIA = {BOUND: NAIVE, PRIOR: "< 2e-5", AWAY: "within 0.03 of 0"}
 INVARIANTS = {BOUND: "< 4.1, log2 of 17 levels", PRIOR: "< 0.001"}
 
 
@@ -141,14 +113,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("ddpm_cifar10.png")
 def plot(setup: Setup, folder: Path, result: train.Result, bits: float, k_samples, k_way) -> None:
     """Draws samples of all T steps, their denoising, the bound while training."""
-    fig, ((samples, denoising, curve),) = figures.figure(1, 3, size=(15, 4.4))
-    drawn = train.sample(result, k_samples, n=setup.samples)
-    figures.images(samples, drawn, 8, title="samples, not chosen")
-    _diffusion.draw_way(denoising, _diffusion.way(result, k_way, n=4), range(4))
-    _diffusion.draw_bound(curve, result, f"{setup.watched} training images")
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size}"
-    caption = f"{setup.data.name}, U-Net {setup.model.net.widths}, T = {setup.model.T}, {updates}; "
-    figures.save(fig, folder / "ddpm_cifar10.png", f"{caption}test bound {bits:.2f} bits per dim")
+    samples = {"samples, not chosen": (train.sample(result, k_samples, n=setup.samples), 8)}
+    caption = f"{_diffusion.about(setup)} Bound on test: {bits:.2f} bits per dim."
+    way, watched = _diffusion.way(result, k_way, n=4), f"{setup.watched} training images"
+    _diffusion.plot(folder / "ddpm_cifar10.png", result, samples, way, caption, watched)
 
 
 if __name__ == "__main__":

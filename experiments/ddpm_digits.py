@@ -32,9 +32,7 @@ class Setup:
     model: ddpm.Config = _ddpm_digits.MODEL
     run: Run = _ddpm_digits.run("runs/ddpm_digits")
     data: Source = Source("digits")
-    training: int | None = (
-        None  # images; default 1,237 digits or 80 % of own pictures; the rest is watched
-    )
+    training: int | None = None  # images; default 1,237 digits, 80 % of own; the rest is watched
 
     def __post_init__(self):
         _pictures.check(self, "ddpm_digits", conditional=True, own=True)
@@ -65,10 +63,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
     result = train.fit(ddpm.make, setup.model, setup.run, training, valid=held)
     k_given, k_not, k_sample = jax.random.split(jax.random.key(setup.run.seed), 3)
-    seen, image, label = (
-        _cli.arrays(training)["image"],
-        *map(_cli.arrays(test).get, ("image", "label")),
-    )
+    seen = _cli.arrays(training)["image"]
+    image, label = (_cli.arrays(test)[name] for name in ("image", "label"))
     x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": image}))
     given = _diffusion.bound(result, x_0, label, k_given)
     alone = _diffusion.bound(result, x_0, None, k_not)
@@ -89,22 +85,13 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("ddpm_digits.png")
 def plot(setup: Setup, folder: Path, result: train.Result, fake, label, bits: float) -> None:
-    """Draws samples by class, their denoising, the bound while training; and the denoising as a
-    GIF.
-    """
-    fig, ((samples, denoising, curve),) = figures.figure(1, 3, size=(15, 4.4))
-    rows = _pictures.by_class(fake, label, 12)
-    figures.images(samples, rows, 12, title="samples, not chosen; one class per row")
+    """Draws samples by class, their denoising, the bound while training; the denoising as a GIF."""
     way = _diffusion.way(result, jax.random.key(2), n=40, label=np.arange(40) % setup.model.classes)
-    _diffusion.draw_way(denoising, way, range(0, 10, 2))
-    _diffusion.draw_bound(curve, result, "held-out images")
-    T = setup.model.T
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size} images"
-    caption = (
-        f"U-Net {setup.model.net.widths}, T = {T}, {updates}; test bound {bits:.2f} bits per dim"
-    )
-    figures.save(fig, folder / "ddpm_digits.png", caption)
-    shown = np.unique(np.linspace(0, T, 30).round().astype(int))
+    samples = {"samples, not chosen: a class per row": (_pictures.by_class(fake, label, 12), 12)}
+    few = tuple(x[:, 0:10:2] for x in way)
+    caption = f"{_diffusion.about(setup)} Bound on test: {bits:.2f} bits per dim."
+    _diffusion.plot(folder / "ddpm_digits.png", result, samples, few, caption, "held-out images")
+    shown = np.unique(np.linspace(0, setup.model.T, 30).round().astype(int))
     figures.save_animation(folder / "ddpm_digits.gif", way[0][shown], 10)
 
 

@@ -21,14 +21,19 @@ from aigc_jax.train import Run
 from experiments import _cli, _ddpm_arms, _diffusion
 from experiments._cli import Row, Scale, Source
 
-# name: (what changes; the paper's IS, FID and bits per dim of CIFAR-10, variances fixed)
+# name: (what changes; the paper's bits per dim, FID and IS of CIFAR-10, variances fixed)
 ARMS = {
-    "eps, simple": ({}, (9.46, 3.17, 3.75)),
-    "eps, bound": ({"objective": "vlb"}, (7.67, 13.51, 3.70)),
-    "mu, bound": ({"prediction": "mu", "objective": "vlb"}, (8.06, 13.22, None)),
+    "eps, simple": ({}, (3.75, 3.17, 9.46)),
+    "eps, bound": ({"objective": "vlb"}, (3.70, 13.51, 7.67)),
+    "mu, bound": ({"prediction": "mu", "objective": "vlb"}, (None, 13.22, 8.06)),
     "mu, squared error": ({"prediction": "mu"}, (None, None, None)),
     "v, simple": ({"prediction": "v"}, (None, None, None)),
 }
+QUANTITIES = (
+    "bound, test (bits per dim; +- s.e. over seeds)",
+    "fid_digits to training (paper: FID, CIFAR-10; +- s.e. over seeds)",
+    "classifier score (paper: IS; +- s.e. over seeds)",
+)
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,15 @@ class Setup:
 
 
 SMOKE_RUN = _ddpm_arms.smoke_run("runs/ddpm_objectives-smoke")
-SCALES = {
-    "smoke": Scale(
-        Setup(_ddpm_arms.SMOKE, SMOKE_RUN, seeds=1, samples=100, images=36),
-        "40 updates of one dense layer",
-    ),
-    "cpu": Scale(
-        Setup(),
-        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 1000, "
-        "35.7 million, "
-        "800,000 of 128)",
-    ),
-}
+SMOKE = Setup(_ddpm_arms.SMOKE, SMOKE_RUN, seeds=1, samples=100, images=36)
+DIFFERS = f"{_ddpm_arms.DIFFERS} (CIFAR-10, T = 1000, 35.7 million, 800,000 of 128)"
+SCALES = {"smoke": Scale(SMOKE, "40 updates of one dense layer"), "cpu": Scale(Setup(), DIFFERS)}
 BETTER_BOUND = "bound: eps, simple less eps, bound (bits per dim; +- s.e. over seeds)"
 BEST_PICTURES = "fid_digits: least of the paper's other arms less eps, simple"
 WORST = "fid_digits: worst of the paper's arms"
 PRIOR = "L_T (bits per dim)"
-CRITERIA = {
-    BETTER_BOUND: "> 0",
-    BEST_PICTURES: "> 0",
-    WORST: ("mu, squared error", lambda ours: ours == "mu, squared error"),
-    PRIOR: "< 0.001",
-}
+IS_MU = ("mu, squared error", lambda ours: ours == "mu, squared error")
+CRITERIA = {BETTER_BOUND: "> 0", BEST_PICTURES: "> 0", WORST: IS_MU, PRIOR: "< 0.001"}
 INVARIANTS = {PRIOR: "< 0.01"}
 
 
@@ -76,7 +68,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     """Trains every arm with every seed, measures bounds and samples."""
     digits = _ddpm_arms.Digits(setup)
     found, values, shown, prior = _cli.kept(), {arm: [] for arm in ARMS}, {}, 0.0
-    for arm, (change, (paper_score, paper_fid, paper_bits)) in ARMS.items():
+    for arm, (change, paper) in ARMS.items():
         for run, result in digits.fit(setup, arm, change, folder):
             k_bound, k_samples = jax.random.split(jax.random.key(run.seed))
             terms = _diffusion.bound(result, digits.x_0, None, k_bound)
@@ -84,27 +76,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
             values[arm].append((terms.sum(), digits.fid(x), digits.score(x)))
             prior = float(terms[-1])
             shown.setdefault(arm, (x[:20], terms))
-        bits, fid, score = map(_cli.mean_and_error, zip(*values[arm], strict=True))
-        found += [
-            Row(
-                f"{arm}: bound, test (bits per dim; +- s.e. over seeds)",
-                bits[0],
-                paper_bits,
-                bits[1],
-            ),
-            Row(
-                f"{arm}: fid_digits to training (paper: FID, CIFAR-10; +- s.e. over seeds)",
-                fid[0],
-                paper_fid,
-                fid[1],
-            ),
-            Row(
-                f"{arm}: classifier score (paper: IS; +- s.e. over seeds)",
-                score[0],
-                paper_score,
-                score[1],
-            ),
-        ]
+        found += _ddpm_arms.rows(arm, QUANTITIES, paper, values[arm])
     means = {arm: np.mean(each, 0) for arm, each in values.items()}
     pairs = zip(values["eps, simple"], values["eps, bound"], strict=True)
     mean, error = _cli.mean_and_error([a[0] - b[0] for a, b in pairs])
@@ -123,22 +95,19 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("ddpm_objectives.png")
 def plot(setup: Setup, folder: Path, means: dict, shown: dict) -> None:
     """Draws bound against distance, the terms of each arm's bound, and samples."""
-    fig, ((both, terms, samples),) = figures.figure(1, 3, size=(14, 4.4))
+    fig, ((both, terms, samples),) = figures.figure(1, 3)
     for i, (arm, values) in enumerate(means.items()):
-        both.scatter(values[0], values[1], color=figures.COLOURS[i], s=40, marker="os^Dv"[i])
-        both.annotate(arm, values[:2], xytext=(5, 4), textcoords="offset points", fontsize=7)
-    both.set(xlabel="bound, test (bits per dim)", ylabel="fid_digits to training", yscale="log")
-    t = np.arange(1, setup.model.T + 1)
-    curves = {arm: (t, each[:-1]) for arm, (_, each) in shown.items()}
-    title = "terms of the bound, first seed"
-    figures.curves(terms, curves, xlabel="t", ylabel="L_{t-1} (bits per dim)", title=title)
-    terms.set(xscale="log", yscale="log")
-    both.set_title(f"means of {setup.seeds} seeds", fontsize=terms.title.get_fontsize())
-    title = "samples, not chosen; two rows per arm, in the legend's order"
+        style = {"color": figures.COLOURS[i], "marker": "os^Dv"[i], "s": 40}
+        both.scatter(values[0], values[1], label=arm, **style)
+    labels = {"xlabel": "bound, test (bits per dim)", "ylabel": "fid_digits to training"}
+    both.legend()
+    both.set(title="means over seeds", **labels, yscale="log")
+    _diffusion.draw_terms(terms, {arm: each for arm, (_, each) in shown.items()})
+    title = "samples, not chosen: two rows per arm, in this order"
     figures.images(samples, np.concatenate([x for x, _ in shown.values()]), 10, title=title)
-    nets = f"digits 8x8, U-Net {setup.model.net.widths}, T = {setup.model.T}"
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size}"
-    figures.save(fig, folder / "ddpm_objectives.png", f"{nets}, {updates}, sigma^2 = beta")
+    caption = f"{_diffusion.about(setup)} sigma^2 = beta. Seeds: {setup.seeds}. "
+    caption += "Terms and samples are of the first one."
+    figures.save(fig, folder / "ddpm_objectives.png", caption)
 
 
 if __name__ == "__main__":

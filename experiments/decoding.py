@@ -52,50 +52,31 @@ class Setup:
     def __post_init__(self):
         if self.texts < 2 or min(self.prompt, self.new, self.beams) < 1:
             raise ValueError("texts must be at least 2, and prompt, new and beams at least 1")
-        if self.prompt + self.new > min(self.length, self.model.context):
-            raise ValueError(
-                f"prompt + new = {self.prompt + self.new} must not exceed the length the model "
-                "trains on, "
-                f"{min(self.length, self.model.context)}"
-            )
+        new, most = self.prompt + self.new, min(self.length, self.model.context)
+        if new > most:
+            raise ValueError(f"prompt + new = {new} must not exceed the length of training, {most}")
 
 
-SMOKE = Setup(
-    replace(_text.SHAKESPEARE, layers=1, width=32),
-    Run(
-        "runs/decoding-smoke",
-        100,
-        12,
-        eval_every=250,
-        save_every=1000,
-        log_every=50,
-        keep=1,
-        steps_per_call=10,
-    ),
-    Source("python_source"),
-    length=64,
-    texts=8,
-    prompt=10,
-    new=40,
-    beams=2,
-)
+TINY = replace(_text.SHAKESPEARE, layers=1, width=32)
+SHORT = Run("runs/decoding-smoke", 100, 12, **_text.EVERY)
+FEW = dict(length=64, texts=8, prompt=10, new=40, beams=2)
+SMOKE = Setup(TINY, SHORT, Source("python_source"), **FEW)
+MODEL = "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on WebText)"
+DIFFERS = "100 texts (5,000), k = 5 and 20 for 40 and 640; without stochastic beam search and HUSE"
 SCALES = {
     "smoke": Scale(SMOKE, "a tiny model on Python's source, 8 texts"),
-    "cpu": Scale(
-        Setup(),
-        "a character model of 1.8 million parameters on Tiny Shakespeare (GPT-2 Large on "
-        "WebText), 100 texts (5,000), "
-        "k = 5 and 20 for 40 and 640; without stochastic beam search and HUSE",
-    ),
+    "cpu": Scale(Setup(), f"{MODEL}, {DIFFERS}"),
 }
-SAMPLERS = {
-    "greedy": Sampling(0.0),
-    "pure": Sampling(),
-    "temperature .9": Sampling(0.9),
-    "top-k, small": Sampling(top_k=5),
-    "top-k, large": Sampling(top_k=20),
-    "top-k, small, t .7": Sampling(0.7, top_k=5),
-    "nucleus .95": Sampling(top_p=0.95),
+STRATEGIES = {  # the sampling, and the QUANTITIES in the paper's table 1
+    "human": (None, (12.38, 0.31, 0.93, 0.28)),
+    "greedy": (Sampling(0.0), (1.50, 0.50, 1.00, 73.66)),
+    "pure": (Sampling(), (22.73, 0.28, 0.93, 0.22)),
+    "temperature .9": (Sampling(0.9), (10.25, 0.35, 0.96, 0.66)),
+    "top-k, small": (Sampling(top_k=5), (6.88, 0.39, 0.96, 0.78)),
+    "top-k, large": (Sampling(top_k=20), (13.82, 0.32, 0.96, 0.28)),
+    "top-k, small, t .7": (Sampling(0.7, top_k=5), (3.48, 0.44, 1.00, 8.86)),
+    "nucleus .95": (Sampling(top_p=0.95), (13.13, 0.32, 0.95, 0.36)),
+    "beam search": (None, (1.48, 0.44, 0.94, 28.94)),
 }
 QUANTITIES = ("perplexity", "self-BLEU-4 (words)", "Zipf's exponent (words)", "repetition (%)")
 
@@ -109,18 +90,6 @@ class Measured(NamedTuple):
     repetition: float
 
 
-# Of the paper's table 1.
-PUBLISHED = {
-    "human": (12.38, 0.31, 0.93, 0.28),
-    "greedy": (1.50, 0.50, 1.00, 73.66),
-    "beam search": (1.48, 0.44, 0.94, 28.94),
-    "pure": (22.73, 0.28, 0.93, 0.22),
-    "temperature .9": (10.25, 0.35, 0.96, 0.66),
-    "top-k, small": (6.88, 0.39, 0.96, 0.78),
-    "top-k, large": (13.82, 0.32, 0.96, 0.28),
-    "top-k, small, t .7": (3.48, 0.44, 1.00, 8.86),
-    "nucleus .95": (13.13, 0.32, 0.95, 0.36),
-}
 GREEDY = "repetition: greedy less beam search (%)"
 BEAM = "repetition: beam search less top-k, small, t .7 (%)"
 SMALL = "repetition: top-k, small, t .7 less the larger of nucleus and pure (%)"
@@ -128,15 +97,8 @@ LIKELY = "perplexity of people over the larger of greedy and beam search"
 UNLIKELY = "perplexity: pure less people"
 CLOSEST = "closest to people in perplexity, of top-k small, the same at t .7, nucleus, pure"
 ALIKE = "self-BLEU-4: greedy less the next largest"
-CRITERIA = {
-    GREEDY: "> 0",
-    BEAM: "> 0",
-    SMALL: ">= 0",
-    LIKELY: "> 1.5",
-    UNLIKELY: "> 0",
-    CLOSEST: ("nucleus .95", lambda ours: ours == "nucleus .95"),
-    ALIKE: "> 0",
-}
+CRITERIA = {GREEDY: "> 0", BEAM: "> 0", SMALL: ">= 0", LIKELY: "> 1.5", UNLIKELY: "> 0"}
+CRITERIA |= {CLOSEST: ("nucleus .95", lambda ours: ours == "nucleus .95"), ALIKE: "> 0"}
 # What stands between spaces. Chinese and Japanese have none: each of their characters is a word.
 WORDS = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
@@ -146,11 +108,8 @@ INVARIANTS = {MOST: "< 20"}
 
 
 def repeats(tokens: list[int], longest: int = 90) -> bool:
-    """Returns whether a text ends in a phrase that repeats: of at least 3 tokens, or more than 50
-    times.
-    """
-    # How often, and minus how long: of equal counts the shortest phrase, so that "ababab" is three
-    # of "ab".
+    """Returns whether a text ends in a repeated phrase: of at least 3 tokens, or over 50 times."""
+    # (How often, minus how long): of equal counts the shortest, so that "ababab" is 3 times "ab".
     best = (0, 0)
     for n in range(1, longest + 1):
         phrase, times = tokens[-n:], 1
@@ -189,26 +148,23 @@ def self_bleu(texts: list[list[str]], order: int = 4) -> float:
 
 def zipf(texts: list[list[str]], most: int = 5000) -> float:
     """Returns -slope of log frequency against log rank; 0 where there are fewer than two words."""
-    counts = [
-        count for _, count in Counter(word for words in texts for word in words).most_common(most)
-    ]
+    words = Counter(word for words in texts for word in words)
+    counts = [count for _, count in words.most_common(most)]
     if len(counts) < 2:
         return 0.0
     return -float(np.polyfit(np.log(np.arange(1, len(counts) + 1)), np.log(counts), 1)[0])
 
 
 def decode_all(setup: Setup, cfg, params, text: np.ndarray) -> tuple[np.ndarray, dict]:
-    """Returns prompts [texts, prompt] of held-out text, and {strategy: tokens [texts, new]} after
-    them.
-    """
+    """Returns held-out prompts [texts, prompt], and {strategy: tokens [texts, new]} after them."""
     starts = np.linspace(0, len(text) - setup.prompt - setup.new - 1, setup.texts).astype(int)
     prompts = text[starts[:, None] + np.arange(setup.prompt)]
     written = {"human": text[starts[:, None] + setup.prompt + np.arange(setup.new)]}
     generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
-    for i, (name, sampling) in enumerate(SAMPLERS.items()):
-        written[name] = np.asarray(generate(params, prompts, jax.random.key(i), sampling=sampling))
-    # By log p alone, as Holtzman et al.: all texts have the same length, so a length penalty
-    # changes nothing.
+    samplers = {name: how for name, (how, _) in STRATEGIES.items() if how is not None}
+    for i, (name, how) in enumerate(samplers.items()):
+        written[name] = np.asarray(generate(params, prompts, jax.random.key(i), sampling=how))
+    # By log p alone, as in the paper: texts of one length need no length penalty.
     options = {"beams": setup.beams, "max_new_tokens": setup.new, "length_penalty": 0.0}
     search = jax.jit(partial(transformer.beam_search, cfg, **options))
     size = math.gcd(setup.texts, 10)
@@ -219,13 +175,11 @@ def decode_all(setup: Setup, cfg, params, text: np.ndarray) -> tuple[np.ndarray,
 
 def run(setup: Setup, folder: Path) -> list[Row]:
     """Trains, decodes by every strategy, measures each."""
-    training = setup.data.load("train", length=setup.length)
-    valid = setup.data.load("validation", length=setup.length, stride=max(1, setup.length // 2))
+    training, valid = _text.strided(setup.data, setup.length)
     cfg = replace(setup.model, vocab=training.info.levels)
     if setup.beams > cfg.vocab:
-        raise train.Refused(
-            f"beams must lie in 1..{cfg.vocab}, the vocabulary, got {setup.beams} (--beams)"
-        )
+        limit = f"1..{cfg.vocab}, the vocabulary"
+        raise train.Refused(f"beams must lie in {limit}, got {setup.beams} (--beams)")
     result = train.fit(transformer.make, cfg, setup.run, training, valid=valid)
     params, tokenizer = result.state.params, Tokenizer(training.info.tokenizer)
     prompts, written = decode_all(setup, cfg, params, _cli.arrays(valid)["text"])
@@ -238,12 +192,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     measured, found = {}, _cli.kept()
     for name, tokens in written.items():
         words = [WORDS.findall(tokenizer.decode(row)) for row in tokens]
-        share = 100 * np.mean([repeats(row) for row in tokens.tolist()])
-        measured[name] = Measured(
-            math.exp(nats(tokens)), self_bleu(words), zipf(words), float(share)
-        )
-        for quantity, ours, paper in zip(QUANTITIES, measured[name], PUBLISHED[name], strict=True):
-            found.append(Row(f"{name}: {quantity}", ours, paper))
+        share = float(100 * np.mean([repeats(row) for row in tokens.tolist()]))
+        measured[name] = Measured(math.exp(nats(tokens)), self_bleu(words), zipf(words), share)
+        each = zip(QUANTITIES, measured[name], STRATEGIES[name][1], strict=True)
+        found += [Row(f"{name}: {what}", ours, paper) for what, ours, paper in each]
     first = {name: tokenizer.decode(tokens[0]) for name, tokens in written.items()}
     with _cli.costs("texts.txt"):
         start = tokenizer.decode(prompts[0])
@@ -259,11 +211,8 @@ def comparisons(measured: dict[str, Measured]) -> list[Row]:
     repetition = {name: m.repetition for name, m in measured.items()}
     perplexity = {name: m.perplexity for name, m in measured.items()}
     bleu = {name: m.bleu for name, m in measured.items() if name != "human"}
-    human, beam, small = (
-        perplexity["human"],
-        repetition["beam search"],
-        repetition["top-k, small, t .7"],
-    )
+    human, beam = perplexity["human"], repetition["beam search"]
+    small = repetition["top-k, small, t .7"]
     fair = ("top-k, small", "top-k, small, t .7", "nucleus .95", "pure")
     return [
         Row(GREEDY, repetition["greedy"] - beam),
@@ -280,18 +229,18 @@ def comparisons(measured: dict[str, Measured]) -> list[Row]:
 @_cli.costs("decoding.png")
 def plot(setup: Setup, folder: Path, measured: dict[str, Measured], texts: dict[str, str]) -> None:
     """Draws perplexity against repetition, and two texts."""
-    fig, ((ax, page),) = figures.figure(1, 2, size=(11, 4.6))
+    fig, ((ax, page),) = figures.figure(1, 2)
     for i, (name, m) in enumerate(measured.items()):
-        human, place = name == "human", (m.perplexity, m.repetition)
-        colour = "black" if human else figures.COLOURS[i % 6]
-        ax.scatter(*place, s=28, color=colour, marker="*" if human else "o")
-        ax.annotate(name, place, xytext=(2, 5), textcoords="offset points", fontsize=7, rotation=45)
+        style = {"color": figures.COLOURS[i], "marker": "*os^Dv<>P"[i], "s": 36}
+        ax.scatter(m.perplexity, m.repetition, label=name, **style)
+    ax.legend()
     xlabel, ylabel = "perplexity under the model", "texts that end in repetition (%)"
-    ax.set(xlabel=xlabel, ylabel=ylabel, title="every strategy")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title="every strategy", ylim=(-5, 105))
     text = "\n\n".join(f"[{name}]\n{text}" for name, text in texts.items())
-    figures.page(page, text, title="after one prompt", rows=50, size=6.5)
-    size = f"{setup.texts} texts of {setup.new} {_text.unit(setup.data)} after {setup.prompt}"
-    figures.save(fig, folder / "decoding.png", f"{setup.data.name}, {size}")
+    figures.page(page, text, title="after one prompt, not chosen", columns=64)
+    texts = f"{setup.texts} texts of {setup.new} {_text.unit(setup.data)}"
+    caption = f"{setup.data.name}: {texts}, after {setup.prompt} that are given."
+    figures.save(fig, folder / "decoding.png", caption)
 
 
 if __name__ == "__main__":

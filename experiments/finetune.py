@@ -23,16 +23,8 @@ from aigc_jax.train import Run
 from experiments import _cli, _text
 from experiments._cli import DataError, Row, Scale, Source
 
-RUN = Run(
-    "runs/finetune",
-    100,
-    4,
-    eval_every=20,
-    save_every=50,
-    log_every=5,
-    keep=1,
-    best="nll_nats_per_token",
-)
+EVERY = dict(eval_every=20, save_every=50, log_every=5, keep=1)
+RUN = Run("runs/finetune", 100, 4, **EVERY, best="nll_nats_per_token")
 
 
 @dataclass(frozen=True)
@@ -55,11 +47,10 @@ class Setup:
 
 
 SMOKE_RUN = replace(RUN, folder="runs/finetune-smoke", steps=40, eval_every=20)
-SMALL = {"split": "train[:50000]", "valid": "validation[:4000]", "length": 32}
+SMALL = dict(split="train[:50000]", valid="validation[:4000]", length=32)
+SMOKE = Setup("random", SMOKE_RUN, Optim(lr=1e-2), **SMALL)
 SCALES = {
-    "smoke": Scale(
-        Setup("random", SMOKE_RUN, Optim(lr=1e-2), **SMALL), "a random model of 12,160 parameters"
-    ),
+    "smoke": Scale(SMOKE, "a random model of 12,160 parameters"),
     "cpu": Scale(Setup(), "no paper has numbers for it"),
 }
 BEFORE = "before: validation (nats per token)"
@@ -70,13 +61,10 @@ INVARIANTS = CRITERIA
 
 
 def load(setup: Setup, folder: Path):
-    """Returns the model, its parameters, the two parts of the text, the tokenizer and the prompt's
-    tokens.
-    """
+    """Returns the model, its parameters, both parts of the text, the tokenizer, the prompt."""
     if not setup.weights:
-        raise DataError(
-            "finetune needs --weights FOLDER: GPT-2's config.json, model.safetensors and tokenizer"
-        )
+        files = "GPT-2's config.json, model.safetensors and tokenizer"
+        raise DataError(f"finetune needs --weights FOLDER: {files}")
     random = folder.with_name(folder.name + "-random")
     weights = _text.random_gpt2(random) if setup.weights == "random" else setup.weights
     cfg, params = transformer.load_gpt2(weights)
@@ -85,10 +73,8 @@ def load(setup: Setup, folder: Path):
     split = _text.part(setup.data, setup.split, "--split", defaults)
     scored = _text.part(setup.data, setup.valid, "--valid", defaults)
     options = {"length": setup.length, "tokenizer": str(weights)}
-    training, valid = (
-        setup.data.load(split, **options),
-        setup.data.load(scored, stride=setup.length, **options),
-    )
+    training = setup.data.load(split, **options)
+    valid = setup.data.load(scored, stride=setup.length, **options)
     cfg.check(training.info)
     tokenizer = Tokenizer(training.info.tokenizer)
     prompt = tokenizer.encode(setup.prompt)
@@ -113,15 +99,12 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         Row(GAIN, before - lowest),
         Row("before (bits per byte)", first["nll_bits_per_byte"]),
     ]
-    best, text = train.load(setup.run.folder), ""
+    best = train.load(setup.run.folder)
     with _cli.costs("gpt2/"):
         transformer.save_gpt2(folder / "gpt2", cfg, best.state.params)
         tokenizer.save(folder / "gpt2" / "tokenizer.json")
-    with _cli.costs("sample.txt"):
-        text = _text.written(
-            best, prompt, 120, temperature=0.8, top_p=0.95, stop=()
-        )  # no token ends it early
-        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    how = {"temperature": 0.8, "top_p": 0.95, "stop": ()}  # no token ends it early
+    text = _text.write_sample(folder, best, prompt, 120, **how)
     plot(setup, folder, before, text)
     return found
 
@@ -131,7 +114,8 @@ def plot(setup: Setup, folder: Path, before: float, text: str) -> None:
     """Draws the validation loss from before the first update on, and a sample."""
     steps, values = _text.curve(folder, "nll_nats_per_token")
     curves = {"GPT-2": (np.array([0, *steps]), np.array([before, *values]))}
-    caption = f"{setup.run.batch_size} x {setup.length} tokens per update, rate {setup.optim.lr:g}"
+    size = f"{setup.run.batch_size} x {setup.length} tokens"
+    caption = f"Updates of {size}, learning rate {setup.optim.lr:g}."
     _text.plot(folder / "finetune.png", curves, {}, text, ylabel="nats per token", caption=caption)
 
 

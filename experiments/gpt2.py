@@ -23,8 +23,7 @@ from aigc_jax.data.text import Tokenizer
 from experiments import _cli, _text
 from experiments._cli import Row, Scale, Source
 
-# (layers, heads, width, parameters) of the published sizes; the paper calls them 117M, 345M, 762M
-# and 1542M.
+# (layers, heads, width, parameters); the paper calls these sizes 117M, 345M, 762M and 1542M.
 SIZES = {
     "gpt2": (12, 12, 768, 124_439_808),
     "gpt2-medium": (24, 16, 1024, 354_823_168),
@@ -48,21 +47,18 @@ class Setup:
     seed: int = 0
 
     def __post_init__(self):
-        if self.new < 1 or self.length < 2 or not 0 <= self.seed < 2**32:
-            raise ValueError(
-                "new must be at least 1, length at least 2, and seed lie in 0..2**32 - 1"
-            )
+        _cli.at_least(self, new=1, length=2, seed=0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if self.data.tokenizer:
             raise ValueError("the weights come with their tokenizer: leave --data.tokenizer out")
         transformer.Sampling(self.temperature)
 
 
-SMALL = {"split": "validation[:2000]", "length": 24, "prompt": "def ", "new": 10}
+SMALL = dict(split="validation[:2000]", length=24, prompt="def ", new=10)
+SMOKE = Setup("runs/gpt2-smoke", "random", **SMALL)
 SCALES = {
-    "smoke": Scale(
-        Setup("runs/gpt2-smoke", "random", **SMALL),
-        "a random model of 12,160 parameters, written and read",
-    ),
+    "smoke": Scale(SMOKE, "a random model of 12,160 parameters, written and read"),
     "cpu": Scale(Setup(), "another text than the paper's"),
 }
 BITS = "bits per byte"
@@ -81,20 +77,17 @@ def load(setup: Setup, weights: str):
     """Returns the model, its parameters, the text, the tokenizer and the prompt's tokens."""
     cfg, params = transformer.load_gpt2(weights)
     length = min(setup.length, cfg.context)
-    split = _text.part(
-        setup.data, setup.split, "--split", {scale.setup.split for scale in SCALES.values()}
-    )
+    defaults = {scale.setup.split for scale in SCALES.values()}
+    split = _text.part(setup.data, setup.split, "--split", defaults)
     text = setup.data.load(split, length=length, stride=length // 2, tokenizer=str(weights))
     tokenizer = Tokenizer(text.info.tokenizer)
     if tokenizer.size > cfg.vocab:
-        raise ValueError(
-            f"{weights}: the tokenizer has {tokenizer.size} tokens, the model {cfg.vocab}"
-        )
+        sizes = f"the tokenizer has {tokenizer.size} tokens, the model {cfg.vocab}"
+        raise ValueError(f"{weights}: {sizes}")
     prompt = tokenizer.encode(setup.prompt)
     if not 0 < len(prompt) <= cfg.context - setup.new:
-        raise ValueError(
-            f"prompt: {len(prompt)} tokens and {setup.new} new ones do not fit 1..{cfg.context}"
-        )
+        asked = f"{len(prompt)} tokens and {setup.new} new ones"
+        raise ValueError(f"prompt: {asked} do not fit 1..{cfg.context}")
     return cfg, params, text, tokenizer, prompt
 
 
@@ -122,13 +115,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     ]
     with _cli.costs("sample.txt"):
         generate = jax.jit(partial(transformer.generate, cfg, max_new_tokens=setup.new))
-        sampling = transformer.Sampling(
-            setup.temperature, top_p=0.95, stop=()
-        )  # no token ends it early
-        tokens = generate(params, prompt[None], jax.random.key(setup.seed), sampling=sampling)[0]
-        sample = setup.prompt + tokenizer.decode(
-            np.asarray(tokens)[np.asarray(tokens) < tokenizer.size]
-        )
+        how = transformer.Sampling(setup.temperature, top_p=0.95, stop=())  # nothing ends it early
+        [tokens] = generate(params, prompt[None], jax.random.key(setup.seed), sampling=how)
+        tokens = np.asarray(tokens)
+        sample = setup.prompt + tokenizer.decode(tokens[tokens < tokenizer.size])
         (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
         print(sample)
     return found

@@ -29,19 +29,10 @@ OPTIM = Optim(lr=1e-3, b2=0.98, weight_decay=1.0, warmup=10)
 # std 0.05 is that of PyTorch's default for layers of this width, U(+-128^-0.5), which the paper's
 # code uses. The delay depends on it. Trained on half, a net with 0.02 generalises as soon as it
 # memorises, one with 0.1 two thousand updates later.
-MODEL = transformer.Config(
-    vocab=P + 2, context=4, layers=2, heads=4, width=128, activation="relu", std=0.05, optim=OPTIM
-)
-RUN = Run(
-    "runs/grokking",
-    5000,
-    512,
-    eval_every=100,
-    save_every=2000,
-    log_every=100,
-    keep=1,
-    steps_per_call=100,
-)
+SHAPE = dict(context=4, layers=2, heads=4, width=128)
+MODEL = transformer.Config(P + 2, **SHAPE, activation="relu", std=0.05, optim=OPTIM)
+EVERY = dict(eval_every=100, save_every=2000, log_every=100, keep=1, steps_per_call=100)
+RUN = Run("runs/grokking", 5000, 512, **EVERY)
 
 
 @dataclass(frozen=True)
@@ -60,47 +51,32 @@ class Setup:
 
 
 SMOKE = Setup(run=replace(RUN, folder="runs/grokking-smoke", steps=300), fractions=(0.5,))
-PAPER = Setup(
-    replace(MODEL, optim=replace(OPTIM, weight_decay=0.0)),
-    replace(RUN, folder="runs/grokking-paper", steps=1_000_000, eval_every=1000),
-    (0.5,),
-)
+LONG = replace(RUN, folder="runs/grokking-paper", steps=1_000_000, eval_every=1000)
+PAPER = Setup(replace(MODEL, optim=replace(OPTIM, weight_decay=0.0)), LONG, (0.5,))
+DIFFERS = "addition (fig. 1: division)"
 SCALES = {
     "smoke": Scale(SMOKE, "300 updates"),
-    "cpu": Scale(
-        Setup(),
-        "addition (fig. 1: division), weight decay 1 (fig. 1: none), stopped after 5,000 updates",
-    ),
-    "paper": Scale(PAPER, "addition (fig. 1: division)"),
+    "cpu": Scale(Setup(), f"{DIFFERS}, weight decay 1 (fig. 1: none), stopped after 5,000 updates"),
+    "paper": Scale(PAPER, DIFFERS),
 }
 TRAINED = "{:g} of the equations: updates until all of them are right"
 THEN = "{:g} of the equations: accuracy on the others then (%)"
 GROKKED = "{:g} of the equations: updates from there until 99 % of the others are right"
 AT_END = "{:g} of the equations: accuracy on them at the end (%)"
 LONGER = "that delay at .3 over that at .5"
-CRITERIA = {
-    TRAINED.format(0.5): "< 3000",
-    TRAINED.format(0.3): "< 3000",
-    THEN.format(0.3): "< 50",
-    GROKKED.format(0.3): ">= 500",
-    LONGER: "> 1",
-}
+CRITERIA = {TRAINED.format(fraction): "< 3000" for fraction in Setup.fractions}
+CRITERIA |= {THEN.format(0.3): "< 50", GROKKED.format(0.3): ">= 500", LONGER: "> 1"}
 INVARIANTS = {AT_END.format(0.5): "> 5, five times chance"}
 
 
 def equations(fraction: float, seed: int = 0) -> tuple[data.Data, data.Data]:
-    """Returns `a + b = c` as tokens a, 97, b, 98, c for all a and b: a share of them, and the
-    others.
-    """
+    """Returns a share of all equations `a + b = c`, as tokens a, 97, b, 98, c, and the others."""
     a, b = (x.reshape(-1) for x in np.meshgrid(np.arange(P), np.arange(P), indexing="ij"))
     tokens = np.stack([a, np.full_like(a, P), b, np.full_like(a, P + 1), (a + b) % P], -1)
     tokens = tokens[np.random.default_rng(seed).permutation(len(tokens))]
-    cut = round(fraction * len(tokens))
-    mask = np.tile([0, 0, 0, 1], (len(tokens), 1))
-    return tuple(
-        data.from_arrays({"tokens": tokens[part], "mask": mask[part]}, levels=P + 2)
-        for part in (slice(cut), slice(cut, None))
-    )
+    parts = np.split(tokens, [round(fraction * len(tokens))])
+    arrays = ({"tokens": part, "mask": np.tile([0, 0, 0, 1], (len(part), 1))} for part in parts)
+    return tuple(data.from_arrays(each, levels=P + 2) for each in arrays)
 
 
 def accuracies(cfg: transformer.Config, parts: dict[str, data.Data]):
@@ -112,16 +88,13 @@ def accuracies(cfg: transformer.Config, parts: dict[str, data.Data]):
         logits = transformer.apply(cfg, params, tokens[:, :-1])[:, -1]
         return (logits.argmax(-1) == tokens[:, -1]).mean()
 
-    def on_eval(family, state, step):
-        return {f"{name}_accuracy": 100 * right(state.params, x) for name, x in tokens.items()}
-
-    return on_eval
+    return lambda family, state, step: {
+        f"{name}_accuracy": 100 * right(state.params, x) for name, x in tokens.items()
+    }
 
 
 def moments(steps, seen, others) -> tuple:
-    """Returns when all training equations are right, the accuracy on the others then, and the delay
-    to 99 % there.
-    """
+    """Returns when all training equations are right, the accuracy on the others then, the delay."""
     memorised, understood = np.flatnonzero(seen > 99.99), np.flatnonzero(others >= 99)
     if not len(memorised):
         return NOT_REACHED, NOT_REACHED, NOT_REACHED
@@ -143,13 +116,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         _, on_others = _cli.history(run.folder, "others_accuracy")
         curves[f"{fraction:g}, trained on"] = steps, on_seen
         curves[f"{fraction:g}, others"] = steps, on_others
-        moment, then, delays[fraction] = moments(steps, on_seen, on_others)
-        found += [
-            Row(TRAINED.format(fraction), moment),
-            Row(THEN.format(fraction), then),
-            Row(GROKKED.format(fraction), delays[fraction]),
-            Row(AT_END.format(fraction), float(on_seen[-1])),
-        ]
+        values = *moments(steps, on_seen, on_others), float(on_seen[-1])
+        each = zip((TRAINED, THEN, GROKKED, AT_END), values, strict=True)
+        found += [Row(what.format(fraction), value) for what, value in each]
+        delays[fraction] = values[2]
     if {0.3, 0.5} <= set(delays):
         reached = NOT_REACHED not in (delays[0.3], delays[0.5])
         found.append(Row(LONGER, delays[0.3] / max(1, delays[0.5]) if reached else NOT_REACHED))
@@ -160,13 +130,12 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("grokking.png")
 def plot(setup: Setup, folder: Path, curves: dict) -> None:
     """Draws accuracies against updates."""
-    fig, ((ax,),) = figures.figure(1, 1, size=(7, 4.4))
-    figures.curves(ax, curves, xlabel="updates", ylabel="right answers (%)", title=f"a + b mod {P}")
+    fig, ((ax,),) = figures.figure(1, 1)
+    title = f"right answers to a + b mod {P}, by the share of the equations that is trained on"
+    figures.curves(ax, curves, xlabel="updates", ylabel="right answers (%)", title=title)
     ax.set_xscale("log")
-    optim = (
-        f"AdamW with decay {setup.model.optim.weight_decay:g}, batches of {setup.run.batch_size}"
-    )
-    caption = f"2 layers of {setup.model.width}, {optim}; share of the equations trained on"
+    decay, batch = setup.model.optim.weight_decay, setup.run.batch_size
+    caption = f"Two layers of width {setup.model.width}. AdamW with weight decay {decay:g}, batches of {batch}."
     figures.save(fig, folder / "grokking.png", caption)
 
 

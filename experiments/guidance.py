@@ -49,38 +49,22 @@ class Setup:
 
     def __post_init__(self):
         _pictures.check(self, "guidance", conditional=True)
-        if not self.model.unlabelled:
-            raise ValueError(
-                "guidance needs a model that has seen digits without label: model.unlabelled "
-                "above 0"
-            )
-        if 0.0 not in self.w or len(self.w) < 2:
-            raise ValueError(f"w must hold 0 and another, got {self.w}")
-        if self.w != tuple(sorted(set(self.w))) or self.w[0] < 0:
-            raise ValueError(f"w must grow from 0, got {self.w}")
-        if self.samples < 100:
-            raise ValueError(f"samples must be at least 100, got {self.samples}")
+        _diffusion.check_guidance(self)
+        if self.w != tuple(sorted({0.0, *self.w})) or self.w[0] < 0 or len(self.w) < 2:
+            raise ValueError(f"w must grow from 0, and hold another, got {self.w}")
+        _cli.at_least(self, samples=100)
         if not 1 <= self.digit_steps <= self.model.T or not 1 <= self.steps <= 1000:
             raise ValueError("digit_steps must lie in 1..model.T, steps in 1..1000")
 
 
-SMOKE = Setup(
-    _ddpm_digits.SMOKE,
-    _ddpm_digits.smoke_run("runs/guidance-smoke"),
-    w=(0.0, 4.0),
-    samples=200,
-    steps=50,
-    digit_steps=25,
-)
+SMOKE_RUN, TWO = _ddpm_digits.smoke_run("runs/guidance-smoke"), (0.0, 4.0)
+SMOKE = Setup(_ddpm_digits.SMOKE, SMOKE_RUN, w=TWO, samples=200, steps=50, digit_steps=25)
+DIFFERS = "8x8 digits measured by our classifier (ImageNet by Inception)"
 SCALES = {
     "smoke": Scale(SMOKE, "a tiny digits model, two values of w, 200 samples"),
-    "cpu": Scale(
-        Setup(),
-        "normals with exact scores, and 8x8 digits measured by our classifier (ImageNet by "
-        "Inception)",
-    ),
+    "cpu": Scale(Setup(), f"normals with exact scores, and {DIFFERS}"),
 }
-TOY_W = (0.0, 0.5, 1.0, 2.0, 4.0)
+TOY_W, SHOWN_W = (0.0, 0.5, 1.0, 2.0, 4.0), (0.0, 1.0, 4.0)  # of the normals
 AWAY = "normals: least rise of the samples' distance from the middle of all centres, from w to the next w"
 ENTROPY = "normals: least fall of the class entropy of the samples, from w to the next w (nats)"
 OTHER = "normals: total variation, samples against the normalised tilted density, w = {w:g}"
@@ -102,7 +86,7 @@ def tilted(w: float) -> np.ndarray:
 
 
 def measure_normals(setup: Setup) -> tuple[list[Row], dict[float, np.ndarray]]:
-    """Samples the first class by guided exact scores, compares the samples with the tilted density."""
+    """Samples the first class by guided exact scores; compares with the tilted density."""
     schedule = ddpm.cosine_schedule(1000)
     conditional = _diffusion.exact_eps(schedule, CENTRES[:1], STD)
     unconditional = _diffusion.exact_eps(schedule, CENTRES, STD)
@@ -124,10 +108,9 @@ def measure_normals(setup: Setup) -> tuple[list[Row], dict[float, np.ndarray]]:
         away.append(np.linalg.norm(x - CENTRES.mean(0), axis=-1).mean())
         entropy.append(-(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean())
     found = [Row(AWAY, float(np.diff(away).min())), Row(ENTROPY, float(-np.diff(entropy).max()))]
-    for w in (0.0, 1.0, 4.0):  # in cells of eight by eight, where 5,000 samples are enough
-        edges = [
-            np.append(side - 0.025, side[-1] + 0.025)[::8] for side in (SIDE - SIDE.mean(), SIDE)
-        ]
+    for w in SHOWN_W:  # in cells of eight by eight, where 5,000 samples are enough
+        sides = (SIDE - SIDE.mean(), SIDE)
+        edges = [np.append(side - 0.025, side[-1] + 0.025)[::8] for side in sides]
         counts, _, _ = np.histogram2d(samples[w][:, 1], samples[w][:, 0], bins=edges)
         cells = tilted(w)[:120, :120].reshape(15, 8, 15, 8).sum((1, 3))
         apart = 0.5 * np.abs(counts / len(samples[w]) - cells).sum()
@@ -136,24 +119,17 @@ def measure_normals(setup: Setup) -> tuple[list[Row], dict[float, np.ndarray]]:
 
 
 def measure_digits(setup: Setup, result: train.Result) -> tuple[dict, np.ndarray]:
-    """Returns {w: (Frechet distance to the training digits, classifier score, class accuracy in
-    %)}, and samples.
-    """
-    seen = _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
-    net = metrics.load_classifier(setup.data.name)
-    _, real = net.apply(seen["image"] / (setup.model.levels - 1))
+    """Returns {w: (Frechet distance to training, classifier score, accuracy in %)}, and samples."""
+    _, net, real = _ddpm_digits.judged_by(setup)
     label, found, shown = np.arange(setup.samples) % 10, {}, []
-    key, ddim = (
-        jax.random.key(setup.run.seed),
-        {"sampler": "ddim", "eta": 1.0, "steps": setup.digit_steps},
-    )
+    key = jax.random.key(setup.run.seed)
+    ddim = {"sampler": "ddim", "eta": 1.0, "steps": setup.digit_steps}
     for w in setup.w:
         x = train.sample(result, key, n=setup.samples, label=label, w=float(w), **ddim)
         logits, features = net.apply(x)
-        p = np.asarray(jax.nn.softmax(jnp.asarray(logits), -1))
+        score = metrics.classifier_score(np.asarray(jax.nn.softmax(jnp.asarray(logits), -1)))
         accuracy = 100 * float((np.asarray(logits).argmax(-1) == label).mean())
-        fid = metrics.frechet_distance(real, features)
-        found[w] = (fid, metrics.classifier_score(p), accuracy)
+        found[w] = (metrics.frechet_distance(real, features), score, accuracy)
         shown.append(x[:20])
     return found, np.concatenate(shown)
 
@@ -172,12 +148,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     if 4.0 in fid:
         found.append(Row(FAR, fid[4.0] / fid[0.0], FID[4.0] / FID[0.0]))
     for w, (distance, inception, accuracy) in measured.items():
+        what = f"digits, w = {w:g}: fid_digits to training (paper: FID, ImageNet 64)"
         found += [
-            Row(
-                f"digits, w = {w:g}: fid_digits to training (paper: FID, ImageNet 64)",
-                distance,
-                FID.get(w),
-            ),
+            Row(what, distance, FID.get(w)),
             Row(f"digits, w = {w:g}: classifier score (paper: IS)", inception, IS.get(w)),
             Row(f"digits, w = {w:g}: class accuracy (%)", accuracy),
         ]
@@ -187,36 +160,32 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("guidance.png")
 def plot(setup: Setup, folder: Path, samples: dict, measured: dict, shown: np.ndarray) -> None:
-    """Draws density and samples for each w, the trade on digits, and digits of little and much
-    guidance.
-    """
-    fig, axes = figures.figure(2, 4, size=(15, 7.4))
-    *normals, fids, scores, digits = axes.ravel()
-    for ax, w in zip(normals, TOY_W, strict=True):
+    """Draws density and samples of the normals, the trade on digits, digits by w."""
+    fig, (normals, (fids, scores, digits)) = figures.figure(2, 3)
+    for ax, w in zip(normals, SHOWN_W, strict=True):
         ax.contourf(SIDE, SIDE - SIDE.mean(), tilted(w), levels=12, cmap="Greys")
         ax.scatter(*samples[w][:700].T, s=2, color=figures.COLOURS[1], linewidths=0)
         ax.plot(*CENTRES.T, "k+", markersize=8)
-        ax.set(title=f"w = {w:g}: density (grey), samples (dots)", xlabel="x_1", ylabel="x_2")
+        ax.set(title=f"normals, guidance w = {w:g}", xlabel="x_1", ylabel="x_2")
         ax.set(xlim=(-2.5, 3.5), ylim=(-3, 3))
     w = np.array(list(measured))
     for ax, i, name, paper in (
-        (fids, 0, "fid_digits to training", FID),
+        (fids, 0, "Frechet distance", FID),
         (scores, 1, "classifier score", IS),
     ):
         values = np.array([each[i] for each in measured.values()])
         theirs = np.array(list(paper)), np.array(list(paper.values())) / paper[0.0]
         curves = {"digits, ours": (w, values / values[0]), "ImageNet 64, paper": theirs}
-        figures.curves(ax, curves, xlabel="guidance w", ylabel=f"{name}, over that at w = 0")
+        title = f"{name}, over that at w = 0"
+        figures.curves(ax, curves, xlabel="guidance w", ylabel="ratio", title=title)
         ax.set_xscale("symlog", linthresh=0.1)
     fids.set_yscale("log")
     three = sorted({0, len(w) // 2, len(w) - 1})
     pictures = np.concatenate([shown[20 * i : 20 * i + 20] for i in three])
     title = f"two rows each of w = {', '.join(f'{w[i]:g}' for i in three)}; not chosen"
     figures.images(digits, pictures, 10, title=title)
-    caption = (
-        f"three normals of standard deviation {STD}, exact scores, DDIM of {setup.steps} steps; "
-    )
-    caption += f"digits: {setup.samples} per w, {setup.digit_steps} steps, eta 1"
+    caption = f"Normals: tilted density in grey, samples by {setup.steps} steps of DDIM. Digits: "
+    caption += f"{setup.samples:,} samples per w, by {setup.digit_steps} steps with eta = 1."
     figures.save(fig, folder / "guidance.png", caption)
 
 

@@ -26,19 +26,14 @@ from experiments import _cli
 from experiments._cli import Row, Scale
 
 LN2 = float(np.log(2))
-BEAT = ddpm.DiscreteConfig(
-    T=200,
-    net=ddpm.NetConfig("mlp", (50, 50, 50), dropout=0.0),
-    ema=0.999,
-    optim=Optim(lr=2e-3, clip=1.0, decay=30_000, floor=0.02),
-)
+BEAT_NET = ddpm.NetConfig("mlp", (50, 50, 50), dropout=0.0)
+BEAT_OPTIM = Optim(lr=2e-3, clip=1.0, decay=30_000, floor=0.02)
+BEAT = ddpm.DiscreteConfig(T=200, net=BEAT_NET, ema=0.999, optim=BEAT_OPTIM)
 
 
 @dataclass(frozen=True)
 class RollConfig:
-    """Points by T normal steps. The mean and variance of each coordinate are learned, the levels
-    reach to `width`.
-    """
+    """Points by T normal steps, with learned mean and variance; the levels reach to `width`."""
 
     dim: int = 2
     T: int = 40
@@ -51,24 +46,16 @@ class RollConfig:
     def __post_init__(self):
         if self.dim != 2:
             raise ValueError(f"the roll lies in the plane: roll.dim must be 2, got {self.dim}")
-        if self.T < 2 or not 0 < self.width < 1:
-            raise ValueError(
-                f"T must be at least 2 and width lie in (0, 1), got {self.T} and {self.width}"
-            )
+        if not 0 < self.width < 1:
+            raise ValueError(f"width must lie in (0, 1), got {self.width}")
+        _cli.at_least(self, T=2)
         if self.net.kind != "mlp" or self.net.dropout:
             raise ValueError("net must be an mlp without dropout")
 
 
 ROLL = RollConfig()
-RUN = Run(
-    "runs/heartbeat_and_swiss_roll",
-    30_000,
-    200,
-    eval_every=2000,
-    save_every=10_000,
-    log_every=200,
-    keep=1,
-)
+EVERY = dict(eval_every=2000, save_every=10_000, log_every=200, keep=1, steps_per_call=200)
+RUN = Run("runs/heartbeat_and_swiss_roll", 30_000, 200, **EVERY)
 
 
 @dataclass(frozen=True)
@@ -77,8 +64,8 @@ class Setup:
 
     beat: ddpm.DiscreteConfig = BEAT
     roll: RollConfig = ROLL
-    run: Run = replace(RUN, steps_per_call=200)
-    roll_run: Run = replace(run, steps=20_000, batch_size=512)  # folder and seed are run's
+    run: Run = RUN
+    roll_run: Run = replace(RUN, steps=20_000, batch_size=512)  # folder and seed are run's
     sequences: int = 10_000  # on which K is measured
     points: int = 10_000
     samples: int = 1000
@@ -86,36 +73,26 @@ class Setup:
     def __post_init__(self):
         if self.beat.dim % 5:
             raise ValueError(f"beat.dim must be a multiple of 5, got {self.beat.dim}")
-        if min(self.sequences, self.points, self.samples) < 10:
-            raise ValueError("sequences, points and samples must be at least 10")
+        _cli.at_least(self, sequences=10, points=10, samples=10)
 
 
-SMOKE_RUN = replace(
-    RUN,
-    folder="runs/heartbeat_and_swiss_roll-smoke",
-    steps=1500,
-    eval_every=500,
-    steps_per_call=100,
-)
 SMOKE = Setup(
     replace(BEAT, T=20, ema=0.99, optim=Optim(lr=5e-3, clip=1.0)),
     replace(ROLL, width=0.1, ema=0.99, net=ddpm.NetConfig("mlp", (32, 32), dropout=0.0)),
-    SMOKE_RUN,
+    replace(RUN, folder=f"{RUN.folder}-smoke", steps=1500, eval_every=500, steps_per_call=100),
     replace(RUN, steps=600, eval_every=300, steps_per_call=100),
-    500,
-    500,
-    500,
+    sequences=500,
+    points=500,
+    samples=500,
 )
 PAPER = Setup(
-    replace(BEAT, T=2000, optim=replace(BEAT.optim, decay=100_000)),
-    run=replace(Setup.run, folder="runs/heartbeat_and_swiss_roll-paper", steps=100_000),
+    replace(BEAT, T=2000, optim=replace(BEAT_OPTIM, decay=100_000)),
+    run=replace(RUN, folder=f"{RUN.folder}-paper", steps=100_000),
 )
 DIFFERS = (
     "its net predicts x_0, given the time (x_{t-1}, one readout per step), with SiLU, by Adam "
-    "(sigmoids, SFO), over "
-    "cosine levels (1 / (T - t + 1)); the roll by an MLP of 128s (a net of 16 radial units), its "
-    "width and its levels "
-    "ours"
+    "(sigmoids, SFO), over cosine levels (1 / (T - t + 1)); the roll by an MLP of 128s (a net of "
+    "16 radial units), its width and its levels ours"
 )
 SCALES = {
     "smoke": Scale(SMOKE, "short runs of small nets"),
@@ -132,15 +109,9 @@ K_ROLL = "swiss roll: K, a lower bound on log2 p (bits a point; +- s.e.)"
 OVER_ROLL = "swiss roll: K above the truth (s.e.)"
 LESS = "swiss roll: truth less K (bits)"
 NULL_ROLL = "swiss roll: K less L_null, a normal (bits)"
-CRITERIA = {
-    K_BEAT: ">= -2.60",
-    OVER: "<= 3",
-    VALID: ">= 95",
-    PHASES: "<= 20",
-    OVER_ROLL: "<= 3",
-    LESS: "< 0.5",
-}
-INVARIANTS = {OVER: CRITERIA[OVER], OVER_ROLL: CRITERIA[OVER_ROLL], K_BEAT: "> -14.4"}
+BOUNDS = {OVER: "<= 3", OVER_ROLL: "<= 3"}
+CRITERIA = {K_BEAT: ">= -2.60", VALID: ">= 95", PHASES: "<= 20", LESS: "< 0.5", **BOUNDS}
+INVARIANTS = {K_BEAT: "> -14.4", **BOUNDS}
 
 
 def beats(dim: int) -> np.ndarray:
@@ -151,15 +122,12 @@ def beats(dim: int) -> np.ndarray:
 def heartbeats(n: int, dim: int, seed: int) -> data.Data:
     """Returns n heartbeats whose phases are as equally frequent as n allows."""
     order = np.random.default_rng(seed).permutation(np.arange(n) % 5)
-    return data.from_arrays(
-        {"points": beats(dim)[order]}, source={"name": "heartbeat", "n": n, "seed": seed}
-    )
+    about = {"name": "heartbeat", "n": n, "seed": seed}
+    return data.from_arrays({"points": beats(dim)[order]}, source=about)
 
 
 def spiral(u: np.ndarray) -> np.ndarray:
-    """Returns the middle of the roll at u in [0, 1], scaled so that the mean variance of its
-    coordinates is 1.
-    """
+    """Returns the middle of the roll at u in [0, 1], scaled to a mean variance of 1."""
     middle = _spiral(np.linspace(0, 1, 100_001))
     return (_spiral(u) - middle.mean(0)) / np.sqrt(middle.var(0).mean())
 
@@ -183,10 +151,15 @@ def roll_log2(x: np.ndarray, noise: float, cells: int = 50_000) -> np.ndarray:
     for part in np.array_split(x.astype(np.float64), -(-len(x) // 100)):
         squared = ((part[:, None] - centres[None]) ** 2).sum(-1) / (2 * noise**2)
         least = squared.min(-1)
-        out.append(
-            np.log(np.exp(least[:, None] - squared).mean(-1)) - least - np.log(2 * np.pi * noise**2)
-        )
+        inside = np.log(np.exp(least[:, None] - squared).mean(-1)) - least
+        out.append(inside - np.log(2 * np.pi * noise**2))
     return np.concatenate(out) / LN2
+
+
+def bits(family: Family, state, x: np.ndarray, key) -> np.ndarray:
+    """Returns K [N], the bound on log2 p of each point."""
+    nats = jax.jit(family.evaluate)(state, {"points": jnp.asarray(x)}, key)["nll_nats"]
+    return -np.asarray(nats, np.float64) / LN2
 
 
 def heartbeat_rows(setup: Setup) -> tuple[list[Row], np.ndarray]:
@@ -194,14 +167,8 @@ def heartbeat_rows(setup: Setup) -> tuple[list[Row], np.ndarray]:
     cfg, run = setup.beat, replace(setup.run, folder=str(Path(setup.run.folder) / "heartbeat"))
     held = heartbeats(1000, cfg.dim, 2)
     result = train.fit(ddpm.make_discrete, cfg, run, heartbeats(10_000, cfg.dim, 1), valid=held)
-    test = heartbeats(setup.sequences, cfg.dim, 3).resident[0]["points"]
-    evaluate = jax.jit(ddpm.make_discrete(replace(cfg, terms=0)).evaluate)
-    K = (
-        -np.asarray(
-            evaluate(result.state, {"points": test}, jax.random.key(4))["nll_nats"], np.float64
-        )
-        / LN2
-    )
+    test = _cli.arrays(heartbeats(setup.sequences, cfg.dim, 3))["points"]
+    K = bits(ddpm.make_discrete(replace(cfg, terms=0)), result.state, test, jax.random.key(4))
     mean, error = K.mean(), K.std(ddof=1) / len(K) ** 0.5
     x = train.sample(result, jax.random.key(setup.run.seed), n=setup.samples, chunk=setup.samples)
     counts = np.array([(x == one).all(-1).sum() for one in beats(cfg.dim)])
@@ -217,9 +184,7 @@ def heartbeat_rows(setup: Setup) -> tuple[list[Row], np.ndarray]:
 
 
 def levels(cfg: RollConfig) -> ddpm.Schedule:
-    """Returns T levels, evenly in log noise-to-signal ratio from the data's least width to almost
-    no signal, e^-5.
-    """
+    """Returns T levels, evenly in log noise-to-signal ratio from the width to e^5, almost noise."""
     low = 2 * np.log(cfg.width)
     return ddpm.discretise(lambda u: low + (5 - low) * u, cfg.T)
 
@@ -242,27 +207,21 @@ def model(cfg: RollConfig, params):
 
 
 def make_roll(cfg: RollConfig, *, axis_name: str | None = None) -> Family:
-    """Returns the family, on batches `points` [B, d], trained on the bound itself at evenly spread
-    steps.
-    """
+    """Returns the family, on batches `points` [B, d], trained on the bound at evenly spread t."""
     ema, schedule = EMA(cfg.ema), levels(cfg)
 
     def init(key):
         net = ddpm.MLP(cfg.net, 2 * cfg.dim)
-        return start(
-            net.init(key, jnp.zeros((1, cfg.dim)), jnp.zeros(1))["params"], cfg.optim, ema=ema
-        )
+        params = net.init(key, jnp.zeros((1, cfg.dim)), jnp.zeros(1))["params"]
+        return start(params, cfg.optim, ema=ema)
 
     def loss(params, state, batch, key):
         k_t, k_eps = jax.random.split(key)
         x_0 = batch["points"]
         t = (low_discrepancy(k_t, len(x_0)) * cfg.T).astype(int)
-        eps_fn = model(cfg, params)
         eps = jax.random.normal(k_eps, x_0.shape)
-        return cfg.T * vlb_term(schedule, eps_fn, x_0, t, eps, sigma2="learned").mean(), (
-            state.extra,
-            {},
-        )
+        nats = vlb_term(schedule, model(cfg, params), x_0, t, eps, sigma2="learned")
+        return cfg.T * nats.mean(), (state.extra, {})
 
     def evaluate(state, batch, key):
         eps_fn = model(cfg, ema.read(state))
@@ -273,47 +232,29 @@ def make_roll(cfg: RollConfig, *, axis_name: str | None = None) -> Family:
         x_T = jax.random.normal(k_start, (n, cfg.dim))
         return ddpm.sample_ddpm(schedule, model(cfg, ema.read(state)), x_T, k_way, sigma2="learned")
 
-    return Family(
-        init,
-        make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name),
-        evaluate,
-        sample,
-    )
+    step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
+    return Family(init, step, evaluate, sample)
 
 
 def roll_rows(setup: Setup) -> tuple[list[Row], dict, train.Result]:
     """Trains on the roll; returns the rows, data and samples as {title: points}, and the model."""
     cfg, folder = setup.roll, str(Path(setup.run.folder) / "roll")
     run = replace(setup.roll_run, folder=folder, seed=setup.run.seed)
-    result = train.fit(
-        make_roll, cfg, run, rolls(200_000, cfg.width, 1), valid=rolls(1000, cfg.width, 2)
-    )
-    x = rolls(setup.points, cfg.width, 3).resident[0]["points"]
-    nats = jax.jit(result.family.evaluate)(
-        result.state, {"points": jnp.asarray(x)}, jax.random.key(5)
-    )["nll_nats"]
-    truth, K = roll_log2(x, cfg.width), -np.asarray(nats, np.float64) / LN2
-    gap, error = (K - truth).mean(), (K - truth).std(ddof=1) / len(x) ** 0.5
-    drawn = train.sample(
-        result, jax.random.key(setup.run.seed), n=2 * setup.samples, chunk=2 * setup.samples
-    )
-    null = -np.log2(2 * np.pi * np.e)
-    return (
-        [
-            Row(
-                K_ROLL,
-                float(K.mean()),
-                2.35,
-                float(K.std(ddof=1) / len(x) ** 0.5),
-                float(truth.mean()),
-            ),
-            Row(OVER_ROLL, float(gap / error)),
-            Row(LESS, float(-gap)),
-            Row(NULL_ROLL, float(K.mean() - null), 6.45, oracle=float(truth.mean() - null)),
-        ],
-        {"data": x[: len(drawn)], "samples, not chosen": drawn},
-        result,
-    )
+    training, held = rolls(200_000, cfg.width, 1), rolls(1000, cfg.width, 2)
+    result = train.fit(make_roll, cfg, run, training, valid=held)
+    x = _cli.arrays(rolls(setup.points, cfg.width, 3))["points"]
+    truth, K = roll_log2(x, cfg.width), bits(result.family, result.state, x, jax.random.key(5))
+    (mean, gap), exact = (float(a.mean()) for a in (K, K - truth)), float(truth.mean())
+    error, error_of_gap = (float(a.std(ddof=1) / len(x) ** 0.5) for a in (K, K - truth))
+    n, null = 2 * setup.samples, float(-np.log2(2 * np.pi * np.e))
+    drawn = train.sample(result, jax.random.key(setup.run.seed), n=n, chunk=n)
+    found = [
+        Row(K_ROLL, mean, 2.35, error, exact),
+        Row(OVER_ROLL, gap / error_of_gap),
+        Row(LESS, -gap),
+        Row(NULL_ROLL, mean - null, 6.45, oracle=exact - null),
+    ]
+    return found, {"data": x[: len(drawn)], "samples, not chosen": drawn}, result
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
@@ -328,16 +269,15 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 
 @_cli.costs("heartbeat_and_swiss_roll.png")
-def plot(
-    setup: Setup, folder: Path, sequences, clouds: dict, result: train.Result, K: dict
-) -> None:
-    """Draws samples of both sets, and which way the net moves points of the plane, as the paper's
-    figure 1.
-    """
-    fig, (axes,) = figures.figure(1, 4, size=(15, 3.9))
-    axes[0].imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
-    axes[0].set(title="heartbeats, sampled, not chosen", xlabel="bin", ylabel="sample")
-    for ax, (name, x) in zip(axes[1:], clouds.items(), strict=False):
+def plot(setup: Setup, folder: Path, sequences, clouds: dict, result, K: dict) -> None:
+    """Draws samples of both sets, and which way the net moves points, as the paper's figure 1."""
+    fig, axes = figures.figure(2, 2)
+    beat, *both, field = axes.ravel()
+    beat.imshow(1 - sequences, cmap="gray", aspect="auto", interpolation="nearest")
+    beat.set_xticks(range(0, setup.beat.dim, 5))
+    beat.grid(False)
+    beat.set(title="heartbeats: samples, not chosen", xlabel="bin", ylabel="sample")
+    for ax, (name, x) in zip(both, clouds.items(), strict=True):
         figures.points(ax, x, title=f"swiss roll: {name}")
     cfg, step = result.config, 3 * setup.roll.T // 5
 
@@ -347,16 +287,16 @@ def plot(
         v, _ = predicted(cfg, params, x, t)
         return ddpm.convert(levels(cfg), v, x, t, given="v", wanted="x_0") - x
 
-    plane = (
-        np.stack(np.meshgrid(*[np.linspace(-2, 2, 20)] * 2), -1).reshape(-1, 2).astype(np.float32)
-    )
-    arrows = np.asarray(drift(_cli.weights(result), jnp.asarray(plane)))
-    axes[3].quiver(*plane.T, *arrows.T, color=figures.COLOURS[0])
-    axes[3].set(title=f"predicted x_0 less x_t, step {step} of {cfg.T}", xlabel="x_1", ylabel="x_2")
-    heartbeat = f"heartbeat: T = {setup.beat.T}, K = {K[K_BEAT]:.2f} bits (truth {TRUE:.2f})"
+    plane = np.stack(np.meshgrid(*[np.linspace(-2, 2, 20)] * 2), -1).reshape(-1, 2)
+    arrows = np.asarray(drift(_cli.weights(result), jnp.asarray(plane, jnp.float32)))
+    field.quiver(*plane.T, *arrows.T, color=figures.COLOURS[0])
+    title = f"swiss roll: predicted x_0 less x_t, step {step} of {cfg.T}"
+    field.set(title=title, xlabel="x_1", ylabel="x_2")
     truth = K[K_ROLL] + K[LESS]
-    roll = f"roll: T = {cfg.T}, noise {cfg.width}, K = {K[K_ROLL]:.2f} bits (truth {truth:.2f})"
-    figures.save(fig, folder / "heartbeat_and_swiss_roll.png", f"{heartbeat}; {roll}")
+    beat, roll = f"T = {setup.beat.T}, K = {K[K_BEAT]:.2f}", f"T = {cfg.T}, K = {K[K_ROLL]:.2f}"
+    caption = f"Heartbeat: {beat} bits, the truth is {TRUE:.2f}. Roll: {roll} bits, the truth is "
+    caption += f"{truth:.2f}, noise {cfg.width}."
+    figures.save(fig, folder / "heartbeat_and_swiss_roll.png", caption)
 
 
 if __name__ == "__main__":

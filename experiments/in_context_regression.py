@@ -41,24 +41,14 @@ class Config:
         if self.net.vocab or self.net.context < 2 * self.points:
             raise ValueError(f"net must have vocab 0 and a context of at least {2 * self.points}")
         if self.net.micro != 1 or self.net.ema or self.net.dropout:
-            raise ValueError(
-                "net.ema and net.dropout are not for this model, and micro is its own, not net's"
-            )
+            raise ValueError("net has no ema and dropout here, and micro is the model's own")
 
 
 OPTIM = Optim(lr=1e-3, clip=1.0, warmup=500, decay=29_500, floor=0.02)
-NET = transformer.Config(
-    vocab=0, context=24, layers=3, heads=2, width=64, optim=OPTIM
-)  # `tiny` of the authors' code
-RUN = Run(
-    "runs/in_context_regression",
-    30_000,
-    64,
-    save_every=10_000,
-    log_every=200,
-    keep=1,
-    steps_per_call=200,
-)
+TINY = dict(layers=3, heads=2, width=64)  # of the authors' code
+NET = transformer.Config(vocab=0, context=24, optim=OPTIM, **TINY)
+EVERY = dict(save_every=10_000, log_every=200, keep=1, steps_per_call=200)
+RUN = Run("runs/in_context_regression", 30_000, 64, **EVERY)
 
 
 @dataclass(frozen=True)
@@ -74,24 +64,15 @@ class Setup:
 
 
 LARGE = replace(NET, context=84, layers=12, heads=8, width=256, optim=Optim(lr=1e-4))
+LONG = replace(RUN, folder="runs/in_context_regression-paper", steps=500_001)
+SHORT = replace(RUN, folder="runs/in_context_regression-smoke", steps=400)
+DIFFERS = "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256)"
+RATES = "30,000 updates at 1e-3, decayed (500,001 at 1e-4)"
+PAPER = Setup(Config(LARGE, dim=20, points=41), LONG)
 SCALES = {
-    "smoke": Scale(
-        Setup(run=replace(RUN, folder="runs/in_context_regression-smoke", steps=400), prompts=500),
-        "5 dimensions, the smallest net, 400 updates",
-    ),
-    "cpu": Scale(
-        Setup(),
-        "5 dimensions (20), the authors' `tiny` net of 3 layers and width 64 (12 and 256), 30,000 "
-        "updates at 1e-3, "
-        "decayed (500,001 at 1e-4)",
-    ),
-    "paper": Scale(
-        Setup(
-            Config(LARGE, dim=20, points=41),
-            replace(RUN, folder="runs/in_context_regression-paper", steps=500_001),
-        ),
-        "without the curriculum over dimensions and points",
-    ),
+    "smoke": Scale(Setup(run=SHORT, prompts=500), "5 dimensions, the smallest net, 400 updates"),
+    "cpu": Scale(Setup(), f"{DIFFERS}, {RATES}"),
+    "paper": Scale(PAPER, "without the curriculum over dimensions and points"),
 }
 AWAY = "largest |error - least squares| for k <= d (of the variance)"
 AFTER = "error after 2 d examples (of the variance)"
@@ -104,17 +85,12 @@ INVARIANTS = {ZERO: "within 0.9 .. 1.1"}
 
 
 def predict(cfg: Config, params, x, y):
-    """Returns predictions [B, n] of y [B, n] from x [B, n, d] and the pairs before each: x_1, y_1,
-    x_2, ... as in the paper.
-    """
+    """Returns predictions [B, n] of y [B, n] from x [B, n, d] and the pairs before: x_1, y_1, ..."""
     B, n, d = x.shape
-    pairs = jnp.stack([x, jnp.pad(y[..., None], ((0, 0), (0, 0), (0, d - 1)))], 2).reshape(
-        B, 2 * n, d
-    )
-    h = pairs @ params["read_in"]["kernel"] + params["read_in"]["bias"][None, None]
-    h = transformer.backbone(cfg.net, params["net"], h)[
-        :, ::2
-    ]  # at the x, where y has not been seen
+    pairs = jnp.stack([x, jnp.pad(y[..., None], ((0, 0), (0, 0), (0, d - 1)))], 2)
+    h = pairs.reshape(B, 2 * n, d) @ params["read_in"]["kernel"]
+    h = h + params["read_in"]["bias"][None, None]
+    h = transformer.backbone(cfg.net, params["net"], h)[:, ::2]  # at the x, whose y is to come
     return (h @ params["read_out"]["kernel"])[..., 0] + params["read_out"]["bias"]
 
 
@@ -124,16 +100,12 @@ def make_regression(cfg: Config, *, axis_name: str | None = None) -> Family:
     def init(key):
         k_net, k_in, k_out = jax.random.split(key, 3)
         width = cfg.net.width
+        read_in = jax.random.normal(k_in, (cfg.dim, width)) / cfg.dim**0.5
+        read_out = jax.random.normal(k_out, (width, 1)) / width**0.5
         params = {
             "net": transformer.init(cfg.net, k_net),
-            "read_in": {
-                "kernel": jax.random.normal(k_in, (cfg.dim, width)) / cfg.dim**0.5,
-                "bias": jnp.zeros(width),
-            },
-            "read_out": {
-                "kernel": jax.random.normal(k_out, (width, 1)) / width**0.5,
-                "bias": jnp.zeros(()),
-            },
+            "read_in": {"kernel": read_in, "bias": jnp.zeros(width)},
+            "read_out": {"kernel": read_out, "bias": jnp.zeros(())},
         }
         return start(params, cfg.net.optim)
 
@@ -149,14 +121,11 @@ def make_regression(cfg: Config, *, axis_name: str | None = None) -> Family:
         return {"squared_error": errors(state.params, batch).mean(-1)}
 
     def sample(state, key, *, n):
-        """Returns prompts of the training distribution, since it generates none: [n, points * dim +
-        dim].
-        """
+        """Returns prompts of the training distribution, since the model generates none."""
         return jax.random.normal(key, (n, (cfg.points + 1) * cfg.dim))
 
-    return Family(
-        init, make_step(loss, cfg.net.optim, micro=cfg.micro, axis_name=axis_name), evaluate, sample
-    )
+    step = make_step(loss, cfg.net.optim, micro=cfg.micro, axis_name=axis_name)
+    return Family(init, step, evaluate, sample)
 
 
 def split(cfg: Config, rows):
@@ -173,9 +142,7 @@ def functions(cfg: Config, split: str) -> data.Data:
 
 
 def least_squares(x, y, query) -> np.ndarray:
-    """Returns predictions [B] of minimum-norm least squares, one problem per row: x [B, k, d], y
-    [B, k], query [B, d].
-    """
+    """Returns predictions [B] of minimum-norm least squares: x [B, k, d], y [B, k], query [B, d]."""
     if not x.shape[1]:
         return np.zeros(len(query))
     return np.einsum("bd,bd->b", np.einsum("bdk,bk->bd", np.linalg.pinv(x), y), query)
@@ -193,27 +160,18 @@ def averaging(x, y, query) -> np.ndarray:
 
 
 def risks(cfg: Config, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns {baseline: squared error after k examples, over the variance}; nan where it needs
-    more examples.
-    """
-    baselines = {
-        "least squares": (least_squares, 0),
-        "3 nearest neighbours": (neighbours, 3),
-        "averaging": (averaging, 1),
-    }
-    found = {}
+    """Returns {baseline: squared error after k examples, over the variance}; nan for too few."""
+    baselines = {"least squares": (least_squares, 0), "averaging": (averaging, 1)}
+    baselines["3 nearest neighbours"] = (neighbours, 3)
+    found = {name: np.full(cfg.points, np.nan) for name in baselines}
     for name, (f, least) in baselines.items():
-        each = [
-            ((f(x[:, :k], y[:, :k], x[:, k]) - y[:, k]) ** 2).mean()
-            for k in range(least, cfg.points)
-        ]
-        found[name] = np.array([np.nan] * least + [error / cfg.dim for error in each])
+        for k in range(least, cfg.points):
+            guess = f(x[:, :k], y[:, :k], x[:, k])
+            found[name][k] = ((guess - y[:, k]) ** 2).mean() / cfg.dim
     return found
 
 
-def out_of_distribution(
-    cfg: Config, x: np.ndarray, y: np.ndarray, w: np.ndarray
-) -> dict[str, tuple]:
+def out_of_distribution(cfg: Config, x, y, w) -> dict[str, tuple]:
     """Returns {name: (x, y)} of prompts that the training does not have."""
     d, rng = cfg.dim, np.random.default_rng(2)
     scale = 1.0 / np.arange(1, d + 1)  # eigenvalues as 1 / i^2, their sum unchanged
@@ -236,9 +194,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     guess = jax.jit(partial(predict, cfg, result.state.params))
 
     def ours(x, y):
-        return np.asarray(
-            guess(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)), np.float64
-        )
+        return np.asarray(guess(*(jnp.asarray(a, jnp.float32) for a in (x, y))), np.float64)
 
     d, last, k = cfg.dim, min(2 * cfg.dim, cfg.points - 1), np.arange(cfg.points)
     squares = (ours(x, y) - y) ** 2 / d
@@ -263,8 +219,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         away[name] = float(((ours(x_new, y_new) - clean) ** 2)[:, last].mean() / d)
         found.append(Row(f"error after {last} examples, {name} (of the variance)", away[name]))
     found.append(Row(OUT, max(away.values())))
+    del baselines["least squares"]  # its exact risk is drawn
     curves = {"transformer": error, "least squares (exact)": exact, **baselines}
-    del curves["least squares"]
     plot(setup, folder, {name: (k, values) for name, values in curves.items()})
     return found
 
@@ -272,14 +228,14 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("in_context_regression.png")
 def plot(setup: Setup, folder: Path, curves: dict) -> None:
     """Draws errors against the number of examples."""
-    fig, ((ax,),) = figures.figure(1, 1, size=(6.5, 4.4))
+    fig, ((ax,),) = figures.figure(1, 1)
     title = f"linear functions in {setup.model.dim} dimensions"
     ylabel = "squared error / variance"
     figures.curves(ax, curves, xlabel="examples in the prompt", ylabel=ylabel, title=title)
     ax.set_ylim(-0.05, 1.6)
     net = setup.model.net
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size} fresh prompts"
-    caption = f"{net.layers} layers of {net.width}, {updates}; {setup.prompts} prompts scored"
+    updates = f"{setup.run.steps:,} updates of {setup.run.batch_size} fresh prompts"
+    caption = f"Depth {net.layers}, width {net.width}, {updates}. {setup.prompts:,} are scored."
     figures.save(fig, folder / "in_context_regression.png", caption)
 
 

@@ -29,26 +29,10 @@ BEGIN = SYMBOLS  # the token before every sequence
 LENGTH = 100
 SEGMENT = 25  # symbols that the prefix-matching score repeats, as in the paper
 OPTIM = Optim(lr=4e-3, weight_decay=0.01)
-MODEL = transformer.Config(
-    vocab=SYMBOLS + 1,
-    context=128,
-    layers=2,
-    heads=8,
-    width=64,
-    mlp=False,
-    positions="rotary",
-    optim=OPTIM,
-)
-RUN = Run(
-    "runs/induction_heads",
-    5000,
-    64,
-    eval_every=50,
-    save_every=2500,
-    log_every=50,
-    keep=1,
-    steps_per_call=50,
-)
+SHAPE = dict(context=128, layers=2, heads=8, width=64)
+MODEL = transformer.Config(SYMBOLS + 1, **SHAPE, mlp=False, positions="rotary", optim=OPTIM)
+EVERY = dict(eval_every=50, save_every=2500, log_every=50, keep=1, steps_per_call=50)
+RUN = Run("runs/induction_heads", 5000, 64, **EVERY)
 
 
 @dataclass(frozen=True)
@@ -62,26 +46,15 @@ class Setup:
         if self.run.eval_every < 1:
             raise ValueError("run.eval_every must be at least 1: scores are measured there")
         if self.model.layers != 2:
-            raise ValueError(
-                "model.layers cannot be chosen: models of one and of two layers are compared"
-            )
-        if self.model.vocab < SYMBOLS + 1 or self.model.context < 4 * SEGMENT + 1:
-            raise ValueError(
-                f"the model needs a vocab of {SYMBOLS + 1} and a context of {4 * SEGMENT + 1}"
-            )
+            raise ValueError("model.layers cannot be chosen: one and two layers are compared")
+        least = {"vocab": SYMBOLS + 1, "context": 4 * SEGMENT + 1}
+        _cli.at_least(self.model, "which the sequences need", **least)
 
 
-SCALES = {
-    "smoke": Scale(
-        Setup(run=replace(RUN, folder="runs/induction_heads-smoke", steps=200)), "200 updates"
-    ),
-    "cpu": Scale(
-        Setup(),
-        "synthetic sequences of 100 symbols (the paper: text), width 64; the score is the weight "
-        "on what "
-        "followed any earlier copy",
-    ),
-}
+SMOKE = Setup(run=replace(RUN, folder="runs/induction_heads-smoke", steps=200))
+SCORE = "the score is the weight on what followed any earlier copy"
+DIFFERS = f"synthetic sequences of 100 symbols (the paper: text), width 64; {SCORE}"
+SCALES = {"smoke": Scale(SMOKE, "200 updates"), "cpu": Scale(Setup(), DIFFERS)}
 JUMP = "2 layers: share of training in which the best head's prefix-matching score goes from < .1 to > .5 (%)"
 TOGETHER = (
     "2 layers: distance of that jump from the fastest fall of the second-copy loss (% of training)"
@@ -94,9 +67,7 @@ INVARIANTS = {ONE: CRITERIA[ONE]}
 
 
 def sequences() -> data.Data:
-    """Returns endless rows: the first half repeat a random segment of 20 to 50 symbols, the others
-    follow a Markov chain.
-    """
+    """Returns endless rows: half repeat a random segment of 20 to 50, half follow a Markov chain."""
     chain = np.random.default_rng(0).dirichlet(np.full(SYMBOLS, 0.1), SYMBOLS).cumsum(-1)
 
     def draw(rng, size):
@@ -122,9 +93,7 @@ NAMES = ("prefix_matching", "first_copy_nats", "second_copy_nats")
 
 
 def scores(cfg: transformer.Config):
-    """Returns an `on_eval`: the best head's prefix-matching score, the loss on first and second
-    copies of 40 symbols.
-    """
+    """Returns an `on_eval`: the best head's score, the loss on both copies of 40 symbols."""
     rng = np.random.default_rng(1)
     begin = np.full((64, 1), BEGIN)
     four = np.concatenate([begin, np.tile(rng.integers(0, SYMBOLS, (64, SEGMENT)), (1, 4))], 1)
@@ -136,9 +105,8 @@ def scores(cfg: transformer.Config):
     @jax.jit
     def measure(params):
         weights = transformer.attention(cfg, params, jnp.asarray(four, jnp.int32))
-        each = (
-            (weights * follows[None, None, None]).sum(-1)[..., SEGMENT + 1 :].mean((1, 3))
-        )  # [layers, heads]
+        each = (weights * follows[None, None, None]).sum(-1)[..., SEGMENT + 1 :]
+        each = each.mean((1, 3))  # [layers, heads]
         nll = transformer.nll(cfg, params, jnp.asarray(two, jnp.int32)).mean(0)
         return each.max(), nll[1:40].mean(), nll[41:].mean()
 
@@ -149,10 +117,9 @@ def scores(cfg: transformer.Config):
 
 
 def jump_of(steps: np.ndarray, score: np.ndarray, second: np.ndarray) -> tuple:
-    """Returns how long the score takes from < 0.1 to > 0.5, and its distance from the steepest fall
-    of the loss.
+    """Returns how long the score takes from < 0.1 to > 0.5, and how far the steepest fall is.
 
-    Both in percent of the training. second: the loss on second copies.
+    Both in percent of the training. The fall is that of `second`, the loss on second copies.
     """
     if not (score > 0.5).any():
         return NOT_REACHED, NOT_REACHED
@@ -160,9 +127,8 @@ def jump_of(steps: np.ndarray, score: np.ndarray, second: np.ndarray) -> tuple:
     low = int(np.flatnonzero(score[: high + 1] < 0.1)[-1]) if (score[:high] < 0.1).any() else 0
     fall = int(np.argmin(np.diff(second)))
     middle, fastest = (steps[low] + steps[high]) / 2, (steps[fall] + steps[fall + 1]) / 2
-    return tuple(
-        float(100 * x / steps[-1]) for x in (steps[high] - steps[low], abs(fastest - middle))
-    )
+    both = (steps[high] - steps[low], abs(fastest - middle))
+    return tuple(float(100 * x / steps[-1]) for x in both)
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
@@ -186,7 +152,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("induction_heads.png")
 def plot(setup: Setup, folder: Path, curves: dict) -> None:
     """Draws scores and losses."""
-    fig, ((scores, losses),) = figures.figure(1, 2, size=(11, 4.2))
+    fig, ((scores, losses),) = figures.figure(1, 2)
     best = {model: each["prefix_matching"] for model, each in curves.items()}
     ylabel, title = "weight on what followed before", "prefix-matching score of the best head"
     figures.curves(scores, best, xlabel="updates", ylabel=ylabel, title=title)
@@ -196,8 +162,8 @@ def plot(setup: Setup, folder: Path, curves: dict) -> None:
             lines[f"{model}, {which} copy"] = each[f"{which}_copy_nats"]
     title = "loss on copies of 40 symbols"
     figures.curves(losses, lines, xlabel="updates", ylabel="nats per symbol", title=title)
-    nets = f"attention only, width {setup.model.width}, {setup.model.heads} heads"
-    caption = f"{nets}; {setup.run.batch_size} sequences of {LENGTH} symbols per update; one seed"
+    nets = f"Attention only, width {setup.model.width}, {setup.model.heads} heads per layer"
+    caption = f"{nets}. {setup.run.batch_size} sequences of {LENGTH} symbols per update. One seed."
     figures.save(fig, folder / "induction_heads.png", caption)
 
 

@@ -25,7 +25,7 @@ from aigc_jax.core import EMA, Family, Optim, make_step, start
 from aigc_jax.data import music
 from aigc_jax.data.music import write_midi
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _text
 from experiments._cli import Row, Scale, Source
 
 
@@ -48,30 +48,18 @@ class Config:
             raise ValueError(f"transpose must lie in 0..11, got {self.transpose}")
 
     def check(self, info) -> None:
-        """Raises ValueError for data that are not rolls of this many keys, or longer than the
-        context.
-        """
+        """Raises ValueError for data that are no rolls of this many keys, or too long."""
         if info.kind != "roll" or info.shape[1] != self.keys or info.shape[0] > self.net.context:
             takes = f"rolls [T, {self.keys}] with T <= {self.net.context}"
-            raise ValueError(
-                f"this model takes {takes}, not {info.kind} of shape {tuple(info.shape)}"
-            )
+            given = f"{info.kind} of shape {tuple(info.shape)}"
+            raise ValueError(f"this model takes {takes}, not {given}")
 
 
 OPTIM = Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=100, decay=700, floor=0.05)
-NET = transformer.Config(
-    vocab=0, context=160, layers=3, heads=4, width=128, positions="rotary", dropout=0.3, optim=OPTIM
-)
-RUN = Run(
-    "runs/jsb_chorales",
-    800,
-    16,
-    eval_every=50,
-    save_every=400,
-    log_every=50,
-    keep=1,
-    steps_per_call=10,
-)
+SHAPE = dict(context=160, layers=3, heads=4, width=128)
+NET = transformer.Config(vocab=0, **SHAPE, positions="rotary", dropout=0.3, optim=OPTIM)
+EVERY = dict(eval_every=50, save_every=400, log_every=50, keep=1, steps_per_call=10)
+RUN = Run("runs/jsb_chorales", 800, 16, **EVERY, best="nll_nats_per_frame")
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ class Setup:
     """Flags of jsb_chorales."""
 
     model: Config = Config()
-    run: Run = replace(RUN, best="nll_nats_per_frame")
+    run: Run = RUN
     data: Source = Source("jsb_chorales")
     seeds: int = 5
 
@@ -87,18 +75,12 @@ class Setup:
         _cli.at_least(self, seeds=1)
 
 
-SMOKE = Setup(
-    Config(replace(NET, layers=1, width=32, dropout=0.0, optim=Optim(lr=1e-2))),
-    replace(Setup.run, folder="runs/jsb_chorales-smoke", steps=150),
-    seeds=1,
-)
+SMALL = Config(replace(NET, layers=1, width=32, dropout=0.0, optim=Optim(lr=1e-2)))
+SMOKE = Setup(SMALL, replace(RUN, folder="runs/jsb_chorales-smoke", steps=150), seeds=1)
+DIFFERS = "in batches of 16 pieces (TCN: 0.3 million, one piece at a time)"
 SCALES = {
     "smoke": Scale(SMOKE, "a tiny model, 150 updates"),
-    "cpu": Scale(
-        Setup(),
-        "a transformer of 0.6 million parameters in batches of 16 pieces (TCN: 0.3 million, one "
-        "piece at a time)",
-    ),
+    "cpu": Scale(Setup(), f"a transformer of 0.6 million parameters {DIFFERS}"),
 }
 PUBLISHED = {"RNN": 8.91, "LSTM": 8.45, "GRU": 8.43, "TCN": 8.10}
 TEST = "test (nats per frame; +- s.e. over seeds)"
@@ -108,9 +90,7 @@ INVARIANTS = {TEST: "< 13"}
 
 
 def logits(cfg: Config, params, roll, key=None):
-    """Returns logits [B, T, keys] of the frame after each of roll [B, T, keys]. With a key, dropout
-    is on.
-    """
+    """Returns logits [B, T, keys] of the frame after each of roll; with a key, dropout is on."""
     h = roll @ params["read_in"]["kernel"] + params["read_in"]["bias"][None, None]
     h = transformer.backbone(cfg.net, params["net"], h, key)
     return h @ params["read_out"]["kernel"] + params["read_out"]["bias"][None, None]
@@ -151,13 +131,9 @@ def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
     def loss(params, state, batch, key):
         k_move, k_drop = jax.random.split(key)
         if cfg.transpose:
-            by = jax.random.randint(
-                k_move, (batch["roll"].shape[0],), -cfg.transpose, cfg.transpose + 1
-            )
-            batch = {
-                **batch,
-                "roll": jax.vmap(lambda roll, by: jnp.roll(roll, by, -1))(batch["roll"], by),
-            }
+            roll, most = batch["roll"], cfg.transpose
+            by = jax.random.randint(k_move, (len(roll),), -most, most + 1)
+            batch = {**batch, "roll": jax.vmap(lambda x, by: jnp.roll(x, by, -1))(roll, by)}
         nll, mask = each(params, batch, k_drop if cfg.net.dropout else None)
         count = mask.sum()
         return nll.sum() / jnp.maximum(count, 1.0), (state.extra, {"weight": count})
@@ -177,18 +153,12 @@ def make_frames(cfg: Config, *, axis_name: str | None = None) -> Family:
 
         return jax.lax.fori_loop(first.shape[1], frames, one, roll)
 
-    return Family(
-        init,
-        make_step(loss, optim, ema=ema, micro=cfg.micro, axis_name=axis_name),
-        evaluate,
-        sample,
-    )
+    step = make_step(loss, optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
+    return Family(init, step, evaluate, sample)
 
 
 def marginal_nats(training: dict, test: dict) -> float:
-    """Returns nats per frame on test, each key an independent Bernoulli with its mean over the
-    training frames.
-    """
+    """Returns nats per frame on test; each key is a Bernoulli with its mean over training."""
     p = training["roll"][training["mask"] == 1].mean(0, dtype=np.float64)
     p = np.clip(p, 1e-4, 1 - 1e-4)
     frames = test["roll"][:, 1:][test["mask"][:, 1:] == 1].astype(np.float64)
@@ -220,31 +190,25 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 def plot(setup: Setup, folder: Path, chorale: np.ndarray) -> None:
     """Draws the loss of the first seed beside published ones, and a chorale."""
-    fig, ((losses, notes),) = figures.figure(1, 2, size=(12, 4.2))
+    fig, ((losses, notes),) = figures.figure(1, 2)
     first = _cli.seeded(setup.run, setup.seeds)[0].folder
-    curves = {
-        "validation": _cli.history(first, "nll_nats_per_frame"),
-        "training batches": _cli.history(first, "loss", "train"),
-    }
-    figures.curves(
-        losses, curves, xlabel="updates", ylabel="nats per frame", title="the first seed"
-    )
-    where = {"xycoords": ("axes fraction", "data"), "fontsize": 7, "ha": "right", "va": "bottom"}
-    for name, value in (("RNN", 8.91), ("GRU 8.43, LSTM", 8.45), ("TCN", 8.10)):
-        losses.axhline(value, color="0.5", linewidth=0.8, linestyle=":")
-        losses.annotate(f"paper, test: {name} {value:.2f}", (0.99, value), **where)
+    curves = {"validation": _cli.history(first, "nll_nats_per_frame")}
+    curves["training batches"] = _cli.history(first, "loss", "train")
+    title = "loss of the first seed"
+    figures.curves(losses, curves, xlabel="updates", ylabel="nats per frame", title=title)
+    lines = {"RNN": 8.91, "GRU 8.43, LSTM": 8.45, "TCN": 8.10}
+    _text.draw_lines(losses, {f"paper, test: {name}": x for name, x in lines.items()}, at=0.99)
     low, high = 40, 100  # the pieces lie in 43..96
     keys = chorale.T[low - music.LOWEST : high - music.LOWEST]
     extent = (0, 64, low - 0.5, high - 0.5)
     notes.imshow(keys, origin="lower", aspect="auto", cmap="Greys", extent=extent)
+    notes.grid(False)
     notes.axvline(8, color=figures.COLOURS[1], linewidth=1)
-    title = "a sample, not chosen; the first 8 quarter notes are Bach's"
+    title = "a sample, not chosen"
     notes.set(xlabel="quarter notes", ylabel="MIDI number", title=title)
-    net = setup.model.net
-    caption = (
-        f"{net.layers} layers of {net.width}, dropout {net.dropout}, batches of "
-        f"{setup.run.batch_size} pieces"
-    )
+    net, batch = setup.model.net, setup.run.batch_size
+    caption = f"Depth {net.layers}, width {net.width}, batches of {batch} pieces. "
+    caption += "The first 8 quarter notes of the sample are Bach's."
     figures.save(fig, folder / "jsb_chorales.png", caption)
 
 

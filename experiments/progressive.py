@@ -22,21 +22,10 @@ from aigc_jax.train import Run
 from experiments import _cli, _ddpm_digits, _diffusion, _pictures
 from experiments._cli import Row, Scale, Source
 
-# Table 4: steps left of 1000, rate in bits per dim, root mean squared error on pixels 0..255.
-TABLE = np.array(
-    [
-        (1000, 1.77581, 0.95136),
-        (900, 0.11994, 12.02277),
-        (800, 0.05415, 18.47482),
-        (700, 0.02866, 24.43656),
-        (600, 0.01507, 30.80948),
-        (500, 0.00716, 38.03236),
-        (400, 0.00282, 46.12765),
-        (300, 0.00081, 54.18826),
-        (200, 0.00013, 60.97170),
-        (100, 0.0, 67.60125),
-    ]
-)[::-1]
+# Table 4, at 100, 200, ... of 1000 steps: rate in bits per dim, RMSE on pixels 0..255.
+RATE = [0.0, 0.00013, 0.00081, 0.00282, 0.00716, 0.01507, 0.02866, 0.05415, 0.11994, 1.77581]
+RMSE = [67.60125, 60.9717, 54.18826, 46.12765, 38.03236, 30.80948, 24.43656, 18.47482, 12.02277]
+TABLE = np.array([np.arange(100, 1001, 100), RATE, [*RMSE, 0.95136]]).T
 
 
 @dataclass(frozen=True)
@@ -52,21 +41,16 @@ class Setup:
     def __post_init__(self):
         _pictures.check(self, "progressive", conditional=True)
         if not 10 <= self.pairs <= 180:
-            raise ValueError(
-                f"pairs must lie in 10..180, half of the test digits, got {self.pairs}"
-            )
+            raise ValueError(f"pairs must lie in 10..180, half of the test set, got {self.pairs}")
         if self.model.T < 20:
             raise ValueError(f"model.T must be at least 20, got {self.model.T}")
 
 
 SMOKE = Setup(_ddpm_digits.SMOKE, _ddpm_digits.smoke_run("runs/progressive-smoke"), pairs=20)
+DIFFERS = "T = 100, the label given except for interpolation (CIFAR-10, 1000)"
 SCALES = {
     "smoke": Scale(SMOKE, "a tiny digits model"),
-    "cpu": Scale(
-        Setup(),
-        "8x8 digits of 17 levels, T = 100, the label given except for interpolation (CIFAR-10, "
-        "1000)",
-    ),
+    "cpu": Scale(Setup(), f"8x8 digits of 17 levels, {DIFFERS}"),
 }
 LATE = "share of the bits that the last tenth of the steps takes (%)"
 CONVEX = (
@@ -76,22 +60,15 @@ START = "root mean squared error after the first step, over that of the mean pic
 BLEND = "interpolants at t = 0: largest difference from the blend of pixels"
 FREE = "interpolants at t = T: distance to the nearer source, over that to the next pair's (means)"
 SPREAD = "variance of ten decodings of one x_t: least rise from a t to the next larger t"
-CRITERIA = {
-    LATE: "> 50",
-    CONVEX: "= 0",
-    START: "within 0.9 .. 1.1",
-    BLEND: "< 1e-5",
-    FREE: "within 0.95 .. 1.05",
-    SPREAD: "> 0",
-}
-INVARIANTS = {BLEND: CRITERIA[BLEND], LATE: CRITERIA[LATE]}
+INVARIANTS = {BLEND: "< 1e-5", LATE: "> 50"}
+CRITERIA = {CONVEX: "= 0", START: "within 0.9 .. 1.1", FREE: "within 0.95 .. 1.05", SPREAD: "> 0"}
+CRITERIA |= INVARIANTS
 
 
 def coding(result: train.Result, x_0, label, key) -> tuple[np.ndarray, float, np.ndarray]:
-    """Returns after step T, ... 1: bits per dim sent so far [T], the decoder's, squared errors of
-    x_0_hat [T].
+    """Returns the bits per dim sent after steps T, ... 1 [T], the decoder's, and errors [T].
 
-    Errors are means over pixels in [0, 1].
+    Errors are those of x_0_hat: mean squares over pixels in [0, 1].
     """
     cfg, T = result.config, result.config.T
     k_terms, k_errors = jax.random.split(key)
@@ -138,11 +115,10 @@ def decodings(result: train.Result, x_0, label, key, *, t: int, times: int = 10)
         k_eps, k_back = jax.random.split(key)
         schedule, eps_fn = ddpm.schedule_of(cfg, params), ddpm.eps_fn_of(cfg, params, many)
         eps = jax.random.normal(k_eps, x_0.shape)
-        x_t = jnp.tile(
-            ddpm.q_sample(schedule, x_0, jnp.full(len(x_0), t - 1), eps), (times, 1, 1, 1)
-        )
+        x_t = ddpm.q_sample(schedule, x_0, jnp.full(len(x_0), t - 1), eps)
+        options = {"sigma2": cfg.variance, "clip": 1.0, "start": t}
         return ddpm.sample_ddpm(
-            schedule, eps_fn, x_t, k_back, sigma2=cfg.variance, clip=1.0, start=t
+            schedule, eps_fn, jnp.tile(x_t, (times, 1, 1, 1)), k_back, **options
         )
 
     found = sample(_cli.weights(result), jnp.asarray(x_0), many, key)
@@ -164,25 +140,17 @@ def coding_rows(rate: np.ndarray, decoder: float, error: np.ndarray) -> list[Row
         Row(LATE, late, paper_late),
         Row(CONVEX, bad),
     ]
-    for s, r, (_, paper, _) in zip(steps, rates, TABLE.tolist(), strict=True):
-        found.append(
-            Row(f"after {s} of {T} steps: rate (bits per dim; paper: CIFAR-10)", float(r), paper)
-        )
-    for s, e, (_, _, paper) in zip(steps, errors, TABLE.tolist(), strict=True):
-        found.append(
-            Row(
-                f"after {s} of {T} steps: RMSE (of 255; paper: CIFAR-10)",
-                float(255 * e**0.5),
-                paper,
-            )
-        )
+    for s, r, paper in zip(steps, rates, TABLE[:, 1].tolist(), strict=True):
+        what = f"after {s} of {T} steps: rate (bits per dim; paper: CIFAR-10)"
+        found.append(Row(what, float(r), paper))
+    for s, e, paper in zip(steps, errors, TABLE[:, 2].tolist(), strict=True):
+        what = f"after {s} of {T} steps: RMSE (of 255; paper: CIFAR-10)"
+        found.append(Row(what, float(255 * e**0.5), paper))
     return found
 
 
 def distance_to_nearer(x: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the mean distance of interpolants [K, B, ...] to the nearer of their sources a and b
-    [B, ...].
-    """
+    """Returns the mean distance of interpolants [K, B, ...] to the nearer of a and b [B, ...]."""
     each = (np.linalg.norm((x - end[None]).reshape(*x.shape[:2], -1), axis=-1) for end in (a, b))
     return np.minimum(*each).mean()
 
@@ -197,10 +165,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     found = _cli.kept()
     found += coding_rows(rate, decoder, error)
     seen = _cli.arrays(setup.data.load(f"train[:{setup.training}]"))
-    means = np.stack([seen["image"][seen["label"] == c].mean(0) for c in range(10)]) / (
-        setup.model.levels - 1
-    )
-    around = np.sqrt((((x_0 + 1) / 2 - means[label]) ** 2).mean())
+    means = np.stack([seen["image"][seen["label"] == c].mean(0) for c in range(10)])
+    around = np.sqrt((((x_0 + 1) / 2 - means[label] / (setup.model.levels - 1)) ** 2).mean())
     found.append(Row(START, float(np.sqrt(error[0]) / around)))
 
     a, b = x_0[: setup.pairs], x_0[setup.pairs : 2 * setup.pairs]
@@ -213,48 +179,36 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     found.append(Row(FREE, float(own / other)))
     shared = {t: decodings(result, x_0[:10], label[:10], k_shared, t=t) for t in times[1:]}
     spread = [float(x.var(0).mean()) for x in shared.values()]
-    found.append(Row(SPREAD, min(b - a for a, b in zip(spread, spread[1:], strict=False))))
+    found.append(Row(SPREAD, float(np.diff(spread).min())))
     plot(setup, folder, result, k_way, (rate, error), between, shared)
     return found
 
 
 @_cli.costs("progressive.png")
-def plot(
-    setup: Setup, folder: Path, result, k_way, code: tuple, between: dict, shared: dict
-) -> None:
-    """Draws rate and distortion, the predicted x_0 on the way, interpolations by t, decodings of
-    one x_t.
-    """
-    fig, axes = figures.figure(2, 3, size=(14, 8))
-    distortion, bits, both, predicted, mixed, decoded = axes.ravel()
+def plot(setup: Setup, folder: Path, result, key, code: tuple, between: dict, shared: dict) -> None:
+    """Draws rate and distortion, x_0_hat on the way, interpolations by t, decodings of one x_t."""
+    fig, (plots, (predicted, mixed, decoded)) = figures.figure(2, 3)
     T, (rate, error) = setup.model.T, code
-    steps, root = np.arange(1, T + 1), 255 * np.sqrt(error)
-    share, rates, roots = TABLE[:, 0] / 1000, TABLE[:, 1], TABLE[:, 2]
-    rate_label, root_label = "rate (bits per dim)", "root mean squared error (of 255)"
-    for ax, ours, paper, ylabel in (
-        (distortion, root, roots, root_label),
-        (bits, rate, rates, rate_label),
-    ):
-        curves = {"digits, ours": (steps / T, ours), "CIFAR-10, paper": (share, paper)}
-        figures.curves(ax, curves, xlabel="share of the steps taken", ylabel=ylabel)
-    curves = {"digits, ours": (rate, root), "CIFAR-10, paper": (rates, roots)}
-    figures.curves(both, curves, xlabel=rate_label, ylabel=root_label)
-    _, x_0_hat = _diffusion.way(result, k_way, n=10, label=np.arange(10))
+    ours = {"share": np.arange(1, T + 1) / T, "rate": rate, "error": 255 * np.sqrt(error)}
+    theirs = {"share": TABLE[:, 0] / 1000, "rate": TABLE[:, 1], "error": TABLE[:, 2]}
+    labels = {"share": "share of the steps taken", "rate": "rate (bits per dim)"}
+    labels["error"] = "root mean squared error (of 255)"
+    titles = ("distortion on the way", "rate on the way", "distortion against rate")
+    pairs = (("share", "error"), ("share", "rate"), ("rate", "error"))
+    for ax, title, (x, y) in zip(plots, titles, pairs, strict=True):
+        curves = {"digits, ours": (ours[x], ours[y]), "CIFAR-10, paper": (theirs[x], theirs[y])}
+        figures.curves(ax, curves, xlabel=labels[x], ylabel=labels[y], title=title)
+    _, x_0_hat = _diffusion.way(result, key, n=10, label=np.arange(10))
     shown = [round(s * (T - 1)) for s in (0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)]
-    title = f"predicted x_0 after {', '.join(str(i + 1) for i in shown)} steps"
+    title = f"predicted x_0 after these steps: {', '.join(str(i + 1) for i in shown)}"
     figures.images(predicted, np.concatenate([x_0_hat[i] for i in shown]), 10, title=title)
     pictures = _diffusion.unit(np.concatenate([x[:, 3] for x in between.values()]))
-    figures.images(
-        mixed, pictures, 11, title=f"between two digits at t = {', '.join(map(str, between))}"
-    )
+    title = f"between two digits, mixed at t = {', '.join(map(str, between))}"
+    figures.images(mixed, pictures, 11, title=title)
     pictures = _diffusion.unit(np.concatenate([x[:, 0] for x in shared.values()]))
     title = f"ten decodings of one x_t, t = {', '.join(map(str, shared))}"
     figures.images(decoded, pictures, 10, title=title)
-    caption = (
-        f"digits 8x8, U-Net {setup.model.net.widths}, T = {T}, {setup.run.steps} updates; nothing "
-        "chosen"
-    )
-    figures.save(fig, folder / "progressive.png", caption)
+    figures.save(fig, folder / "progressive.png", f"{_diffusion.about(setup)} Nothing is chosen.")
 
 
 if __name__ == "__main__":

@@ -26,19 +26,20 @@ from experiments import _cli, _ddpm_arms, _diffusion
 from experiments._cli import Row, Scale, Source
 
 LEARNED = {"variance": "learned"}
+BOUND = {**LEARNED, "objective": "vlb"}
+# name: (what changes; the paper's bits per dim and FID of CIFAR-10, 500,000 updates, T = 4000)
 ARMS = {
-    "linear, simple": {"schedule": "linear"},
-    "cosine, simple": {},
-    "cosine, hybrid": {**LEARNED, "objective": "hybrid"},
-    "cosine, vlb": {**LEARNED, "objective": "vlb"},
-    "cosine, vlb, importance": {**LEARNED, "objective": "vlb", "times": "importance"},
+    "linear, simple": ({"schedule": "linear"}, (3.37, 2.90, None)),
+    "cosine, simple": ({}, (None, None, None)),
+    "cosine, hybrid": ({**LEARNED, "objective": "hybrid"}, (3.17, 3.19, None)),
+    "cosine, vlb": (BOUND, (None, None, None)),
+    "cosine, vlb, importance": ({**BOUND, "times": "importance"}, (2.94, 11.47, None)),
 }
-# CIFAR-10, 500,000 updates, T = 4000 (table 2): bits per dim and FID.
-PUBLISHED = {
-    "linear, simple": (3.37, 2.90),
-    "cosine, hybrid": (3.17, 3.19),
-    "cosine, vlb, importance": (2.94, 11.47),
-}
+QUANTITIES = (
+    "bound, test (bits per dim)",
+    "fid_digits to training, T steps (paper: FID)",
+    "the same, T/10 steps",
+)
 MAKES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule}
 
 
@@ -60,22 +61,11 @@ class Setup:
             raise ValueError("draws must be at least 2 and model.T at least 10")
 
 
-SMOKE = Setup(
-    replace(_ddpm_arms.SMOKE, schedule="cosine"),
-    _ddpm_arms.smoke_run("runs/schedules-smoke"),
-    seeds=1,
-    samples=100,
-    images=36,
-    draws=10,
-)
-SCALES = {
-    "smoke": Scale(SMOKE, "40 updates of one dense layer"),
-    "cpu": Scale(
-        Setup(),
-        "8x8 digits, T = 200, 0.7 million parameters, 2,000 updates of 64 (CIFAR-10, T = 4000, "
-        "500,000 of 128)",
-    ),
-}
+SMOKE_MODEL = replace(_ddpm_arms.SMOKE, schedule="cosine")
+SMOKE_RUN = _ddpm_arms.smoke_run("runs/schedules-smoke")
+SMOKE = Setup(SMOKE_MODEL, SMOKE_RUN, seeds=1, samples=100, images=36, draws=10)
+DIFFERS = f"{_ddpm_arms.DIFFERS} (CIFAR-10, T = 4000, 500,000 of 128)"
+SCALES = {"smoke": Scale(SMOKE, "40 updates of one dense layer"), "cpu": Scale(Setup(), DIFFERS)}
 
 
 def agree(name: str, T: int) -> str:
@@ -89,21 +79,16 @@ def half(name: str) -> str:
 ORDER = "bits per dim: least of simple less hybrid, hybrid less vlb (importance), cosine"
 STEADY = "variance of the bound's loss over batches, t uniform over t by importance, same net"
 STRIDED = "fid_digits at T/10 steps over that at T: simple over hybrid (ratio of ratios)"
-EXACT = {
-    agree("linear", 1000): 167,
-    agree("cosine", 1000): 185,
-    half("cosine"): 0.4938,
-    half("linear"): 0.0786,
-}
+EXACT = {"linear": (167, 0.0786), "cosine": (185, 0.4938)}  # of the two functions above
 
 
 def rounds_to(value: float):
     return f"= {value} to 4 decimals", lambda ours: round(ours, 4) == value
 
 
-CRITERIA = {name: rounds_to(value) for name, value in EXACT.items()}
-INVARIANTS = dict(CRITERIA)
-CRITERIA |= {ORDER: "> 0", STEADY: ">= 3", STRIDED: "> 1"}
+INVARIANTS = {agree(name, 1000): rounds_to(index) for name, (index, _) in EXACT.items()}
+INVARIANTS |= {half(name): rounds_to(left) for name, (_, left) in EXACT.items()}
+CRITERIA = {**INVARIANTS, ORDER: "> 0", STEADY: ">= 3", STRIDED: "> 1"}
 
 
 def first_agreeing(schedule: ddpm.Schedule) -> int:
@@ -113,22 +98,17 @@ def first_agreeing(schedule: ddpm.Schedule) -> int:
 
 def exact_rows() -> list[Row]:
     """Returns the rows that need no training."""
-    found = [
-        Row(agree(name, T), first_agreeing(make(T)))
-        for T in (1000, 4000)
-        for name, make in MAKES.items()
-    ]
-    return found + [
-        Row(half(name), float(make(1000).alpha_bar[499])) for name, make in MAKES.items()
-    ]
+    found = []
+    for T in (1000, 4000):
+        found += [Row(agree(name, T), first_agreeing(make(T))) for name, make in MAKES.items()]
+    left = {name: float(make(1000).alpha_bar[499]) for name, make in MAKES.items()}
+    return found + [Row(half(name), value) for name, value in left.items()]
 
 
 def variances(setup: Setup, result: train.Result) -> tuple[float, float]:
-    """Returns the variance over batches of the bound's loss at this net, in nats: t uniform, and t
-    by importance.
+    """Returns the variance over batches of the bound's loss: t uniform, and t by importance.
 
-    p_t ~ sqrt(E[L_t^2]) comes from a pass of its own over the training digits, where the paper
-    keeps a history.
+    p_t ~ sqrt(E[L_t^2]) comes from a pass over the training digits. The paper keeps a history.
     """
     cfg, params, batch = result.config, _cli.weights(result), setup.run.batch_size
     x = np.asarray(ddpm.preprocess(cfg, _cli.arrays(setup.data.load("train"))))
@@ -162,7 +142,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     """Computes the exact rows, then trains every arm with every seed."""
     digits = _ddpm_arms.Digits(setup)
     found, values, shown, steady = _cli.kept(), {arm: [] for arm in ARMS}, {}, None
-    for arm, change in ARMS.items():
+    for arm, (change, papers) in ARMS.items():
         for run, result in digits.fit(setup, arm, change, folder):
             k_bound, k_samples = jax.random.split(jax.random.key(run.seed))
             terms = _diffusion.bound(result, digits.x_0, None, k_bound)
@@ -174,19 +154,12 @@ def run(setup: Setup, folder: Path) -> list[Row]:
             shown.setdefault(arm, (terms, _cli.history(run.folder, "loss", "train")))
             if arm == "cosine, vlb" and steady is None:
                 steady = variances(setup, result)
-        bits, fid, fid_tenth = map(_cli.mean_and_error, zip(*values[arm], strict=True))
-        paper = PUBLISHED.get(arm, (None, None))
         found += [] if found else exact_rows()
-        found += [
-            Row(f"{arm}: bound, test (bits per dim)", bits[0], paper[0], bits[1]),
-            Row(f"{arm}: fid_digits to training, T steps (paper: FID)", fid[0], paper[1], fid[1]),
-            Row(f"{arm}: the same, T/10 steps", fid_tenth[0], None, fid_tenth[1]),
-        ]
+        found += _ddpm_arms.rows(arm, QUANTITIES, papers, values[arm])
     means = {arm: np.mean(each, 0) for arm, each in values.items()}
     strided = {arm: tenth / all_steps for arm, (_, all_steps, tenth) in means.items()}
-    simple, hybrid, best = (
-        means[f"cosine, {arm}"][0] for arm in ("simple", "hybrid", "vlb, importance")
-    )
+    arms = ("cosine, simple", "cosine, hybrid", "cosine, vlb, importance")
+    simple, hybrid, best = (means[arm][0] for arm in arms)
     found += [
         Row(ORDER, float(min(simple - hybrid, hybrid - best))),
         Row(STEADY, steady[0] / steady[1]),
@@ -198,47 +171,35 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 @_cli.costs("schedules.png")
 def plot(setup: Setup, folder: Path, x_0: np.ndarray, shown: dict) -> None:
-    """Draws the schedules, a digit under their noise, the terms of the bound, and the loss while
-    training.
-    """
-    fig, axes = figures.figure(2, 3, size=(14, 7.6))
-    left, ratio, noisy, terms, loss, empty = axes.ravel()
+    """Draws both schedules, a digit under their noise, the terms of the bound, its loss."""
+    fig, axes = figures.figure(2, 3)
+    (left, ratio, noisy), (terms, names, loss) = axes
     T = 1000
-    empty.set_axis_off()
     made, share = {name: make(T) for name, make in MAKES.items()}, (np.arange(T) + 1) / T
-    curves = {name: (share, s.alpha_bar) for name, s in made.items()}
-    figures.curves(
-        left, curves, xlabel="t / T", ylabel="alpha_bar", title="how much of the picture is left"
-    )
+    curves, title = {n: (share, s.alpha_bar) for n, s in made.items()}, "what is left of a picture"
+    figures.curves(left, curves, xlabel="t / T", ylabel="alpha_bar", title=title)
     curves = {name: (share, beta_tilde(s) / s.beta) for name, s in made.items()}
     title = "posterior over forward variance"
     figures.curves(ratio, curves, xlabel="t / T", ylabel="beta-tilde / beta", title=title)
     ratio.set_xscale("log")
-    steps = [0, 99, 199, 299, 399, 499, 599, 699, 799, 899, 999]
+    steps = [0, 199, 399, 599, 799, 999]
     eps = np.random.default_rng(0).standard_normal(x_0[:1].shape)[0]
-    pictures = [
-        s.alpha_bar[t] ** 0.5 * x_0[0] + ddpm.noise_variance(s)[t] ** 0.5 * eps
-        for s in made.values()
-        for t in steps
-    ]
-    title = "a digit at t = 1, 100, ... 1000; linear above, cosine below"
-    figures.images(noisy, _diffusion.unit(np.stack(pictures)), len(steps), title=title)
-    t = np.arange(1, setup.model.T + 1)
-    curves = {arm: (t, each[:-1]) for arm, (each, _) in shown.items()}
-    title = "terms of the bound, test, first seed"
-    figures.curves(terms, curves, xlabel="t", ylabel="L_{t-1} (bits per dim)", title=title)
-    terms.set(xscale="log", yscale="log")
-    curves = {arm: line for arm, (_, line) in shown.items() if "vlb" in arm}
-    title = "the bound while training, t uniform and by importance"
-    figures.curves(
-        loss, curves, xlabel="updates", ylabel="loss of the bound (bits per dim)", title=title
-    )
+    levels = [(s.alpha_bar[t], ddpm.noise_variance(s)[t]) for s in made.values() for t in steps]
+    pictures = np.stack([a**0.5 * x_0[0] + v**0.5 * eps for a, v in levels])
+    title = "a digit at t = 1, 200, ... 1000: linear above, cosine below"
+    figures.images(noisy, _diffusion.unit(pictures), len(steps), title=title)
+    _diffusion.draw_terms(terms, {arm: each for arm, (each, _) in shown.items()})
+    # The others are empty, so that an arm has one colour in both panels.
+    curves = {arm: line if "vlb" in arm else ([], []) for arm, (_, line) in shown.items()}
+    ylabel, title = "loss of the bound (bits per dim)", "training on the bound, by how t is drawn"
+    figures.curves(loss, curves, xlabel="updates", ylabel=ylabel, title=title)
+    names.legend(*terms.get_legend_handles_labels(), loc="center left", frameon=False)
+    names.set_axis_off()
+    for ax in (terms, loss):
+        ax.get_legend().remove()
     loss.set_yscale("log")
-    nets = f"trained: digits 8x8, T = {setup.model.T}, U-Net {setup.model.net.widths}"
-    caption = (
-        f"exact curves at T = 1000; {nets}, {setup.run.steps} updates of {setup.run.batch_size}"
-    )
-    figures.save(fig, folder / "schedules.png", caption)
+    caption = f"The upper row is exact, at T = 1000. {_diffusion.about(setup)}"
+    figures.save(fig, folder / "schedules.png", f"{caption} The lower row is of the first seed.")
 
 
 if __name__ == "__main__":

@@ -25,20 +25,10 @@ from experiments._cli import Row, Scale, Source
 
 # train.py of nanoGPT: lr falls from 1e-3 to 1e-4 over max_iters, warm-up included.
 OPTIM = Optim(lr=1e-3, b2=0.99, weight_decay=0.1, clip=1.0, warmup=100, decay=1900, floor=0.1)
-NANO = transformer.Config(
-    vocab=65, context=64, layers=4, heads=4, width=128, bias=False, optim=OPTIM
-)
+SHAPE = dict(layers=4, heads=4, width=128)
+NANO = transformer.Config(vocab=65, context=64, **SHAPE, bias=False, optim=OPTIM)
 OURS = _text.SHAKESPEARE
-RUN = Run(
-    "runs/shakespeare_char",
-    2000,
-    12,
-    eval_every=250,
-    save_every=1000,
-    log_every=50,
-    keep=1,
-    steps_per_call=50,
-)
+RUN = Run("runs/shakespeare_char", 2000, 12, **{**_text.EVERY, "steps_per_call": 50})
 
 
 @dataclass(frozen=True)
@@ -56,42 +46,26 @@ class Setup:
     seeds: int = 5  # of nanoGPT's configuration; ours has one
 
     def __post_init__(self):
-        if min(self.seeds, self.batches, self.length, self.ours_length) < 1:
-            raise ValueError("seeds, batches, length and ours_length must be at least 1")
+        _cli.at_least(self, seeds=1, batches=1, length=1, ours_length=1)
 
 
-SMOKE = Setup(
-    replace(NANO, layers=1, width=32),
-    replace(RUN, folder="runs/shakespeare_char-smoke", steps=200),
-    replace(OURS, layers=1, width=32),
-    replace(RUN, steps=100, steps_per_call=10),
-    Source("python_source"),
-    seeds=1,
-    batches=4,
-)
-LARGE = {"layers": 6, "heads": 6, "width": 384, "dropout": 0.2}
-PAPER = Setup(
-    replace(NANO, context=256, optim=replace(OPTIM, decay=4900), **LARGE),
-    replace(
-        RUN, folder="runs/shakespeare_char-paper", steps=5000, batch_size=64, best="crops_nats"
-    ),
-    replace(OURS, optim=replace(OURS.optim, decay=4900), **LARGE),
-    replace(RUN, steps=5000, batch_size=64),
-    length=256,
-    ours_length=256,
-    seeds=1,
-)
+TINY = {"model.layers": 1, "model.width": 32, "ours.layers": 1, "ours.width": 32, "batches": 4}
+SHORT = {"run.steps": 200, "ours_run.steps": 100, "ours_run.batch_size": 12, "seeds": 1}
+SHORT |= {"run.folder": "runs/shakespeare_char-smoke", "data.name": "python_source"}
+SMOKE = _cli.change(Setup(), {**TINY, **SHORT})
+LARGE = {"layers": 6, "heads": 6, "width": 384, "dropout": 0.2, "optim.decay": 4900}
+LONG = {"steps": 5000, "batch_size": 64, "steps_per_call": 50}
+BOTH = {f"{net}.{field}": x for field, x in LARGE.items() for net in ("model", "ours")}
+BOTH |= {f"{run}.{field}": x for field, x in LONG.items() for run in ("run", "ours_run")}
+NANO_GPT = {"run.folder": "runs/shakespeare_char-paper", "run.best": "crops_nats", "seeds": 1}
+PAPER = _cli.change(Setup(), {**BOTH, **NANO_GPT, "model.context": 256, "length": 256})
+GELU = "GELU in its tanh form"
+README = f"nanoGPT's configuration for CPUs, as its README has it ({GELU})"
+DIFFERS = f"{README}, scored on 200 batches of crops (20); the second model is ours"
 SCALES = {
     "smoke": Scale(SMOKE, "tiny models on Python's source, 200 updates"),
-    "cpu": Scale(
-        Setup(),
-        "nanoGPT's configuration for CPUs, as its README has it (GELU in its tanh form), scored "
-        "on 200 batches of "
-        "crops (20); the second model is ours",
-    ),
-    "paper": Scale(
-        PAPER, "GELU in its tanh form; best of the validations every 250 updates, as nanoGPT's"
-    ),
+    "cpu": Scale(Setup(), DIFFERS),
+    "paper": Scale(PAPER, f"{GELU}; best of the validations every 250 updates, as nanoGPT's"),
 }
 CROPS = "nanoGPT's configuration: validation, random crops (nats per character; +- s.e. over seeds)"
 START = "nanoGPT's configuration: before training, the same crops (nats per character)"
@@ -99,30 +73,15 @@ STRIDED = "nanoGPT's configuration: validation, every character once (nats; +- s
 OWN = "our configuration: validation, every character once (nats)"
 CRITERIA = {CROPS: "within 1.83 .. 1.93", START: "within 4.17 .. 4.25", OWN: "< 1.75"}
 INVARIANTS = {STRIDED: "< 3.5"}
-
-
-def gram(n: int) -> str:
-    """Returns the quantity of an n-gram model."""
-    return f"{n}-gram, add-alpha tuned on validation (nats per character)"
-
-
-def published(setup: Setup, levels: int) -> float | None:
-    """Returns nanoGPT's number for this setup, if it has one."""
-    if setup.data.name != "tiny_shakespeare" or levels != 65:
-        return None
-    return 1.88 if setup.model.context == 64 else 1.4697
+PUBLISHED = {64: 1.88, 256: 1.4697}  # of nanoGPT's README, by context
+GRAM = "{}-gram, add-alpha tuned on validation (nats per character)"
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
     """Trains both configurations, counts n-grams, writes a page."""
-    training, longer = (
-        setup.data.load("train", length=n) for n in (setup.length, setup.ours_length)
-    )
+    training, valid = _text.strided(setup.data, setup.length)
+    longer, valid_longer = _text.strided(setup.data, setup.ours_length)
     crops = setup.data.load("validation", length=setup.length)
-    valid, valid_longer = (
-        setup.data.load("validation", length=length, stride=max(1, length // 2))
-        for length in (setup.length, setup.ours_length)
-    )
     prompt = _text.prompt("\n", valid, setup.ours.context)
     # However many characters the set has.
     model, ours = (replace(cfg, vocab=training.info.levels) for cfg in (setup.model, setup.ours))
@@ -138,7 +97,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         lines = _text.validations(run.folder)
         ends.append(min(lines, key=lambda v: v["crops_nats"]) if run.best else lines[-1])
     nats, error = _cli.mean_and_error([end["crops_nats"] * each for end in ends])
-    found.append(Row(CROPS, nats, published(setup, training.info.levels), error))
+    known = (setup.data.name, training.info.levels) == ("tiny_shakespeare", 65)
+    paper = PUBLISHED.get(model.context) if known else None
+    found.append(Row(CROPS, nats, paper, error))
     k_init = jax.random.split(jax.random.key(setup.run.seed), 4)[0]
     family = transformer.make(model)
     start = estimate(family, jax.jit(family.init)(k_init), 0)
@@ -151,12 +112,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     own = _text.validations(run.folder)[-1]
     found.append(Row(OWN, own["nll_nats_per_token"] * each))
     found.append(Row("the same (bits per byte)", own["nll_bits_per_byte"]))
-    grams = {n: value * each for n, value in _text.ngrams(training, valid, gram).items()}
-    found += [Row(gram(n), value) for n, value in grams.items()]
-    text = ""
-    with _cli.costs("sample.txt"):
-        text = _text.written(result, prompt, 700)
-        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    grams = {n: value * each for n, value in _text.ngrams(training, valid, GRAM.format).items()}
+    found += [Row(GRAM.format(n), value) for n, value in grams.items()]
+    text = _text.write_sample(folder, result, prompt, 700)
     plot(setup, folder, {"nanoGPT's configuration": runs[-1], "ours": run}, each, grams, text)
     return found
 
@@ -164,18 +122,16 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("shakespeare_char.png")
 def plot(setup: Setup, folder: Path, runs: dict, each: float, grams: dict, text: str) -> None:
     """Draws both losses beside the best n-gram, and a sample of ours."""
-    curves = {
-        name: _text.curve(run.folder, "nll_nats_per_token", each) for name, run in runs.items()
-    }
-    best = min(grams, key=grams.get)
+    name, best, curves = "nll_nats_per_token", min(grams, key=grams.get), {}
+    for model, run in runs.items():
+        curves[model] = _text.curve(run.folder, name, each)
     lines = {f"{best}-gram": grams[best]}
     if setup.data.name == "tiny_shakespeare":
         lines["paper: nanoGPT"] = 1.88
-    theirs = f"nanoGPT's: {setup.run.steps} updates of {setup.run.batch_size} x {setup.length}"
-    ours = f"ours: {setup.ours_run.steps} of {setup.ours_run.batch_size} x {setup.ours_length}"
-    caption = f"{theirs}; {ours}; sample of ours at temperature 1"
-    ylabel = "nats per character, every character once"
-    path = folder / "shakespeare_char.png"
+    theirs = f"nanoGPT's: {setup.run.steps:,} updates of {setup.run.batch_size} x {setup.length}"
+    ours = f"ours: {setup.ours_run.steps:,} of {setup.ours_run.batch_size} x {setup.ours_length}"
+    caption = f"{theirs}; {ours}. The sample is ours, at temperature 1."
+    ylabel, path = "nats per character, every character once", folder / "shakespeare_char.png"
     _text.plot(path, curves, lines, text, ylabel=ylabel, caption=caption)
 
 

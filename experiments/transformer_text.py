@@ -20,16 +20,8 @@ from experiments._cli import Row, Scale, Source
 
 OPTIM = Optim(lr=3e-3, b2=0.99, weight_decay=0.1, clip=1.0, warmup=100, decay=1400, floor=0.1)
 MODEL = replace(_text.SHAKESPEARE, vocab=transformer.Config.vocab, width=128, optim=OPTIM)
-RUN = Run(
-    "runs/transformer_text",
-    1500,
-    16,
-    eval_every=250,
-    save_every=500,
-    log_every=50,
-    keep=1,
-    steps_per_call=25,
-)
+EVERY = dict(eval_every=250, save_every=500, log_every=50, keep=1, steps_per_call=25)
+RUN = Run("runs/transformer_text", 1500, 16, **EVERY)
 
 
 @dataclass(frozen=True)
@@ -48,45 +40,36 @@ SMOKE = Setup(
     replace(RUN, folder="runs/transformer_text-smoke", steps=300, eval_every=100),
     valid="validation[:20000]",
 )
-SCALES = {
-    "smoke": Scale(SMOKE, "a tiny model, 300 updates"),
-    "cpu": Scale(Setup(), "our own set: no paper has numbers for it"),
-}
+DIFFERS = "our own set: no paper has numbers for it"
+SCALES = {"smoke": Scale(SMOKE, "a tiny model, 300 updates"), "cpu": Scale(Setup(), DIFFERS)}
 NATS = "validation (nats per character, strided)"
 BITS = "the same (bits per byte)"
 BEST = "best n-gram, n <= 6 (nats per character)"
 LEAD = "best n-gram less the model (nats per character)"
 CRITERIA = {LEAD: "> 0.2"}
 INVARIANTS = {NATS: "< 3.2"}
-
-
-def gram(n: int) -> str:
-    """Returns the quantity of an n-gram model."""
-    return f"{n}-gram, add-alpha (nats per character)"
+GRAM = "{}-gram, add-alpha (nats per character)"
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
     """Trains, counts n-grams, writes a page of code."""
     defaults = {scale.setup.valid for scale in SCALES.values()}
     split = _text.part(setup.data, setup.valid, "--valid", defaults)
-    training = setup.data.load("train", length=setup.length)
-    valid = setup.data.load(split, length=setup.length, stride=max(1, setup.length // 2))
+    training, valid = _text.strided(setup.data, setup.length, split)
     prompt = _text.prompt("def ", valid, setup.model.context)
     each = _text.tokens_per_character(valid, folder=setup.data.folder)
     model = replace(setup.model, vocab=training.info.levels)
     result = train.fit(transformer.make, model, setup.run, training, valid=valid)
     last = _text.validations(folder)[-1]
-    nats, text = last["nll_nats_per_token"] * each, ""
+    nats = last["nll_nats_per_token"] * each
     found = _cli.kept()
     found += [Row(NATS, nats), Row(BITS, last["nll_bits_per_byte"])]
-    grams = {n: value * each for n, value in _text.ngrams(training, valid, gram).items()}
-    found += [Row(gram(n), value) for n, value in grams.items()]
+    grams = {n: value * each for n, value in _text.ngrams(training, valid, GRAM.format).items()}
+    found += [Row(GRAM.format(n), value) for n, value in grams.items()]
     with _cli.costs(BEST, LEAD):
         best = min(grams, key=grams.get)
         found += [Row(BEST, grams[best]), Row(LEAD, grams[best] - nats)]
-    with _cli.costs("sample.txt"):
-        text = _text.written(result, prompt, 250, temperature=0.8)
-        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    text = _text.write_sample(folder, result, prompt, 250, temperature=0.8)
     plot(setup, folder, each, grams, text)
     return found
 
@@ -96,14 +79,10 @@ def plot(setup: Setup, folder: Path, each: float, grams: dict, text: str) -> Non
     """Draws the loss beside the best n-gram, and a sample."""
     best, path = min(grams, key=grams.get), folder / "transformer_text.png"
     curves = {"transformer": _text.curve(folder, "nll_nats_per_token", each)}
-    updates = (
-        f"{setup.run.steps} updates of {setup.run.batch_size} x {setup.length} "
-        f"{_text.unit(setup.data)}"
-    )
-    caption = (
-        f"{setup.model.layers} layers of {setup.model.width}, {updates}; sample at temperature 0.8"
-    )
-    lines = {f"{best}-gram": grams[best]}
+    model, run, lines = setup.model, setup.run, {f"{best}-gram": grams[best]}
+    size = f"{run.batch_size} x {setup.length} {_text.unit(setup.data)}"
+    caption = f"Depth {model.layers}, width {model.width}, {run.steps:,} updates of {size}. "
+    caption += "The sample is at temperature 0.8."
     _text.plot(path, curves, lines, text, ylabel="nats per character", caption=caption)
 
 

@@ -43,14 +43,9 @@ SMOKE = Setup(
     ddpm.NetConfig("dit", widths=(32,) * 2, heads=2, patch=2, dropout=0.0),
     _ddpm_digits.smoke_run("runs/unet_or_dit-smoke", steps=200, eval_every=100),
 )
-SCALES = {
-    "smoke": Scale(SMOKE, "tiny nets, 200 updates"),
-    "cpu": Scale(
-        Setup(),
-        "8x8 digits, 0.7 million parameters (ImageNet, 33 to 675 million); one rate for both, the "
-        "U-Net's, its decay cut off after 2,000 of 2,500 updates",
-    ),
-}
+SIZES = "8x8 digits, 0.7 million parameters (ImageNet, 33 to 675 million)"
+DIFFERS = f"{SIZES}; one rate for both, the U-Net's, its decay cut off after 2,000 of 2,500 updates"
+SCALES = {"smoke": Scale(SMOKE, "tiny nets, 200 updates"), "cpu": Scale(Setup(), DIFFERS)}
 NETS = ("U-Net", "DiT")
 BITS = {net: f"{net}: bound on test, given the label (bits per dim)" for net in NETS}
 CRITERIA = {BITS[net]: "< 2.39, below the histogram (2.6 when it was run)" for net in NETS}
@@ -58,9 +53,7 @@ INVARIANTS = {BITS[net]: "< 4.1, log2 of 17 levels" for net in NETS}
 
 
 def clock(folder: str):
-    """Returns an `on_eval` that reports the minutes of the run, those before it was stopped and
-    resumed included.
-    """
+    """Returns an `on_eval` that reports the minutes of the run, also those before a stop."""
     _, before = _cli.history(folder, "minutes")
     begin = time.monotonic() - 60 * max(before, default=0.0)
     return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}
@@ -71,11 +64,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     training, held, test = _pictures.three(setup.data, setup.training, 1237)
     setup = _pictures.adopt(setup, SCALES, training.info, classes=True)
     setup.dit.check(setup.model.shape)
-    arrays = _cli.arrays(test)
-    x_0, label = (
-        np.asarray(ddpm.preprocess(setup.model, {"image": arrays["image"]})),
-        arrays["label"],
-    )
+    image, label = (_cli.arrays(test)[name] for name in ("image", "label"))
+    x_0 = np.asarray(ddpm.preprocess(setup.model, {"image": image}))
     seen = _cli.arrays(training)["image"] / (setup.model.levels - 1)
     found, curves, samples = _cli.kept(), {}, {}
     for net, form in zip(NETS, (setup.model.net, setup.dit), strict=True):
@@ -86,13 +76,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         _, minutes = _cli.history(run.folder, "minutes")
         curves[net] = steps, minutes, bound
         k_bound, k_samples = jax.random.split(jax.random.key(setup.run.seed))
-        found += [
-            Row(f"{net}: parameters", _cli.parameters(result)),
-            Row(
-                f"{net}: minutes of training, compiling and evaluating included", float(minutes[-1])
-            ),
-            Row(BITS[net], float(_diffusion.bound(result, x_0, label, k_bound).sum())),
-        ]
+        what = f"{net}: minutes of training, compiling and evaluating included"
+        bits = float(_diffusion.bound(result, x_0, label, k_bound).sum())
+        found += [Row(f"{net}: parameters", _cli.parameters(result)), Row(what, float(minutes[-1]))]
+        found.append(Row(BITS[net], bits))
         fake = train.sample(result, k_samples, n=len(label), label=label)
         samples[net] = _pictures.by_class(fake, label, 10)
         measured = _pictures.distances(setup.data.name, fake, _pictures.pixels(test), seen, label)
@@ -104,16 +91,18 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("unet_or_dit.png")
 def plot(setup: Setup, folder: Path, curves: dict, samples: dict) -> None:
     """Draws the bound against updates and against minutes, and samples of both nets."""
-    fig, (axes,) = figures.figure(1, 4, size=(16, 4.2))
-    by_step = {net: (steps, bound) for net, (steps, _, bound) in curves.items()}
-    by_minute = {net: (minutes, bound) for net, (_, minutes, bound) in curves.items()}
+    fig, ((by_update, by_minute), grids) = figures.figure(2, 2)
+    lines = {net: (steps, bound) for net, (steps, _, bound) in curves.items()}
     ylabel = "bound, held-out images (bits per dim)"
-    figures.curves(axes[0], by_step, xlabel="updates", ylabel=ylabel)
-    figures.curves(axes[1], by_minute, xlabel="minutes of two cores", ylabel=ylabel)
-    for ax, (net, drawn) in zip(axes[2:], samples.items(), strict=True):
+    figures.curves(by_update, lines, xlabel="updates", ylabel=ylabel, title="bound by updates")
+    lines = {net: (minutes, bound) for net, (_, minutes, bound) in curves.items()}
+    title = "bound by time"
+    figures.curves(by_minute, lines, xlabel="minutes of two cores", ylabel=ylabel, title=title)
+    for ax, (net, drawn) in zip(grids, samples.items(), strict=True):
         figures.images(ax, drawn, 10, title=f"{net}: samples, not chosen")
-    updates = f"{setup.run.steps} updates of {setup.run.batch_size} images"
-    figures.save(fig, folder / "unet_or_dit.png", f"T = {setup.model.T}, {updates}, equal rates")
+    updates = f"{setup.run.steps:,} updates of {setup.run.batch_size} images"
+    caption = f"Trained on {setup.data.name}: T = {setup.model.T}, {updates}, both at one rate."
+    figures.save(fig, folder / "unet_or_dit.png", caption)
 
 
 if __name__ == "__main__":

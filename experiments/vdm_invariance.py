@@ -30,21 +30,14 @@ from experiments._cli import Row, Scale, Source
 
 CENTRES, STD = points.grid_modes() / 8**0.5, 0.05 / 8**0.5
 LOW, HIGH = -13.3, 5.0  # VDM's, section 6
-VDM = {
-    "schedule": "learned",
-    "variance": "beta_tilde",
-    "objective": "vlb",
-    "times": "low_discrepancy",
-    "T": 1000,
-}
-MODEL = replace(_ddpm_arms.MODEL, **VDM)
+VDM = dict(schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy")
 
 
 @dataclass(frozen=True)
 class Setup:
     """Flags of vdm_invariance."""
 
-    model: ddpm.Config = MODEL
+    model: ddpm.Config = replace(_ddpm_arms.MODEL, T=1000, **VDM)
     run: Run = _ddpm_arms.run("runs/vdm_invariance")
     data: Source = Source("digits")
     samples: int = 40_000_000  # on which a bound of the grid is taken
@@ -54,35 +47,19 @@ class Setup:
     def __post_init__(self):
         if self.model.schedule != "learned":
             raise ValueError(f"model.schedule must be learned, got {self.model.schedule}")
-        if (
-            self.samples < 20_000
-            or self.gamma_steps < 1
-            or len(self.steps) < 2
-            or min(self.steps) < 2
-        ):
-            raise ValueError(
-                "samples must be at least 20,000, gamma_steps positive, and steps two numbers "
-                "above 1"
-            )
+        if len(self.steps) < 2 or min(self.steps) < 2:
+            raise ValueError(f"steps must be two numbers above 1, or more, got {self.steps}")
+        _cli.at_least(self, samples=20_000, gamma_steps=1)
 
 
-SMOKE = Setup(
-    replace(_ddpm_arms.SMOKE, **{**VDM, "T": 50}),
-    _ddpm_arms.smoke_run("runs/vdm_invariance-smoke"),
-    samples=100_000,
-    gamma_steps=200,
-    steps=(8, 64),
-)
+SMOKE_RUN = _ddpm_arms.smoke_run("runs/vdm_invariance-smoke")
+SMALL = dict(samples=100_000, gamma_steps=200, steps=(8, 64))
+SMOKE = Setup(replace(_ddpm_arms.SMOKE, T=50, **VDM), SMOKE_RUN, **SMALL)
+DIFFERS = "8x8 digits (CIFAR-10, 31 residual blocks of 128)"
 SCALES = {
     "smoke": Scale(SMOKE, "few samples, 40 updates of one dense layer on digits"),
-    "cpu": Scale(
-        Setup(),
-        "a grid of normals with its exact denoiser, and 8x8 digits (CIFAR-10, 31 residual blocks "
-        "of 128)",
-    ),
+    "cpu": Scale(Setup(), f"a grid of normals with its exact denoiser, and {DIFFERS}"),
 }
-
-
 SPREAD = "grid: largest difference of a bound from the entropy and end terms (nats)"
 TWO = "grid: largest difference between two schedules (nats)"
 FALLS = "grid: least fall of the T-step bound from a T to the next (nats)"
@@ -125,9 +102,7 @@ def exact(x_t, gamma_u):
 
 
 def squared_error(gamma_u, key):
-    """Returns |eps - E[eps | x_t]|^2 [n] at random points of the grid, at minus log signal-to-noise
-    ratios [n].
-    """
+    """Returns |eps - E[eps | x_t]|^2 [n] at random points, at minus log signal-to-noise ratios [n]."""
     k_mode, k_x, k_eps = jax.random.split(key, 3)
     x_0 = sample_grid(k_mode, k_x, len(gamma_u))
     eps = jax.random.normal(k_eps, x_0.shape)
@@ -143,8 +118,7 @@ def continuous_bound(gamma, key, n: int):
 
 
 def entropy_and_ends() -> tuple[float, float]:
-    """Returns the grid's entropy in nats (its modes do not overlap), and what the two ends add to
-    the bound.
+    """Returns the grid's entropy in nats (its modes do not overlap), and what the ends add to it.
 
     At u = 0 the decoder N(x_0; x_u / alpha, s2) takes the place of the posterior of x_0, a normal
     of variance 1 / (1 / std^2 + 1 / s2). That adds log(1 + s2 / std^2) nats in two dimensions. At u
@@ -192,8 +166,7 @@ def learn_gamma(setup: Setup):
 
 
 def least_variance() -> tuple[float, float]:
-    """Returns the variance of the diffusion term's estimate under linear gamma, and the least that
-    any gamma could have.
+    """Returns the variance of the diffusion term's estimate under linear gamma, and the least of any.
 
     At gamma the estimate is X = gamma' D / 2 with D the squared error of eps. E X^2 = int gamma'
     E[D^2] / 4 dgamma is least where gamma' ~ E[D^2]^-1/2, by Cauchy and Schwarz: (int E[D^2]^1/2 /
@@ -236,9 +209,7 @@ def in_steps(setup: Setup, T: int, key) -> float:
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
-    """Trains on the digits, then takes the bounds of the grid under every schedule and number of
-    steps.
-    """
+    """Trains on the digits; takes the bounds of the grid under every schedule and in T steps."""
     training, test = _pictures.parts(setup.data, "train", "test")
     setup = _pictures.adopt(setup, SCALES, training.info)
     place = replace(setup.run, folder=str(folder / "digits"))
@@ -254,24 +225,18 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     values, variance, finite = [], {}, {}
     for i, (name, gamma) in enumerate(gammas.items()):
         each = estimates(gamma, setup, seed=10 + i)
-        means = each.mean(
-            1
-        )  # u is spread over a batch: batches are independent, points in one are not
-        error = float(means.std(ddof=1) / len(means) ** 0.5)
+        means = each.mean(1)  # u is spread over a batch: only batches are independent
         values.append(float(means.mean()))
         variance[name] = float(each.var())
-        what = f"grid, {name} gamma: continuous bound (nats; +- s.e.)"
-        found.append(Row(what, values[-1], error=error, oracle=truth))
-        found.append(
-            Row(f"grid, {name} gamma: variance of the estimate (squared nats)", variance[name])
-        )
+        what, error = f"grid, {name} gamma:", float(means.std(ddof=1) / len(means) ** 0.5)
+        value = Row(f"{what} continuous bound (nats; +- s.e.)", values[-1], None, error, truth)
+        found += [value, Row(f"{what} variance of the estimate (squared nats)", variance[name])]
     found.append(Row(SPREAD, max(abs(value - truth) for value in values)))
     found.append(Row(TWO, max(values) - min(values)))
     for T in setup.steps:
         finite[T] = in_steps(setup, T, jax.random.key(setup.run.seed))
         found.append(Row(f"grid, linear gamma: bound of {T} steps (nats)", finite[T], oracle=truth))
-    falls = list(finite.values())
-    found.append(Row(FALLS, min(a - b for a, b in zip(falls, falls[1:], strict=False))))
+    found.append(Row(FALLS, float(-np.diff(list(finite.values())).max())))
     straight, least = least_variance()
     found.append(Row(QUIETER, variance["linear"] / variance["learned"], oracle=straight / least))
     plot(setup, folder, gammas, finite, truth, variance)
@@ -279,16 +244,13 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 
 @_cli.costs("vdm_invariance.png")
-def plot(
-    setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, variance: dict
-) -> None:
+def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, variance) -> None:
     """Draws the schedules, the loss of each at every u, and the bound of T steps."""
-    fig, ((schedules, losses, steps),) = figures.figure(1, 3, size=(14, 4.4))
-    u = np.linspace(0, 1, 201, dtype=np.float32)
-    curves = {}
+    fig, ((schedules, losses, steps),) = figures.figure(1, 3)
+    u, curves, each = np.linspace(0, 1, 201, dtype=np.float32), {}, {}
     for name, gamma in gammas.items():
         curves[f"{name}: variance {variance[name]:.0f}"] = u, np.asarray(gamma(jnp.asarray(u)))
-    ylabel, title = "gamma, log noise-to-signal ratio", "equal ends; variance in squared nats"
+    ylabel, title = "gamma, log noise-to-signal ratio", "schedules with equal ends"
     figures.curves(schedules, curves, xlabel="u", ylabel=ylabel, title=title)
 
     @partial(jax.jit, static_argnames="gamma")
@@ -297,20 +259,22 @@ def plot(
         return (0.5 * rate * squared_error(g, key)).mean()
 
     coarse, key = u[::4], jax.random.key(0)
-    curves = {}
     for name, gamma in gammas.items():
-        curves[name] = coarse, np.array([float(loss(x, key, gamma)) for x in coarse])
-    title = "areas are equal: the bound"
-    figures.curves(losses, curves, xlabel="u", ylabel="loss at u (nats)", title=title)
-    above = np.array(list(finite.values())) - truth
-    curves = {"linear gamma, posterior variances": (np.array(list(finite)), above)}
-    ylabel, title = "bound less the continuous one (nats)", "the bound of T steps comes down"
-    figures.curves(steps, curves, xlabel="steps T", ylabel=ylabel, title=title)
+        each[name] = coarse, [float(loss(x, key, gamma)) for x in coarse]
+    title = "its loss by u: the areas are equal"
+    figures.curves(losses, each, xlabel="u", ylabel="loss at u (nats)", title=title)
+    losses.set_ylim(-1, 60)  # under cosine it begins far above
+    curve = list(finite), np.array(list(finite.values())) - truth
+    title = "linear gamma in T steps"
+    ylabel = "bound less the continuous one (nats)"
+    figures.curves(steps, {"": curve}, xlabel="steps T", ylabel=ylabel, title=title)
     steps.set(xscale="log", yscale="log")
+    steps.set_xticks(list(finite), list(map(str, finite)), rotation=45)
+    steps.xaxis.minorticks_off()
     caption = (
-        f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}; {setup.samples:,} points per "
-        "bound"
+        f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}, {setup.samples:,} points per "
     )
+    caption += "bound. The variance of its estimate is in squared nats."
     figures.save(fig, folder / "vdm_invariance.png", caption)
 
 

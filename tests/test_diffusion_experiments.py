@@ -14,8 +14,10 @@ from aigc_jax.core import Family
 from aigc_jax.train import Result
 from experiments import (
     _cli,
+    _ddpm_arms,
     _diffusion,
     ddim_steps,
+    ddpm_fashion,
     guidance,
     progressive,
     schedules,
@@ -201,13 +203,13 @@ def test_decodings_share_their_start_and_not_their_noise():
 @pytest.mark.parametrize(
     ("script", "change", "words"),
     [
-        (ddim_steps, {"steps": (200, 1000)}, "steps must hold one up to 100"),
-        (ddim_steps, {"digit_steps": (50, 100)}, "digit_steps up to 20"),
-        (ddim_steps, {"digits": 1}, "samples, many and digits must be at least 100"),
+        (ddim_steps, {"steps": (200, 1000)}, "^steps must hold one up to 100"),
+        (ddim_steps, {"digit_steps": (50, 100)}, "digit_steps must hold one up to 20"),
+        (ddim_steps, {"digits": 1}, "digits must be at least 100, got 1"),
         (
             progressive,
             {"pairs": 200},
-            "pairs must lie in 10..180, half of the test digits, got 200",
+            "pairs must lie in 10..180, half of the test set, got 200",
         ),
         (
             schedules,
@@ -216,11 +218,30 @@ def test_decodings_share_their_start_and_not_their_noise():
         ),
         (guidance, {"w": (4.0, 0.0)}, "w must grow from 0"),
         (guidance, {"samples": 1}, "samples must be at least 100, got 1"),
+        (
+            guidance,
+            {"model": replace(guidance.Setup.model, unlabelled=0.0)},
+            "guidance needs training without labels: set model.unlabelled above 0",
+        ),
+        (ddpm_fashion, {"w": (1.0,)}, r"w must hold 0, got \(1.0,\)"),
+        (
+            vdm_invariance,
+            {"steps": (8,)},
+            r"steps must be two numbers above 1, or more, got \(8,\)",
+        ),
     ],
 )
 def test_what_could_not_be_measured_is_refused_before_training(script, change, words):
     with pytest.raises(ValueError, match=words):
         replace(script.SCALES["cpu"].setup, **change)
+
+
+def test_the_rows_of_an_arm_are_means_over_seeds():
+    rows = _ddpm_arms.rows("a", ("bits", "score"), (3.0, None), [(1.0, 5.0), (3.0, 5.0)])
+    assert rows == [
+        ("a: bits", 2.0, 3.0, 1.0, None, None),
+        ("a: score", 5.0, None, 0.0, None, None),
+    ]
 
 
 def test_the_roll_is_of_the_plane():
