@@ -74,7 +74,7 @@ class Setup:
         _cli.at_least(self, samples=100, many=100, digits=100)
 
 
-SMOKE_RUN = _ddpm_digits.smoke_run("runs/ddim_steps-smoke")
+SMOKE_RUN = _ddpm_digits.smoke_run("runs/ddim_steps-smoke", steps=200)
 FEW = dict(steps=(10, 50), samples=1000, many=4000, digit_steps=(5, 50), digits=200)
 SMOKE = Setup(_ddpm_digits.SMOKE, SMOKE_RUN, **FEW)
 DIFFERS = "8x8 digits with T = 100 (CIFAR-10 and CelebA, T = 1000)"

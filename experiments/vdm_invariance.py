@@ -252,6 +252,7 @@ def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, v
         curves[f"{name}: variance {variance[name]:.0f}"] = u, np.asarray(gamma(jnp.asarray(u)))
     ylabel, title = "gamma, log noise-to-signal ratio", "schedules with equal ends"
     figures.curves(schedules, curves, xlabel="u", ylabel=ylabel, title=title)
+    schedules.set_ylim(LOW - 1, HIGH + 14)  # room for the legend
 
     @partial(jax.jit, static_argnames="gamma")
     def loss(u, key, gamma):
