@@ -150,6 +150,33 @@ def test_the_readmes_code_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_page_on_text_to_image_runs(tmp_path):
+    """All of its code, one block after another, with the shapes that it prints at every arrow."""
+    page = (ROOT / "docs" / "text_to_image.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    shapes = {
+        "batch['image']": (64, 32, 32, 3),
+        "batch['tokens']": (64, 16),
+        "a": (64, 16),
+        "similarity": (64, 64),
+        "context": (64, 17, 32),
+        "z": (512, 8, 8, 4),
+        "back": (64, 32, 32, 3),
+        "drawn": (4, 8, 8, 4),
+        "images": (4, 32, 32, 3),
+    }
+    code += f"\nfor name, shape in {shapes!r}.items():\n    assert eval(name).shape == shape, name\n"
+    code += "assert abs(float(z.var()) - 1) < 1e-3 and 0 <= images.min() and images.max() <= 1\n"
+    code += "found = (similarity.argmax(1) == np.arange(64)).mean()\nassert found > 3 / 64, found\n"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("['") and "variance of the latents: 1.0" in out.stdout
+
+
+@pytest.mark.slow
 def test_the_page_on_ones_own_net_runs(tmp_path):
     """Its module, its training twice (the second time nothing is left to do), and the command it names."""
     module, training = re.findall(
