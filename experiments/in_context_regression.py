@@ -142,7 +142,7 @@ def functions(cfg: Config, split: str) -> data.Data:
 
 
 def least_squares(x, y, query) -> np.ndarray:
-    """Returns predictions [B] by minimum-norm least squares; x [B, k, d], y [B, k], query [B, d]."""
+    """Returns predictions [B] by least squares of minimum norm: x [B, k, d], y [B, k], query."""
     if not x.shape[1]:
         return np.zeros(len(query))
     return np.einsum("bd,bd->b", np.einsum("bdk,bk->bd", np.linalg.pinv(x), y), query)
