@@ -135,7 +135,7 @@ def plot(setup: Setup, folder: Path, curves: dict) -> None:
     figures.curves(ax, curves, xlabel="updates", ylabel="right answers (%)", title=title)
     ax.set_xscale("log")
     decay, batch = setup.model.optim.weight_decay, setup.run.batch_size
-    caption = f"Two layers of width {setup.model.width}. AdamW with weight decay {decay:g}, batches of {batch}."
+    caption = f"Width {setup.model.width}, AdamW with weight decay {decay:g}, batches of {batch}."
     figures.save(fig, folder / "grokking.png", caption)
 
 

@@ -85,7 +85,7 @@ INVARIANTS = {ZERO: "within 0.9 .. 1.1"}
 
 
 def predict(cfg: Config, params, x, y):
-    """Returns predictions [B, n] of y [B, n] from x [B, n, d] and the pairs before: x_1, y_1, ..."""
+    """Returns predictions [B, n] of y [B, n] from x [B, n, d] and the pairs (x, y) before each."""
     B, n, d = x.shape
     pairs = jnp.stack([x, jnp.pad(y[..., None], ((0, 0), (0, 0), (0, d - 1)))], 2)
     h = pairs.reshape(B, 2 * n, d) @ params["read_in"]["kernel"]
@@ -95,7 +95,7 @@ def predict(cfg: Config, params, x, y):
 
 
 def make_regression(cfg: Config, *, axis_name: str | None = None) -> Family:
-    """Returns the family, on batches `points` [B, points * dim + dim]: the x of a prompt, then w."""
+    """Returns the family, on batches `points` [B, points * dim + dim]: a prompt's x, then w."""
 
     def init(key):
         k_net, k_in, k_out = jax.random.split(key, 3)
@@ -142,7 +142,7 @@ def functions(cfg: Config, split: str) -> data.Data:
 
 
 def least_squares(x, y, query) -> np.ndarray:
-    """Returns predictions [B] of minimum-norm least squares: x [B, k, d], y [B, k], query [B, d]."""
+    """Returns predictions [B] by least squares of minimum norm: x [B, k, d], y [B, k], query."""
     if not x.shape[1]:
         return np.zeros(len(query))
     return np.einsum("bd,bd->b", np.einsum("bdk,bk->bd", np.linalg.pinv(x), y), query)

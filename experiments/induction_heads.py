@@ -67,7 +67,7 @@ INVARIANTS = {ONE: CRITERIA[ONE]}
 
 
 def sequences() -> data.Data:
-    """Returns endless rows: half repeat a random segment of 20 to 50, half follow a Markov chain."""
+    """Returns endless rows: half repeat a segment of 20 to 50 symbols, half follow a chain."""
     chain = np.random.default_rng(0).dirichlet(np.full(SYMBOLS, 0.1), SYMBOLS).cumsum(-1)
 
     def draw(rng, size):

@@ -102,7 +102,7 @@ def exact(x_t, gamma_u):
 
 
 def squared_error(gamma_u, key):
-    """Returns |eps - E[eps | x_t]|^2 [n] at random points, at minus log signal-to-noise ratios [n]."""
+    """Returns |eps - E[eps | x_t]|^2 [n] at random points, at minus log-SNR gamma_u [n]."""
     k_mode, k_x, k_eps = jax.random.split(key, 3)
     x_0 = sample_grid(k_mode, k_x, len(gamma_u))
     eps = jax.random.normal(k_eps, x_0.shape)
@@ -166,7 +166,7 @@ def learn_gamma(setup: Setup):
 
 
 def least_variance() -> tuple[float, float]:
-    """Returns the variance of the diffusion term's estimate under linear gamma, and the least of any.
+    """Returns the variance of the diffusion term's estimate: of linear gamma, and the least of any.
 
     At gamma the estimate is X = gamma' D / 2 with D the squared error of eps. E X^2 = int gamma'
     E[D^2] / 4 dgamma is least where gamma' ~ E[D^2]^-1/2, by Cauchy and Schwarz: (int E[D^2]^1/2 /
