@@ -326,6 +326,7 @@ def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> Non
         if (pixels := _number_pixels(fig, artist)) < LEAST:
             artist.set_sizes(artist.get_sizes() * (1.001 * LEAST / pixels) ** 2)
     fig.draw_without_rendering()
+    _thin_ticks(fig)
     _break_lines(fig, label)
     path = os.path.expanduser(path)
     kind = kind or Path(path).suffix[1:] or "png"
@@ -399,6 +400,19 @@ def _pixels(fig, text) -> float:
 def _number_pixels(fig, markers) -> float:
     points = float(np.sqrt(markers.get_sizes()).min()) / DIGIT
     return points / 72 / fig.get_figwidth() * PIXELS
+
+
+def _thin_ticks(fig) -> None:
+    """Leaves out ticks of x axes whose labels would touch."""
+    from matplotlib.ticker import AutoLocator
+
+    for ax in fig.axes:
+        locator = ax.xaxis.get_major_locator()
+        if ax.axison and isinstance(locator, AutoLocator):
+            labels = [text for text in ax.get_xticklabels() if text.get_text()]
+            widest = max((text.get_window_extent().width for text in labels), default=0)
+            fitting = int(ax.get_window_extent().width // (widest + 10))
+            locator.set_params(nbins=max(1, min(fitting, ax.xaxis.get_tick_space(), 9)))
 
 
 def _break_lines(fig, caption) -> None:

@@ -87,7 +87,7 @@ def plot(setup: Setup, folder: Path, result, test: data.Data, bound, marginal) -
     figures.images(a, samples, 10, title="samples: means of p(x|z) for z ~ N(0, I)")
     title = "test images (rows 1, 3, 5), below each its reconstruction"
     figures.images(b, pairs.reshape(-1, *cfg.shape), 10, title=title)
-    names = {"title": "posterior means of the test images", "axes": ("principal axis 1", "axis 2")}
+    names = {"title": "posterior means, on their principal axes", "axes": ("axis 1", "axis 2")}
     figures.points(c, mu @ axes[:2].T, batch.get("label"), **names)
     curves = {
         "train, one batch": _cli.history(result.folder, "loss", "train"),

@@ -215,6 +215,22 @@ def test_whole_numbers_have_whole_ticks():
     figures.curves(other, {"a": (X, X)}, xlabel="updates", ylabel="y")
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_numbers_of_updates_do_not_touch(tmp_path, columns):
+    updates = 80 * X  # 80 .. 15,920
+
+    def draw(ax):
+        figures.curves(ax, {"a": (updates, X)}, xlabel="updates", ylabel="y")
+
+    fig, axes, _ = saved(tmp_path, draw, columns)
+    fig.draw_without_rendering()
+    low, high = axes[0].get_xlim()
+    labels = zip(axes[0].get_xticks(), axes[0].get_xticklabels(), strict=True)
+    boxes = [text.get_window_extent() for tick, text in labels if low <= tick <= high]
+    assert len(boxes) >= 3
+    assert all(a.x1 + 3 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
 def test_a_word_longer_than_its_panel_ends_the_breaking(tmp_path):
     _, axes, _ = saved(tmp_path, lambda ax: ax.set(title="w" * 200, ylabel="y" * 200), 2)
     assert axes[0].get_title() == "w" * 200
