@@ -271,6 +271,15 @@ def test_names_of_classes_and_captions_need_their_arrays():
     images = np.zeros((3, 2, 2, 1), np.uint8)
     info = data.from_arrays({"image": images}, class_names=("a", "b")).info
     assert info.class_names == () and info.caption_length is info.caption_vocab is None
+    labelled = {"image": images, "label": np.arange(3)}
+    assert data.from_arrays(labelled, class_names=("a", "b", "c")).info.class_names[1] == "b"
+    with pytest.raises(ValueError, match="there are 3 classes, but 2 class_names"):
+        data.from_arrays(labelled, class_names=("a", "b"))
+    with pytest.raises(ValueError, match="needs the tokenizer of the captions: pass tokenizer="):
+        data.from_source([{"image": images[0], "tokens": np.zeros(4, int)}])
+    ragged = [{"image": images[0], "tokens": np.zeros(4 - i, int)} for i in range(2)]
+    with pytest.raises(ValueError, match=r"tokens 1 is \(3,\), tokens 0 is \(4,\)"):
+        data.from_source(ragged, tokenizer=data.text.Tokenizer.words(["a"]))
 
 
 @pytest.mark.parametrize(

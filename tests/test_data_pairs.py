@@ -265,7 +265,7 @@ def test_long_captions_are_cut_and_counted(folder, capfd):
     assert set(texts_of(source).values()) == cut
     assert "captions of more than 3 words, which are cut (2: " in line
     assert said(capfd, folder, length=5)[1] == ""
-    for length in (0, -1, 2.0, True):
+    for length in (0, -1, True):
         with pytest.raises(ValueError, match="pairs: length must be a whole number of at least 1"):
             data.load(f"pairs:{folder}", length=length)
 
@@ -355,7 +355,7 @@ def test_unreadable_pictures_are_refused_as_for_images(folder):
     with pytest.raises(ValueError, match="^pairs: .*0.png cannot be read as a picture"):
         data.load(f"pairs:{folder}")
     picture(0, size=(5, 5)).save(folder / "0.png")
-    with pytest.raises(ValueError, match="^pairs: .*5 x 5 pixels.*--data.size"):
+    with pytest.raises(ValueError, match="^pairs: .* pixels, .* holds 2 sizes. Pass .*--data.size"):
         data.load(f"pairs:{folder}")
     assert data.load(f"pairs:{folder}", size=4).info.shape == (4, 4, 1)
     with pytest.raises(ValueError, match="^pairs: size must be a whole number"):

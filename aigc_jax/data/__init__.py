@@ -121,27 +121,12 @@ def from_arrays(
     - [N, 4, S, S] with S above 4.
     """
     kind = _kind_of(arrays)
-    arrays = {name: np.asarray(a) for name, a in arrays.items()}
-    x = arrays[kind]
-    n, shape = len(x), x.shape[1:]
-    if n == 0:
-        raise ValueError("a data set needs at least one example")
-    if kind == "image":
-        _check_images(x, levels)
-    elif kind == "tokens":
-        arrays[kind] = _checked_tokens(x, levels)
-    elif kind == "roll":
-        arrays[kind] = _checked_roll(x)
-        arrays.setdefault("mask", np.ones(x.shape[:2]))
-    else:
-        arrays[kind] = _checked_points(x)
-    if "mask" in arrays:
-        positions = x.shape[1] - (kind == "tokens")
-        arrays["mask"] = _checked_mask(arrays["mask"], (n, positions))
+    arrays = _checked_arrays(kind, arrays, levels)
+    n, shape = len(arrays[kind]), arrays[kind].shape[1:]
     if "label" in arrays:
         arrays["label"], classes = _checked_labels(arrays["label"], n, classes)
-    if "tone" in arrays:
-        arrays["tone"] = _checked_tone(arrays["tone"], n)
+        if class_names and len(class_names) != classes:
+            raise ValueError(f"there are {classes} classes, but {len(class_names)} class_names")
     captions = {}
     if kind == "image" and "tokens" in arrays:
         arrays["tokens"], captions = _checked_captions(arrays["tokens"], n, tokenizer)
@@ -180,6 +165,30 @@ def _kind_of(arrays: dict) -> str:
         names = " and ".join(optional)
         raise ValueError(f"with {kind}, arrays may hold {names} only, got {', '.join(unknown)}")
     return kind
+
+
+def _checked_arrays(kind: str, arrays: dict, levels: int) -> dict[str, np.ndarray]:
+    """Returns the arrays in their types, without a check of labels and captions."""
+    arrays = {name: np.asarray(a) for name, a in arrays.items()}
+    x = arrays[kind]
+    n = len(x)
+    if n == 0:
+        raise ValueError("a data set needs at least one example")
+    if kind == "image":
+        _check_images(x, levels)
+    elif kind == "tokens":
+        arrays[kind] = _checked_tokens(x, levels)
+    elif kind == "roll":
+        arrays[kind] = _checked_roll(x)
+        arrays.setdefault("mask", np.ones(x.shape[:2]))
+    else:
+        arrays[kind] = _checked_points(x)
+    if "mask" in arrays:
+        positions = x.shape[1] - (kind == "tokens")
+        arrays["mask"] = _checked_mask(arrays["mask"], (n, positions))
+    if "tone" in arrays:
+        arrays["tone"] = _checked_tone(arrays["tone"], n)
+    return arrays
 
 
 def _check_images(x: np.ndarray, levels: int) -> None:
@@ -330,27 +339,22 @@ def from_source(
     if "image" not in first:
         raise ValueError(f"examples must hold 'image', got {', '.join(first) or 'nothing'}")
     names = [name for name in ("image", "label", "tokens", "tone") if name in first]
-    shape = np.shape(first["image"])
-    known = {"levels": levels, "classes": classes, "tokenizer": tokenizer}
-    known["class_names"] = class_names
-
-    def read(rows) -> dict:
-        found = [examples[int(row)] for row in rows]
-        for row, example in zip(rows, found, strict=True):
-            if missing := [name for name in names if name not in example]:
-                raise ValueError(f"example {row} has no {missing[0]}, example 0 has one")
-            if np.shape(example["image"]) != shape:
-                raise ValueError(
-                    f"image {row} is {np.shape(example['image'])}, image 0 is {shape}",
-                )
-        arrays = {name: np.stack([example[name] for example in found]) for name in names}
-        return from_arrays(arrays, **known, fingerprint="of a batch").resident[0]
-
-    info = from_arrays(read([0]), **known).info
-    if "tokens" in names and tokenizer is None:
-        raise ValueError("from_source needs the tokenizer of the captions: pass tokenizer=")
     if "label" in names and classes is None:
         raise ValueError("from_source needs to be told how many classes there are: pass classes=")
+    if "tokens" in names and tokenizer is None:
+        raise ValueError("from_source needs the tokenizer of the captions: pass tokenizer=")
+    about = {
+        "levels": levels,
+        "classes": classes,
+        "class_names": class_names,
+        "tokenizer": tokenizer,
+    }
+
+    def read(rows) -> dict:
+        arrays = _read_examples(examples, {name: np.shape(first[name]) for name in names}, rows)
+        return from_arrays(arrays, **about, fingerprint="of a batch").resident[0]
+
+    info = from_arrays(read([0]), **about).info
     if fingerprint is None:
         some = read(np.linspace(0, n - 1, min(n, 64)).astype(int))
         fingerprint = hashlib.sha256(f"{n} {_digest(some)}".encode()).hexdigest()
@@ -360,6 +364,18 @@ def from_source(
         return {**read(rows), "index": rows}
 
     return Data(replace(info, examples=n, source=source, fingerprint=fingerprint), batch)
+
+
+def _read_examples(examples, shapes: dict[str, tuple[int, ...]], rows) -> dict:
+    """Returns some examples as arrays; raises ValueError unless they have the fields `shapes`."""
+    found = [examples[int(row)] for row in rows]
+    for row, example in zip(rows, found, strict=True):
+        for name, shape in shapes.items():
+            if name not in example:
+                raise ValueError(f"example {row} has no {name}, example 0 has one")
+            if np.shape(example[name]) != shape:
+                raise ValueError(f"{name} {row} is {np.shape(example[name])}, {name} 0 is {shape}")
+    return {name: np.stack([example[name] for example in found]) for name in shapes}
 
 
 def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
