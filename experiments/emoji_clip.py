@@ -69,7 +69,8 @@ def recall(loss: str, direction: str, k: int) -> str:
 TO_TEXT, TO_IMAGE = "of captions by picture", "of pictures by caption"
 CHANCE = "{}: R@1 of captions by picture over chance"
 TONE = "{}: zero-shot skin tone, test (%; oracle: chance)"
-CATEGORY = "{}: zero-shot category, {} (%; oracle: the most frequent one)"
+CATEGORY = "{}: zero-shot category, unseen emoji (%; oracle: the most frequent one)"
+BALANCED = "{}: zero-shot category, unseen emoji, mean over categories (%; oracle: chance)"
 CRITERIA = {
     recall("info_nce", TO_TEXT, 1): ">= 50",
     recall("info_nce", TO_IMAGE, 1): ">= 50",
@@ -144,14 +145,15 @@ def zero_shot_rows(loss: str, cfg, params, tokenizer: str, splits: dict) -> list
     categories = class_texts(cfg, params, tokenizer, category_captions())
     images = {name: features(cfg, params, batch)[0] for name, batch in splits.items()}
     one = (test["tone"] >= 1) & (test["tone"] <= 5)
-    found = np.asarray(contrastive.zero_shot(images["test"][one], tones)) + 1
-    rows = [Row(TONE.format(loss), 100 * float((found == test["tone"][one]).mean()), oracle=20.0)]
-    for name, batch in (("test", test), ("unseen emoji", unseen)):
-        label = batch["label"]
-        found = contrastive.zero_shot(images[name.split()[0]], categories)
-        most = 100 * float(np.bincount(label).max() / len(label))
-        right = 100 * float((np.asarray(found) == label).mean())
-        rows.append(Row(CATEGORY.format(loss, name), right, oracle=most))
+    right = np.asarray(contrastive.zero_shot(images["test"][one], tones)) + 1 == test["tone"][one]
+    rows = [Row(TONE.format(loss), 100 * float(right.mean()), oracle=20.0)]
+    label = unseen["label"]
+    right = np.asarray(contrastive.zero_shot(images["unseen"], categories)) == label
+    present = np.unique(label)
+    most, chance = np.bincount(label).max() / len(label), 1 / len(categories)
+    each = [right[label == category].mean() for category in present]
+    rows.append(Row(CATEGORY.format(loss), 100 * float(right.mean()), oracle=100 * float(most)))
+    rows.append(Row(BALANCED.format(loss), 100 * float(np.mean(each)), oracle=100 * chance))
     return rows
 
 

@@ -361,6 +361,7 @@ def test_training_finds_the_pairs(loss):
     assert metrics.recall_at_k(images @ texts.T, None, 2) >= metrics.recall_at_k(images @ texts.T)
 
 
+@pytest.mark.slow
 def test_scale_starts_as_in_the_papers():
     for loss, first in (("info_nce", 1 / 0.07), ("sigmoid", 10.0)):
         params = begun(dataclasses.replace(TINY, loss=loss)).params
@@ -370,6 +371,7 @@ def test_scale_starts_as_in_the_papers():
         )
 
 
+@pytest.mark.slow
 def test_scale_never_exceeds_100_and_comes_down_again():
     """A gradient that asks for more is cut off after the update, one that asks for less is not."""
     cfg = dataclasses.replace(TINY, scale=100.0, optim=core.Optim("sgd", lr=0.1))
@@ -383,7 +385,7 @@ def test_scale_never_exceeds_100_and_comes_down_again():
             params = {**rest, "log_scale": log_scale}
             return contrastive.loss(cfg, params, state, batch, key(0))[0]
 
-        return float(jax.grad(value)(state.params["log_scale"]))
+        return float(jax.jit(jax.grad(value))(state.params["log_scale"]))
 
     assert slope(state) > 1  # untrained pairs are wrong: the loss wants a smaller scale
     down, _ = stepped(cfg, state, batch)
@@ -424,6 +426,7 @@ def test_shift_moves_pictures_whole_and_only_in_training():
 # ------------------------------------------------------------- equal captions and filled-up batches
 
 
+@pytest.mark.slow
 def test_examples_with_equal_captions_are_no_negatives():
     """A batch that holds everything twice has the losses of a batch that holds it once."""
     for loss in ("info_nce", "sigmoid"):
@@ -437,6 +440,7 @@ def test_examples_with_equal_captions_are_no_negatives():
             assert (b["loss_nats"] < a["loss_nats"][np.arange(10) % 5] + log(2)).all()
 
 
+@pytest.mark.slow
 def test_the_last_batch_counts_no_padding():
     """A set of 10 in batches of 8: the rows that fill the second batch up are not scored."""
     source = as_data(captioned(10))
@@ -457,13 +461,9 @@ def test_the_last_batch_counts_no_padding():
 # ------------------------------------------------------------------------------ over all devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "loss, mapped",
-    [
-        ("info_nce", jax.vmap),
-        pytest.param("sigmoid", jax.vmap, marks=pytest.mark.slow),
-        pytest.param("info_nce", jax.pmap, marks=pytest.mark.slow),
-    ],
+    "loss, mapped", [("info_nce", jax.vmap), ("sigmoid", jax.vmap), ("info_nce", jax.pmap)]
 )
 def test_eight_devices_have_the_gradient_of_one(loss, mapped):
     """The per-device view gathers features, so each device sees all negatives, equal captions too."""

@@ -51,9 +51,10 @@ def test_classes_of_emoji_are_told_in_known_words():
         t.rpartition(",")[0] for t in tones[4]
     ]
     categories = emoji_clip.category_captions()
-    assert sum(map(len, categories)) == len(train) and min(map(len, categories)) > 5
+    assert sum(map(len, categories)) == len(train) and min(map(len, categories)) > 0
 
 
+@pytest.mark.slow
 def test_text_of_a_class_is_the_mean_of_its_captions():
     cfg = emoji_clip.SMOKE.model
     params = jax.jit(contrastive.make(cfg).init)(jax.random.key(0)).params
