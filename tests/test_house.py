@@ -165,7 +165,9 @@ def test_the_page_on_text_to_image_runs(tmp_path):
         "drawn": (4, 8, 8, 4),
         "images": (4, 32, 32, 3),
     }
-    code += f"\nfor name, shape in {shapes!r}.items():\n    assert eval(name).shape == shape, name\n"
+    code += (
+        f"\nfor name, shape in {shapes!r}.items():\n    assert eval(name).shape == shape, name\n"
+    )
     code += "assert abs(float(z.var()) - 1) < 1e-3 and 0 <= images.min() and images.max() <= 1\n"
     code += "found = (similarity.argmax(1) == np.arange(64)).mean()\nassert found > 3 / 64, found\n"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
