@@ -10,7 +10,7 @@ from aigc_jax import contrastive, vae
 from aigc_jax.contrastive import ImageConfig, TextConfig
 from aigc_jax.core import Optim
 
-CLIP_STEPS, AUTOENCODER_STEPS = 3000, 8000
+CLIP_STEPS, AUTOENCODER_STEPS = 1000, 8000
 CLIP = contrastive.Config(
     text=TextConfig(vocab=1524, context=16),
     image=ImageConfig(shift=2),

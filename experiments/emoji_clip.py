@@ -18,20 +18,15 @@ import jax
 import numpy as np
 
 from aigc_jax import contrastive, data, figures, metrics, train
-from aigc_jax.contrastive import ImageConfig, TextConfig
-from aigc_jax.core import Optim
+from aigc_jax.contrastive import ImageConfig
 from aigc_jax.data import captions, emoji
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _emoji
 from experiments._cli import Row, Scale, Source
 
 LOSSES = ("info_nce", "sigmoid")
-MODEL = contrastive.Config(
-    text=TextConfig(vocab=1524, context=16),
-    image=ImageConfig(shift=2),
-    optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=50, decay=1000),
-)
-RUN = Run("runs/emoji_clip", steps=1000, batch_size=256, eval_every=50, save_every=250)
+MODEL = _emoji.CLIP
+RUN = Run("runs/emoji_clip", steps=_emoji.CLIP_STEPS, batch_size=256, eval_every=50, save_every=250)
 
 
 @dataclass(frozen=True)
