@@ -329,13 +329,15 @@ def save(fig, path: str | Path, caption: str, *, kind: str | None = None) -> Non
     _thin_ticks(fig)
     _break_lines(fig, label)
     path = os.path.expanduser(path)
-    kind = kind or Path(path).suffix[1:] or "png"
+    if not (kind or Path(path).suffix):
+        path = f"{path}.png"
+    kind = kind or Path(path).suffix[1:]
     if kind != "png":
         fig.savefig(path, format=kind)
         return
     drawn = io.BytesIO()
     fig.savefig(drawn, format="png")
-    _write_png(path if Path(path).suffix else f"{path}.png", drawn, smallest_text(fig))
+    _write_png(path, drawn, smallest_text(fig))
 
 
 def _set_sizes(fig) -> None:

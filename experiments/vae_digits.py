@@ -64,8 +64,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         results.append(train.load(run.folder))  # the best checkpoint on the validation digits
     bounds = [train.evaluate(result, test)["nll_nats"] for result in results]
     bound, error = _cli.mean_and_error(bounds)
-    dims, marginal = np.prod(setup.model.shape) * np.log(2), marginal_nats(training, test)
-    found += [Row(BOUND, bound, error=error), Row(MARGINAL, marginal)]
+    dims = np.prod(setup.model.shape) * np.log(2)
+    found.append(Row(BOUND, bound, error=error))
+    found.append(Row(MARGINAL, marginal := marginal_nats(training, test)))
     found.append(Row(BITS, bound / dims, error=None if error is None else error / dims))
     plot(setup, folder, results[0], test, bounds[0], marginal)
     return found
