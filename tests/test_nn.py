@@ -92,9 +92,9 @@ NETS = {
         (2, 2, 3, 5),
     ),
     "image decoder": (
-        partial(nn.ImageDecoder, 3, (4, 6), 1, 2, 2),
-        (normal(1, 2, 2, 3, 5),),
-        (2, 8, 12, 3),
+        partial(nn.ImageDecoder, 1, (4, 6), 1, 2, 2),
+        (normal(1, 2, 1, 2, 5),),
+        (2, 4, 8, 1),
     ),
 }
 
