@@ -27,23 +27,11 @@ from aigc_jax import data, figures, metrics, train, vae
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
 from aigc_jax.vae import autoencoder, vq
-from experiments import _cli
+from experiments import _cli, _emoji
 from experiments._cli import Row, Scale, Source
 
-STEPS, VQ_STEPS, ARM_STEPS = 4500, 1500, 500  # about 0.3 s each on 2 quiet cores
-NETS = {"widths": (64, 128), "blocks": 2, "groups": 8, "patch": 2, "likelihood": "gaussian"}
-
-
-def optim(steps: int) -> Optim:
-    """Returns Adam with a warm-up and a cosine decay to 0 that ends with the run.
-
-    The loss is a sum over 3,072 numbers, so gradients are long: the clip is for outliers.
-    """
-    warmup = min(100, steps // 10)
-    return Optim(lr=2e-3, b2=0.99, clip=1500.0, warmup=warmup, decay=steps - warmup)
-
-
-MODEL = vae.AutoencoderConfig(**NETS, scale=0.1, beta=1e-3, ema=0.998, optim=optim(STEPS))
+STEPS, VQ_STEPS, ARM_STEPS = _emoji.AUTOENCODER_STEPS, 1500, 500
+MODEL, NETS, optim = _emoji.AUTOENCODER, _emoji.NETS, _emoji.autoencoder_optim
 VQ = vae.VQConfig(
     **NETS, scale=0.1, codes=512, code_dim=4, restart=0.1, ema=0.998, optim=optim(VQ_STEPS)
 )
