@@ -120,7 +120,11 @@ def check_data(cfg, info) -> None:
     is_image = len(shape) == 3 and cfg.levels is not None
     kind, plural = ("image", "images") if is_image else ("points", "points")
     if info.kind != kind:
-        raise ValueError(f"model.shape {shape} is for {plural}, this data set holds {info.kind}")
+        hint = ""
+        if len(shape) == 3 and {kind, info.kind} == {"image", "points"}:
+            hint = "; model.levels is None for latents, and the number of grey levels for images"
+        holds = f"this data set holds {info.kind}"
+        raise ValueError(f"model.shape {shape} is for {plural}, {holds}{hint}")
     if tuple(info.shape) != shape:
         raise ValueError(f"model.shape is {shape}, the {plural} are {tuple(info.shape)}")
     if kind == "image" and info.levels != cfg.levels:

@@ -34,6 +34,16 @@ def with_captions(images):
 
 
 CAPTIONED = with_captions(DIGITS)
+
+
+def latents_with_contexts(n=200):
+    """Latents [n, 4, 4, 2] of two classes, each with a context of three vectors."""
+    rng = np.random.default_rng(0)
+    arrays = {"points": rng.normal(size=(n, 4, 4, 2)), "context": rng.normal(size=(n, 3, 5))}
+    return data.from_arrays({**arrays, "label": np.arange(n) % 2})
+
+
+LATENTS = latents_with_contexts()
 B = 32
 
 
@@ -171,6 +181,20 @@ ROWS = {
         ),
         POINTS,
         counts_times=True,
+    ),
+    "ddpm of latents under contexts": Row(
+        ddpm.make,
+        ddpm.Config(
+            shape=(4, 4, 2),
+            levels=None,
+            classes=2,
+            context=(3, 5),
+            T=25,
+            ema=0.0,
+            net=ddpm.NetConfig("unet", (4,), 1, (4,), groups=2, dropout=0.0),
+            optim=Optim(lr=1e-3, clip=1.0, warmup=10),
+        ),
+        LATENTS,
     ),
     "ddpm of straight paths": Row(
         ddpm.make,

@@ -985,11 +985,11 @@ def test_a_learned_schedule_of_one_step_is_asked_at_its_last_level():
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        ({"classes": 0}, {"w": 3.0}, "guidance .w. needs a model that was trained with labels"),
+        ({"classes": 0}, {"w": 3.0}, "guidance .w. needs labels or contexts in training"),
         (
             {"unlabelled": 0.0},
             {"w": 2.0},
-            "guidance .w. needs a model that was trained with labels",
+            "guidance .w. needs labels or contexts in training",
         ),
         ({"classes": 0}, {"label": np.zeros(2, int)}, "takes no labels"),
         ({}, {"label": np.zeros(1, int)}, "one entry for each of 2 samples"),

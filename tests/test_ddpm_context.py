@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aigc_jax import data, ddpm
+from aigc_jax import data, ddpm, train
 from aigc_jax.core import Optim
 
 UNET = ddpm.NetConfig("unet", (4,), 1, (4,), groups=2, heads=2, dropout=0.0)
@@ -20,7 +20,7 @@ CONTEXT = jax.random.normal(jax.random.key(2), (6, 3, 5))
 T = jnp.arange(6) * 3
 
 
-@pytest.fixture(scope="module", params=["unet", "dit"])
+@pytest.fixture(scope="module", params=["unet", pytest.param("dit", marks=pytest.mark.slow)])
 def model(request):
     """A config, and parameters none of which are 0, so that every branch of the net acts."""
     cfg = dataclasses.replace(CFG, net={"unet": UNET, "dit": DIT}[request.param])
@@ -71,6 +71,14 @@ def test_guidance_leads_away_from_no_context_or_from_a_negative_one(model):
         np.testing.assert_allclose(jax.jit(fn)(X, T), expected, rtol=2e-4, atol=2e-4)
 
 
+def test_guidance_by_a_context_alone_of_a_model_that_also_has_classes():
+    cfg = dataclasses.replace(CFG, classes=3)
+    params = jax.tree.map(lambda x: x + 0.1, ddpm.make(cfg).init(jax.random.key(0)).params)
+    fn = jax.jit(ddpm.predict_fn_of(cfg, params, context=CONTEXT, w=1.0)[0])
+    given, none = (ddpm.predict(cfg, params, X, T, context=c)[0] for c in (CONTEXT, None))
+    np.testing.assert_allclose(fn(X, T), 2 * given - none, rtol=1e-4, atol=1e-4)
+
+
 def test_labels_and_contexts_are_withheld_together_at_the_share_that_is_asked_for():
     cfg = dataclasses.replace(CFG, classes=4, unlabelled=0.25)
     n = 40_000
@@ -95,6 +103,8 @@ def test_training_reads_the_context_of_the_batch(model):
     assert abs(a - b) > 1e-3
     with pytest.raises(ValueError, match="the batch has no 'context'"):
         loss({"points": X})
+    with pytest.raises(ValueError, match="takes 'points' in a batch, got"):
+        loss({"image": np.zeros((6, 4, 4, 2), np.uint8), "context": CONTEXT})
 
 
 @pytest.mark.slow
@@ -129,7 +139,7 @@ def test_contexts_that_do_not_fit_are_refused(model):
             ddpm.predict(cfg, params, X, T, context=bad)
     with pytest.raises(ValueError, match="negative context acts through guidance"):
         ddpm.predict_fn_of(cfg, params, context=CONTEXT, negative=CONTEXT)
-    with pytest.raises(ValueError, match="guidance .w. needs labels or a context"):
+    with pytest.raises(ValueError, match="guidance .w. needs a label or a context"):
         ddpm.predict_fn_of(cfg, params, w=1.0)
     plain = dataclasses.replace(cfg, context=None)
     with pytest.raises(ValueError, match="takes no context"):
@@ -181,6 +191,13 @@ def test_latents_and_contexts_are_a_data_set():
     source = data.from_arrays(arrays)
     assert source.info.shape == (4, 4, 2)
     CFG.check(source.info)
+    for other in (None, (2, 5)):
+        with pytest.raises(ValueError, match=r"model.context is .*contexts \(3, 5\)"):
+            dataclasses.replace(CFG, context=other).check(source.info)
+    with pytest.raises(ValueError, match=r"model.context is \(3, 5\), there are none"):
+        CFG.check(data.from_arrays({"points": arrays["points"]}).info)
+    with pytest.raises(ValueError, match="model.levels is None for latents"):
+        dataclasses.replace(CFG, levels=256).check(source.info)
     batch = source.batch(0, 0, 6)
     order = batch["index"]
     np.testing.assert_array_equal(batch["points"], arrays["points"][order])
@@ -190,3 +207,20 @@ def test_latents_and_contexts_are_a_data_set():
             data.from_arrays({**arrays, "context": np.asarray(bad)})
     with pytest.raises(ValueError, match="arrays may hold"):
         data.from_arrays({"image": np.zeros((6, 4, 4, 1), np.uint8), "context": arrays["context"]})
+
+
+def test_one_context_serves_all_samples_of_train_sample():
+    family = ddpm.make(CFG)
+    params = jax.tree.map(lambda x: x + 0.1, family.init(jax.random.key(0)).params)
+    state = family.init(jax.random.key(1))._replace(params=params)
+    result = train.Result(
+        family, state, CFG, data.from_arrays({"points": np.asarray(X)}).info, None
+    )
+    options = {"n": 5, "chunk": 2, "w": 1.0, "steps": 2, "sampler": "ddim"}
+    all_the_same = np.repeat(np.asarray(CONTEXT[:1]), 5, 0)
+    want = train.sample(result, jax.random.key(2), context=all_the_same, **options)
+    for one in (CONTEXT[0], CONTEXT[:1]):
+        got = train.sample(result, jax.random.key(2), context=np.asarray(one), **options)
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(train.Refused, match="context must have one entry for each of 5 samples"):
+        train.sample(result, jax.random.key(2), context=np.asarray(CONTEXT), **options)

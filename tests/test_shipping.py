@@ -17,6 +17,10 @@ from aigc_jax.train import Run, shipping
 CONFIGS = {
     "an average": (vae.make, vae.Config((8, 8, 1), levels=17, hidden=(5,), latent_dim=2, ema=0.9)),
     "no average": (vae.make, vae.Config((8, 8, 1), levels=17, hidden=(5,), latent_dim=2)),
+    "an average of parameters and codes": (
+        vae.make_vq,
+        vae.VQConfig((8, 8, 1), levels=17, codes=5, code_dim=2, widths=(), patch=2, ema=0.9),
+    ),
     "BatchNorm, an average of G": (
         gan.make,
         gan.Config(
@@ -72,6 +76,14 @@ def test_a_shipped_model_samples_as_the_model_rounded_to_float16(trained, tmp_pa
     samples = (train.sample(each, key, n=3) for each in (back, half))
     np.testing.assert_array_equal(*samples)
     assert shipping.header(tmp_path / "small.safetensors")["command"] == "make it"
+
+
+def test_a_run_may_start_from_a_shipped_model(trained, tmp_path):
+    make, result = trained("an average")
+    train.ship(result, make, tmp_path / "small.safetensors")
+    run = Run("", steps=1, batch_size=8, devices=1, init="small")
+    more = train.fit(make, result.config, run, data.load("digits"))
+    assert int(more.state.step) == 1
 
 
 def test_a_folder_of_the_same_name_comes_first(trained, tmp_path, monkeypatch):

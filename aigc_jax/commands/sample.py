@@ -46,41 +46,42 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """How a diffusion model goes from noise to samples."""
+    """How a diffusion model goes from noise to samples. What is not given, the model decides."""
 
-    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] = "ddpm"
-    steps: int = 0  # 0: all of the model's
-    eta: float = 0.0  # ddim: 0 is deterministic, 1 as noisy as ddpm
-    w: float = 0.0  # guidance weight of the paper; 0: no guidance
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] | None = None  # default: ddpm
+    steps: int | None = None  # 0, the default: all of the model's
+    eta: float | None = None  # ddim: 0, the default, is deterministic, 1 as noisy as ddpm
+    w: float | None = None  # guidance weight of the paper; 0, the default: no guidance
     # which steps are visited; by default uniform, for dpm_solver and heun log_snr
     spacing: Literal["uniform", "paper", "quadratic", "log_snr", "karras"] | None = None
 
     def options(self, cfg: ddpm.Config) -> dict:
         """What the family's `sample` takes; raises Refused for what this model cannot do."""
-        if not 0 <= self.steps <= cfg.T:
+        steps, eta = self.steps or 0, self.eta or 0.0
+        if not 0 <= steps <= cfg.T:
             raise train.Refused(
-                f"--diffusion.steps must lie in 0..{cfg.T}, the model's, got {self.steps}"
+                f"--diffusion.steps must lie in 0..{cfg.T}, the model's, got {steps}"
             )
-        if self.eta and self.sampler != "ddim":
-            raise train.Refused(f"--diffusion.eta is of the sampler ddim, not of {self.sampler}")
-        if not 0 <= self.eta <= 1:
-            raise train.Refused(f"--diffusion.eta must lie in 0..1, got {self.eta}")
-        if self.spacing == "paper" and cfg.T % (self.steps or cfg.T):
+        if eta and self.sampler != "ddim":
+            sampler = self.sampler or "ddpm"
+            raise train.Refused(f"--diffusion.eta is of the sampler ddim, not of {sampler}")
+        if not 0 <= eta <= 1:
+            raise train.Refused(f"--diffusion.eta must lie in 0..1, got {eta}")
+        if self.spacing == "paper" and cfg.T % (steps or cfg.T):
             raise train.Refused(
                 f"--diffusion.spacing paper needs --diffusion.steps that divide {cfg.T}, "
-                f"the model's, got {self.steps}: use uniform"
+                f"the model's, got {steps}: use uniform"
             )
         if self.w and not ((cfg.classes or cfg.context) and cfg.unlabelled):
             raise train.Refused(
                 "--diffusion.w guides a model that was trained with labels or texts, and without: "
                 "this one was not"
             )
-        return asdict(self)
+        return self.given()
 
-    def changed(self, cfg: ddpm.Config) -> dict:
-        """Like `options`, but only those that differ from the defaults here."""
-        default = DiffusionOptions()
-        return {k: v for k, v in self.options(cfg).items() if v != getattr(default, k)}
+    def given(self) -> dict:
+        """The options that were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def sample(
@@ -151,7 +152,9 @@ def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
     """What the family's `sample` takes; raises Refused for options of another family."""
     config = result.config
     if _draws_texts(result):
-        return {**_text_to_image(result, text), **diffusion.changed(config.diffusion)}
+        if label is not None:
+            raise train.Refused(f"{run_folder} draws texts: it takes no --label")
+        return {**_text_to_image(result, text), **diffusion.given()}
     is_diffusion = isinstance(config, ddpm.Config)
     if diffusion != DiffusionOptions() and not is_diffusion:
         raise train.Refused(f"{run_folder} holds no diffusion model: --diffusion.* is for these")

@@ -42,6 +42,7 @@ class Info:
     # Images with captions have `tokens` [B, caption_length], padded with 0; see `captions.py`.
     caption_length: int | None = None
     caption_vocab: int | None = None  # tokens of captions are whole numbers in 0..caption_vocab-1
+    context: tuple[int, int] | None = None  # (L, E) of the `context` [B, L, E] of each example
 
 
 class Data(NamedTuple):
@@ -140,6 +141,7 @@ def from_arrays(
         examples=n,
         source=source,
         fingerprint=fingerprint or _digest(arrays),
+        context=arrays["context"].shape[1:] if "context" in arrays else None,
         **captions,
     )
     rows = functools.partial(order, n)

@@ -9,11 +9,11 @@
 
 A process q adds noise to x_0 in T steps (`schedules.py`, `process.py`). A network is trained to
 predict the noise in x_t, given t (this file). Samplers (`samplers.py`) and likelihoods
-(`bounds.py`) are functions of a `Schedule` and any `eps_fn(x_t, t) -> eps_hat`, whether a network
-or an exact score.
+(`bounds.py`) are functions of a `Schedule` and any function of (x_t, t) that predicts eps, x_0, v
+or velocity, whether a network or an exact score.
 
-Images are floats in [-1, 1] here. Only `preprocess` takes whole-number pixels, and `Family.sample`
-returns images in [0, 1].
+`step` and `evaluate` take whole-number pixels, and `sample` returns images in [0, 1]. In between,
+images are floats in [-1, 1].
 
     family = make(Config(shape=(8, 8, 1), levels=17, net=NetConfig(widths=(32, 64), groups=8)))
     state = family.init(key)
@@ -177,7 +177,10 @@ def preprocess(cfg: Config, batch: dict) -> Sample:
 
     Raises ValueError for pixels that are floats, or larger than levels - 1.
     """
-    if "image" in batch:
+    kind = "image" if cfg.is_image else "points"
+    if kind not in batch:
+        raise ValueError(f"this model takes {kind!r} in a batch, got {', '.join(batch)}")
+    if kind == "image":
         return pixels(batch["image"], cfg.levels) * (2 / (cfg.levels - 1)) - 1
     return jnp.asarray(batch["points"], jnp.float32)
 
@@ -252,7 +255,7 @@ def predict(
         out = jnp.where(is_wrong, jnp.nan, out)  # see core.labels
     if cfg.variance != "learned":
         return out.reshape(x_t.shape), None
-    value, raw = jnp.split(out.reshape(len(x_t), *out.shape[1:]), 2, -1)
+    value, raw = jnp.split(out, 2, -1)
     return value.reshape(x_t.shape), raw.reshape(x_t.shape)
 
 
@@ -292,28 +295,37 @@ def predict_fn_of(
     schedule = schedule_of(cfg, params)
     guided = _is_guided(w)
     if guided and label is None and context is None:
-        raise ValueError("guidance (w) needs labels or a context: give one for each example")
+        raise ValueError("guidance (w) needs a label or a context to lead to")
+    if context is not None and not cfg.context:
+        raise ValueError("this model takes no context: model.context is not set")
     if negative is not None and not guided:
         raise ValueError("a negative context acts through guidance: give w")
 
     def call_net(x_t, t, label, context):
         time = t
-        if cfg.schedule == "learned":  # the u of `discretise`: both ends, or of one step the last
+        if cfg.schedule == "learned":  # step t is u = t / (T - 1), as in `discretise`
             time = t / (cfg.T - 1) if cfg.T > 1 else jnp.ones(len(x_t))
         value, raw = predict(cfg, params, x_t, time, label, context=context)
         return _without_mu(cfg, schedule, value, x_t, t)[0], raw
 
+    def guided_net(x_t, t):
+        """One call of the net for both halves: with the condition, and without."""
+        n = len(x_t)
+        labels_, contexts = None, None
+        if cfg.classes:
+            none = jnp.full(n, cfg.classes)
+            labels_ = jnp.concatenate(
+                [_label_or_none(cfg, none if label is None else label, n), none]
+            )
+        if cfg.context:
+            halves = [_context(cfg, each, n)[0] for each in (context, negative)]
+            contexts = jnp.concatenate(halves)
+        twice = jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t])
+        value, raw = call_net(*twice, labels_, contexts)
+        return guide(*jnp.split(value, 2), w), None if raw is None else raw[:n]
+
     def fn(x_t, t):
-        if not guided:
-            value, raw = call_net(x_t, t, label, context)
-        else:
-            cond = _label_or_none(cfg, label, len(x_t))
-            uncond = None if cond is None else jnp.full_like(cond, cfg.classes)
-            contexts = [_context(cfg, each, len(x_t)) for each in (context, negative)]
-            pairs = (x_t, x_t), (t, t), (cond, uncond), sum(contexts, ()) or (None, None)
-            both = (None if a is None else jnp.concatenate((a, b)) for a, b in pairs)
-            value, raw = call_net(*both)
-            value, raw = guide(*jnp.split(value, 2), w), None if raw is None else raw[: len(x_t)]
+        value, raw = guided_net(x_t, t) if guided else call_net(x_t, t, label, context)
         return value if raw is None else (value, raw)
 
     return fn, "x_0" if cfg.prediction == "mu" else cfg.prediction
@@ -380,7 +392,7 @@ def losses(
         return _WEIGHTS[cfg.objective](snr) * _mean_per_example((x_0 - x_0_hat) ** 2)
     if cfg.objective == "vlb":
         return bound(value)
-    targets = {  # from x_0 and eps themselves: x_t would have to be divided by sqrt(alpha_bar)
+    targets = {  # from x_0 and eps: computing them from x_t would divide by sqrt(alpha_bar)
         "eps": eps,
         "x_0": x_0,
         "v": signal * eps - noise * x_0,
@@ -471,7 +483,10 @@ def mirror_half(x_0: Sample, key: Key[Array, ""]) -> Sample:
 
 
 def draw_t(cfg: Config, history, key: Key[Array, ""], n: int):
-    """Returns t [n], and weights [n] that make the weighted mean of their losses one over all t."""
+    """Returns t [n] and weights [n]: the mean of weight * loss estimates the mean loss over all t.
+
+    history: of the losses of each t, see `importance`.
+    """
     if cfg.times == "low_discrepancy":
         return step_at(low_discrepancy(key, n), cfg.T), jnp.ones(n, jnp.float32)
     if cfg.times == "uniform":
@@ -490,7 +505,7 @@ def training_loss(
 ):
     """Returns (loss, (extra, metrics)) of one update, as `core.descend` takes it.
 
-    DDPM, algorithm 1: x_0 ~ data, t ~ Uniform, eps ~ N(0, I), then a step along the gradient of
+    DDPM, algorithm 1: x_0 ~ data, t ~ Uniform, eps ~ N(0, I), then a step against the gradient of
     |eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t)|^2.
     """
     k_t, k_eps, k_label, k_drop, k_mirror = jax.random.split(key, 5)
@@ -515,7 +530,11 @@ def training_loss(
 
 
 def nll_nats(cfg: Config, params: Params, batch: dict, key: Key[Array, ""]) -> Float[Array, "B"]:
-    """Returns an upper bound on -log p per example, unbiased, from cfg.terms of its T terms."""
+    """Returns an unbiased estimate of an upper bound on -log p(x_0) per example.
+
+    It draws cfg.terms of the bound's T terms, all if cfg.terms is 0. With a learned schedule it
+    draws max(1, cfg.terms) values of u.
+    """
     x_0 = preprocess(cfg, batch)
     label, context = labels_in(cfg, batch, len(x_0)), context_in(cfg, batch)
     k_t, k_eps = jax.random.split(key)
@@ -566,7 +585,7 @@ def generate(
         raise ValueError(f"{rule}: set model.classes or model.context, and model.unlabelled")
     if eta and sampler != "ddim":
         raise ValueError(f"eta is an option of the sampler ddim, not of {sampler!r}")
-    # Callers may not pass the class that stands for no label: `eps_fn_of` accepts it.
+    # Callers may not pass the class that stands for no label: `predict_fn_of` accepts it.
     label = labels(label, cfg.classes, (n,), in_turn=True)
     schedule, steps = schedule_of(cfg, params), steps or cfg.T
     default_spacing = "log_snr" if sampler in ("dpm_solver", "heun") else "uniform"
@@ -601,8 +620,8 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     Batches hold `image` or `points` (float32 [B, ...], such as latents), `label` if cfg.classes is
     set, and `context` [B, L, E] if cfg.context is.
 
-    evaluate: `nll_nats`, an upper bound on -log p per example, unbiased; of images also
-        `nll_bits_per_dim`.
+    evaluate: `nll_nats`, an unbiased estimate of an upper bound on -log p(x | label, context) per
+        example; of images also `nll_bits_per_dim`. It and `sample` use the averaged parameters.
     sample(state, key, *, n, label=None, context=None, negative=None, w=0.0, sampler="ddpm",
             steps=0, eta=0.0, spacing=None):
         images [n, H, W, C] in [0, 1], points or latents.

@@ -33,8 +33,6 @@ class Config:
     # pixels are whole numbers in 0..levels-1; None: the examples are floats, such as latents
     levels: int | None = 256
     classes: int = 0  # the network is given a label in 0..classes-1; 0: no labels
-    # (L, E): the network attends to L vectors of width E per example, such as a text's features
-    context: tuple[int, int] | None = None
     # share of labels and contexts withheld in training, which guidance needs
     unlabelled: float = 0.1
     T: int = 1000  # number of steps
@@ -51,6 +49,8 @@ class Config:
     ema: float = 0.9999
     micro: int = 1
     optim: Optimizer = Optim(lr=2e-4, clip=1.0, warmup=5000)
+    # (L, E): the network attends to L vectors of width E per example, such as a text's features
+    context: tuple[int, int] | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -69,6 +69,9 @@ class Config:
     def check(self, info) -> None:
         """Raises ValueError for data (a `data.Info`) that this model cannot take."""
         check_data(self, info)
+        if info.context != (self.context and tuple(self.context)):
+            has = f"the examples have contexts {info.context}" if info.context else "there are none"
+            raise ValueError(f"model.context is {self.context}, {has}")
 
 
 def _check_numbers(cfg: Config) -> None:

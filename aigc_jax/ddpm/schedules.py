@@ -9,8 +9,8 @@ Steps are numbered 0 .. T-1: `alpha_bar[t]` is the paper's with index t + 1. Bef
 
 The tables of a schedule are NumPy arrays in float64. `extract` casts them to the precision of x, at
 least float32. A traced schedule, such as a learned one, keeps its own dtype. In float32,
-1 - alpha_bar has no digits left at small t, so `noise_variance` sums it up from the betas, or is
-stored.
+1 - alpha_bar has no digits left at small t. So `noise_variance` sums it up from the betas, unless
+`variance` is stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Sample = Float[Array | np.ndarray, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
+# Images [B, H, W, C], in [-1, 1] where nothing else is said; points [B, d]; latents [B, h, w, c].
+Sample = Float[Array | np.ndarray, "B ..."]
 Steps = Int[Array | np.ndarray, "B"]
 
 
@@ -33,9 +34,11 @@ class Schedule(NamedTuple):
     Other papers write alpha_t for signal and sigma_t for noise. DDPM's alpha_t is another number,
     1 - beta_t: see `step_signal_squared`.
 
-    Without `variance`, the process preserves variance: signal^2 + noise^2 = 1. With it, any path
-    from x_0 to noise will do whose noise / signal increases; `from_levels` finds its betas. Its
-    last signal may be 0. There the prediction eps says nothing about x_0, and is refused.
+    It has S levels: T of them in training, fewer after `respace`.
+
+    Without `variance`, the process preserves variance: signal^2 + noise^2 = 1. With it, the path is
+    free as long as noise / signal increases; `from_levels` finds its betas. The last signal may be
+    0. There eps cannot give x_0, so samplers and bounds refuse the prediction eps.
 
     Samplers and bounds count on x_T ~ N(0, I): a path should end with little signal and noise 1.
     """
@@ -248,6 +251,12 @@ def from_levels(alpha_bar, variance, t=None) -> Schedule:
     t: steps of training, by default 0 .. S-1. Raises ValueError where noise / signal does not
     increase, or the signal is 0 before the last level.
     """
+    alpha_bar, variance = (
+        x if isinstance(x, jax.Array) else np.asarray(x, float) for x in (alpha_bar, variance)
+    )
+    for name, x in (("alpha_bar", alpha_bar), ("variance", variance)):
+        if isinstance(x, np.ndarray) and (x < 0).any():
+            raise ValueError(f"{name} must not be negative, got {x.min():.4g}")
     t = np.arange(len(alpha_bar)) if t is None else t
     return check(Schedule(_path_beta(alpha_bar, variance), alpha_bar, t, variance))
 
@@ -261,7 +270,8 @@ def _from_alpha_bar(alpha_bar, variance, t) -> Schedule:
     xp = array_namespace(alpha_bar)
     alpha_bar_prev = xp.append(1.0, alpha_bar[:-1])
     variance_prev = xp.append(0.0, variance[:-1])
-    # beta alpha_bar_prev is a difference of either. Float32 has kept the digits of the smaller one.
+    # beta alpha_bar_prev is the change of the variance, and of alpha_bar. The smaller of the two
+    # numbers is stored with more digits.
     small = variance < 0.5
     difference = xp.where(small, variance - variance_prev, alpha_bar_prev - alpha_bar)
     return Schedule(ratio(difference, alpha_bar_prev, if_zero=0.0), alpha_bar, t)
@@ -337,11 +347,11 @@ def _quadratic(T: int, steps: int, _):
 
 
 def _log_snr(T: int, steps: int, log_sigma):
-    return _nearest_to_even(log_sigma, steps)
+    return _evenly_placed(log_sigma, steps)
 
 
 def _karras(T: int, steps: int, log_sigma):
-    return _nearest_to_even(array_namespace(log_sigma).exp(log_sigma / 7), steps)
+    return _evenly_placed(array_namespace(log_sigma).exp(log_sigma / 7), steps)
 
 
 _SPACINGS = {
@@ -354,7 +364,7 @@ _SPACINGS = {
 SPACINGS = tuple(_SPACINGS)
 
 
-def _nearest_to_even(position, steps: int):
+def _evenly_placed(position, steps: int):
     """Returns `steps` >= 2 of T levels, nearest to evenly spaced positions, both ends included.
 
     position [T]: where each level lies, increasing. A gap wider than a step counts as one step, so
@@ -364,7 +374,8 @@ def _nearest_to_even(position, steps: int):
     xp = array_namespace(position)
     T, gap = len(position), xp.diff(position)
     ascending = xp.sort(gap)
-    # If the k widest gaps are one step each, the other gaps leave steps of length[k].
+    # If k gaps take a whole step each, the other steps - 1 - k steps share what is left: length[k]
+    # each. The first k counts for which the next widest gap is no longer than that.
     k = np.arange(steps - 1)
     length = xp.cumsum(ascending)[T - 2 - k] / (steps - 1 - k)
     step = length[xp.argmax(ascending[::-1][: steps - 1] <= length)]
@@ -378,13 +389,13 @@ def _nearest_to_even(position, steps: int):
 def spaced(T: int, steps: int, spacing: str = "uniform", log_sigma=None):
     """Returns `steps` of the steps 0 .. T-1, increasing.
 
-    All spacings but `paper` visit both ends; of one step they visit the last.
+    All spacings but `paper` visit both ends. With steps = 1 they visit only the last.
 
     uniform: round(linspace(0, T-1, steps)).
     paper: 0, k, 2k, ... with k = T / steps, which must divide T (the code of DDIM).
     quadratic: round(linspace(0, sqrt(T-1), steps)^2), which has more steps at little noise. DDIM's,
         section D.2, ends at 0.8 T.
-    log_snr: evenly in log sigma, sigma^2 = 1 / alpha_bar - 1 (Lu et al. 2022).
+    log_snr: evenly in log sigma, sigma = noise / signal (Lu et al. 2022).
     karras: evenly in sigma^(1/7) (Karras et al. 2022, eq. 5).
 
     log_snr and karras take the nearest existing steps. They need log_sigma [T]; if it is traced, so
@@ -414,6 +425,9 @@ def respace(schedule: Schedule, steps: int, spacing: str = "uniform") -> Schedul
     `karras` choose by its values, so that t is traced too.
     """
     xp, _, alpha_bar = arrays(check(schedule))
+    if spacing == "paper" and 1 < steps < len(alpha_bar) and not schedule.preserves_variance:
+        rule = "spacing 'paper' leaves out the last level, where this path has noise 1"
+        raise ValueError(f"{rule}: use uniform")
     chosen = spaced(len(alpha_bar), steps, spacing, log_sigma(schedule))
     t = xp.asarray(schedule.t)[chosen]
     make = _from_alpha_bar if schedule.preserves_variance else from_levels

@@ -55,6 +55,8 @@ def load(
     """
     folder = folders.home(folder)
     if not folder.exists() and str(folder) in shipped():
+        if at_most is not None:
+            raise Refused(f"{folder} comes with the package and has one step: leave out at_most")
         return load_shipped(WEIGHTS / f"{folder}.safetensors")
     make, cfg, run, info, record = folders.rebuild(folder, trust)
     folders.unedited(folder, record)
@@ -118,10 +120,12 @@ def _options(result: Result, n: int, options: dict) -> tuple[dict, dict]:
     """(options for all samples, arrays with one entry per sample); Refused if they do not fit."""
     for name in ("prompt", "context", "negative"):
         value = options.get(name)
-        if name == "prompt" and np.ndim(value) == 1:
-            value = np.reshape(value, (1, -1))
-        if np.shape(value)[:1] == (1,):
-            options[name] = np.repeat(value, n, 0)
+        if value is None:
+            continue
+        # One row of tokens [T] or one context [L, E] serves all samples.
+        single = 1 if np.issubdtype(np.asarray(value).dtype, np.integer) else 2
+        value = np.asarray(value)[None] if np.ndim(value) == single else np.asarray(value)
+        options[name] = np.repeat(value, n, 0) if len(value) == 1 else value
     per_sample = {name: np.asarray(value) for name, value in options.items() if np.ndim(value)}
     for name, value in per_sample.items():
         if len(value) != n:

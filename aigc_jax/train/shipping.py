@@ -135,6 +135,7 @@ def load_shipped(file: Path) -> Result:
             jnp.asarray(array, leaf.dtype) for leaf, array in zip(leaves, found, strict=True)
         )
     params = whole["params"]
-    ema = whole.get("ema", None if shapes.ema is None else params)
+    # A copy, because a buffer under two names cannot be donated.
+    ema = whole.get("ema", None if shapes.ema is None else jax.tree.map(jnp.copy, params))
     state = State(jnp.asarray(record["step"], jnp.int32), params, None, whole["extra"], ema)
     return Result(family, state, cfg, info, None)
