@@ -191,10 +191,11 @@ ROWS = {
             context=(3, 5),
             T=25,
             ema=0.0,
-            net=ddpm.NetConfig("unet", (4,), 1, (4,), groups=2, dropout=0.0),
+            net=ddpm.NetConfig("dit", (8,), heads=2, dropout=0.0),
             optim=Optim(lr=1e-3, clip=1.0, warmup=10),
         ),
         LATENTS,
+        extended=True,
     ),
     "ddpm of straight paths": Row(
         ddpm.make,
