@@ -85,3 +85,8 @@ def test_criteria_name_rows_and_can_be_read():
     for wrong in ((0.1,), (0.3, 0.1), (0.1, 0.1), (-1.0, 1.0)):
         with pytest.raises(ValueError, match="two or more rising numbers from 0 on"):
             replace(emoji_autoencoder.SMOKE, betas=wrong)
+    for wrong in ((), (0, 256), (256, 3073), (8, 8)):
+        with pytest.raises(
+            ValueError, match=r"components must hold different numbers in 1\.\.3072"
+        ):
+            replace(emoji_autoencoder.SMOKE, components=wrong)
