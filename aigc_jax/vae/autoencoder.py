@@ -354,7 +354,7 @@ def make_autoencoder(cfg: AutoencoderConfig, *, axis_name: str | None = None) ->
 
     def step(state, batch, key):
         new, metrics = descend(objective, cfg.optim, state, batch, key, **options)
-        params = {**new.params, "latents": state.params["latents"]}  # weight decay moves them
+        params = {**new.params, "latents": state.params["latents"]}  # no weight decay
         return finish(new._replace(params=params), ema), metrics
 
     return Family(
