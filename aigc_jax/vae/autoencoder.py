@@ -159,11 +159,8 @@ def init(cfg: AutoencoderConfig, key: Key[Array, ""]) -> Params:
 
 
 def weights(cfg: AutoencoderConfig, state: State) -> Params:
-    """Returns the parameters of a State for `encode` and `decode`, averaged with `cfg.ema`.
-
-    The mean and standard deviation of the latents are constants, of which there is no average.
-    """
-    return {**EMA(cfg.ema).read(state), "latents": state.params["latents"]}
+    """Returns the parameters of a State for `encode` and `decode`, averaged with `cfg.ema`."""
+    return EMA(cfg.ema).read(state)
 
 
 def preprocess(cfg, batch: dict) -> Image:
@@ -279,7 +276,8 @@ def measure(
     Each channel has its own, over all images and positions. Pass the training images, once
     training is over. With them, `latents` has mean 0 and variance 1 on these images.
 
-    params: of a trained State, pass `weights(cfg, state)`.
+    params: of a trained State, pass `weights(cfg, state)`. With `cfg.ema`, a State takes the result
+        as both its params and its ema.
     sampled: count the variance of q(z|x) too, for a second model that is trained on samples of z.
     chunk: number of images that are encoded at once.
     """
@@ -354,8 +352,11 @@ def make_autoencoder(cfg: AutoencoderConfig, *, axis_name: str | None = None) ->
 
     def step(state, batch, key):
         new, metrics = descend(objective, cfg.optim, state, batch, key, **options)
-        params = {**new.params, "latents": state.params["latents"]}  # no weight decay
-        return finish(new._replace(params=params), ema), metrics
+        still = state.params["latents"]  # constants: neither decayed nor averaged
+        new = finish(new._replace(params={**new.params, "latents": still}), ema)
+        if ema.decay:
+            new = new._replace(ema={**new.ema, "latents": jax.tree.map(jnp.copy, still)})
+        return new, metrics
 
     return Family(
         init=lambda key: start(init(cfg, key), cfg.optim, ema=ema),
