@@ -198,16 +198,15 @@ def bits_per_dim(nll_nats, shape: Sequence[int], *, levels: int | None = None):
 def psnr(a: SamplesN, b: SamplesM) -> float:
     """Returns the peak signal-to-noise ratio of images in [0, 1] in dB, a mean over images.
 
-    Of one image it is -10 log10 of the mean squared error over its pixels and channels. An image
-    that is reproduced exactly makes it infinite. The mean over images is above the ratio of the
-    mean error, because the logarithm is concave.
+    Of one image it is -10 log10 of the mean squared error over its pixels and channels, at most
+    100 dB. Without this limit, one image that is reproduced exactly would make the mean infinite.
+    The mean over images is above the ratio of the mean error, because the logarithm is concave.
     """
     a, b = _vectors(a=a, b=b)
     if len(a) != len(b):
         raise ValueError(f"psnr compares image by image, got {len(a)} and {len(b)} images")
     mse = np.square(a - b).mean(1)
-    with np.errstate(divide="ignore"):
-        return float(np.mean(-10 * np.log10(mse)))
+    return float(np.mean(-10 * np.log10(np.maximum(mse, 1e-10))))
 
 
 def frechet_distance(a: SamplesN, b: SamplesM) -> float:

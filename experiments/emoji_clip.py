@@ -38,6 +38,14 @@ class Setup:
     data: Source = Source("emoji")
     losses: tuple[str, ...] = LOSSES  # each trains a model of its own
 
+    def __post_init__(self):
+        known = set(self.losses) <= set(LOSSES)
+        if not self.losses or not known or len(set(self.losses)) < len(self.losses):
+            names = ", ".join(LOSSES)
+            raise ValueError(
+                f"losses must hold one or more of {names}, each once, got {self.losses}"
+            )
+
 
 SMOKE = Setup(
     replace(

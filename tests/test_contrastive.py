@@ -260,6 +260,17 @@ def test_unit_of_zero_is_zero_also_its_gradient():
     assert np.isfinite(jax.jacobian(contrastive.unit)(jnp.zeros(3))).all()
 
 
+def test_unit_of_short_floats_is_computed_in_float32():
+    """In float16 the square of 300 overflows, and 1e-12 is 0."""
+    for dtype in (jnp.float16, jnp.bfloat16):
+        found = contrastive.unit(jnp.asarray([[300, 400], [0, 0]], dtype))
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    assert np.isfinite(jax.jacobian(contrastive.unit)(jnp.zeros(3, jnp.bfloat16))).all()
+    with jax.enable_x64(True):
+        assert contrastive.unit(jnp.ones(3, jnp.float64)).dtype == jnp.float64
+
+
 def test_padding_changes_nothing(params):
     """Fewer columns of padding give the same features, of each token too."""
     short, long = TOKENS[:2, :3], TOKENS[:2]
@@ -503,7 +514,8 @@ def test_eight_devices_have_the_gradient_of_one(loss, mapped):
         ({"loss": "triplet"}, "model.loss must be one of info_nce, sigmoid, not 'triplet'"),
         ({"scale": 101.0}, r"model.scale must lie in \(0, 100\], got 101"),
         ({"scale": 0.0}, r"model.scale must lie in \(0, 100\], got 0"),
-        ({"shape": (8, 8)}, r"model.shape must be three positive numbers"),
+        ({"shape": (8, 8)}, r"model.shape must be a tuple of 3, .* not \(8, 8\)"),
+        ({"shape": (8, 0, 3)}, "model.shape must be three positive numbers"),
         ({"levels": 1}, "model.levels must lie in 2..256, got 1"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
         ({"image": ImageConfig((4,), groups=2, shift=8)}, "model.image.shift must be smaller"),

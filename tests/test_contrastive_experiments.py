@@ -67,6 +67,25 @@ def test_text_of_a_class_is_the_mean_of_its_captions():
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
 
 
+def test_the_exact_bounds_are_those_of_20_dimensions_alone(tmp_path, monkeypatch):
+    """Other dimensions have another bound: they get neither the oracle nor the criterion."""
+    monkeypatch.setattr(contrastive_exact, "bound_of_trained", lambda *_: 1.0)
+    monkeypatch.setattr(contrastive_exact, "plot", lambda *_: None)
+    setup = dataclasses.replace(contrastive_exact.SMOKE, batches=(16,), examples=1600)
+    for dim in (20, 3):
+        model = dataclasses.replace(setup.model, dim=dim)
+        row = contrastive_exact.run(dataclasses.replace(setup, model=model), tmp_path)[0]
+        assert row.oracle == (2.308 if dim == 20 else None)
+        assert (row.quantity in contrastive_exact.CRITERIA) == (dim == 20)
+        assert dim != 20 or abs(row.ours - 2.308) < 0.2
+
+
+def test_losses_that_do_not_exist_are_refused():
+    for wrong in ((), ("triplet",), ("sigmoid", "sigmoid")):
+        with pytest.raises(ValueError, match="losses must hold one or more of info_nce, sigmoid"):
+            dataclasses.replace(emoji_clip.SMOKE, losses=wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [contrastive_exact, emoji_clip])
 def test_scripts_meet_their_invariants_at_scale_smoke(script, tmp_path):

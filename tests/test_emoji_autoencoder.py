@@ -29,7 +29,7 @@ def test_psnr_is_a_mean_of_logarithms_over_images():
     expected = (20 - 10 * np.log10(0.02)) / 2
     assert metrics.psnr(a, b) == pytest.approx(expected, rel=1e-12)
     assert metrics.psnr(a, b) == metrics.psnr(b, a)
-    assert metrics.psnr(a, a) == np.inf
+    assert metrics.psnr(a, a) == 100  # at most
     with pytest.raises(ValueError, match="image by image, got 2 and 1 images"):
         metrics.psnr(a, b[:1])
     with pytest.raises(ValueError, match="equally wide"):
@@ -85,3 +85,8 @@ def test_criteria_name_rows_and_can_be_read():
     for wrong in ((0.1,), (0.3, 0.1), (0.1, 0.1), (-1.0, 1.0)):
         with pytest.raises(ValueError, match="two or more rising numbers from 0 on"):
             replace(emoji_autoencoder.SMOKE, betas=wrong)
+    for wrong in ((), (0, 256), (256, 3073), (8, 8)):
+        with pytest.raises(
+            ValueError, match=r"components must hold different numbers in 1\.\.3072"
+        ):
+            replace(emoji_autoencoder.SMOKE, components=wrong)

@@ -276,7 +276,7 @@ def test_pieces_that_do_not_fit_are_refused():
         ({"tokens": np.zeros((2, 1), int)}, r"tokens must be whole numbers \[N, T\+1\]"),
         (
             {"points": np.zeros((2, 3)), "mask": np.zeros((2, 3))},
-            "with points, arrays may hold label only, got mask",
+            "with points, arrays may hold label and context only, got mask",
         ),
     ):
         with pytest.raises(ValueError, match=words):

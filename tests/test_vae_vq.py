@@ -368,7 +368,7 @@ def test_indices_and_images():
     np.testing.assert_allclose(found["kl_nats"], 8 * np.log(7), rtol=1e-6)
     bound = found["kl_nats"] - found["reconstruction_nats"]
     np.testing.assert_allclose(found["nll_nats"], bound, rtol=1e-6)
-    np.testing.assert_allclose(found["nll_nats_per_pixel"], bound / 96, rtol=1e-6)
+    np.testing.assert_allclose(found["nll_nats_per_dim"], bound / 96, rtol=1e-6)
     np.testing.assert_allclose(found["psnr_db"], -10 * np.log10(found["mse"]), rtol=1e-5)
 
 
@@ -390,7 +390,7 @@ def test_wrong_indices():
         ({"code_dim": 0}, "model.code_dim must be at least 1, got 0"),
         ({"decay": 1.0}, r"model.decay must lie in \[0, 1\), got 1\.0"),
         ({"restart": -0.1}, r"model.restart must lie in \[0, 1\), got -0\.1"),
-        ({"commitment": -1.0}, "model.commitment must not be negative"),
+        ({"commitment": -1.0}, "model.commitment must be at least 0"),
         ({"scale": -1.0}, "model.scale must be positive"),
     ],
 )

@@ -31,8 +31,11 @@ class Sequence(NamedTuple):
 
 
 def unit(x: Float[Array | np.ndarray, "*B D"]) -> Float[Array, "*B D"]:
-    """Returns x / |x| over the last axis. The zero vector stays 0, also in its gradient."""
-    x = jnp.asarray(x)
+    """Returns x / |x| over the last axis, in float32 or more.
+
+    The zero vector stays 0. Its gradient is finite there: 1e6, which float16 cannot hold.
+    """
+    x = _at_least_float32(jnp.asarray(x))
     return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
 
 

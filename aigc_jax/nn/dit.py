@@ -16,8 +16,9 @@ from .transformer import Block
 class DiT(nn.Module):
     """x_t [B, H, W, C], time [B] in 0 .. 1000, label [B] -> [B, H, W, out], float32, 0 at first.
 
-    With a context [B, L, E], such as the features of a text's tokens, each block is followed by an
-    attention of patches to tokens (Chen et al. 2023, "PixArt-alpha", has it inside the block).
+    The context [B, L, E] is optional, such as the features of a text's tokens. With it, an
+    attention of patches to tokens follows each block. Chen et al. 2023 ("PixArt-alpha") have it
+    inside the block.
 
     Time and label shift, scale and gate every block ("adaLN-Zero", section 3.2). Positions are
     learned; the paper's are sines and cosines.

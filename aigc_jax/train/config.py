@@ -31,7 +31,7 @@ class Run:
     save_every: int = 0  # steps between checkpoints; 0: at the end only
     log_every: int = 50  # steps between lines of metrics.jsonl
     keep: int = 2  # newest checkpoints kept
-    best: str = ""  # a validation value; the checkpoint where it is lowest is kept and loaded
+    best: str = ""  # a validation value, better when low: its lowest checkpoint is kept and loaded
     steps_per_call: int = 1  # updates per compiled call; 1 for convolutional nets on the CPU
     devices: int = 0  # 0: all
     pmap: bool = False  # each device computes its rows with its own noise (jax.shard_map)

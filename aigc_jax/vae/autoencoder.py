@@ -7,8 +7,8 @@ trained by
 
 with a tiny beta. The KL term only keeps the latents near 0; a second model learns their
 distribution. A diffusion model expects data of unit variance. So `measure` stores the mean and
-standard deviation of the latents of the training images beside the parameters, and `latents` and
-`images` apply them.
+standard deviation of the latents of the training images in params["latents"]. `latents` and
+`images` apply them. Neither the optimizer nor the average of the parameters moves them.
 
 Where this differs from LDM: the loss is the likelihood alone. LDM adds a perceptual distance and a
 patch discriminator, which make sharper pictures at a larger squared error. LDM divides all latents
@@ -17,7 +17,7 @@ measured on all images.
 
     family = make_autoencoder(AutoencoderConfig(widths=(32, 64, 128), groups=8))
     ...                                                    # train
-    params = measure(cfg, params, training_images)
+    params = measure(cfg, weights(cfg, state), training_images)
     z = latents(cfg, params, x)                            # [B, H/f, W/f, Z], unit variance
     x_hat = images(cfg, params, z)                         # [B, H, W, C] in [0, 1]
 """
@@ -43,8 +43,9 @@ from ..core import (
     check_at_least,
     check_data,
     check_fields,
+    descend,
+    finish,
     floats,
-    make_step,
     pixels,
     start,
 )
@@ -157,14 +158,23 @@ def init(cfg: AutoencoderConfig, key: Key[Array, ""]) -> Params:
     }
 
 
+def weights(cfg: AutoencoderConfig, state: State) -> Params:
+    """Returns the parameters of a State for `encode` and `decode`, averaged with `cfg.ema`."""
+    return EMA(cfg.ema).read(state)
+
+
 def preprocess(cfg, batch: dict) -> Image:
     """Returns a batch's pixels 0..levels-1 as floats in [0, 1]; raises ValueError for others."""
     return pixels(batch["image"], cfg.levels) / (cfg.levels - 1)
 
 
 def check_images(cfg, x) -> Array:
-    """Returns images as floats of at least 32 bits; raises ValueError for what is no such image."""
-    x = jnp.asarray(floats("image", x))
+    """Returns images in [0, 1] as floats of at least 32 bits.
+
+    Raises ValueError for another shape, whole-number pixels and, unless traced, values outside
+    [0, 1].
+    """
+    x = jnp.asarray(floats("image", x, within=(0, 1)))
     if x.shape[1:] != tuple(cfg.shape):
         raise ValueError(f"images must be [B, {', '.join(map(str, cfg.shape))}], got {x.shape}")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -233,11 +243,11 @@ def evaluate(
     cfg: AutoencoderConfig, state: State, batch: dict, key: Key[Array, ""]
 ) -> dict[str, Nats]:
     """Returns the bound, its parts and the reconstruction's error for each image; see `make`."""
-    params, x = EMA(cfg.ema).read(state), preprocess(cfg, batch)
+    params, x = weights(cfg, state), preprocess(cfg, batch)
     terms = elbo(cfg, params, x, key)
     return {
         "nll_nats": -terms["elbo"],
-        "nll_nats_per_pixel": -terms["elbo"] / math.prod(cfg.shape),
+        "nll_nats_per_dim": -terms["elbo"] / math.prod(cfg.shape),
         "reconstruction_nats": terms["reconstruction"],
         "kl_nats": terms["kl"],
         **errors(x, reconstruct(cfg, params, x)),
@@ -245,9 +255,9 @@ def evaluate(
 
 
 def errors(x: Image, x_hat: Image) -> dict[str, Nats]:
-    """Returns the mean squared error per image, and PSNR = -10 log10 of it, in dB."""
+    """Returns the mean squared error per image, and PSNR = -10 log10 of it: at most 100 dB."""
     mse = jnp.square(x - x_hat).reshape(x.shape[0], -1).mean(-1)
-    return {"mse": mse, "psnr_db": -10 * jnp.log10(mse)}
+    return {"mse": mse, "psnr_db": -10 * jnp.log10(jnp.maximum(mse, 1e-10))}
 
 
 # ------------------------------------------------------------------------ latents of unit variance
@@ -266,6 +276,8 @@ def measure(
     Each channel has its own, over all images and positions. Pass the training images, once
     training is over. With them, `latents` has mean 0 and variance 1 on these images.
 
+    params: of a trained State, pass `weights(cfg, state)`. With `cfg.ema`, a State takes the result
+        as both its params and its ema.
     sampled: count the variance of q(z|x) too, for a second model that is trained on samples of z.
     chunk: number of images that are encoded at once.
     """
@@ -318,7 +330,7 @@ def sample(cfg: AutoencoderConfig, state: State, key: Key[Array, ""], *, n: int)
     independent.
     """
     z = jax.random.normal(key, (n, *cfg.latent_shape), jnp.float32)
-    return images(cfg, EMA(cfg.ema).read(state), z)
+    return images(cfg, weights(cfg, state), z)
 
 
 # -------------------------------------------------------------------------------------- the family
@@ -327,14 +339,25 @@ def sample(cfg: AutoencoderConfig, state: State, key: Key[Array, ""], *, n: int)
 def make_autoencoder(cfg: AutoencoderConfig, *, axis_name: str | None = None) -> Family:
     """Returns the autoencoder as a Family.
 
-    evaluate: `nll_nats` is -ELBO per image, whatever beta is; `nll_nats_per_pixel` is it per pixel
-        and channel; `reconstruction_nats` and `kl_nats` are its terms. `mse` and `psnr_db` compare
-        the image with that of the mean of q(z|x).
+    step: the mean and standard deviation of the latents stay as they are.
+    evaluate: `nll_nats` is -ELBO per image, whatever beta is. `nll_nats_per_dim` divides it by
+        H W C. `reconstruction_nats` and `kl_nats` are its terms. `mse` and `psnr_db` compare the
+        image with that of the mean of q(z|x). `reconstruction_nats` and `psnr_db` are better when
+        high. `Run.best` keeps the lowest value, so it cannot choose by these two.
     sample(state, key, *, n): images of latents that are independent normals.
     axis_name: the axis of devices in the per-device view (pmap, vmap, shard_map).
     """
     ema = EMA(cfg.ema)
-    step = make_step(partial(loss, cfg), cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
+    objective, options = partial(loss, cfg), {"micro": cfg.micro, "axis_name": axis_name}
+
+    def step(state, batch, key):
+        new, metrics = descend(objective, cfg.optim, state, batch, key, **options)
+        still = state.params["latents"]  # constants: neither decayed nor averaged
+        new = finish(new._replace(params={**new.params, "latents": still}), ema)
+        if ema.decay:
+            new = new._replace(ema={**new.ema, "latents": jax.tree.map(jnp.copy, still)})
+        return new, metrics
+
     return Family(
         init=lambda key: start(init(cfg, key), cfg.optim, ema=ema),
         step=step,

@@ -1,24 +1,27 @@
 """The VQ-VAE: an autoencoder whose latents are codes (van den Oord, Vinyals & Kavukcuoglu 2017).
 
-The encoder gives z_e [h, w, D]. Each of its h w vectors is replaced by the nearest e_k of a
-codebook of K vectors, and the decoder sees these alone:
+The encoder maps an image to an array z_e [h, w, D]. The codebook holds K vectors e_1 .. e_K. The
+nearest code takes the place of each vector z = z_e[i, j], and the decoder sees the codes alone:
 
-    k = argmin_j |z_e - e_j|^2,   z_q = e_k                                            (eq. 1, 2)
-    loss = -log p(x|z_q) + commitment |z_e - sg(e_k)|^2                                (eq. 3)
+    k = argmin_m |z - e_m|^2,   z_q[i, j] = e_k                                        (eq. 1, 2)
+    loss = -log p(x|z_q) + commitment * (sum over i, j of |z - sg(e_k)|^2)
 
-sg stops the gradient. The gradient by z_q is copied to z_e ("straight-through"). The codebook has
-no gradient: it follows an exponential moving average of the vectors that chose each code
-(appendix A.1). It lives in `State.extra`, because no optimizer moves it.
+The loss is eq. 3 without its codebook term, which a moving average replaces. sg stops the gradient.
+The gradient with respect to z_q is copied to z_e ("straight-through"). Each code follows an
+exponential moving average of the vectors that chose it (appendix A.1). The codebook lives in
+`State.extra`, because no optimizer moves it.
 
 With a uniform prior over codes, log p(x) >= log p(x|z_q) - h w log K.
 
-Two additions. A code that too few vectors choose can be moved to a vector of the batch (`restart`;
-Dhariwal et al. 2020, "Jukebox", appendix B). Distances are sums of squared differences: the usual
-|z|^2 + |e|^2 - 2 z e loses small distances where vectors are long.
+One addition to the paper, and one numerical choice. A code that too few vectors choose can be moved
+to a vector of the batch (`restart`; Dhariwal et al. 2020, "Jukebox", appendix B). Distances are
+sums of squared differences: the usual |z|^2 + |e|^2 - 2 z e loses small distances where vectors are
+long.
 
-    family = make_vq(VQConfig(codes=512, widths=(32, 64, 128), groups=8))
+    cfg = VQConfig(codes=512, widths=(32, 64, 128), groups=8)
+    family = make_vq(cfg)
     ...                                                    # train
-    w = weights(cfg, state)
+    w = weights(cfg, state)                                # the parameters and the codes
     indices = encode(cfg, w, x)                            # int32 [B, H/f, W/f]
     x_hat = decode(cfg, w, indices)                        # [B, H, W, C] in [0, 1]
 """
@@ -62,7 +65,7 @@ from .autoencoder import (
 
 Codes = Float[Array, "K D"]
 Codebook = dict[str, Array]  # {"codes": [K, D], "count": [K], "sum": [K, D]}
-Weights = dict[str, Any]  # {"encoder": ..., "decoder": ..., "codes": [K, D]}
+Weights = dict[str, Any]  # {"encoder": ..., "decoder": ..., "codes": [K, D]}, called w below
 Indices = Int[Array, "B h w"]
 
 
@@ -157,10 +160,12 @@ def update_codebook(
         sum_k   <- decay sum_k + (1 - decay) sum of the n_k vectors
         e_k     <- sum_k / count_k
 
-    A code that nothing chooses stays where it is. With `cfg.restart`, a code whose count is below
-    that share of the mean count moves to a vector of the batch, drawn at random, and has the mean
-    count from then on. Over `axis_name`, n_k and sums are those of all devices, and device i draws
-    the vectors of the codes i, i + devices, ...
+    A code that no vector chooses stays where it is. `cfg.restart` moves each code whose count is
+    below that share of the mean count. It moves to a random vector of the batch. Its count is set
+    to the mean count, and its sum to match.
+
+    axis_name: n_k and the sums are those of all devices. Device i draws the vectors of the codes i,
+        i + devices, i + 2 devices, ...
     """
     K, codes = cfg.codes, book["codes"]
     vectors = jax.lax.stop_gradient(z).reshape(-1, z.shape[-1]).astype(codes.dtype)
@@ -171,7 +176,7 @@ def update_codebook(
         n, sums = jax.lax.psum((n, sums), axis_name)
     count = cfg.decay * book["count"] + (1 - cfg.decay) * n
     total = cfg.decay * book["sum"] + (1 - cfg.decay) * sums
-    used = (count > 1e-6)[:, None]  # below this, the quotient has lost its digits
+    used = (count > 1e-6)[:, None]  # False: not chosen for long. This avoids 0 / 0.
     codes = jnp.where(used, total / jnp.maximum(count, 1e-6)[:, None], codes)
     if cfg.restart:
         mean = count.mean()
@@ -205,7 +210,7 @@ def usage(indices: Int[Array, "..."], codes: int) -> Float[Array, "_"]:
 # ------------------------------------------------------------------------------------------- nets
 
 
-def init(cfg: VQConfig, key: Key[Array, ""]) -> tuple[dict, Codebook]:
+def init_params_and_codebook(cfg: VQConfig, key: Key[Array, ""]) -> tuple[dict, Codebook]:
     """Returns the initial parameters and codebook."""
     k_encoder, k_decoder, k_codes = jax.random.split(key, 3)
     z = jnp.zeros((1, *cfg.latent_shape, cfg.code_dim), jnp.float32)
@@ -263,7 +268,10 @@ def loss(
     *,
     axis_name: str | None = None,
 ):
-    """Returns eq. 3 as a mean over the batch, the codebook after it, and metrics."""
+    """Returns the loss as a mean over the batch, and (codebook after the batch, metrics).
+
+    It is eq. 3 without its codebook term, which the moving average replaces.
+    """
     x, book = preprocess(cfg, batch), state.extra
     z = encode_vectors(cfg, params, x)
     indices = nearest(book["codes"], z)
@@ -291,7 +299,7 @@ def evaluate(cfg: VQConfig, state: State, batch: dict, key: Key[Array, ""]) -> d
     kl = jnp.full_like(reconstruction, math.prod(cfg.latent_shape) * math.log(cfg.codes))
     return {
         "nll_nats": kl - reconstruction,
-        "nll_nats_per_pixel": (kl - reconstruction) / math.prod(cfg.shape),
+        "nll_nats_per_dim": (kl - reconstruction) / math.prod(cfg.shape),
         "reconstruction_nats": reconstruction,
         "kl_nats": kl,
         "commitment": jnp.square(z - e).sum((1, 2, 3)),
@@ -314,9 +322,10 @@ def sample(cfg: VQConfig, state: State, key: Key[Array, ""], *, n: int) -> Image
 def make_vq(cfg: VQConfig, *, axis_name: str | None = None) -> Family:
     """Returns the VQ-VAE as a Family.
 
-    evaluate: `nll_nats` is -log p(x|z_q) + h w log K per image, `nll_nats_per_pixel` is it per
-        pixel and channel; `kl_nats` is h w log K. `mse` and `psnr_db` compare image and
-        reconstruction.
+    evaluate: `nll_nats` is -log p(x|z_q) + h w log K per image. `nll_nats_per_dim` divides it by
+        H W C. `reconstruction_nats` is log p(x|z_q), and `kl_nats` is h w log K. `mse` and
+        `psnr_db` compare image and reconstruction. `reconstruction_nats` and `psnr_db` are better
+        when high. `Run.best` keeps the lowest value, so it cannot choose by these two.
     sample(state, key, *, n): images of independent, equally probable codes.
     axis_name: the axis of devices in the per-device view (pmap, vmap, shard_map).
     """
@@ -325,7 +334,7 @@ def make_vq(cfg: VQConfig, *, axis_name: str | None = None) -> Family:
     step = make_step(objective, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
 
     def first_state(key):
-        params, book = init(cfg, key)
+        params, book = init_params_and_codebook(cfg, key)
         return start(params, cfg.optim, extra=book, ema=ema)
 
     return Family(
