@@ -56,6 +56,7 @@ class TextToImage:
 
     def check(self, info) -> None:
         """Raises ValueError for data (a `data.Info`) that this model cannot take."""
+        self.text.check(info)
         self.autoencoder.check(info)
 
 
