@@ -209,7 +209,7 @@ class Judge:
         return _emoji.in_chunks(self.encode, np.asarray(images, np.float32))
 
     def tone(self, features: np.ndarray, tone: np.ndarray) -> float:
-        """Returns the share of pictures (%) that are classified as their tone, of those with one."""
+        """Returns how many of the pictures with a tone are classified as theirs (%)."""
         one = (tone >= 1) & (tone <= 5)
         return 100 * float((self.classifier.predict(features[one]) == tone[one]).mean())
 
@@ -292,7 +292,8 @@ def test_rows(judge: Judge, x: np.ndarray, arrays: dict, pictures: dict) -> list
     tone, targets = arrays["test"]["tone"], np.arange(len(x))
     rank, n = judge.rank(features, targets), len(judge.everything)
     right, oracle = judge.tone(features, tone), judge.tone(true, tone)
-    toned = judge.known["train"][arrays["train"]["tone"] > 0]
+    toned = np.random.default_rng(0).permutation(np.flatnonzero(arrays["train"]["tone"] > 0))
+    others = judge.known["train"][toned[: len(true)]]  # as many: the distance depends on it
     to_train = {
         name: metrics.nearest(images, pictures["train"])[0]
         for name, images in (("samples", x), ("test", pictures["test"]))
@@ -306,7 +307,7 @@ def test_rows(judge: Judge, x: np.ndarray, arrays: dict, pictures: dict) -> list
         Row(RANK, rank, oracle=100 / n),
         Row(CHANCE, rank * n / 100),
         Row(BASE, judge.rank_of_base(features, targets)),
-        Row(FRECHET, frechet(features), oracle=frechet(toned)),
+        Row(FRECHET, frechet(features), oracle=frechet(others)),
         Row(NEAREST, distance["samples"] / distance["test"]),
         Row(ASKED, 100 * float((to_asked < to_train["samples"]).mean())),
     ]
@@ -344,7 +345,7 @@ def denoiser(system: train.Result, context):
 
 
 def interpolated(setup: Setup, system: train.Result) -> np.ndarray:
-    """Returns six pictures per pair of captions: contexts are mixed linearly, the noise is shared."""
+    """Returns six pictures per pair of captions: mixed contexts, the same noise."""
     cfg, params = system.config, system.state.params
     share = jnp.linspace(0, 1, 6)[:, None, None]
     ends = [contexts(cfg, params["text"], encoded(system, pair)) for pair in PAIRS]
