@@ -12,7 +12,7 @@ from aigc_jax.core import Optim
 
 CLIP_STEPS, AUTOENCODER_STEPS = 1000, 4500  # about 0.7 s and 0.3 s each on 2 quiet cores
 CLIP = contrastive.Config(
-    text=TextConfig(vocab=1524, context=16),
+    text=TextConfig(vocab=1521, context=16),
     image=ImageConfig(shift=2),
     optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=50, decay=CLIP_STEPS - 50),
 )

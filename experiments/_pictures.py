@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from aigc_jax import data, metrics
-from aigc_jax.data.images import picture_splits
+from aigc_jax.data.pictures import picture_splits
 from experiments._rows import DataError, Row
 from experiments._runs import Source
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from aigc_jax import data, train, vae
+from aigc_jax.commands import runs
 from aigc_jax.data import captions, pairs, picture_folder
 
 from .trainee import CFG
@@ -391,3 +392,22 @@ def test_a_run_on_pairs_keeps_its_words(folder, tmp_path):
     words = str(tmp_path / "run" / "tokenizer.json")
     again = data.load(f"pairs:{folder}", "train[:4]", tokenizer=words)
     assert again.info.fingerprint == training.info.fingerprint
+
+
+@pytest.mark.slow
+def test_commands_read_pairs_in_the_words_of_the_run(tmp_path, capsys):
+    """Captions that came after training change the default vocabulary, not that of the run."""
+    root, folder = tmp_path / "pairs", tmp_path / "run"
+    fill(root / "train"), fill(root / "test", texts=("a cat", "two dogs"), first=10)
+    cfg = dataclasses.replace(CFG, shape=(4, 6, 1), levels=256)
+    run = train.Run(folder=str(folder), steps=2, batch_size=4, devices=1)
+    result = train.fit(vae.make, cfg, run, data.load(f"pairs:{root}"))
+    fill(root / "train", texts=("an unknown animal",), first=20)
+    assert data.load(f"pairs:{root}", "test").info.tokenizer != result.info.tokenizer
+    runs.evaluate(folder, split="test")
+    assert "2 examples" in capsys.readouterr().out
+    with pytest.raises(train.Refused, match="its fingerprint is"):  # train itself has changed
+        runs.replay(folder, step=1)
+    (root / "train" / "20.png").unlink(), (root / "train" / "20.txt").unlink()
+    runs.replay(folder, step=1)
+    assert "equal to metrics.jsonl in every bit" in capsys.readouterr().out

@@ -90,8 +90,12 @@ def _source(
             f"{source!r}"
         )
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
-    if options.get("tokenizer", "char") != "char":  # the run keeps it, wherever its file went since
-        options["tokenizer"] = str(run_folder / "tokenizer.json")
+    # The run keeps its tokenizer, wherever the file went since. The default one of pairs is made
+    # from the captions in the folder, which may have changed since.
+    kept = run_folder / "tokenizer.json"
+    own_words = source["name"].startswith("pairs:") and kept.is_file()
+    if own_words or options.get("tokenizer", "char") != "char":
+        options["tokenizer"] = str(kept)
     try:
         found = data.load(
             source["name"], source["split"] if split is None else split, folder=folder, **options

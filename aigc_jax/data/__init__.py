@@ -34,7 +34,7 @@ class Info:
     # text:FILE.
     # None: the set was made from arrays.
     source: dict[str, Any] | None = None
-    fingerprint: str = ""  # sha256 of the arrays; of `source` for an endless set
+    fingerprint: str = ""  # sha256 of arrays and tokenizer; of `source` for an endless set
     # Content for `data.text.Tokenizer(content)`, where the set is text or has captions.
     tokenizer: str = ""
     bytes_per_token: float | None = None  # UTF-8 bytes, where the set is text
@@ -48,9 +48,14 @@ class Data(NamedTuple):
     """A data set.
 
     batch: `batch(seed, i, size)` returns a dict of host arrays with B = `size` rows. It holds one
-        of image uint8 [B, H, W, C], points float32 [B, d], tokens int32 [B, T+1] and roll uint8
-        [B, T, 88]. With it there may be label int32 [B]; index int32 [B] for finite sets; and
-        mask float32 [B, T], which is 1 where a position counts.
+        of these:
+        - image uint8 [B, H, W, C], and with captions also tokens int32 [B, L], padded with 0;
+        - points float32 [B, d], or latents float32 [B, h, w, c] under the same name, and with
+          either also context float32 [B, L, E];
+        - tokens int32 [B, T+1];
+        - roll uint8 [B, T, 88].
+        With it there may be label int32 [B]; index int32 [B] for finite sets; and mask float32
+        [B, T] with tokens and roll, which is 1 where a position counts.
     resident: None, or (arrays, rows, take) for a set that fits in memory. `rows(seed, i, size)`
         returns on the host which examples make up a batch, int32 [size]. `take(arrays, rows)`
         returns the batch and can be jitted. `batch` is `take` applied to `rows`.
@@ -107,13 +112,14 @@ def from_arrays(
     arrays: exactly one of "image" uint8 [N, H, W, C], "points" float [N, d], "tokens" int
         [N, T+1] and "roll" [N, T, keys] of 0 and 1. With it optionally "label" int [N]; with
         tokens and roll also "mask" [N, T], which is 1 where a position counts. With image also
-        captions, "tokens" int [N, L] padded with 0, and "tone" int [N], a skin tone. Points may be
-        latents [N, h, w, c]; with them also "context" float [N, L, E], which a model attends to.
+        captions, "tokens" int [N, L] padded with 0. Points may be latents [N, h, w, c]; with them
+        also "context" float [N, L, E], which a model attends to.
     levels: images and tokens are whole numbers in 0..levels-1; tokens of captions are not bound.
     classes: number of classes; the largest label + 1 by default.
     class_names: the name of each class.
     tokenizer: the tokenizer of words that made the captions; see `captions.encode`.
-    fingerprint: identifies the set; the sha256 of the arrays by default.
+    fingerprint: identifies the set; by default the sha256 of the arrays and, with captions, of
+        their tokenizer.
 
     Raises ValueError for anything that does not fit this description, and for images that look
     like PyTorch's [N, C, H, W]. Those are:
@@ -139,7 +145,7 @@ def from_arrays(
         class_names=class_names if "label" in arrays else (),
         examples=n,
         source=source,
-        fingerprint=fingerprint or _digest(arrays),
+        fingerprint=fingerprint or _digest(arrays, captions.get("tokenizer", "")),
         **captions,
     )
     rows = functools.partial(order, n)
@@ -157,7 +163,7 @@ def _kind_of(arrays: dict) -> str:
         raise ValueError(f"arrays must hold one of image, points, tokens, roll, got {given}")
     [kind] = kinds
     optional = {
-        "image": ("label", "tokens", "tone"),
+        "image": ("label", "tokens"),
         "points": ("label", "context"),
         "tokens": ("label", "mask"),
         "roll": ("label", "mask"),
@@ -187,8 +193,6 @@ def _checked_arrays(kind: str, arrays: dict, levels: int) -> dict[str, np.ndarra
     if "mask" in arrays:
         positions = x.shape[1] - (kind == "tokens")
         arrays["mask"] = _checked_mask(arrays["mask"], (n, positions))
-    if "tone" in arrays:
-        arrays["tone"] = _checked_tone(arrays["tone"], n)
     if "context" in arrays:
         arrays["context"] = _checked_context(arrays["context"], n)
     return arrays
@@ -257,13 +261,6 @@ def _checked_labels(label: np.ndarray, n: int, classes: int | None) -> tuple[np.
     return label.astype(np.int32), classes
 
 
-def _checked_tone(tone: np.ndarray, n: int) -> np.ndarray:
-    if tone.shape != (n,) or not np.issubdtype(tone.dtype, np.integer) or tone.min() < 0:
-        got = f"{tone.dtype} {list(tone.shape)}"
-        raise ValueError(f"tone must be whole numbers [{n}] of at least 0, got {got}")
-    return tone.astype(np.int32)
-
-
 def _checked_captions(
     tokens: np.ndarray,
     n: int,
@@ -307,11 +304,13 @@ def _advice(x: np.ndarray) -> str:
     return f"; {'; '.join(steps)}" if steps else ""
 
 
-def _digest(arrays: dict) -> str:
+def _digest(arrays: dict, tokenizer: str = "") -> str:
+    """Returns the sha256 of arrays and, with captions, of their tokenizer's content."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]))
+    digest.update(tokenizer.encode())
     return digest.hexdigest()
 
 
@@ -338,8 +337,8 @@ def from_source(
     classes: number of classes; needed if there are labels.
     class_names: the name of each class.
     tokenizer: the tokenizer of words that made the captions; needed if there are any.
-    fingerprint: identifies the set. By default it is a sha256 of the number of examples and of
-        64 examples at even distances.
+    fingerprint: identifies the set. By default it is a sha256 of the number of examples, of 64
+        examples at even distances and, with captions, of their tokenizer.
 
     Raises ValueError for an example that does not fit this description: at once for the first
     example, for the others when they are read.
@@ -350,7 +349,7 @@ def from_source(
     first = examples[0]
     if "image" not in first:
         raise ValueError(f"examples must hold 'image', got {', '.join(first) or 'nothing'}")
-    names = [name for name in ("image", "label", "tokens", "tone") if name in first]
+    names = [name for name in ("image", "label", "tokens") if name in first]
     if "label" in names and classes is None:
         raise ValueError("from_source needs to be told how many classes there are: pass classes=")
     if "tokens" in names and tokenizer is None:
@@ -369,7 +368,7 @@ def from_source(
     info = from_arrays(read([0]), **about).info
     if fingerprint is None:
         some = read(np.linspace(0, n - 1, min(n, 64)).astype(int))
-        fingerprint = hashlib.sha256(f"{n} {_digest(some)}".encode()).hexdigest()
+        fingerprint = hashlib.sha256(f"{n} {_digest(some, info.tokenizer)}".encode()).hexdigest()
 
     def batch(seed, i, size):
         rows = order(n, seed, i, size)

@@ -9,6 +9,7 @@ into numbers, `info.caption_length` is L and `info.caption_vocab` the number of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,8 +62,13 @@ def unknown_words(tokenizer: Tokenizer | str, text: str) -> list[str]:
     return [word for word in dict.fromkeys(split_words(text)) if word not in numbers]
 
 
+@functools.lru_cache(maxsize=8)  # callers pass the content once per caption
+def _read(content: str) -> Tokenizer:
+    return Tokenizer(content)
+
+
 def _words(tokenizer: Tokenizer | str) -> Tokenizer:
-    tokenizer = Tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    tokenizer = _read(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if tokenizer.vocabulary is None:
         raise ValueError("captions need a tokenizer of words, as Tokenizer.words(texts) makes it")
     return tokenizer

@@ -6,8 +6,10 @@ needs no network.
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
+import itertools
 import lzma
 import re
 import unicodedata
@@ -22,7 +24,7 @@ from .tokenizer import Tokenizer
 
 NOTO = Path(__file__).parent / "noto"
 LENGTH = 16  # words of the longest caption, punctuation included
-UNSEEN = 400  # emoji that are kept out of train in all their tones
+UNSEEN = 400  # emoji that are kept out of train in all their tones; at most
 # tone 1..5, in the order of Unicode's modifiers 1F3FB..1F3FF. 0: no tone.
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 TWO_TONES = 6  # tone of a picture that shows two people or hands of different tones
@@ -42,29 +44,31 @@ class Emoji(NamedTuple):
 
 
 def emoji(split: str) -> Data:
-    """Loads emoji of 32x32 RGB with captions: 2,747 train, 309 test and 730 unseen pictures.
+    """Loads emoji of 32x32 RGB with captions: 2,748 train, 308 test and 730 unseen pictures.
 
     A batch has `image`, `label` (the category; `info.class_names` names it), `tokens` int32
-    [B, 16] (the caption in words, padded with 0), `tone` int32 [B] and `index`. The tone is 0 for
-    none, 1..5 for light to dark, and 6 for two different tones in one picture.
-    `captions.decode(info.tokenizer, tokens)` returns the captions, such as "waving hand, dark skin
-    tone". `examples(split)` returns them with all other facts.
+    [B, 16] (the caption in words, padded with 0) and `index`. `captions.decode(info.tokenizer,
+    tokens)` returns the captions, such as "waving hand, dark skin tone". `examples(split)` returns
+    them with all other facts, and `tones(split)` the skin tones.
 
-    Splits and their order depend only on a hash of the code points:
-    - unseen: 400 of the 1,911 emoji in all their tones.
-    - test: a fifth of the other pictures with a skin tone. Train has each of these emoji in other
-      tones and without a tone.
+    Splits and their order depend only on the pictures and on a hash of the code points:
+    - unseen: 400 of the 1,911 emoji in all their tones. Emoji with an equal picture, such as the
+      flags of France and of St Martin, are drawn together.
+    - test: a fifth of the other pictures with a skin tone. Pictures that have a copy are left out,
+      such as the snowboarder, who looks the same in all tones. Train has each of these emoji in
+      other tones and without a tone.
     - train: all others.
 
-    The vocabulary is the 1,523 words of train. Test has no other words. 332 pictures of unseen
-    have some, which are left out of their tokens; 94 have no known word, so their tokens are all 0.
+    No picture of a split is in another split too.
+
+    The vocabulary is the 1,520 words of train. Test has no other words. 334 pictures of unseen
+    have some, which are left out of their tokens; 95 have no known word, so their tokens are all 0.
     """
     table, vocabulary, categories = examples(split), _tokenizer(), class_names()
     texts = [one.caption for one in table]
     arrays = {
         "image": _images()[[one.row for one in table]],
         "label": np.array([categories.index(one.category) for one in table]),
-        "tone": np.array([one.tone for one in table]),
         "tokens": captions.encode(vocabulary, texts, LENGTH, skip_unknown=True),
     }
     return from_arrays(
@@ -84,6 +88,14 @@ def examples(split: str) -> list[Emoji]:
     return [one for part, start, stop in slices for one in splits[part][start:stop]]
 
 
+def tones(split: str) -> np.ndarray:
+    """Returns the skin tone of each example of a split, int32 [N], in the order of `index`.
+
+    0 is none, 1..5 are light to dark, and 6 is two different tones in one picture.
+    """
+    return np.array([one.tone for one in examples(split)], np.int32)
+
+
 @functools.lru_cache(maxsize=1)
 def class_names() -> tuple[str, ...]:
     """Returns the names of the ten categories, in the order of their labels."""
@@ -94,16 +106,37 @@ def class_names() -> tuple[str, ...]:
 def _splits() -> dict[str, list[Emoji]]:
     """Returns {split: pictures}; `emoji` states the rule."""
     table = sorted(_table(), key=lambda one: _hash("order", one.code_points))
-    bases = sorted({one.base for one in table}, key=lambda base: _hash("unseen emoji", base))
-    unseen = set(bases[:UNSEEN])
-    toned = [one for one in table if one.tone and one.base not in unseen]
+    group = _groups()
+    names = sorted(set(group.values()), key=lambda name: _hash("unseen emoji", name))
+    sizes = collections.Counter(group.values())
+    counts = itertools.accumulate(sizes[name] for name in names)  # emoji in the first groups
+    chosen = {name for name, count in zip(names, counts, strict=True) if count <= UNSEEN}
+    unseen = {base for base, name in group.items() if name in chosen}
+    copies = collections.Counter(map(_picture, table))
+    known = [one for one in table if one.base not in unseen]
+    toned = [one for one in known if one.tone and copies[_picture(one)] == 1]
     toned.sort(key=lambda one: _hash("test tone", one.code_points))
     test = set(toned[: len(toned) // 5])
     return {
-        "train": [one for one in table if one.base not in unseen and one not in test],
+        "train": [one for one in known if one not in test],
         "test": [one for one in table if one in test],
         "unseen": [one for one in table if one.base in unseen],
     }
+
+
+def _groups() -> dict[str, str]:
+    """Returns {base: smallest base of its group}. Emoji with an equal picture share a group."""
+    group = {one.base: one.base for one in _table()}
+    first: dict[bytes, str] = {}  # {picture: base that was first to have it}
+    for one in _table():
+        pair = {group[one.base], group[first.setdefault(_picture(one), one.base)]}
+        if len(pair) == 2:  # an equal picture joins two groups
+            group = {base: min(pair) if name in pair else name for base, name in group.items()}
+    return group
+
+
+def _picture(one: Emoji) -> bytes:
+    return _images()[one.row].tobytes()
 
 
 def _hash(purpose: str, code_points: str) -> str:

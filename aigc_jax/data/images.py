@@ -12,7 +12,6 @@ import numpy as np
 
 from . import Data, from_arrays
 from .pictures import load_pictures as pictures  # noqa: F401 (its former place and name)
-from .pictures import picture_splits  # noqa: F401 (its former place)
 from .prepare import cuts, prepared
 
 

@@ -45,8 +45,10 @@ def from_tokens(
     vocab: number of tokens in the vocabulary, if no tokenizer is given; the largest token + 1
         by default.
 
-    Raises ValueError for tokens that are not whole numbers in 0..vocab-1, for a text shorter than
-    length + 1 or too long for int32 positions, and for a stride above length.
+    Raises ValueError for:
+    - tokens that are not whole numbers in 0..vocab-1;
+    - a text shorter than length + 1, or too long for int32 positions;
+    - a stride outside 0..length.
     """
     tokens = np.asarray(tokens)
     vocab = _check_tokens(tokens, length, stride, vocab, tokenizer)

@@ -267,11 +267,15 @@ def _join_words(words: list[str]) -> str:
 
 
 def _check_words(words) -> tuple[str, ...]:
-    """Returns the words of a tokenizer.json; raises ValueError unless they are distinct words."""
+    """Returns the words of a tokenizer.json.
+
+    Raises ValueError unless they are distinct and each is one word of `split_words`: no text could
+    give any other.
+    """
     if not isinstance(words, list):
         raise ValueError("words must be a list")
     for word in words:
-        if not isinstance(word, str) or word.split() != [word]:
+        if not isinstance(word, str) or split_words(word) != [word]:
             raise ValueError(f"{word!r} is not a word")
     if len(set(words)) < len(words):
         raise ValueError("a word is listed twice")
