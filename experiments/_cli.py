@@ -106,7 +106,16 @@ __all__ = [
 ]
 
 # The last parts of flags whose values may be paths.
-PLACES = ("folder", "init", "weights", "name", "tokenizer")
+PLACES = (
+    "folder",
+    "init",
+    "weights",
+    "name",
+    "tokenizer",
+    "clip",
+    "autoencoder",
+    "ship",
+)
 # Before a training has begun, these errors come from wrong flags. The exit code is then 2.
 MISTAKES = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -347,7 +356,7 @@ def describe(name: str, script, asked: Asked) -> dict:
     setup = asked.setup
     # Flags that change what is compared; the data set and the seeds have entries of their own.
     changed = without(
-        asked.flags, "--run.folder", "--folder", "--data.folder", "--data.name", "--seeds"
+        asked.flags, "--run.folder", "--folder", "--data.folder", "--data.name", "--seeds", "--ship"
     )
     return {
         "name": name,

@@ -14,7 +14,7 @@ CLIP_STEPS, AUTOENCODER_STEPS = 1000, 4500  # about 0.7 s and 0.3 s each on 2 qu
 CLIP = contrastive.Config(
     text=TextConfig(vocab=1521, context=16),
     image=ImageConfig(shift=2),
-    optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=50, decay=CLIP_STEPS),
+    optim=Optim(lr=1e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=50, decay=CLIP_STEPS - 50),
 )
 NETS = {"widths": (64, 128), "blocks": 2, "groups": 8, "patch": 2, "likelihood": "gaussian"}
 

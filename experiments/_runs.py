@@ -103,10 +103,14 @@ def parameters(result: train.Result) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
 
 
-def at_least(setup, reason: str = "", **least) -> None:
-    """Raises ValueError for a field of a setup that is below its least value."""
+def at_least(setup, reason: str = "", *, prefix: str = "", **least) -> None:
+    """Raises ValueError for a field of a setup that is below its least value.
+
+    reason: why, in words. prefix: of the flag, for a dataclass within a setup, such as "model.".
+    """
     for field, low in least.items():
         if (value := getattr(setup, field)) < low:
-            flag = field.replace("_", "-")
+            name = f"{prefix}{field}"
+            flag = name.replace("_", "-")
             needs = f", {reason}" if reason else ""
-            raise ValueError(f"{field} must be at least {low}{needs}, got {value} (--{flag})")
+            raise ValueError(f"{name} must be at least {low}{needs}, got {value} (--{flag})")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from aigc_jax import contrastive, ddpm, train, vae
-from aigc_jax.core import Family, Optim, State
+from aigc_jax.core import Family, Optim, State, check_fields
 from aigc_jax.vae import autoencoder
 from experiments import _cli, _emoji
 
@@ -28,7 +28,7 @@ DIFFUSION = ddpm.Config(
     times="low_discrepancy",
     net=ddpm.NetConfig("unet", (96, 160), 2, (8, 4), heads=4, groups=16, dropout=0.1),
     ema=0.9995,
-    optim=Optim(lr=1e-3, clip=1.0, warmup=200, decay=STEPS),
+    optim=Optim(lr=1e-3, clip=1.0, warmup=200, decay=STEPS - 200),
 )
 
 
@@ -44,6 +44,7 @@ class TextToImage:
     steps: int = 20
 
     def __post_init__(self):
+        check_fields(self)
         tokens, width = 1 + self.text.text.context, self.text.text.width
         if self.diffusion.context != (tokens, width):
             got = f"got {self.diffusion.context}"
@@ -55,6 +56,7 @@ class TextToImage:
 
     def check(self, info) -> None:
         """Raises ValueError for data (a `data.Info`) that this model cannot take."""
+        self.text.check(info)
         self.autoencoder.check(info)
 
 

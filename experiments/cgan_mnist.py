@@ -34,7 +34,7 @@ class Setup:
     model: gan.Config = gan.Config(classes=10, gen=GEN, optim=ADAM, disc_optim=ADAM, ema=0.999)
     run: Run = Run("runs/cgan_mnist", 30_000, 100, keep=1, **EVERY)
     data: Source = Source("mnist")
-    training: int | None = None  # images; default 50,000 or 80 % of own ones; next: held out
+    training: int | None = None  # images; default 50,000 or 80 % of own; the next ones are held out
     samples: int = 10_000
 
     def __post_init__(self):

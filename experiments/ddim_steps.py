@@ -207,7 +207,7 @@ def plot(setup: Setup, folder: Path, cells: dict, back: dict, of_digits: dict, s
     figures.curves(inverse, curves, xlabel="steps S", ylabel="mean squared error", title=title)
     inverse.set(xscale="log", yscale="log")
     steps = ", ".join(str(S) for S in setup.digit_steps)
-    figures.images(samples, shown, 10, title=f"eta 0, then sigma-hat, at S = {steps}")
+    figures.images(samples, shown, 10, title=f"rows in pairs, eta 0 and sigma-hat: S = {steps}")
     caption = f"{setup.samples:,} samples per point of the grid, {setup.digits:,} digits."
     figures.save(fig, folder / "ddim_steps.png", f"{caption} No noise in the last step.")
 

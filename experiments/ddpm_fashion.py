@@ -55,8 +55,10 @@ class Setup:
         _pictures.check(self, "ddpm_fashion", conditional=True, own=True)
         _diffusion.check_guidance(self)
         _cli.at_least(self, samples=100, images=2)
-        if not 0 <= self.terms <= self.model.T or not 1 <= self.ddim_steps <= self.model.T:
-            raise ValueError("terms must lie in 0..model.T, and ddim_steps in 1..model.T")
+        T = self.model.T
+        for field, low in (("terms", 0), ("ddim_steps", 1)):
+            if not low <= (value := getattr(self, field)) <= T:
+                raise ValueError(f"{field} must lie in {low}..{T} (model.T), got {value}")
 
 
 SHORT = dict(steps=300, eval_every=150, save_every=300)

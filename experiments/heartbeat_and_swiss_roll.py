@@ -48,7 +48,7 @@ class RollConfig:
             raise ValueError(f"the roll lies in the plane: roll.dim must be 2, got {self.dim}")
         if not 0 < self.width < 1:
             raise ValueError(f"width must lie in (0, 1), got {self.width}")
-        _cli.at_least(self, T=2)
+        _cli.at_least(self, prefix="roll.", T=2)
         if self.net.kind != "mlp" or self.net.dropout:
             raise ValueError("net must be an mlp without dropout")
 

@@ -48,7 +48,7 @@ class Setup:
         if self.model.layers != 2:
             raise ValueError("model.layers cannot be chosen: one and two layers are compared")
         least = {"vocab": SYMBOLS + 1, "context": 4 * SEGMENT + 1}
-        _cli.at_least(self.model, "which the sequences need", **least)
+        _cli.at_least(self.model, "which the sequences need", prefix="model.", **least)
 
 
 SMOKE = Setup(run=replace(RUN, folder="runs/induction_heads-smoke", steps=200))

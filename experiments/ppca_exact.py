@@ -33,7 +33,8 @@ class Setup:
     examples: int = 200  # x drawn from the model
     k: int = 5000  # draws of z per x, for the largest bound
     wider: float = 1.3  # the wrong posterior: its standard deviation, as a factor
-    shift: float = 0.3  # its mean is off by so many standard deviations in 5 latents
+    # The wrong posterior's mean: off by so many standard deviations, in 5 latents.
+    shift: float = 0.3
     seed: int = 0
 
     def __post_init__(self):

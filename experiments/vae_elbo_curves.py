@@ -130,7 +130,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
 
 def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns images seen, the bound on test, and its mean over the training batches since."""
+    """Returns images seen, the bound on test, and that on training batches since the last one."""
     steps, nats = _cli.history(run.folder, "nll_nats")
     at, batches = _cli.history(run.folder, "elbo_nats", "train")
     means = [batches[(step - run.eval_every < at) & (at <= step)].mean() for step in steps]

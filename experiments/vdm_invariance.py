@@ -262,7 +262,7 @@ def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, v
     coarse, key = u[::4], jax.random.key(0)
     for name, gamma in gammas.items():
         each[name] = coarse, [float(loss(x, key, gamma)) for x in coarse]
-    title = "its loss by u: the areas are equal"
+    title = "loss of each by u; all areas are equal (cosine leaves the panel)"
     figures.curves(losses, each, xlabel="u", ylabel="loss at u (nats)", title=title)
     losses.set_ylim(-1, 60)  # under cosine it begins far above
     curve = list(finite), np.array(list(finite.values())) - truth
