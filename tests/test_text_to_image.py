@@ -113,6 +113,7 @@ def asked(system, *texts):
     return captions.encode(system.info.tokenizer, list(texts), 16)
 
 
+@pytest.mark.slow
 def test_context_of_an_empty_caption_is_zero(parts):
     system = assembled(MODEL, *parts)
     tokens = np.concatenate([asked(system, "thumbs up"), np.zeros((1, 16), np.int32)])
@@ -174,6 +175,7 @@ def test_models_that_do_not_fit_are_refused_before_any_training(monkeypatch, tmp
         dataclasses.replace(SETUP, data=_cli.Source("digits"))
 
 
+@pytest.mark.slow
 def test_latents_are_identified_by_what_they_are_made_from(parts):
     clip, params, _ = parts
     some, text = data.load("emoji", "train[:8]"), clip.state.params["text"]
