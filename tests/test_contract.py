@@ -64,7 +64,7 @@ class Row:
     averaged: Callable = lambda state: state.params  # what its average is of
     counts_times: bool = False  # `extra["count"]` counts the examples of all devices
     shared: int = 0  # numbers per example that every device must see
-    extended: bool = False  # it turns on all options of its family; `make test-all` runs it
+    extended: bool = False  # `make test-all` runs it, and not `make test`
 
     def batch(self, i, size=B):
         return self.source.batch(0, i, size)
@@ -296,6 +296,7 @@ ROWS = {
         CAPTIONED,
         noisy=False,
         shared=6,  # features; its loss compares all examples
+        extended=True,
     ),
     "contrastive with all of it": Row(
         contrastive.make,

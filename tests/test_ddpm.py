@@ -301,6 +301,12 @@ def test_levels_that_preserve_variance_make_the_same_tables():
         np.testing.assert_allclose(one.beta, other.beta, rtol=1e-9)
 
 
+def test_paper_spacing_of_a_path_that_does_not_preserve_variance_is_refused():
+    with pytest.raises(ValueError, match="'paper' begins at step 90, where x_t has another"):
+        ddpm.respace(ddpm.straight_schedule(100), 10, "paper")
+    ddpm.respace(ddpm.straight_schedule(10), 10, "paper")
+
+
 @pytest.mark.parametrize(
     ("signal", "noise", "words"),
     [
@@ -960,7 +966,7 @@ def test_guided_eps_is_the_guided_mix_of_two():
     several = ddpm.eps_fn_of(DENSE, params, label, each)(x, t)
     wide = each[:, None, None, None]
     np.testing.assert_allclose(several, (1 + wide) * plain[0] - wide * plain[1], atol=1e-5)
-    with pytest.raises(ValueError, match="guidance .w. needs labels"):
+    with pytest.raises(ValueError, match="guidance .w. needs a label or a context"):
         ddpm.eps_fn_of(DENSE, params, None, 1.5)
     np.testing.assert_array_equal(ddpm.eps_fn_of(DENSE, params, label, 0.0)(x, t), plain[0])
 

@@ -139,13 +139,17 @@ def sample(
         raise train.Refused(
             f"{bad} of {n} samples hold values that are not finite: nothing was written"
         )
-    step = int(result.state.step)
     single = forms[0] if kind == "image" else ".npy"
-    _write(places, forms, single, samples, f"{run_folder}, step {step}")
-    best = result.folder and folders.read(run_folder)["run"].get("best")
+    _write(places, forms, single, samples, f"{run_folder}, step {int(result.state.step)}")
+    _say_where(result, n, places)
+
+
+def _say_where(result: train.Result, n: int, places: list[Path]) -> None:
+    """Prints how many samples of which checkpoint were written to which places."""
+    best = result.folder and folders.read(result.folder)["run"].get("best")
     chosen = f" (lowest {best} of those kept)" if best else ""
     where = " and, one by one, ".join(str(place) for place in places)
-    print(f"wrote {n} samples of step {step}{chosen} to {where}")
+    print(f"wrote {n} samples of step {int(result.state.step)}{chosen} to {where}")
 
 
 def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:

@@ -24,6 +24,7 @@ images are floats in [-1, 1].
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -558,6 +559,14 @@ def nll_nats(cfg: Config, params: Params, batch: dict, key: Key[Array, ""]) -> F
     return cfg.T * mean + prior_kl(schedule, x_0)
 
 
+def evaluate(cfg: Config, state: State, batch: dict, key: Key[Array, ""]) -> dict:
+    """Returns `nll_nats` of each example, and for images `nll_bits_per_dim`; see `make`."""
+    nll = nll_nats(cfg, EMA(cfg.ema).read(state), batch, key)
+    if not cfg.is_image:
+        return {"nll_nats": nll}
+    return {"nll_nats": nll, "nll_bits_per_dim": nll / _nats_per_bit_per_dim(cfg)}
+
+
 # ------------------------------------------------------------------- sampling (DDPM, algorithm 2)
 
 
@@ -576,9 +585,14 @@ def generate(
     eta: Any = 0.0,
     spacing: str | None = None,
 ) -> Sample:
-    """Samples n images [n, H, W, C] in [0, 1], points or latents. Options: see `make`'s sample.
+    """Samples n images [n, H, W, C] in [0, 1], points or latents.
 
-    sampler "ddpm" is DDPM's algorithm 2: see `sample_ddpm`.
+    label: a class in 0..classes-1, one for all or [n]; by default the classes in turn.
+    context: [L, E] for all, or [n, L, E]; by default none. negative: see `predict_fn_of`.
+    w: guidance weight, see `guide`.
+    sampler: ddpm (DDPM's algorithm 2) | ddim | dpm_solver | heun. eta: of ddim.
+    steps: 0 is all T. spacing: which steps, see `schedules.spaced`; by default uniform, for
+        dpm_solver and heun log_snr.
     """
     if _is_guided(w) and not ((cfg.classes or cfg.context) and cfg.unlabelled):
         rule = "guidance (w) needs labels or contexts in training, some of them withheld"
@@ -624,26 +638,11 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         example; of images also `nll_bits_per_dim`. It and `sample` use the averaged parameters.
     sample(state, key, *, n, label=None, context=None, negative=None, w=0.0, sampler="ddpm",
             steps=0, eta=0.0, spacing=None):
-        images [n, H, W, C] in [0, 1], points or latents.
-        label: a class in 0..classes-1, one for all or [n]; by default the classes in turn.
-        context: [L, E] for all, or [n, L, E]; by default none. negative: see `predict_fn_of`.
-        w: guidance weight, see `guide`. sampler: ddpm | ddim | dpm_solver | heun.
-        steps: 0 is all T. eta: of ddim. spacing: which steps, see `schedules.spaced`; by default
-        uniform, for dpm_solver and heun log_snr.
+        images [n, H, W, C] in [0, 1], points or latents. The options are those of `generate`.
     """
     ema = EMA(cfg.ema)
-
-    def init(key):
-        return init_state(cfg, key)
-
-    def loss(params, state, batch, key):
-        return training_loss(cfg, params, state, batch, key, axis_name=axis_name)
-
-    def evaluate(state, batch, key):
-        nll = nll_nats(cfg, ema.read(state), batch, key)
-        if not cfg.is_image:
-            return {"nll_nats": nll}
-        return {"nll_nats": nll, "nll_bits_per_dim": nll / _nats_per_bit_per_dim(cfg)}
+    loss = partial(training_loss, cfg, axis_name=axis_name)
+    step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
 
     def sample(
         state,
@@ -663,5 +662,4 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         options = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing}
         return generate(cfg, ema.read(state), key, n=n, **given, **options)
 
-    step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
-    return Family(init, step, evaluate, sample)
+    return Family(partial(init_state, cfg), step, partial(evaluate, cfg), sample)

@@ -350,8 +350,7 @@ def ode_log_likelihood(
     first, last = np.zeros(len(x_0), int), np.full(len(x_0), len(respaced.t) - 1)
     x = extract(respaced.signal, first, x_0) * x_0
     x = to_flow_units(respaced, x, first)
-    # The change of units from x_0 to x at the first level, D log(signal); on other paths D log(1 -
-    # u).
+    # The change of units from x_0 to x at the first level: D log(signal), or else D log(1 - u).
     power, lost = (D / 2, variance_0) if respaced.preserves_variance else (D, time[:1])
     log_det = power * jnp.log1p(-extract(lost, first, x_0).reshape(-1))
     start = (x, log_det, flow(x, 0))

@@ -425,10 +425,12 @@ def respace(schedule: Schedule, steps: int, spacing: str = "uniform") -> Schedul
     `karras` choose by its values, so that t is traced too.
     """
     xp, _, alpha_bar = arrays(check(schedule))
-    if spacing == "paper" and 1 < steps < len(alpha_bar) and not schedule.preserves_variance:
-        rule = "spacing 'paper' leaves out the last level, where this path has noise 1"
-        raise ValueError(f"{rule}: use uniform")
     chosen = spaced(len(alpha_bar), steps, spacing, log_sigma(schedule))
+    if xp is np and spacing == "paper":  # samplers begin with the variance of the last level
+        total = alpha_bar + noise_variance(schedule)
+        if abs(total[chosen[-1]] - total[-1]) > 1e-6:
+            rule = f"spacing 'paper' begins at step {chosen[-1]}, where x_t has another variance"
+            raise ValueError(f"{rule} than at the last one: use uniform")
     t = xp.asarray(schedule.t)[chosen]
     make = _from_alpha_bar if schedule.preserves_variance else from_levels
     return make(alpha_bar[chosen], noise_variance(schedule)[chosen], t)
