@@ -210,7 +210,10 @@ def test_neither_weight_decay_nor_the_average_moves_the_scale(ema):
         if i == 2:
             params = autoencoder.measure(cfg, autoencoder.weights(cfg, state), pictures(5, cfg))
             assert np.abs(params["latents"]["std"] - 1).min() > 0.01
-            state = state._replace(params={**state.params, "latents": params["latents"]})
+            moments = {"latents": params["latents"]}
+            state = state._replace(params={**state.params, **moments})
+            if ema:  # a State takes them in both
+                state = state._replace(ema={**state.ema, **moments})
         before = state.params
         state, _ = step(state, {"image": pixels}, key(i))
     assert max(jax.tree.leaves(jax.tree.map(_largest_move, before, state.params))) > 0.01

@@ -355,7 +355,7 @@ def make_autoencoder(cfg: AutoencoderConfig, *, axis_name: str | None = None) ->
         still = state.params["latents"]  # constants: neither decayed nor averaged
         new = finish(new._replace(params={**new.params, "latents": still}), ema)
         if ema.decay:
-            new = new._replace(ema={**new.ema, "latents": jax.tree.map(jnp.copy, still)})
+            new = new._replace(ema={**new.ema, "latents": state.ema["latents"]})
         return new, metrics
 
     return Family(
