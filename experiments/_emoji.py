@@ -10,7 +10,7 @@ from aigc_jax import contrastive, vae
 from aigc_jax.contrastive import ImageConfig, TextConfig
 from aigc_jax.core import Optim
 
-CLIP_STEPS, AUTOENCODER_STEPS = 1000, 4500  # about 0.7 s and 0.3 s each on 2 quiet cores
+CLIP_STEPS, AUTOENCODER_STEPS = 1000, 4500
 CLIP = contrastive.Config(
     text=TextConfig(vocab=1521, context=16),
     image=ImageConfig(shift=2),

@@ -1,6 +1,6 @@
 """Emoji as 8x8x4 latents: the first stage of latent diffusion (Rombach et al. 2022), and a VQ-VAE beside it
 
-    python -m experiments.emoji_autoencoder     about 40 minutes on 2 cores; downloads nothing
+    python -m experiments.emoji_autoencoder     scale cpu was not run to its end yet; downloads nothing
 
 Trains a KL autoencoder and a VQ-VAE (van den Oord et al. 2017) on emoji of 32x32 pixels. PSNR, a
 mean over pictures, is measured on two held-out sets: known emoji in a skin tone that was kept out

@@ -1,6 +1,6 @@
 """Pictures from words: CLIP, an autoencoder, and diffusion in its latents: Rombach et al. 2022 (latent diffusion)
 
-    python -m experiments.text_to_image     about 110 minutes (not measured yet); downloads nothing
+    python -m experiments.text_to_image     scale cpu was not run to its end yet; downloads nothing
 
 Trains three models from nothing on 2,748 emoji with captions. CLIP gives a vector per word of a
 caption. The autoencoder turns a picture of 32x32x3 into 8x8x4 latents of unit variance. A diffusion
@@ -254,7 +254,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     system = assembled(replace(cfg, w=w), clip, params, diffusion)
     x = drawn(setup, system, arrays["test"]["tokens"], 1)
     with _cli.costs(*TEST_ROWS):
-        found += test_rows(judge, x, arrays, pictures)
+        found += rows_of_test(judge, x, arrays, pictures)
     with _cli.costs(SHIPPED):
         if setup.ship:
             about = {"command": "python -m experiments.text_to_image --ship FILE"}
@@ -286,7 +286,7 @@ def choose_w(setup: Setup, system: train.Result, judge: Judge, training: dict):
     return found, max(found, key=lambda w: found[w][1][1])
 
 
-def test_rows(judge: Judge, x: np.ndarray, arrays: dict, pictures: dict) -> list[Row]:
+def rows_of_test(judge: Judge, x: np.ndarray, arrays: dict, pictures: dict) -> list[Row]:
     """Returns the rows of samples for the captions of test."""
     features, true = judge.features(x), judge.known["test"]
     tone, targets = arrays["test"]["tone"], np.arange(len(x))

@@ -60,7 +60,7 @@ def test_judge_of_pictures_of_the_tone_alone_does_not_find_them(monkeypatch):
 def test_rows_of_true_pictures_are_perfect(monkeypatch):
     judge, sets = told_apart(monkeypatch, tones=False)
     pictures = {name: each["image"] / np.float32(255) for name, each in sets.items()}
-    rows = text_to_image.test_rows(judge, pictures["test"], sets, pictures)
+    rows = text_to_image.rows_of_test(judge, pictures["test"], sets, pictures)
     found = {row.quantity: row for row in rows}
     assert tuple(found) == text_to_image.TEST_ROWS
     assert found[text_to_image.RANK].ours == found[text_to_image.TONE].ours == 100
@@ -71,7 +71,7 @@ def test_rows_of_true_pictures_are_perfect(monkeypatch):
     assert found[text_to_image.NEAREST].ours == pytest.approx(1)
     assert found[text_to_image.FRECHET].ours == pytest.approx(0, abs=1e-6)
     copies = pictures["train"][:10]  # of training pictures
-    rows = {r.quantity: r for r in text_to_image.test_rows(judge, copies, sets, pictures)}
+    rows = {r.quantity: r for r in text_to_image.rows_of_test(judge, copies, sets, pictures)}
     assert rows[text_to_image.ASKED].ours == rows[text_to_image.NEAREST].ours == 0
 
 

@@ -274,6 +274,7 @@ def _folders(parent: Path) -> list[Path]:
 
 @functools.lru_cache(maxsize=1000)  # a run loads several slices of one folder
 def print_once(line: str) -> None:
+    """Prints a line on stderr, unless it is empty or was printed before."""
     if line:
         print(line, file=sys.stderr)
 
