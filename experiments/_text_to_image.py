@@ -26,7 +26,7 @@ DIFFUSION = ddpm.Config(
     schedule="cosine",
     prediction="v",
     times="low_discrepancy",
-    net=ddpm.NetConfig("unet", (96, 160), 2, (8, 4), heads=4, groups=16, dropout=0.1),
+    net=ddpm.NetConfig("unet", (64, 112), 1, (4,), heads=4, groups=16, dropout=0.1),
     ema=0.9995,
     optim=Optim(lr=1e-3, clip=1.0, warmup=200, decay=STEPS - 200),
 )

@@ -54,7 +54,7 @@ class Setup:
     """
 
     model: TextToImage = TextToImage()
-    run: Run = Run("runs/text_to_image", STEPS, 128, eval_every=2000, save_every=500)
+    run: Run = Run("runs/text_to_image", STEPS, 64, eval_every=2000, save_every=500)
     data: Source = Source("emoji")
     clip: str = ""  # folder of a trained CLIP; "": it is trained here
     autoencoder: str = ""  # folder of a trained autoencoder; "": it is trained here
