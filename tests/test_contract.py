@@ -225,7 +225,7 @@ ROWS = {
             times="low_discrepancy",
             terms=2,
             ema=0.0,
-            net=ddpm.NetConfig(widths=(4, 8), blocks=1, attention=(), groups=2),
+            net=ddpm.NetConfig(widths=(4,), blocks=1, attention=(), groups=2),
         ),
         DIGITS,
         images=True,

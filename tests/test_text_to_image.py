@@ -1,6 +1,11 @@
 """Text to image: its judge on exact pictures, the model as a file, and the script at scale smoke."""
 
 import dataclasses
+import json
+import os
+import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -191,13 +196,41 @@ def test_latents_are_identified_by_what_they_are_made_from(parts):
     assert others.fingerprint != first.fingerprint
 
 
+def terminate_when(file):
+    """Sends SIGTERM to this process as soon as a run has written training metrics to this file."""
+
+    def watch():
+        for _ in range(6000):  # ten minutes
+            if file.exists() and '"train"' in file.read_text():
+                return os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def steps(folder):
+    """Returns the steps whose training metrics a run has written."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row["step"] for row in map(json.loads, lines) if "train" in row]
+
+
 @pytest.mark.slow
-def test_script_meets_its_invariants_at_scale_smoke(tmp_path):
-    run = dataclasses.replace(SETUP.run, devices=1, folder=str(tmp_path))
+def test_script_resumes_at_the_stage_that_was_stopped_and_meets_its_invariants(tmp_path):
+    run = dataclasses.replace(SETUP.run, devices=1, folder=str(tmp_path), log_every=5)
     file = tmp_path / "model.safetensors"
     setup = dataclasses.replace(SETUP, run=run, ship=str(file))
+    terminate_when(tmp_path / "autoencoder" / "metrics.jsonl")
+    with pytest.raises(SystemExit, match="stopped by SIGTERM at step"):
+        text_to_image.run(setup, tmp_path)
+    before = (tmp_path / "clip" / "metrics.jsonl").read_bytes()
+    assert steps(tmp_path / "clip")[-1] == 40 and steps(tmp_path / "autoencoder")[-1] < 40
+    assert not (tmp_path / "diffusion").exists()
+
     found, failed = _cli.measured(text_to_image, setup, tmp_path)
     assert failed is None
+    assert (tmp_path / "clip" / "metrics.jsonl").read_bytes() == before  # not trained again
+    assert steps(tmp_path / "autoencoder") == list(range(5, 41, 5))
+    assert steps(tmp_path / "diffusion")[-1] == 60
     rows = {row.quantity: row for row in found}
     assert _cli.verdict(rows[text_to_image.VARIANCE], text_to_image.INVARIANTS).startswith("met")
     assert {*text_to_image.TEST_ROWS, text_to_image.CHOSEN} <= set(rows)

@@ -24,10 +24,10 @@ from .progress import counted
 # layer of every step would cost more than the memory that it saves.
 CUT_FROM = 2**20
 
-# On the CPU jaxlib sends convolutions to YNNPACK, which is slower than its older path. These options
-# keep YNNPACK for products and reductions only. The step of a convolutional VAE took 40 ms, and 29
-# with them (0.10.2); that of a U-Net 1.8 s, and 1.4 with them (0.12.0.1). Nets of dense layers take
-# the same in both. Versions that were not measured, and other devices, compile with defaults.
+# On the CPU jaxlib sends convolutions to YNNPACK, which is slower than its older path. These
+# options keep YNNPACK for products and reductions only. The step of a convolutional VAE took 40 ms,
+# and 29 with them (0.10.2); that of a U-Net 1.8 s, and 1.4 with them (0.12.0.1). Nets of dense
+# layers take the same in both. Other devices and versions compile with defaults.
 NO_CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
@@ -42,6 +42,15 @@ COMPILER_OPTIONS = {
 def compiler_options(device) -> dict | None:
     """The compiler_options of `jax.jit` for this device; None: the defaults."""
     return COMPILER_OPTIONS.get((jaxlib.__version__, device.platform))
+
+
+def init_options(device) -> dict | None:
+    """The compiler_options for a state's initialisation, which is compiled to run once.
+
+    On the CPU, LLVM's level 1 of 3 needs 2 to 5 times less time: 4 s instead of 15 for a U-Net.
+    The last bit of a weight may differ from that of level 3.
+    """
+    return {"xla_backend_optimization_level": 1} if device.platform == "cpu" else None
 
 
 def compilation_cache() -> None:
@@ -202,7 +211,8 @@ class Engine:
             shapes,
             shardings,
         )
-        self._init = jax.jit(init, out_shardings=shardings)
+        options = init_options(self.mesh.devices.flat[0])
+        self._init = jax.jit(init, out_shardings=shardings, compiler_options=options)
 
         update = self._per_device(make(cfg, axis_name="data").step) if run.pmap else self._global()
         updates = partial(self._updates, update)
