@@ -276,8 +276,17 @@ def test_mistakes_of_an_experiment_are_said_and_leave_nothing(
 
 
 def test_a_run_that_diverges_is_one_line_and_exit_code_1(call, tmp_path):
-    code, _, err = call("experiments.vae_digits", "--scale", "smoke", "--run.devices", 1, "--model.optim.name", "sgd",
-                        "--model.optim.lr", "1e30")  # fmt: skip
+    code, _, err = call(
+        "experiments.vae_digits",
+        "--scale",
+        "smoke",
+        "--run.devices",
+        1,
+        "--model.optim.name",
+        "sgd",
+        "--model.optim.lr",
+        "1e30",
+    )
     last = err.strip().splitlines()[-1]
     assert (
         code == 1
@@ -685,9 +694,15 @@ def test_a_home_is_found_where_the_shell_does_not_see_it(call, digits_run, tmp_p
     ]
     home = str(tmp_path)
     assert _cli.expanded(args) == [
-        "--run.folder", f"{home}/a", f"--data.name=images:{home}/b", "--prompt", "~/c", f"--data.folder={home}",
-        "--run.steps", "3",
-    ]  # fmt: skip
+        "--run.folder",
+        f"{home}/a",
+        f"--data.name=images:{home}/b",
+        "--prompt",
+        "~/c",
+        f"--data.folder={home}",
+        "--run.steps",
+        "3",
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- doors of both lines

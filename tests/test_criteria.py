@@ -43,9 +43,27 @@ def test_a_criterion_means_what_it_says(criterion, met, not_met, note):
 
 @pytest.mark.parametrize(
     "words",
-    ["", "good", "> ", "> .5", ">0", "== 3", "=> 3", "> nan", "< inf", "> 0 nats", "> 0,", "within 2 .. 1",
-     "within 1", "within 1 to 2", "within -1 of 2", "> 1e", "0.5 .. 2", "> 1 > 0"],
-)  # fmt: skip
+    [
+        "",
+        "good",
+        "> ",
+        "> .5",
+        ">0",
+        "== 3",
+        "=> 3",
+        "> nan",
+        "< inf",
+        "> 0 nats",
+        "> 0,",
+        "within 2 .. 1",
+        "within 1",
+        "within 1 to 2",
+        "within -1 of 2",
+        "> 1e",
+        "0.5 .. 2",
+        "> 1 > 0",
+    ],
+)
 def test_what_cannot_be_read_is_refused(words):
     with pytest.raises(ValueError, match=re.escape(repr(words))):
         _criteria.parse(words)

@@ -118,8 +118,12 @@ def test_colour_transparency_and_cameras_held_upright(tmp_path):
     found = {image.tobytes() for image in arrays["image"]}
     with Image.open(tmp_path / "turned.jpg") as stored:
         turned = np.rot90(stored, -1)
-    expected = [np.asarray(picture(0, "RGB")), np.stack([picture(1)] * 3, -1),
-                np.full((4, 6, 3), 255, np.uint8), turned]  # fmt: skip
+    expected = [
+        np.asarray(picture(0, "RGB")),
+        np.stack([picture(1)] * 3, -1),
+        np.full((4, 6, 3), 255, np.uint8),
+        turned,
+    ]
     assert found == {np.ascontiguousarray(e).tobytes() for e in expected}
 
 
@@ -257,11 +261,27 @@ def test_nothing_left_out_is_nothing_said(folder, capfd):
     assert said(capfd, folder)[1] == ""
 
 
-@pytest.mark.parametrize("name", [
-    ".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", ".git", "#snapshot", "@tmp", "RECYCLER",
-    "FOUND.000", "found.017", "_gsdata_", "Network Trash Folder", "Temporary Items", "Thumbnails",
-    "System Volume Information",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "@eaDir",
+        "lost+found",
+        "$RECYCLE.BIN",
+        ".git",
+        "#snapshot",
+        "@tmp",
+        "RECYCLER",
+        "FOUND.000",
+        "found.017",
+        "_gsdata_",
+        "Network Trash Folder",
+        "Temporary Items",
+        "Thumbnails",
+        "System Volume Information",
+    ],
+)
 def test_folders_of_the_system_are_no_classes(folder, capfd, name):
     before = data.load(f"images:{folder}").info
     for at in (folder / name, folder / "ant" / name):
@@ -519,8 +539,10 @@ def test_slices_take_the_other_names_of_a_split(tmp_path):
             picture(i).save(tmp_path / part / f"{i}.png")
     name = f"images:{tmp_path}"
     for said, own in (
-        ("val", "validation"), ("Valid[:2]", "validation[:2]"), ("training[:50%]+val[1:]", "train[:50%]+validation[1:]")
-    ):  # fmt: skip
+        ("val", "validation"),
+        ("Valid[:2]", "validation[:2]"),
+        ("training[:50%]+val[1:]", "train[:50%]+validation[1:]"),
+    ):
         assert data.load(name, said).info.fingerprint == data.load(name, own).info.fingerprint
     with pytest.raises(
         ValueError, match=r"'validation\[:9\]' asks for more .* a share like validation\[:50%\]"

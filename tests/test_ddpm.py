@@ -197,9 +197,12 @@ def test_steps_are_spaced_as_said():
                     and found[-1] == T - 1
                     and (found[0] == 0 or steps == 1)
                 )
-    for bad, words in (((10, 11), r"steps must lie in 1..10, got 11"), ((10, 0), r"steps must lie in 1..10, got 0"),
-                       ((10, 3, "paper"), "needs steps that divide T = 10, got 3"),
-                       ((10, 3, "log"), "spacing must be one of uniform, paper, quadratic")):  # fmt: skip
+    for bad, words in (
+        ((10, 11), r"steps must lie in 1..10, got 11"),
+        ((10, 0), r"steps must lie in 1..10, got 0"),
+        ((10, 3, "paper"), "needs steps that divide T = 10, got 3"),
+        ((10, 3, "log"), "spacing must be one of uniform, paper, quadratic"),
+    ):
         with pytest.raises(ValueError, match=words):
             schedules.spaced(*bad)
 
@@ -394,8 +397,12 @@ def test_grey_levels_have_the_mass_of_a_normal(mean, sigma):
     expected = high + np.log1p(-np.exp(low - high))
     np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-5)
     np.testing.assert_allclose(np.exp(np.asarray(got, np.float64)).sum(), 1, rtol=1e-5)
-    slope = jax.grad(lambda m, s: bounds.log_discretised(levels, jnp.full((17, 1), m), jnp.full((17, 1), s),
-                                                         levels=17).sum(), (0, 1))(mean, sigma**2)  # fmt: skip
+    slope = jax.grad(
+        lambda m, s: bounds.log_discretised(
+            levels, jnp.full((17, 1), m), jnp.full((17, 1), s), levels=17
+        ).sum(),
+        (0, 1),
+    )(mean, sigma**2)
     assert np.isfinite(slope).all()
 
 
@@ -489,9 +496,14 @@ def test_the_bound_is_tight_where_the_chain_is_right():
     straight = SHORT["straight"]
     u = jnp.asarray(straight.noise, jnp.float32)
     terms = ddpm.vlb_terms(
-        straight, lambda x, t: (x - 0.25) / u[t][:, None], point, key(0), levels=17,
-        sigma2="beta_tilde", prediction="velocity",
-    )  # fmt: skip
+        straight,
+        lambda x, t: (x - 0.25) / u[t][:, None],
+        point,
+        key(0),
+        levels=17,
+        sigma2="beta_tilde",
+        prediction="velocity",
+    )
     np.testing.assert_allclose(terms[1:], 0, atol=1e-5)
 
 
@@ -885,9 +897,15 @@ def test_the_way_is_shown_and_clipping_holds():
 # ------------------------------------------------------------------------------------------------ nets and the family
 
 TINY = ddpm.Config(
-    shape=(8, 8, 1), levels=17, classes=3, T=25, terms=0, ema=0.0, optim=Optim(lr=1e-3),
+    shape=(8, 8, 1),
+    levels=17,
+    classes=3,
+    T=25,
+    terms=0,
+    ema=0.0,
+    optim=Optim(lr=1e-3),
     net=ddpm.NetConfig(widths=(8, 16), blocks=1, attention=(4,), groups=4, dropout=0.0),
-)  # fmt: skip
+)
 DENSE = dataclasses.replace(
     TINY, net=ddpm.NetConfig("mlp", (8,), dropout=0.0)
 )  # where the net is not the subject
@@ -977,9 +995,15 @@ def test_a_learned_schedule_of_one_step_is_asked_at_its_last_level():
     net = ddpm.NetConfig("mlp", (4,), dropout=0.0)
     for T, times in ((1, [1.0]), (3, [0.0, 0.5, 1.0])):
         cfg = ddpm.Config(
-            shape=(2,), T=T, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
-            net=net, ema=0.0,
-        )  # fmt: skip
+            shape=(2,),
+            T=T,
+            schedule="learned",
+            variance="beta_tilde",
+            objective="vlb",
+            times="low_discrepancy",
+            net=net,
+            ema=0.0,
+        )
         params = shaken(cfg).params
         x, t = normal(0, T, 2), jnp.arange(T)
         expected = ddpm.predict(cfg, params, x, jnp.array(times))[0]
@@ -1165,9 +1189,13 @@ def test_uniform_times_reach_both_ends():
 def test_a_share_of_labels_is_withheld(share):
     """A net that says x_0 by the label's embedding alone: its squared error counts the labels withheld."""
     cfg = dataclasses.replace(
-        POINTS, classes=2, unlabelled=share, prediction="x_0", optim=Optim(name="sgd", lr=1.0),
+        POINTS,
+        classes=2,
+        unlabelled=share,
+        prediction="x_0",
+        optim=Optim(name="sgd", lr=1.0),
         net=ddpm.NetConfig("mlp", (16,), dropout=0.0),
-    )  # fmt: skip
+    )
     family, n = ddpm.make(cfg), 8000
     batch = {"points": np.full((n, 2), 1.0), "label": np.arange(n) % 2}
     state = jax.jit(family.init)(key(0))
@@ -1200,9 +1228,15 @@ def test_a_share_of_labels_is_withheld(share):
 def test_half_of_the_images_are_mirrored(mirror):
     """A net that says 0 to x_0: one step of SGD leaves in its last bias the mean of what it was trained on."""
     cfg = ddpm.Config(
-        shape=(2, 2, 1), levels=2, T=25, prediction="x_0", ema=0.0, mirror=mirror,
-        optim=Optim(name="sgd", lr=2.0), net=ddpm.NetConfig("mlp", (16,), dropout=0.0),
-    )  # fmt: skip
+        shape=(2, 2, 1),
+        levels=2,
+        T=25,
+        prediction="x_0",
+        ema=0.0,
+        mirror=mirror,
+        optim=Optim(name="sgd", lr=2.0),
+        net=ddpm.NetConfig("mlp", (16,), dropout=0.0),
+    )
     family, n = ddpm.make(cfg), 4000
     batch = {"image": np.tile(np.array([[1, 0], [0, 0]], np.uint8)[None, :, :, None], (n, 1, 1, 1))}
     state, _ = jax.jit(family.step)(jax.jit(family.init)(key(0)), batch, key(1))
@@ -1231,8 +1265,10 @@ def test_times_are_drawn_as_said():
     skewed = state.extra["square"].at[7].set(100 * state.extra["square"].max())
     full = state._replace(extra={"square": skewed, "count": jnp.full(25, 50)})
     plain = state._replace(extra={"square": skewed, "count": jnp.zeros(25, jnp.int32)})
-    losses = {name: [float(step(s, batch, key(i))[1]["loss"]) for i in range(60)] for name, s in
-              (("full", full), ("plain", plain))}  # fmt: skip
+    losses = {
+        name: [float(step(s, batch, key(i))[1]["loss"]) for i in range(60)]
+        for name, s in (("full", full), ("plain", plain))
+    }
     means = {name: (np.mean(v), np.std(v) / 60**0.5) for name, v in losses.items()}
     assert abs(means["full"][0] - means["plain"][0]) < 4 * math.hypot(
         means["full"][1], means["plain"][1]
@@ -1244,9 +1280,13 @@ def test_times_are_drawn_as_said():
 @pytest.mark.slow
 def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_way():
     cfg = dataclasses.replace(
-        POINTS, schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
+        POINTS,
+        schedule="learned",
+        variance="beta_tilde",
+        objective="vlb",
+        times="low_discrepancy",
         optim=Optim(name="sgd", lr=1.0),
-    )  # fmt: skip
+    )
     state = shaken(cfg)
     assert abs(ddpm.init_gamma(key(0))["ends"][0] + 13.3) < 0.05  # VDM's, of 256 grey levels
     params = state.params["gamma"]
@@ -1291,9 +1331,14 @@ def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_
 def test_a_small_model_learns_points_and_samples_them(path):
     """Two points, far apart: every sampler ends near one of them, and the bound falls below a normal's."""
     cfg = dataclasses.replace(
-        POINTS, classes=2, T=50, net=ddpm.NetConfig("mlp", (64, 64), dropout=0.0), optim=Optim(lr=3e-3), ema=0.99,
+        POINTS,
+        classes=2,
+        T=50,
+        net=ddpm.NetConfig("mlp", (64, 64), dropout=0.0),
+        optim=Optim(lr=3e-3),
+        ema=0.99,
         **path,
-    )  # fmt: skip
+    )
     family = ddpm.make(cfg)
     state, step = jax.jit(family.init)(key(0)), jax.jit(family.step)
     rng = np.random.default_rng(0)

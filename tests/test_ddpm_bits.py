@@ -25,8 +25,12 @@ def key(i):
 
 def kernel(alpha, dim=3):
     """P(y | x) for all words, each bit kept with probability alpha and else drawn from B(RATE)."""
-    one = np.array([[alpha + (1 - alpha) * (1 - RATE), (1 - alpha) * RATE],
-                    [(1 - alpha) * (1 - RATE), alpha + (1 - alpha) * RATE]])  # fmt: skip
+    one = np.array(
+        [
+            [alpha + (1 - alpha) * (1 - RATE), (1 - alpha) * RATE],
+            [(1 - alpha) * (1 - RATE), alpha + (1 - alpha) * RATE],
+        ]
+    )
     whole = np.ones((1, 1))
     for _ in range(dim):
         whole = np.kron(whole, one)
@@ -148,8 +152,14 @@ def test_a_heartbeat_is_learnt():
     bound = jax.jit(family.evaluate)(state, {"points": np.tile(beats, (60, 1))}, key(2))["nll_nats"]
     assert math.log(5) - 3 * bound.std() / 300**0.5 < bound.mean() < 1.6 * math.log(5)
     few = ddpm.make_discrete(dataclasses.replace(cfg, terms=6))
-    several = [float(jax.jit(few.evaluate)(state, {"points": np.tile(beats, (60, 1))}, key(i))["nll_nats"].mean())
-               for i in range(20)]  # fmt: skip
+    several = [
+        float(
+            jax.jit(few.evaluate)(state, {"points": np.tile(beats, (60, 1))}, key(i))[
+                "nll_nats"
+            ].mean()
+        )
+        for i in range(20)
+    ]
     assert abs(np.mean(several) - bound.mean()) < 5 * (
         np.std(several) / 20**0.5 + bound.std() / 300**0.5
     )

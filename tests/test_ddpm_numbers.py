@@ -15,9 +15,13 @@ pytestmark = pytest.mark.slow  # test_ddpm.py holds what all of them rest on
 
 MEAN, STD = 0.3, 0.5  # of x_0
 LEARNED = ddpm.Config(
-    shape=(1,), schedule="learned", variance="beta_tilde", objective="vlb", times="low_discrepancy",
+    shape=(1,),
+    schedule="learned",
+    variance="beta_tilde",
+    objective="vlb",
+    times="low_discrepancy",
     net=ddpm.NetConfig("mlp", (4,), dropout=0.0),
-)  # fmt: skip
+)
 
 
 def key(i):
@@ -244,9 +248,17 @@ def flow_by_hand(name, schedule, steps, spacing, x):
 
 def test_solvers_are_those_written_by_hand():
     x = np.array([[1.5], [-0.4], [0.0]])
-    cases = [("cosine", 1, "uniform"), ("cosine", 2, "uniform"), ("cosine", 3, "karras"), ("cosine", 12, "uniform"),
-             ("linear", 12, "karras"), ("learned", 12, "quadratic"), ("straight", 1, "uniform"),
-             ("straight", 12, "uniform"), ("straight", 12, "log_snr")]  # fmt: skip
+    cases = [
+        ("cosine", 1, "uniform"),
+        ("cosine", 2, "uniform"),
+        ("cosine", 3, "karras"),
+        ("cosine", 12, "uniform"),
+        ("linear", 12, "karras"),
+        ("learned", 12, "quadratic"),
+        ("straight", 1, "uniform"),
+        ("straight", 12, "uniform"),
+        ("straight", 12, "log_snr"),
+    ]
     for name, steps, spacing in cases:
         schedule = SCHEDULES[name]
         prediction = NATURAL.get(name, "eps")
@@ -261,19 +273,34 @@ def test_solvers_are_those_written_by_hand():
 
 
 SAMPLERS = {
-    "ddpm": lambda s, fn, x, **how: ddpm.sample_ddpm(ddpm.respace(s, 10, "karras"), fn, x, key(1), **how),
+    "ddpm": lambda s, fn, x, **how: ddpm.sample_ddpm(
+        ddpm.respace(s, 10, "karras"), fn, x, key(1), **how
+    ),
     "ddim": lambda s, fn, x, **how: ddpm.sample_ddim(s, fn, x, key(1), steps=10, eta=0.5, **how),
     "invert": lambda s, fn, x, **how: ddpm.ddim_invert(s, fn, x, steps=10, **how),
     "dpm_solver": lambda s, fn, x, **how: ddpm.sample_dpm_solver(s, fn, x, steps=10, **how),
     "heun": lambda s, fn, x, **how: ddpm.sample_heun(s, fn, x, steps=10, **how),
     "inpaint": lambda s, fn, x, **how: ddpm.inpaint(
-        ddpm.respace(s, 10, "log_snr"), fn, x, key(1), known=np.ones(x.shape, np.uint8),
-        mask=(np.arange(x.shape[1])[None] % 2).repeat(len(x), 0).astype(np.float16), repeats=2, **how
+        ddpm.respace(s, 10, "log_snr"),
+        fn,
+        x,
+        key(1),
+        known=np.ones(x.shape, np.uint8),
+        mask=(np.arange(x.shape[1])[None] % 2).repeat(len(x), 0).astype(np.float16),
+        repeats=2,
+        **how,
     ),
     "interpolate": lambda s, fn, x, **how: ddpm.interpolate(
-        ddpm.respace(s, 10, "karras"), fn, x, x[::-1], key(1), t=7, shares=np.array([0.2, 0.7]), **how
+        ddpm.respace(s, 10, "karras"),
+        fn,
+        x,
+        x[::-1],
+        key(1),
+        t=7,
+        shares=np.array([0.2, 0.7]),
+        **how,
     ),
-}  # fmt: skip
+}
 BOUNDS = {
     "vlb": lambda s, fn, x, **how: ddpm.vlb(ddpm.respace(s, 10, "log_snr"), fn, x, key(1), **how),
     "ode": lambda s, fn, x, **how: ddpm.ode_log_likelihood(s, fn, x, key(1), steps=10, **how),
@@ -350,9 +377,14 @@ def test_a_detour_through_eps_costs_what_v_keeps():
 def test_guidance_acts_on_the_nets_own_prediction(prediction):
     """Of each it is the same line: guided eps, and guided predictions made eps."""
     cfg = ddpm.Config(
-        shape=(3,), classes=2, T=30, schedule="cosine", prediction=prediction, ema=0.0,
+        shape=(3,),
+        classes=2,
+        T=30,
+        schedule="cosine",
+        prediction=prediction,
+        ema=0.0,
         net=ddpm.NetConfig("mlp", (8,), dropout=0.0),
-    )  # fmt: skip
+    )
     params = jax.tree.map(lambda x: x + 0.1, jax.jit(ddpm.make(cfg).init)(key(0)).params)
     x, t, label = (
         jax.random.normal(key(1), (4, 3)),

@@ -153,8 +153,13 @@ def test_bent_time_makes_no_estimate_quieter_than_the_least():
 # ----------------------------------------------------------------------------------------------- an untrained model
 
 TINY = ddpm.Config(
-    shape=(4, 4, 1), levels=17, classes=2, T=21, net=ddpm.NetConfig("mlp", (8,), dropout=0.0), ema=0.0,
-)  # fmt: skip
+    shape=(4, 4, 1),
+    levels=17,
+    classes=2,
+    T=21,
+    net=ddpm.NetConfig("mlp", (8,), dropout=0.0),
+    ema=0.0,
+)
 
 
 def untrained(seed=0):

@@ -111,8 +111,20 @@ def test_the_staged_protocol_trains_each_stage_from_the_last(tmp_path, monkeypat
     """IWAE's paper in small: two stages an arm, table 2 from their ends."""
     monkeypatch.setattr(_iwae, "Run", partial(train.Run, devices=1))  # compiles in half the time
     monkeypatch.setattr(_iwae, "ONE", replace(_iwae.ONE, hidden=(8,), latent_dim=4))
-    setup = replace(iwae_table.SCALES["smoke"].setup, folder=str(tmp_path), epochs=1, stages=2, further=1, ks=(1, 2),
-                    vae_ks=(1,), two_layers=(), batch_size=480, lr=1e-3, test=20, draws=20)  # fmt: skip
+    setup = replace(
+        iwae_table.SCALES["smoke"].setup,
+        folder=str(tmp_path),
+        epochs=1,
+        stages=2,
+        further=1,
+        ks=(1, 2),
+        vae_ks=(1,),
+        two_layers=(),
+        batch_size=480,
+        lr=1e-3,
+        test=20,
+        draws=20,
+    )
     found = iwae_table.run(setup, tmp_path)
     runs = {
         str(p.parent.relative_to(tmp_path)): json.loads(p.read_text())

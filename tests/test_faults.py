@@ -313,9 +313,13 @@ def test_an_interrupt_before_training_ends_in_one_line(tmp_path, what, within):
     """A stand-in for JAX, whose import hangs, is interrupted."""
     (tmp_path / "jax.py").write_text(f"print('importing', flush=True); {IMPORT[within]}")
     process = subprocess.Popen(
-        [sys.executable, "-m", what], cwd=ROOT, env={**ENV, "PYTHONPATH": str(tmp_path)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", what],
+        cwd=ROOT,
+        env={**ENV, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
@@ -709,8 +713,21 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
     disk = tmpfs(tmp_path / "disk", "size=2m")
     try:
         folder = disk / "run"
-        command = [sys.executable, "-m", "experiments.vae_digits", "--scale", "smoke", "--run.folder", str(folder),
-                   "--run.steps", "400", "--run.save-every", "50", "--run.keep", "100"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.vae_digits",
+            "--scale",
+            "smoke",
+            "--run.folder",
+            str(folder),
+            "--run.steps",
+            "400",
+            "--run.save-every",
+            "50",
+            "--run.keep",
+            "100",
+        ]
         process = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
         assert process.returncode == 1, process.stderr
         assert "Traceback" not in process.stderr

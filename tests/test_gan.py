@@ -273,14 +273,21 @@ WRITTEN = {
     "minimax": (MINUS, SOFTPLUS, lambda f: -np.logaddexp(0, f)),
     "non_saturating": (MINUS, SOFTPLUS, lambda f: np.logaddexp(0, -f)),
     "least_squares": (
-        (lambda r: (r - 1) ** 2 / 2, lambda r: r - 1), (lambda f: f**2 / 2, lambda f: f), lambda f: (f - 1) ** 2 / 2,
+        (lambda r: (r - 1) ** 2 / 2, lambda r: r - 1),
+        (lambda f: f**2 / 2, lambda f: f),
+        lambda f: (f - 1) ** 2 / 2,
     ),
-    "wasserstein": ((lambda r: -r, lambda r: 0 * r - 1), (lambda f: f, lambda f: 0 * f + 1), lambda f: -f),
+    "wasserstein": (
+        (lambda r: -r, lambda r: 0 * r - 1),
+        (lambda f: f, lambda f: 0 * f + 1),
+        lambda f: -f,
+    ),
     "hinge": (
         (lambda r: np.maximum(0, 1 - r), lambda r: -1.0 * (r < 1)),
-        (lambda f: np.maximum(0, 1 + f), lambda f: 1.0 * (f > -1)), lambda f: -f,
+        (lambda f: np.maximum(0, 1 + f), lambda f: 1.0 * (f > -1)),
+        lambda f: -f,
     ),
-}  # fmt: skip
+}
 assert set(WRITTEN) == set(LOSSES)
 
 
@@ -500,8 +507,11 @@ def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
         for p, w in jax.tree_util.tree_leaves_with_path(state.params["disc"])
         if "kernel" in jax.tree_util.keystr(p)
     }
-    sigmas = sorted(float(s) for p, s in jax.tree_util.tree_leaves_with_path(state.extra["disc"])
-                    if "sigma" in jax.tree_util.keystr(p))  # fmt: skip
+    sigmas = sorted(
+        float(s)
+        for p, s in jax.tree_util.tree_leaves_with_path(state.extra["disc"])
+        if "sigma" in jax.tree_util.keystr(p)
+    )
     exact = sorted(
         np.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)[0] for w in kernels.values()
     )

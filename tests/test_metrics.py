@@ -143,8 +143,12 @@ def test_kernel_distance_by_hand():
 
 def test_kernel_distance_is_unbiased():
     """The kernel of one dimension compares three moments: 3 dm_1^2 + 3 dm_2^2 + dm_3^2."""
-    draws = [metrics.kernel_distance(normal(2 * i, 20, 4), normal(2 * i + 1, 20, 4), jax.random.key(i), blocks=2)[0]
-             for i in range(30)]  # fmt: skip
+    draws = [
+        metrics.kernel_distance(
+            normal(2 * i, 20, 4), normal(2 * i + 1, 20, 4), jax.random.key(i), blocks=2
+        )[0]
+        for i in range(30)
+    ]
     assert min(draws) < 0 < max(draws)
     assert abs(np.mean(draws)) < 4 * np.std(draws) / sqrt(30)
     a, b = normal(0, 20_000, 1), normal(1, 20_000, 1) + 0.5
@@ -224,8 +228,10 @@ def test_precision_and_recall_of_equal_distributions(d, k, low, high):
 
 @pytest.mark.parametrize("n, m, k", [(1000, 1000, 3), (1000, 1000, 5), (1000, 400, 3)])
 def test_coverage_and_density_of_equal_distributions(n, m, k):
-    found = [metrics.density_coverage(normal(2 * i, n, d), normal(2 * i + 1, m, d), k)
-             for i, d in enumerate((2, 64, 8))]  # fmt: skip
+    found = [
+        metrics.density_coverage(normal(2 * i, n, d), normal(2 * i + 1, m, d), k)
+        for i, d in enumerate((2, 64, 8))
+    ]
     expected = 1 - np.prod([(n - i) / (n + m - i) for i in range(1, k + 1)])
     assert n != m or abs(expected - {3: 0.875, 5: 0.969}[k]) < 1e-3
     density, coverage = np.mean(found, 0)
@@ -592,23 +598,44 @@ X, KEY, NAN = np.zeros((4, 2)), jax.random.key(0), np.full((4, 2), np.nan)
         (lambda: metrics.frechet_distance(X[:1], X), "a must hold at least 2 samples"),
         (lambda: metrics.nearest(X[:0], X), "x must hold at least 1 samples"),
         (lambda: metrics.kernel_distance(X, X, KEY), "a must hold at least 20 samples"),
-        (lambda: metrics.kernel_distance(X, X, KEY, blocks=1), "blocks and size must be at least 2"),
+        (
+            lambda: metrics.kernel_distance(X, X, KEY, blocks=1),
+            "blocks and size must be at least 2",
+        ),
         (lambda: metrics.sliced_wasserstein(X, X[:3], KEY), "as many samples, got 4 and 3"),
-        (lambda: metrics.sliced_wasserstein(X, X, KEY, directions=0), "directions must be at least 1"),
-        (lambda: metrics.parzen_log_likelihood(X, X, X, sigmas=[0.1, 0.0]), "sigmas must be positive"),
+        (
+            lambda: metrics.sliced_wasserstein(X, X, KEY, directions=0),
+            "directions must be at least 1",
+        ),
+        (
+            lambda: metrics.parzen_log_likelihood(X, X, X, sigmas=[0.1, 0.0]),
+            "sigmas must be positive",
+        ),
         (lambda: metrics.parzen_log_likelihood(NAN, X, X), "centres holds values"),
-        (lambda: metrics.nearest_neighbour_error(X, np.zeros(4), X, np.zeros(3)), "test has 4 samples and 3 labels"),
+        (
+            lambda: metrics.nearest_neighbour_error(X, np.zeros(4), X, np.zeros(3)),
+            "test has 4 samples and 3 labels",
+        ),
         (lambda: metrics.mode_count(X, X, 0.0), "std and within must be positive"),
         (lambda: metrics.reverse_kl(np.array([1, -1])), "counts from 0 on"),
         (lambda: metrics.classifier_score(np.ones((3, 10))), "softmax"),
         (lambda: metrics.bits_per_dim(1.0, (8, 8, 1), levels=1), "levels must be at least 2"),
         (lambda: metrics.bits_per_dim(1.0, ()), "shape must hold positive sizes"),
         (lambda: metrics.load_classifier("cifar10"), "there are digits, fashion_mnist, mnist"),
-        (lambda: metrics.load_classifier("digits").apply(np.zeros((2, 28, 28, 1))), "takes images [N, 8, 8, 1]"),
-        (lambda: metrics.load_classifier("digits").apply(np.full((2, 8, 8, 1), 16.0)), "floats in [0, 1]"),
-        (lambda: metrics.load_classifier("digits").apply(np.zeros((2, 8, 8, 1), np.uint8)), "floats in [0, 1]"),
+        (
+            lambda: metrics.load_classifier("digits").apply(np.zeros((2, 28, 28, 1))),
+            "takes images [N, 8, 8, 1]",
+        ),
+        (
+            lambda: metrics.load_classifier("digits").apply(np.full((2, 8, 8, 1), 16.0)),
+            "floats in [0, 1]",
+        ),
+        (
+            lambda: metrics.load_classifier("digits").apply(np.zeros((2, 8, 8, 1), np.uint8)),
+            "floats in [0, 1]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_said(call, words):
     with pytest.raises(ValueError) as caught:
         call()

@@ -145,8 +145,16 @@ def reach(name, source, tmp_path, monkeypatch, **change):
     return e.value.args
 
 
-UNCONDITIONAL = ("vae_digits", "vae_manifold", "vae_samples", "vae_elbo_curves", "iwae_table", "gan_mnist",
-                 "ddpm_cifar10", "own_pictures")  # fmt: skip
+UNCONDITIONAL = (
+    "vae_digits",
+    "vae_manifold",
+    "vae_samples",
+    "vae_elbo_curves",
+    "iwae_table",
+    "gan_mnist",
+    "ddpm_cifar10",
+    "own_pictures",
+)
 CONDITIONAL = ("gan_digits", "cgan_mnist", "ddpm_digits", "ddpm_fashion", "unet_or_dit")
 
 

@@ -173,10 +173,20 @@ def test_a_text_beyond_int32_is_refused():
 
 @pytest.mark.parametrize(
     "content",
-    [POEM * 9, "a" * 200, " \n" * 90, "\0" * 200, "ab\0c\x07\x1b" * 40, "01" * 99, "שלום مرحبا \n" * 20,
-     "👍🏽👨‍👩‍👧\r\n" * 40, "x" * 70_000 + " y" * 40_000, "\r\n" * 35_000],
+    [
+        POEM * 9,
+        "a" * 200,
+        " \n" * 90,
+        "\0" * 200,
+        "ab\0c\x07\x1b" * 40,
+        "01" * 99,
+        "שלום مرحبا \n" * 20,
+        "👍🏽👨‍👩‍👧\r\n" * 40,
+        "x" * 70_000 + " y" * 40_000,
+        "\r\n" * 35_000,
+    ],
     ids=["chinese", "one", "blank", "nul", "control", "two", "rtl", "emoji", "long", "crlf"],
-)  # fmt: skip
+)
 def test_any_text_comes_back(own, content):
     name = own(content)
     border = len(content) * 9 // 10
@@ -298,19 +308,25 @@ def test_slices_are_those_of_tfds(split, found):
 @pytest.mark.parametrize(
     ("split", "words"),
     [
-        ("validation[:21]", "than there is {there}: take a smaller slice, or a share like validation[:50%]"),
+        (
+            "validation[:21]",
+            "than there is {there}: take a smaller slice, or a share like validation[:50%]",
+        ),
         ("validation[-21:]", "asks for more than there is {there}"),
         ("validation[30:40]+train", "asks for more than there is {there}"),
         ("train[181:]", "asks for more than there is {there}"),
         ("train[:0]", "is empty {there}"),
         ("train[9:9]", "is empty {there}"),
         ("train[50:20]", "is empty {there}"),
-        ("train[::2]", "has no split 'train[::2]'; it has train, validation, and slices such as train[:50%]"),
+        (
+            "train[::2]",
+            "has no split 'train[::2]'; it has train, validation, and slices such as train[:50%]",
+        ),
         ("test[:5]", "has no split 'test[:5]'; it has train, validation, and slices such as"),
         ("train[:200%]", "has no split"),
         ("", "has no split ''"),
     ],
-)  # fmt: skip
+)
 def test_slices_that_are_not_there_name_the_sizes(split, words):
     with pytest.raises(ValueError) as refused:
         cuts("a", split, {"train": 180, "validation": 20}, unit="characters")
@@ -348,10 +364,14 @@ def test_a_tokenizer_is_chosen_and_recorded(own, tmp_path):
     name = own(POEM * 30)
     Tokenizer.bpe(POEM, 270).save(tmp_path / "tokenizer.json")
     for which, recorded, levels in (
-        ("", "char", len(set(POEM))), ("char", "char", len(set(POEM))), ("characters", "char", len(set(POEM))),
-        ("bpe:300", "bpe:300", 300), ("BPE:300", "bpe:300", 300), (str(tmp_path), str(tmp_path), 270),
+        ("", "char", len(set(POEM))),
+        ("char", "char", len(set(POEM))),
+        ("characters", "char", len(set(POEM))),
+        ("bpe:300", "bpe:300", 300),
+        ("BPE:300", "bpe:300", 300),
+        (str(tmp_path), str(tmp_path), 270),
         (str(tmp_path / "tokenizer.json"), str(tmp_path / "tokenizer.json"), 270),
-    ):  # fmt: skip
+    ):
         info = _cli.Source(name, tokenizer=which).load("train", length=8).info
         assert (info.source["tokenizer"], info.levels) == (recorded, levels)
     for which, words in (
@@ -433,10 +453,14 @@ def test_ngrams_of_a_large_vocabulary_are_those_of_a_small_one(n):
     training, valid = rng.integers(0, 3, 400), rng.integers(0, 4, 90)
     far = np.array([0, 7, 2**39, 2**40 - 1])
     for length in (n - 1, n):
-        counts = [_text._counts(*parts, n, length, vocab) for parts, vocab in (
-            ((training, valid), 4), ((far[training], far[valid]), 2**40))]  # fmt: skip
-        by_hand = [sum((training[i : i + length] == valid[j : j + length]).all() for i in range(401 - n))
-                   for j in range(91 - n)]  # fmt: skip
+        counts = [
+            _text._counts(*parts, n, length, vocab)
+            for parts, vocab in (((training, valid), 4), ((far[training], far[valid]), 2**40))
+        ]
+        by_hand = [
+            sum((training[i : i + length] == valid[j : j + length]).all() for i in range(401 - n))
+            for j in range(91 - n)
+        ]
         np.testing.assert_array_equal(counts[0], by_hand)
         np.testing.assert_array_equal(counts[1], by_hand)
 

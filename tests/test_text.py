@@ -128,15 +128,31 @@ def changed(made, **values):
 def test_no_setting_of_a_file_cuts_pads_or_varies_a_text(tmp_path):
     made = Tokenizer.bpe(STORY, 300)
     cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-    pad = {"strategy": {"Fixed": 4096}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-           "pad_token": "!"}  # fmt: skip
+    pad = {
+        "strategy": {"Fixed": 4096},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
     drops = {**json.loads(made.content)["model"], "dropout": 0.9}
-    around = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "!", "type_id": 0}},
-              {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
-              {"Sequence": {"id": "B", "type_id": 1}}],
-              "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}}}  # fmt: skip
-    settings = ({"truncation": cut}, {"padding": pad}, {"truncation": cut, "padding": pad}, {"model": drops},
-                {"post_processor": around})  # fmt: skip
+    around = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "!", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}},
+    }
+    settings = (
+        {"truncation": cut},
+        {"padding": pad},
+        {"truncation": cut, "padding": pad},
+        {"model": drops},
+        {"post_processor": around},
+    )
     for i, values in enumerate(settings):
         (tmp_path / f"{i}.json").write_text(changed(made, **values))
         read = Tokenizer.load(tmp_path / f"{i}.json")
@@ -319,8 +335,12 @@ def test_python_source_is_there_for_everyone():
     tail = Tokenizer(valid.info.tokenizer).decode(valid.resident[0]["text"])
     assert "import" in whole and "def " in tail and len(whole) == 9 * (len(whole) + len(tail)) // 10
     assert training.info.source == {
-        "name": "python_source", "split": "train", "length": 32, "stride": 0, "tokenizer": "char"
-    }  # fmt: skip
+        "name": "python_source",
+        "split": "train",
+        "length": 32,
+        "stride": 0,
+        "tokenizer": "char",
+    }
 
 
 def test_a_file_of_ones_own(tmp_path):
@@ -467,16 +487,27 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "story.txt").write_text(STORY, encoding="utf-8")
     name = f"text:{folder / 'story.txt'}"
-    run = train.Run(folder=str(folder / "run"), steps=60, batch_size=16, eval_every=30, steps_per_call=10,
-                    best="nll_bits_per_byte", devices=1)  # fmt: skip
+    run = train.Run(
+        folder=str(folder / "run"),
+        steps=60,
+        batch_size=16,
+        eval_every=30,
+        steps_per_call=10,
+        best="nll_bits_per_byte",
+        devices=1,
+    )
     valid = data.load(name, "validation", length=16, stride=16)
     train.fit(transformer.make, CFG, run, data.load(name, length=16), valid=valid)
     return folder / "run"
 
 
 def call(*words):
-    out = subprocess.run([sys.executable, "-m", "aigc_jax", *map(str, words)], capture_output=True, text=True,
-                         cwd=Path(__file__).parent.parent)  # fmt: skip
+    out = subprocess.run(
+        [sys.executable, "-m", "aigc_jax", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     return out.returncode, out.stdout, out.stderr
 
 
@@ -537,8 +568,15 @@ def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_fold
     assert write(ends, prompt="the") == free[: 3 + free[3:].index(free[8])]
     assert write(ends, prompt="the", stop=free[8]) == free[: 4 + free[3:].index(free[8])]
     prompt = jnp.asarray(tokenizer.encode("the the "))[None]
-    tokens = transformer.generate(result.config, result.state.params, prompt, jax.random.key(0), max_length=16,
-                                  sampling=transformer.Sampling(0.0), no_repeat_ngram_size=2)  # fmt: skip
+    tokens = transformer.generate(
+        result.config,
+        result.state.params,
+        prompt,
+        jax.random.key(0),
+        max_length=16,
+        sampling=transformer.Sampling(0.0),
+        no_repeat_ngram_size=2,
+    )
     assert write(prompt="the the ", no_repeat_ngram_size=2) == "the the " + tokenizer.decode(
         tokens[0]
     )

@@ -259,10 +259,16 @@ def two_processes(tmp_path):
         env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         command = [sys.executable, "-c", TWO, f"localhost:{free_port()}"]
         both.extend(
-            subprocess.Popen([*command, str(i), str(tmp_path / "r"), str(steps)], cwd=ROOT, env=env,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, str(i), str(tmp_path / "r"), str(steps)],
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for i in range(2)
-        )  # fmt: skip
+        )
         return both
 
     yield start

@@ -507,16 +507,32 @@ def cut(row, eos):
 @partial(jax.jit, static_argnums=0, static_argnames="size")
 def greedy(cfg, params, prompt, lengths, stop, repetition, *, size):
     sampling = Sampling(0.0, repetition=repetition, stop=stop)
-    return transformer.generate(cfg, params, prompt, key(0), max_length=50, lengths=lengths, sampling=sampling,
-                                no_repeat_ngram_size=size)  # fmt: skip
+    return transformer.generate(
+        cfg,
+        params,
+        prompt,
+        key(0),
+        max_length=50,
+        lengths=lengths,
+        sampling=sampling,
+        no_repeat_ngram_size=size,
+    )
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("beams", "early", "size"))
 def search(cfg, params, prompt, lengths, stop, penalty, *, beams, early, size):
     return transformer.beam_search(
-        cfg, params, prompt, beams=beams, max_length=50, lengths=lengths, stop=stop, length_penalty=penalty,
-        early_stopping=early, no_repeat_ngram_size=size,
-    )  # fmt: skip
+        cfg,
+        params,
+        prompt,
+        beams=beams,
+        max_length=50,
+        lengths=lengths,
+        stop=stop,
+        length_penalty=penalty,
+        early_stopping=early,
+        no_repeat_ngram_size=size,
+    )
 
 
 @pytest.mark.parametrize("seed", range(len(small.SEEDS)))
@@ -526,8 +542,15 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, seed):
     prompt, lengths = filled(small.prompts(recorded["seed"], small.VOCAB, small.LENGTHS))
     for case in recorded["cases"]:
         for how, expected in zip(small.GREEDY, case["greedy"], strict=True):
-            got = greedy(cfg, params, prompt, lengths, (case["eos"],), how["repetition_penalty"],
-                         size=how["no_repeat_ngram_size"])  # fmt: skip
+            got = greedy(
+                cfg,
+                params,
+                prompt,
+                lengths,
+                (case["eos"],),
+                how["repetition_penalty"],
+                size=how["no_repeat_ngram_size"],
+            )
             assert [cut(row, case["eos"]) for row in got.tolist()] == expected, how
 
 
@@ -541,9 +564,16 @@ def test_beams_and_scores_are_those_of_transformers(tmp_path, seed):
     for case in recorded["cases"]:
         for how, (expected, scores) in zip(small.BEAMS, case["beams"], strict=True):
             got, value = search(
-                cfg, params, prompt, lengths, (case["eos"],), how["length_penalty"], beams=how["num_beams"],
-                early=how["early_stopping"], size=how["no_repeat_ngram_size"],
-            )  # fmt: skip
+                cfg,
+                params,
+                prompt,
+                lengths,
+                (case["eos"],),
+                how["length_penalty"],
+                beams=how["num_beams"],
+                early=how["early_stopping"],
+                size=how["no_repeat_ngram_size"],
+            )
             assert [
                 cut(row, case["eos"]) for row in got.reshape(-1, got.shape[-1]).tolist()
             ] == expected, how
@@ -770,8 +800,12 @@ def test_prompts_are_taken_in_every_context():
 )
 def test_what_cannot_be_generated_is_refused_in_one_line(options, words):
     prompt = options.pop("prompt", [[1, 2, 3], [1, 2, 3]])
-    own = {"n": transformer.generate, "beams": transformer.beam_search, "early_stopping": transformer.beam_search,
-           "length_penalty": transformer.beam_search}  # fmt: skip
+    own = {
+        "n": transformer.generate,
+        "beams": transformer.beam_search,
+        "early_stopping": transformer.beam_search,
+        "length_penalty": transformer.beam_search,
+    }
     for ask in {own[name] for name in options if name in own} or {
         transformer.generate,
         transformer.beam_search,
@@ -813,8 +847,10 @@ def test_stop_tokens_are_the_configs_where_none_are_named():
     np.testing.assert_array_equal(generate(params, x, key(0)), named)
     free = generate(params, x, key(0), sampling=Sampling(stop=()))
     assert (free != named).any()
-    np.testing.assert_array_equal(generate(params, x, key(0), sampling=Sampling(stop=3)),
-                                  generate(params, x, key(0), sampling=Sampling(stop=np.array([3, 3]))))  # fmt: skip
+    np.testing.assert_array_equal(
+        generate(params, x, key(0), sampling=Sampling(stop=3)),
+        generate(params, x, key(0), sampling=Sampling(stop=np.array([3, 3]))),
+    )
     search = jax.jit(partial(transformer.beam_search, cfg, beams=2, max_new_tokens=6))
     np.testing.assert_array_equal(search(params, x)[0], search(params, x, stop=(2, 99))[0])
     with pytest.raises(ValueError, match="model.eos and model.bos must not be negative, got -1"):
@@ -1282,30 +1318,69 @@ def other_head(tensors):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: change(f, n_embd=8.0), "config.json says n_embd = 8.0; it must be a whole number from 1 to"),
+        (
+            lambda f: change(f, n_embd=8.0),
+            "config.json says n_embd = 8.0; it must be a whole number from 1 to",
+        ),
         (lambda f: change(f, n_layer="2"), "says n_layer = '2'; it must be a whole number"),
         (lambda f: change(f, n_layer=-2), "says n_layer = -2; it must be a whole number"),
         (lambda f: change(f, n_head=True), "says n_head = True; it must be a whole number"),
         (lambda f: change(f, n_inner=[4]), r"says n_inner = \[4\]; it must be a whole number"),
-        (lambda f: change(f, vocab_size=10**13), "says vocab_size = 10000000000000; it must be a whole number"),
-        (lambda f: change(f, vocab_size=1e13), "says vocab_size = 10000000000000.0; it must be a whole number"),
+        (
+            lambda f: change(f, vocab_size=10**13),
+            "says vocab_size = 10000000000000; it must be a whole number",
+        ),
+        (
+            lambda f: change(f, vocab_size=1e13),
+            "says vocab_size = 10000000000000.0; it must be a whole number",
+        ),
         (lambda f: change(f, vocab_size=2**31 - 1), "config.json asks for .2147483647, 8"),
         (lambda f: change(f, n_layer=10**9), "model.layers must be at most 1000, got 1000000000"),
         (lambda f: change(f, n_layer=900), "has no tensor h.2.ln_1.weight"),
-        (lambda f: change(f, n_inner=10**9), r"h.0.mlp.c_fc.weight is \(8, 32\), config.json asks for \(8, 1000000000"),
-        (lambda f: change(f, layer_norm_epsilon=[1e-5]), "says layer_norm_epsilon = .1e-05.; only 1e-05"),
+        (
+            lambda f: change(f, n_inner=10**9),
+            r"h.0.mlp.c_fc.weight is \(8, 32\), config.json asks for \(8, 1000000000",
+        ),
+        (
+            lambda f: change(f, layer_norm_epsilon=[1e-5]),
+            "says layer_norm_epsilon = .1e-05.; only 1e-05",
+        ),
         (lambda f: change(f, model_type=["x\ny" * 999]), "describes a .*; only gpt2"),
-        (lambda f: change(f, eos_token_id="<|endoftext|>"), "eos_token_id = '<.endoftext.>'; it must be a whole"),
-        (lambda f: generation(f, '{"eos_token_id": -1}'), "generation_config.json says eos_token_id = -1"),
+        (
+            lambda f: change(f, eos_token_id="<|endoftext|>"),
+            "eos_token_id = '<.endoftext.>'; it must be a whole",
+        ),
+        (
+            lambda f: generation(f, '{"eos_token_id": -1}'),
+            "generation_config.json says eos_token_id = -1",
+        ),
         (lambda f: generation(f, "{"), "generation_config.json is damaged"),
-        (lambda f: without(f, "n_positions"), "config.json does not describe a GPT-2: it has no n_positions"),
+        (
+            lambda f: without(f, "n_positions"),
+            "config.json does not describe a GPT-2: it has no n_positions",
+        ),
         (lambda f: without(f, "model_type"), "describes a None; only gpt2"),
-        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is damaged .RecursionError"),
-        (lambda f: (f / "config.json").write_text('{"a":' * 10**5), "config.json is damaged .RecursionError"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json is damaged .*holds no named values but a"),
-        (lambda f: (f / "config.json").write_bytes(b'{"model_type": "gpt2\xff"}'), "config.json is damaged .Unicode"),
+        (
+            lambda f: (f / "config.json").write_text("[" * 10**5),
+            "config.json is damaged .RecursionError",
+        ),
+        (
+            lambda f: (f / "config.json").write_text('{"a":' * 10**5),
+            "config.json is damaged .RecursionError",
+        ),
+        (
+            lambda f: (f / "config.json").write_text("[]"),
+            "config.json is damaged .*holds no named values but a",
+        ),
+        (
+            lambda f: (f / "config.json").write_bytes(b'{"model_type": "gpt2\xff"}'),
+            "config.json is damaged .Unicode",
+        ),
         (lambda f: (f / "config.json").write_bytes(bytes(100)), "config.json is damaged"),
-        (lambda f: as_dtype(f, "F8_E4M3", 1), ": transformer.*is F8_E4M3, where F32, F16, BF16, F64 are read"),
+        (
+            lambda f: as_dtype(f, "F8_E4M3", 1),
+            ": transformer.*is F8_E4M3, where F32, F16, BF16, F64 are read",
+        ),
         (lambda f: as_dtype(f, "F8_E5M2", 1), "is F8_E5M2, where F32"),
         (lambda f: as_dtype(f, "I8", 1), "is I8, where F32"),
         (lambda f: as_dtype(f, "BOOL", 1), "is BOOL, where F32"),
@@ -1313,16 +1388,37 @@ def other_head(tensors):
         (lambda f: rewrite(f, nan), "transformer.h.1.ln_1.bias holds NaN or infinity"),
         (lambda f: rewrite(f, large), "transformer.ln_f.bias holds NaN or infinity"),
         (lambda f: rewrite(f, other_head), "lm_head.weight is not wte.weight; only tied weights"),
-        (lambda f: rewrite(f, lambda t: {**t, **renamed(lambda n: f"module.{n}")(t)}), "two tensors for"),
-        (lambda f: rewrite(f, lambda t: {**t, **renamed(lambda n: f"b.{n}")(t)}), "which a GPT-2 of 2|two tensors"),
-        (lambda f: index(f, "../piece.safetensors"), "index.json names '../piece.safetensors': pieces lie in"),
-        (lambda f: index(f, "/etc/passwd"), "index.json names '/etc/passwd': pieces lie in the folder itself"),
-        (lambda f: index(f, "gone.safetensors"), "has no 'gone.safetensors', which model.safetensors.index.json names"),
-        (lambda f: index(f, 3), "index.json is damaged: its weight_map must name a file for each tensor"),
-        (lambda f: index(f, {"weight_map": [1]}), "index.json is damaged: its weight_map must name a file"),
+        (
+            lambda f: rewrite(f, lambda t: {**t, **renamed(lambda n: f"module.{n}")(t)}),
+            "two tensors for",
+        ),
+        (
+            lambda f: rewrite(f, lambda t: {**t, **renamed(lambda n: f"b.{n}")(t)}),
+            "which a GPT-2 of 2|two tensors",
+        ),
+        (
+            lambda f: index(f, "../piece.safetensors"),
+            "index.json names '../piece.safetensors': pieces lie in",
+        ),
+        (
+            lambda f: index(f, "/etc/passwd"),
+            "index.json names '/etc/passwd': pieces lie in the folder itself",
+        ),
+        (
+            lambda f: index(f, "gone.safetensors"),
+            "has no 'gone.safetensors', which model.safetensors.index.json names",
+        ),
+        (
+            lambda f: index(f, 3),
+            "index.json is damaged: its weight_map must name a file for each tensor",
+        ),
+        (
+            lambda f: index(f, {"weight_map": [1]}),
+            "index.json is damaged: its weight_map must name a file",
+        ),
         (lambda f: index(f, {}), "index.json is damaged: its weight_map must name a file"),
     ],
-)  # fmt: skip
+)
 def test_malformed_weights_are_refused_in_one_line(folder, spoil, words):
     spoil(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as refused:
@@ -1421,8 +1517,13 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, room):
     old = tmp_path / "old"
     transformer.save_gpt2(old, *transformer.load_gpt2(GOLDEN))
     before = {path.name: path.read_bytes() for path in old.iterdir()}
-    ran = subprocess.run([sys.executable, "-c", code, str(old), str(tmp_path / "new"), str(room)], capture_output=True,
-                         text=True, cwd=Path(__file__).parent.parent, timeout=300)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(old), str(tmp_path / "new"), str(room)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stderr
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
     lines = ran.stdout.splitlines()

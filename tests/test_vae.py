@@ -348,9 +348,20 @@ def test_images_beyond_0_and_1_are_refused():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("shape", (28, 28)), ("levels", 1), ("latent_dim", 0), ("hidden", (0,)), ("activation", "gelu"),
-     ("likelihood", "cauchy"), ("binarisation", "yes"), ("sigma", 0.0), ("beta", -1.0), ("micro", 0), ("ema", 1.0)],
-)  # fmt: skip
+    [
+        ("shape", (28, 28)),
+        ("levels", 1),
+        ("latent_dim", 0),
+        ("hidden", (0,)),
+        ("activation", "gelu"),
+        ("likelihood", "cauchy"),
+        ("binarisation", "yes"),
+        ("sigma", 0.0),
+        ("beta", -1.0),
+        ("micro", 0),
+        ("ema", 1.0),
+    ],
+)
 def test_bad_config_is_refused_by_name_and_value(field, value):
     with pytest.raises((ValueError, TypeError), match=field):
         vae.Config(**{field: value})

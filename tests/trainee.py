@@ -21,9 +21,14 @@ ACCUMULATING = dataclasses.replace(
 )  # what runs of several steps a call train: all that a resume must keep
 # BatchNorm, spectral norm, dropout, two optimizers, several updates of D a step: all that a resume must keep.
 GAN = gan.Config(
-    shape=(8, 8, 1), levels=17, latent_dim=4, gen=gan.NetConfig(widths=(16,), norm="batch"),
-    disc=gan.NetConfig(widths=(16,), activation="leaky_relu", norm="spectral", dropout=(0.2, 0.5)), n_critic=2, ema=0.9,
-)  # fmt: skip
+    shape=(8, 8, 1),
+    levels=17,
+    latent_dim=4,
+    gen=gan.NetConfig(widths=(16,), norm="batch"),
+    disc=gan.NetConfig(widths=(16,), activation="leaky_relu", norm="spectral", dropout=(0.2, 0.5)),
+    n_critic=2,
+    ema=0.9,
+)
 
 
 def make_nan(cfg: vae.Config, *, axis_name=None):
@@ -129,8 +134,16 @@ def main() -> None:
         return advance(self, state, step, count)
 
     train.engine.Engine.advance = counted
-    run = train.Run(folder=args.folder, steps=args.steps, batch_size=16, save_every=args.save_every, log_every=1,
-                    steps_per_call=args.steps_per_call, seed=args.seed, keep=args.keep)  # fmt: skip
+    run = train.Run(
+        folder=args.folder,
+        steps=args.steps,
+        batch_size=16,
+        save_every=args.save_every,
+        log_every=1,
+        steps_per_call=args.steps_per_call,
+        seed=args.seed,
+        keep=args.keep,
+    )
     model = (
         (vae.make, CFG if args.steps_per_call == 1 else ACCUMULATING)
         if args.family == "vae"

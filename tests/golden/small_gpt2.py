@@ -21,11 +21,19 @@ def tensors(seed: int, vocab: int) -> dict[str, np.ndarray]:
         "ln_f.bias": (D,),
     }
     block = {
-        "ln_1.weight": (D,), "ln_1.bias": (D,), "attn.c_attn.weight": (D, 3 * D), "attn.c_attn.bias": (3 * D,),
-        "attn.c_proj.weight": (D, D), "attn.c_proj.bias": (D,), "ln_2.weight": (D,), "ln_2.bias": (D,),
-        "mlp.c_fc.weight": (D, 4 * D), "mlp.c_fc.bias": (4 * D,), "mlp.c_proj.weight": (4 * D, D),
+        "ln_1.weight": (D,),
+        "ln_1.bias": (D,),
+        "attn.c_attn.weight": (D, 3 * D),
+        "attn.c_attn.bias": (3 * D,),
+        "attn.c_proj.weight": (D, D),
+        "attn.c_proj.bias": (D,),
+        "ln_2.weight": (D,),
+        "ln_2.bias": (D,),
+        "mlp.c_fc.weight": (D, 4 * D),
+        "mlp.c_fc.bias": (4 * D,),
+        "mlp.c_proj.weight": (4 * D, D),
         "mlp.c_proj.bias": (D,),
-    }  # fmt: skip
+    }
     shapes |= {f"h.{i}.{name}": shape for i in range(LAYERS) for name, shape in block.items()}
     found = {}
     for stream, (name, shape) in enumerate(shapes.items()):
@@ -39,9 +47,16 @@ def tensors(seed: int, vocab: int) -> dict[str, np.ndarray]:
 def config(vocab: int, eos) -> dict:
     """Of config.json."""
     return {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab, "n_positions": CONTEXT,
-        "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "bos_token_id": None, "eos_token_id": eos,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": vocab,
+        "n_positions": CONTEXT,
+        "n_embd": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+    }
 
 
 def prompts(seed: int, vocab: int, lengths: list[int]) -> list[list[int]]:
