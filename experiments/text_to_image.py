@@ -257,8 +257,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         found += rows_of_test(judge, x, arrays, pictures)
     with _cli.costs(SHIPPED):
         if setup.ship:
-            about = {"command": "python -m experiments.text_to_image --ship FILE"}
-            train.ship(system, make_text_to_image, setup.ship, **about)
+            flags = {"clip": setup.clip, "autoencoder": setup.autoencoder, "ship": setup.ship}
+            given_flags = [f" --{flag} {value}" for flag, value in flags.items() if value]
+            command = "python -m experiments.text_to_image" + "".join(given_flags)
+            train.ship(system, make_text_to_image, setup.ship, command=command)
     plot(setup, folder, system, x, arrays, _cli.arrays(latents["test"]), by_w)
     return found
 
