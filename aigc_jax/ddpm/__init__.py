@@ -90,6 +90,7 @@ from .schedules import (
     signal_and_noise,
     straight_schedule,
 )
+from .tokens import sample_tokens, token_vlb
 
 noise2 = noise_variance  # its old name, which still works
 
@@ -132,9 +133,11 @@ __all__ = [
     "sample_ddpm",
     "sample_dpm_solver",
     "sample_heun",
+    "sample_tokens",
     "schedule_of",
     "slerp",
     "straight_schedule",
+    "token_vlb",
     "vlb",
     "vlb_terms",
 ]
