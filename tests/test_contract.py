@@ -249,6 +249,32 @@ ROWS = {
         images=True,
         extended=True,
     ),
+    "tokens": Row(
+        ddpm.make_tokens,
+        ddpm.TokenConfig(vocab=12, context=9, layers=1, heads=2, width=16, micro=2, dropout=0.1),
+        CROPS,
+        dtype=jnp.int32,
+        extended=True,
+    ),
+    "tokens of a uniform process": Row(
+        ddpm.make_tokens,
+        ddpm.TokenConfig(
+            vocab=12,
+            context=9,
+            process="uniform",
+            schedule="cosine",
+            steps=4,
+            unlabelled=0.2,
+            layers=1,
+            heads=2,
+            width=16,
+            positions="learned",
+            remat=True,
+        ),
+        CROPS,
+        dtype=jnp.int32,
+        extended=True,
+    ),
     "transformer": Row(
         transformer.make,
         transformer.Config(

@@ -90,6 +90,7 @@ from .schedules import (
     signal_and_noise,
     straight_schedule,
 )
+from .token_model import TokenConfig, make_tokens
 from .tokens import sample_tokens, token_vlb
 
 noise2 = noise_variance  # its old name, which still works
@@ -101,6 +102,7 @@ __all__ = [
     "MLP",
     "NetConfig",
     "Schedule",
+    "TokenConfig",
     "UNet",
     "continuous_vlb",
     "convert",
@@ -119,6 +121,7 @@ __all__ = [
     "log_discretised",
     "make",
     "make_discrete",
+    "make_tokens",
     "noise2",
     "noise_variance",
     "ode_log_likelihood",

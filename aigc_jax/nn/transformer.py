@@ -89,7 +89,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The trunk of a decoder: positions, blocks and a last norm, over embeddings [B, T, D].
+    """The trunk of a transformer: positions, blocks and a last norm, over embeddings [B, T, D].
+
+    With `causal`'s mask it is a decoder. With a mask of True everywhere it looks both ways.
 
     The first kernels whose output is added to the stream are divided by sqrt(2 layers) (GPT-2,
     section 2.3).
@@ -140,8 +142,12 @@ class Decoder(nn.Module):
         positions_BT: Int[Array, "B T"],
         past: tuple[tuple[Array, Array], ...] | None = None,
         slot: Any = 0,
+        condition_BD: Float[Array, "B D"] | None = None,
     ) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
-        """Returns the last norm's output [B, T, D], and the keys and values of each block."""
+        """Returns the last norm's output [B, T, D], and the keys and values of each block.
+
+        condition_BD: enters every block, such as a time; see `Block`.
+        """
         if self.context:
             x_BTD = x_BTD + self.wpe(positions_BT)
         x_BTD = x_BTD.astype(self.dtype)
@@ -149,6 +155,6 @@ class Decoder(nn.Module):
         keys_values = []
         for i, block in enumerate(self.blocks):
             old = None if past is None else past[i]
-            x_BTD, kv = block(x_BTD, mask_BTS, positions_BT, old, slot)
+            x_BTD, kv = block(x_BTD, mask_BTS, positions_BT, old, slot, condition_BD)
             keys_values.append(kv)
         return self.last_norm(x_BTD), tuple(keys_values)
