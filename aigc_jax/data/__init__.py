@@ -414,17 +414,19 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
     """Loads a named data set.
 
     name: digits, mnist, fashion_mnist, cifar10, emoji; ring, grid, swiss_roll, ppca; python_source,
-        tiny_shakespeare; jsb_chorales; images:FOLDER, pairs:FOLDER and text:FILE for your own data.
+        tiny_shakespeare, tang_poems; jsb_chorales; images:FOLDER, pairs:FOLDER and text:FILE for
+        your own data.
     split: train or test, or slices as in TFDS: "train[:50000]", "train[90%:]", "train+test".
         Synthetic sets take any name, and each name draws other points. Text is divided into
-        train and validation. emoji has train, test and unseen; see `emoji.emoji`. For
-        images:FOLDER see `pictures.load_pictures`, for pairs:FOLDER `pairs.load_pairs`.
+        train and validation. emoji has train, test and unseen; see `emoji.emoji`. tang_poems has
+        train, validation and test; see `tang.tang_poems`. For images:FOLDER see
+        `pictures.load_pictures`, for pairs:FOLDER `pairs.load_pairs`.
     folder: where the original files of a downloaded set lie. Without it the set is sought in
         AIGC_DATA/<name>, then among prepared copies, then on the network. Files are recognised
         by checksum, under any name. For your own data it replaces FOLDER or FILE.
     options: those of the set: std, examples and others for synthetic sets; length, stride and
-        tokenizer for text; size, stream and labels for images:FOLDER and pairs:FOLDER; length
-        and tokenizer for pairs:FOLDER.
+        tokenizer for text; form for tang_poems; size, stream and labels for images:FOLDER and
+        pairs:FOLDER; length and tokenizer for pairs:FOLDER.
 
     Raises ValueError for an unknown name, split or option and for a wrong file, and
     FileNotFoundError if files are missing.
@@ -439,7 +441,7 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
 
 def _function_of(name: str) -> Callable[..., Data]:
     """Returns the function that loads the set: `function(split, **options)`."""
-    from . import emoji, images, music, pairs, pictures, points, text
+    from . import emoji, images, music, pairs, pictures, points, tang, text
 
     functions = {
         "digits": images.digits,
@@ -452,6 +454,7 @@ def _function_of(name: str) -> Callable[..., Data]:
         "swiss_roll": points.swiss_roll,
         "ppca": points.ppca,
         "jsb_chorales": music.jsb_chorales,
+        "tang_poems": tang.tang_poems,
         "python_source": functools.partial(text.load_text, "python_source"),
         "tiny_shakespeare": functools.partial(text.load_text, "tiny_shakespeare"),
     }

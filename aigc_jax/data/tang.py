@@ -1,0 +1,130 @@
+"""Tang poems in regular form: 36,430 poems of 4 or 8 lines of 5 or 7 characters, with titles.
+
+The file is in `tang/`, with its origin and licence. It is part of the package, so this set needs no
+network.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import lzma
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from . import Data, from_arrays
+from .prepare import cuts
+from .tokenizer import Tokenizer
+
+POEMS = Path(__file__).parent / "tang" / "poems.tsv.xz"
+FORMS = {"5x4": (5, 4), "7x4": (7, 4), "5x8": (5, 8), "7x8": (7, 8)}  # characters x lines
+TITLE = 16  # characters of the longest title; the rest is cut off
+PAD = "\n"  # token 0: fills titles and bodies
+MARKS = "，。？！；"
+
+
+class Poem(NamedTuple):
+    """One poem. Its body has a mark after each line."""
+
+    title: str
+    author: str
+    body: str
+    form: str  # "5x4", "7x4", "5x8" or "7x8"
+
+
+def tang_poems(split: str, *, form: str = "all") -> Data:
+    """Loads Tang poems as tokens, one per character, with their titles.
+
+    A batch has `tokens` int32 [B, 16 + N], `mask` float32 [B, 15 + N] and `index`. The first 16
+    tokens are the title, the other N the body: 24, 32, 48 or 64 tokens with its marks. Both are
+    padded with token 0. mask is 1 for the body and 0 for the title, which is given.
+
+    form: "5x4" (four lines of five characters), "7x4", "5x8", "7x8", or "all", with N = 64.
+
+    Splits: a hash of the body puts a tenth into test and a tenth into validation, the others into
+    train. The vocabulary is the characters of all poems of all splits, with those of the titles.
+    """
+    found, tokenizer = poems(split, form=form), _tokenizer()
+    lines = FORMS[form] if form != "all" else FORMS["7x8"]
+    rows = [
+        place(poem.title[:TITLE], TITLE) + place(poem.body, body_length(lines)) for poem in found
+    ]
+    tokens = np.stack([tokenizer.encode(row) for row in rows])
+    mask = np.zeros((len(rows), tokens.shape[1] - 1), np.float32)
+    mask[:, TITLE - 1 :] = 1
+    source = {"name": "tang_poems", "split": split, "form": form}
+    data = from_arrays({"tokens": tokens, "mask": mask}, levels=tokenizer.size, source=source)
+    texts = "".join(rows)
+    info = replace(
+        data.info,
+        tokenizer=tokenizer.content,
+        bytes_per_token=len(texts.encode()) / len(texts),
+        fingerprint=_hash(f"{data.info.fingerprint} {tokenizer.content}"),
+    )
+    return data._replace(info=info)
+
+
+def body_length(form: tuple[int, int]) -> int:
+    """Returns the number of tokens of a body: each line ends with a mark."""
+    return (form[0] + 1) * form[1]
+
+
+def place(text: str, length: int) -> str:
+    """Returns the text filled up to `length` characters."""
+    return text.ljust(length, PAD)
+
+
+def poems(split: str, *, form: str = "all") -> list[Poem]:
+    """Returns the poems of a split; the i-th has `index` i in its batches."""
+    if form != "all" and form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)} and all, got {form!r}")
+    splits = {
+        name: [poem for poem in found if form in ("all", poem.form)]
+        for name, found in _splits().items()
+    }
+    slices = cuts("tang_poems", split, {name: len(found) for name, found in splits.items()})
+    return [poem for name, start, stop in slices for poem in splits[name][start:stop]]
+
+
+def form_of(body: str) -> str | None:
+    """Returns the form of a well-formed poem; None for any other text.
+
+    Well formed: 4 or 8 lines of 5 or 7 characters, each followed by a mark, and no mark or blank
+    inside a line.
+    """
+    parts = re.split(f"([{MARKS}])", body)
+    lines, marks = parts[:-1:2], parts[1::2]
+    if parts[-1] or len(lines) != len(marks) or any(re.search(r"\s", line) for line in lines):
+        return None
+    shape = (len(lines[0]) if lines else 0, len(lines))
+    same = all(len(line) == shape[0] for line in lines)
+    return next((name for name, form in FORMS.items() if same and form == shape), None)
+
+
+@functools.lru_cache(maxsize=1)
+def _splits() -> dict[str, list[Poem]]:
+    splits = {"train": [], "validation": [], "test": []}
+    for poem in sorted(_table(), key=lambda poem: _hash(poem.body)):
+        tenth = int(_hash(f"split {poem.body}")[:8], 16) % 10
+        splits[{0: "test", 1: "validation"}.get(tenth, "train")].append(poem)
+    return splits
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> tuple[Poem, ...]:
+    lines = lzma.decompress(POEMS.read_bytes()).decode().splitlines()[1:]
+    found = (line.split("\t") for line in lines)
+    return tuple(Poem(title, author, body, form_of(body)) for title, author, body in found)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer() -> Tokenizer:
+    return Tokenizer.characters([PAD, *(poem.title + poem.body for poem in _table())])
