@@ -10,7 +10,20 @@ import importlib
 
 TYPE_CHECKING = False  # type checkers treat it like typing.TYPE_CHECKING
 if TYPE_CHECKING:
-    from . import contrastive, core, data, ddpm, figures, gan, metrics, nn, train, transformer, vae
+    from . import (
+        contrastive,
+        core,
+        data,
+        ddpm,
+        figures,
+        gan,
+        language,
+        metrics,
+        nn,
+        train,
+        transformer,
+        vae,
+    )
 
 __all__ = [
     "contrastive",
@@ -19,6 +32,7 @@ __all__ = [
     "ddpm",
     "figures",
     "gan",
+    "language",
     "metrics",
     "nn",
     "train",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-FAMILIES = ("vae", "gan", "ddpm", "transformer", "contrastive")
+FAMILIES = ("vae", "gan", "ddpm", "transformer", "language", "contrastive")
 
 
 def names() -> list[str]:

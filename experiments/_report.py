@@ -320,6 +320,7 @@ HEADS = {
     "gan": "GANs",
     "ddpm": "Diffusion models",
     "transformer": "Transformers",
+    "language": "Language models before the transformer",
     "contrastive": "Contrastive models",
     "several": "Several families",
 }

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aigc_jax import contrastive, core, data, ddpm, gan, train, transformer, vae
+from aigc_jax import contrastive, core, data, ddpm, gan, language, train, transformer, vae
 from aigc_jax.core import EMA, Optim
 from aigc_jax.data import text
 from aigc_jax.train import engine
@@ -307,6 +307,21 @@ ROWS = {
             remat=True,
         ),
         CROPS,
+        dtype=jnp.int32,
+        extended=True,
+    ),
+    "lstm": Row(
+        language.make,
+        language.Config(vocab=12, embedding=6, width=8, layers=2, dropout=0.1),
+        CROPS,
+        dtype=jnp.int32,
+        extended=True,
+    ),
+    "nplm": Row(
+        language.make,
+        language.Config("nplm", vocab=12, embedding=6, width=8, order=3, micro=2, ema=0.9),
+        CROPS,
+        noisy=False,
         dtype=jnp.int32,
         extended=True,
     ),

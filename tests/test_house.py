@@ -16,7 +16,7 @@ from experiments import _cli
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "aigc_jax"
-FAMILIES = {"vae", "gan", "ddpm", "transformer", "contrastive"}
+FAMILIES = {"vae", "gan", "ddpm", "transformer", "language", "contrastive"}
 MAY = {  # the table of docs/design.md, section 1
     **dict.fromkeys(("core", "nn", "metrics", "figures", "data", "interrupt"), set()),
     **dict.fromkeys(FAMILIES, {"core", "nn"}),
