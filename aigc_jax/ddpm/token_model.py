@@ -3,7 +3,7 @@
 The network is the decoder's, but looks both ways, and knows one token more: the mask. For the
 process "absorbing" it gets no time, because the posterior of a masked token does not depend on it
 (Sahoo et al. 2024, "MDLM", section 3.5.1). For "uniform" the time shifts, scales and gates every
-block.
+block, and the logits are those of D3PM: without log q(x_t | x_0), which is added to them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..core import (
 from ..nn import Decoder
 from ..nn.embeddings import Condition
 from .samplers import guide
-from .tokens import LogitsFn, sample_tokens, token_vlb
+from .tokens import LogitsFn, log_evidence, sample_tokens, token_vlb
 
 Params = Any
 
@@ -153,7 +153,10 @@ def token_logits_fn(
     rngs = None if key is None else {"dropout": key}
 
     def logits_fn(x_t, t):
-        return TokenNet(cfg).apply({"params": params}, x_t, t, rngs=rngs)
+        logits = TokenNet(cfg).apply({"params": params}, x_t, t, rngs=rngs)
+        if cfg.process == "uniform":
+            logits += log_evidence(x_t, t, vocab=cfg.vocab, schedule=cfg.schedule)
+        return logits
 
     def guided(x_t, t):
         blind = jnp.where(given, cfg.vocab, x_t)

@@ -11,8 +11,9 @@ or from an exact computation. A step back from t to s < t is, for each token,
 
     p(x_s | x_t) = sum over x_0 of q(x_s | x_t, x_0) p_hat(x_0 | x_t).
 
-It is the true reverse of q if p_hat is the true posterior. Where this differs from D3PM: their eq.
-4 weighs x_0 by q(x_t | x_0) in addition. For "absorbing" this makes no difference.
+It is the true reverse of q if p_hat is the true posterior. D3PM's eq. 4 is the same step, with
+p_hat proportional to q(x_t | x_0) p_tilde(x_0): their network gives p_tilde, which need not know
+that x_t is probably right. `log_evidence` is log q(x_t | x_0).
 
 For "absorbing" the bound is a cross entropy at masked tokens, with a weight that depends on t: Shi
 et al. 2024 ("MD4") and Sahoo et al. 2024 ("MDLM"). Its p_hat needs no t.
@@ -97,6 +98,15 @@ def corrupt(
     return jnp.where(gone, new, jnp.asarray(tokens, jnp.int32))
 
 
+def log_evidence(
+    x_t: Tokens, t: Float[Array, "B"], *, vocab: int, schedule: MaskSchedule = "linear"
+) -> Logits:
+    """Returns log q(x_t | x_0) of the uniform process for all V values of x_0."""
+    at_x = jax.nn.one_hot(x_t, vocab, dtype=t.dtype)
+    kept_t, lost_t = (f(schedule, t)[:, None, None] for f in (kept, lost))
+    return jnp.log(kept_t * at_x + lost_t / vocab)
+
+
 def _per_token(x: Array) -> Array:
     """Returns [B, 1] of [B]."""
     return x[:, None]
@@ -121,12 +131,12 @@ def step_log_probs(
     V = logits.shape[-1]
     log_p_hat = jax.nn.log_softmax(logits)
     at_x = jax.nn.one_hot(x_t, V, dtype=logits.dtype)  # [x_t = y]
-    a_s, a_t, lost_s, lost_t = (
-        f(schedule, time)[:, None, None] for f in (kept, lost) for time in (s, t)
+    a_s, a_t, lost_s = (
+        f(schedule, time)[:, None, None] for f, time in ((kept, s), (kept, t), (lost, s))
     )
     a_ts = a_t / a_s
     u_ts = lost_between(schedule, s, t)[:, None, None] / a_s / V  # 1 - a_ts, shared by V tokens
-    log_q_t = jnp.log(a_t * at_x + lost_t / V)  # of x_t given x_0 = y
+    log_q_t = log_evidence(x_t, t, vocab=V, schedule=schedule)  # of x_t given x_0 = y
     log_C = jax.nn.logsumexp(log_p_hat - log_q_t, -1, keepdims=True)
     straight = jnp.log(a_s) + log_p_hat - log_q_t
     return jnp.log(a_ts * at_x + u_ts) + jnp.logaddexp(straight, jnp.log(lost_s / V) + log_C)
