@@ -17,7 +17,7 @@ from aigc_jax.core import Family, Optim, State, check_fields
 from aigc_jax.vae import autoencoder
 from experiments import _cli, _emoji
 
-STEPS = 16_000
+STEPS = 12_000
 DIFFUSION = ddpm.Config(
     shape=(8, 8, 4),
     levels=None,

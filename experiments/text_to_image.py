@@ -9,8 +9,10 @@ skin tone that training has not; it has the emoji in other tones. The weight w o
 on captions of train. Expect the right skin tone in most samples, and the right emoji far more often
 than chance. The paper has no numbers for this set: the criteria are ours.
 
-The judge of samples is the image half of the CLIP whose text half conditions the model. Samples may
-therefore please it more than another judge. Distances in pixels stand beside its rows.
+Skin tones are judged by a classifier of colours, trained on true pictures: it sees how often each
+colour occurs, and nothing else. Which emoji a sample shows is judged by the image half of the CLIP
+whose text half conditions the model. Samples may therefore please it more than another judge.
+Distances in pixels stand beside its rows.
 
 The runs lie in the folders clip, autoencoder and diffusion. A run that was stopped goes on where it
 was. The folder of another script's run can be given instead (--clip, --autoencoder).
@@ -113,7 +115,7 @@ CHANCE = "R@1 of samples for test captions over chance"
 BASE = "emoji of the nearest picture is right, any tone (%)"
 LESS = "skin tone: samples less true pictures (points)"
 FRECHET = (
-    "Frechet distance of samples to test pictures (our features; oracle: train pictures that have "
+    "Frechet distance of samples to test pictures (CLIP's features; oracle: train pictures with "
     "a skin tone)"
 )
 NEAREST = "median distance of a sample to its nearest training picture, over that of test pictures"
@@ -186,10 +188,17 @@ def latent_data(cfg: TextToImage, text, codec, params, pictures: data.Data) -> d
     )
 
 
-class Judge:
-    """Measures pictures by the image net of CLIP, which the text-to-image model does not have.
+def colours(images: np.ndarray) -> np.ndarray:
+    """Returns the root of the share of pixels in each of 512 colours, [N, 512]; images in [0, 1]."""
+    level = np.minimum((np.asarray(images) * 8).astype(int), 7)
+    code = (level @ [64, 8, 1]).reshape(len(images), -1)
+    return np.sqrt([np.bincount(row, minlength=512) / len(row) for row in code])
 
-    Its text net is the one that conditions the model.
+
+class Judge:
+    """Measures pictures: skin tones by their colours, and emoji by the image net of CLIP.
+
+    The text-to-image model does not have this net. Its text net is CLIP's other half.
     """
 
     def __init__(self, cfg: contrastive.Config, params, sets: dict[str, dict]):
@@ -200,18 +209,18 @@ class Judge:
         self.everything = np.concatenate([self.known[name] for name in order])
         self.base = np.array([one.base for name in order for one in emoji.examples(name)])
         toned = (sets["train"]["tone"] >= 1) & (sets["train"]["tone"] <= 5)
-        self.classifier = LogisticRegression(max_iter=2000, C=100.0).fit(
-            self.known["train"][toned], sets["train"]["tone"][toned]
+        self.classifier = LogisticRegression(max_iter=2000, C=10.0).fit(
+            colours(sets["train"]["image"][toned] / 255), sets["train"]["tone"][toned]
         )
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Returns features [N, dim] of images in [0, 1]."""
         return _emoji.in_chunks(self.encode, np.asarray(images, np.float32))
 
-    def tone(self, features: np.ndarray, tone: np.ndarray) -> float:
-        """Returns how many of the pictures with a tone are classified as theirs (%)."""
+    def tone(self, images: np.ndarray, tone: np.ndarray) -> float:
+        """Returns how many of the images with a tone are classified as theirs (%)."""
         one = (tone >= 1) & (tone <= 5)
-        return 100 * float((self.classifier.predict(features[one]) == tone[one]).mean())
+        return 100 * float((self.classifier.predict(colours(images[one])) == tone[one]).mean())
 
     def rank(self, features: np.ndarray, targets: np.ndarray) -> float:
         """Returns how often (%) a sample's nearest true picture is the one it was asked for.
@@ -282,8 +291,9 @@ def choose_w(setup: Setup, system: train.Result, judge: Judge, training: dict):
     targets = len(judge.known["test"]) + toned  # rows of judge.everything
     found = {}
     for w in setup.w:
-        features = judge.features(drawn(setup, system, training["tokens"][toned], 2, w=w))
-        rank, tone = judge.rank(features, targets), judge.tone(features, training["tone"][toned])
+        x = drawn(setup, system, training["tokens"][toned], 2, w=w)
+        rank = judge.rank(judge.features(x), targets)
+        tone = judge.tone(x, training["tone"][toned])
         found[w] = ((TRAIN_TONE, tone), (TRAIN_RANK, rank))
     return found, max(found, key=lambda w: found[w][1][1])
 
@@ -293,7 +303,7 @@ def rows_of_test(judge: Judge, x: np.ndarray, arrays: dict, pictures: dict) -> l
     features, true = judge.features(x), judge.known["test"]
     tone, targets = arrays["test"]["tone"], np.arange(len(x))
     rank, n = judge.rank(features, targets), len(judge.everything)
-    right, oracle = judge.tone(features, tone), judge.tone(true, tone)
+    right, oracle = judge.tone(x, tone), judge.tone(pictures["test"], tone)
     toned = np.random.default_rng(0).permutation(np.flatnonzero(arrays["train"]["tone"] > 0))
     others = judge.known["train"][toned[: len(true)]]  # as many: the distance depends on it
     to_train = {
