@@ -61,6 +61,40 @@ def test_form_of(body, form):
     assert tang.form_of(body) == form
 
 
+REGULATED = "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
+
+
+def test_rules_of_regulated_verse():
+    assert tang.is_level("ten") and tang.is_level("liou")  # 天, 流
+    assert not any(map(tang.is_level, ("dzhǐn", "dhì", "miuk", "njip", "njit")))
+    assert tang.tones("更") == {True, False} and tang.tones("x") == set()
+    assert tang.rhymes("流") == tang.rhymes("楼") == {"ou"} and tang.rhymes("月") == set()
+    assert tang.rhymes("天") == tang.rhymes("然") != tang.rhymes("山")
+    assert tang.rhyme_holds(REGULATED) and tang.tones_hold(REGULATED)
+    assert not tang.tones_hold("床前明月光，疑是地上霜。举头望明月，低头思故乡。")
+    assert not tang.rhyme_holds(REGULATED.replace("楼", "天"))
+    assert tang.rhyme_holds(REGULATED.replace("楼", "x")) is None
+    for i, other in ((1, "天"), (7, "目"), (16, "天"), (22, "目")):  # each breaks one rule
+        assert not tang.tones_hold(REGULATED[:i] + other + REGULATED[i + 1 :]), i
+
+
+def test_poets_keep_the_rules_and_shuffled_poems_do_not():
+    found = tang.poems("train", form="7x4")[:300]
+    letters = np.array([char for poem in found for char in poem.body if char not in tang.MARKS])
+    np.random.default_rng(0).shuffle(letters)
+    rest = iter(letters)
+    shuffled = ["".join(c if c in tang.MARKS else next(rest) for c in p.body) for p in found]
+    real = [poem.body for poem in found]
+    for holds, least in ((tang.rhyme_holds, 0.8), (tang.tones_hold, 0.7)):
+        assert np.mean([bool(holds(body)) for body in real]) > least
+        assert np.mean([bool(holds(body)) for body in shuffled]) < 0.05
+
+
+def test_every_character_with_a_level_reading_has_a_rhyme():
+    for char in tang._readings():
+        assert bool(tang.rhymes(char)) == (True in tang.tones(char)), char
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(
         ValueError, match="form must be one of 5x4, 7x4, 5x8, 7x8 and all, got '6x4'"

@@ -1,7 +1,8 @@
 """Tang poems in regular form: 36,430 poems of 4 or 8 lines of 5 or 7 characters, with titles.
 
-The file is in `tang/`, with its origin and licence. It is part of the package, so this set needs no
-network.
+The files are in `tang/`, with their origin and licences. They are part of the package, so this set
+needs no network. `rhyme_holds` and `tones_hold` check the rules of regulated verse with readings
+of the Tang.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import lzma
 import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +23,19 @@ from .prepare import cuts
 from .tokenizer import Tokenizer
 
 POEMS = Path(__file__).parent / "tang" / "poems.tsv.xz"
+READINGS = POEMS.with_name("readings.tsv.xz")
 FORMS = {"5x4": (5, 4), "7x4": (7, 4), "5x8": (5, 8), "7x8": (7, 8)}  # characters x lines
 TITLE = 16  # characters of the longest title; the rest is cut off
 PAD = "\n"  # token 0: fills titles and bodies
 MARKS = "，。？！；"
+# Finals of one rhyme of the 106, by medial i and main vowel: the rhymes of 支, 先, 删, 庚, 萧.
+MERGED = {
+    **dict.fromkeys(("iə", "iɛ", "i", "ɛ"), "i"),
+    **dict.fromkeys(("iɛn", "ien", "en"), "en"),
+    **dict.fromkeys(("ɛn", "an"), "an"),
+    **dict.fromkeys(("iɛng", "iæng", "æng", "ɛng"), "æng"),
+    **dict.fromkeys(("iɛu", "ieu", "eu"), "eu"),
+}
 
 
 class Poem(NamedTuple):
@@ -103,6 +114,88 @@ def form_of(body: str) -> str | None:
     shape = (len(lines[0]) if lines else 0, len(lines))
     same = all(len(line) == shape[0] for line in lines)
     return next((name for name, form in FORMS.items() if same and form == shape), None)
+
+
+# --------------------------------------------------------------------- the rules of regulated verse
+
+
+@functools.lru_cache(maxsize=1)
+def _readings() -> dict[str, list[str]]:
+    lines = lzma.decompress(READINGS.read_bytes()).decode().splitlines()[1:]
+    return {char: found.split() for char, found in (line.split("\t") for line in lines)}
+
+
+def is_level(reading: str) -> bool:
+    """Returns whether a Tang reading has the level tone.
+
+    The rising tone is marked by a caron, the departing tone by a grave accent, and the entering
+    tone ends with p, t or k. These three are oblique.
+    """
+    marks = set(unicodedata.normalize("NFD", reading)) & {"\u030c", "\u0300"}
+    return not marks and reading[-1] not in "ptk"
+
+
+def tones(char: str) -> set[bool]:
+    """Returns the tones that a character may have, True for level; empty for an unknown one."""
+    return {is_level(reading) for reading in _readings().get(char, ())}
+
+
+def rhymes(char: str) -> set[str]:
+    """Returns the rhymes of a character's level readings.
+
+    A rhyme is the main vowel and what follows it. Finals that the poets' 106 rhymes (Pingshui)
+    count as one are merged: MERGED has them, with a medial i where the rhyme depends on it.
+    """
+    return {_rhyme(reading) for reading in _readings().get(char, ()) if is_level(reading)}
+
+
+def _rhyme(reading: str) -> str:
+    final = re.sub("^[^aeiouyæɑəɛ]*", "", reading)
+    medial, rhyme = re.fullmatch("([iuy]*)([aeiouyæɑəɛ].*)", final).groups()
+    closed = "i" if set(medial) & {"i", "y"} else ""
+    return MERGED.get(closed + rhyme, rhyme)
+
+
+def lines_of(body: str) -> list[str]:
+    """Returns the lines of a poem without their marks."""
+    return [line for line in re.split(f"[{MARKS}]", body) if line]
+
+
+def rhyme_holds(body: str) -> bool | None:
+    """Returns whether the even lines end in one level rhyme; None if fewer than two are known."""
+    ends = [line[-1] for line in lines_of(body)[1::2]]
+    known = [rhymes(char) for char in ends if tones(char)]
+    return bool(set.intersection(*known)) if len(known) > 1 else None
+
+
+def tones_hold(body: str) -> bool:
+    """Returns whether a poem has the tone pattern of regulated verse.
+
+    - In a line the tones of characters 2, 4 and 6 alternate.
+    - In a couplet character 2 of the two lines has opposite tones; from one couplet to the next it
+      has the same.
+    - Even lines end level; odd ones, except the first, end oblique.
+
+    A character of two tones, or of none that is known, fits everywhere.
+    """
+    lines = lines_of(body)
+
+    def fits(char: str, level: bool) -> bool:
+        return not (known := tones(char)) or level in known
+
+    def pattern(second: bool) -> bool:
+        for i, line in enumerate(lines):
+            own = second ^ ((i + 1) // 2 % 2 == 1)  # lines 0, 3, 4, 7: as the first
+            if not all(fits(line[j], own ^ (j // 2 % 2 == 1)) for j in range(1, len(line) - 1, 2)):
+                return False
+            if i and not fits(line[-1], i % 2 == 1):
+                return False
+        return True
+
+    return pattern(True) or pattern(False)
+
+
+# ------------------------------------------------------------------------------------------- files
 
 
 @functools.lru_cache(maxsize=1)
