@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _cli, language_models, markov_text, text_diffusion
+from experiments import _cli, language_models, markov_text, tang_poems, text_diffusion
 
 
 @pytest.mark.parametrize("process", markov_text.PROCESSES)
@@ -50,7 +50,7 @@ def test_distance_of_texts_from_their_own_law():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [markov_text, language_models, text_diffusion])
+@pytest.mark.parametrize("script", [markov_text, language_models, text_diffusion, tang_poems])
 def test_scripts_meet_their_invariants_at_scale_smoke(script, tmp_path):
     setup = script.SCALES["smoke"].setup
     setup = replace(setup, run=replace(setup.run, devices=1, folder=str(tmp_path)))
