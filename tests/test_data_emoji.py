@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import data, train, vae
-from aigc_jax.data import captions, emoji
+from aigc_jax.data import captions, emoji, tang
 from aigc_jax.data.tokenizer import split_words
 from experiments import _emoji
 
@@ -43,7 +43,7 @@ def test_the_package_data_names_every_file():
     setup.read(Path(__file__).parent.parent / "setup.cfg")
     patterns = setup["options.package_data"]["aigc_jax.data"].split(",")
     named = {path for pattern in patterns for path in emoji.NOTO.parent.glob(pattern.strip())}
-    assert named == set(emoji.NOTO.iterdir())
+    assert named == {*emoji.NOTO.iterdir(), *tang.POEMS.parent.iterdir()}
 
 
 def test_no_network_and_no_folder(monkeypatch):
