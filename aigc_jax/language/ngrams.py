@@ -15,8 +15,7 @@ token is impossible. A context that was never seen takes P_{k-1}.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -159,9 +158,9 @@ def sample_ngrams(
     *,
     n: int,
     length: int,
-    prompt: Sequence[int] = (),
+    prompt: Any = (),
 ) -> Int[np.ndarray, "n L"]:
-    """Samples n continuations of a prompt, `length` tokens each, int32."""
+    """Samples n continuations of a prompt (tokens [T]), `length` tokens each, int32."""
     text = np.repeat(np.asarray(prompt, np.int64)[None], n, 0)
     size, window = text.shape[1], len(model.grams) - 1
     for _ in range(length):
