@@ -2,7 +2,7 @@
 
 The network is the decoder's, but looks both ways, and knows one token more: the mask. For the
 process "absorbing" it gets no time, because the posterior of a masked token does not depend on it
-(Sahoo et al. 2024, "MDLM", section 3.5.1). For "uniform" the time shifts, scales and gates every
+(Sahoo et al. 2024, "MDLM"). For "uniform" the time shifts, scales and gates every
 block, and the logits are those of D3PM: without log q(x_t | x_0), which is added to them.
 """
 
@@ -38,7 +38,7 @@ Params = Any
 
 @dataclass(frozen=True)
 class TokenConfig:
-    """A diffusion model of texts. The defaults are MD4's for text8, with a narrower net."""
+    """A diffusion model of texts. The default net is as large as the smallest GPT-2."""
 
     vocab: int = 27  # V, without the mask token
     context: int = 256  # largest number of tokens, L

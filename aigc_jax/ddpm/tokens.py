@@ -49,7 +49,7 @@ Nats = Float[Array, "B L"]
 def kept(schedule: MaskSchedule, t):
     """Returns alpha(t), the probability that a token is kept up to t; from 1 down to 0.
 
-    "linear": 1 - t. "cosine": 1 - cos(pi (1 - t) / 2) (MD4, table 1).
+    "linear": 1 - t. "cosine": 1 - cos(pi (1 - t) / 2) (the code of MD4).
     """
     return 1 - t if schedule == "linear" else 2 * jnp.sin(math.pi / 4 * (1 - t)) ** 2
 
@@ -278,7 +278,7 @@ def token_vlb(
         if steps is None:
             nats = kl_rate(process, logits, tokens, x_t, t, schedule=schedule)
         else:
-            s = (step_at(u, steps)) / jnp.float32(steps)
+            s = step_at(u, steps) / jnp.float32(steps)
             nats = steps * step_kl(process, logits, tokens, x_t, s, t, schedule=schedule)
         return (nats if mask is None else jnp.where(jnp.asarray(mask) > 0, nats, 0.0)).sum(-1)
 
@@ -342,7 +342,7 @@ def sample_tokens(
             as tokens, one each: exact for an exact p_hat. With fewer, tokens of one step ignore
             each other.
         "confidence": as many, those whose drawn token is most probable (MaskGIT, Chang et al.
-            2022). Good texts, but not the model's law.
+            2022). This is not the model's law.
         "ancestral": each token on its own with the probability of D3PM's reverse step.
     block: length of blocks that are filled from left to right (Arriola et al. 2025), with equally
         many steps each; 0: the whole text at once.

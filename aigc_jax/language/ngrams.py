@@ -1,4 +1,4 @@
-"""n-grams with interpolated Kneser-Ney smoothing (Kneser & Ney 1995; Chen & Goodman 1999, 3.4).
+"""n-grams with interpolated Kneser-Ney smoothing (Kneser & Ney 1995; Chen & Goodman 1999).
 
 With h the last k - 1 tokens, h' the last k - 2, and D the discount of length k:
 
@@ -42,7 +42,7 @@ def kneser_ney(tokens: Shaped[np.ndarray, "..."], *, order: int, vocab: int) -> 
     """Counts a text.
 
     order: length of the longest n-gram. Each discount is n_1 / (n_1 + 2 n_2), where n_r is the
-    number of n-grams of that length with c = r (Chen & Goodman, eq. 17).
+    number of n-grams of that length with c = r (Chen & Goodman).
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
