@@ -487,9 +487,9 @@ def test_every_step_reveals_as_many_as_the_schedule_says(schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("p, rows", [(1e-6, 20_000), (1e-7, 40_000)])
+@pytest.mark.parametrize("p, rows", [(1e-6, 20_000), (4e-8, 60_000)])
 def test_rare_tokens_come_at_their_true_rate(p, rows):
-    """With JAX's default Gumbel noise, tokens of 1e-7 come three times too rarely."""
+    """With JAX's default Gumbel noise, the second case draws 2 rare tokens; 24 are expected."""
     rare, chunks = 100, 100
     logits = jnp.log(jnp.array([1 - rare * p] + [p] * rare))
 
