@@ -136,6 +136,24 @@ def check_data(cfg, info) -> None:
         raise ValueError(f"model.classes is {classes}, {has}")
 
 
+def check_text(cfg, info) -> None:
+    """Raises ValueError for data (a `data.Info`) that are no text, or have more than cfg.vocab tokens."""
+    if info.kind != "text":
+        raise ValueError(f"this model trains on text, not on {info.kind}")
+    if info.levels > cfg.vocab:
+        raise ValueError(
+            f"model.vocab is {cfg.vocab}, the tokenizer has {info.levels} tokens "
+            "(data.info.levels): set model.vocab to at least that"
+        )
+
+
+def target_mask(batch: dict) -> jax.Array:
+    """Returns the mask [B, T] of the targets tokens[:, 1:]: 1 where one counts, by default all."""
+    if "mask" in batch:
+        return batch["mask"]
+    return jnp.ones_like(batch["tokens"][:, 1:], jnp.float32)
+
+
 def _clip(norm: float):
     """Like optax.clip_by_global_norm, but differentiable where the whole gradient is 0."""
 

@@ -25,8 +25,10 @@ from ..core import (
     State,
     check_at_least,
     check_fields,
+    check_text,
     make_step,
     start,
+    target_mask,
 )
 from ..nn import Decoder
 from ..nn.embeddings import Condition
@@ -79,13 +81,7 @@ class TokenConfig:
 
     def check(self, info) -> None:
         """Raises ValueError for data (a `data.Info`) that are no texts of this size."""
-        if info.kind != "text":
-            raise ValueError(f"diffusion of tokens trains on text, not on {info.kind}")
-        if info.levels > self.vocab:
-            raise ValueError(
-                f"model.vocab is {self.vocab}, the tokenizer has {info.levels} tokens: set "
-                "model.vocab to at least that"
-            )
+        check_text(self, info)
         if info.shape[0] > self.context:
             raise ValueError(
                 f"model.context is {self.context}, the data's texts have {info.shape[0]} tokens: "
@@ -174,10 +170,8 @@ def counted(batch: dict) -> Float[Array, "B L"]:
 
     batch "mask" is that of the targets tokens[:, 1:]. The first token counts like its neighbour.
     """
-    tokens = batch["tokens"]
-    if "mask" not in batch:
-        return jnp.ones(tokens.shape, jnp.float32)
-    return jnp.concatenate([batch["mask"][:, :1], batch["mask"]], 1).astype(jnp.float32)
+    mask = target_mask(batch).astype(jnp.float32)
+    return jnp.concatenate([mask[:, :1], mask], 1)
 
 
 def token_loss(cfg: TokenConfig, params: Params, state: State, batch: dict, key):

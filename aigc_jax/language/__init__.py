@@ -29,8 +29,10 @@ from ..core import (
     State,
     check_at_least,
     check_fields,
+    check_text,
     make_step,
     start,
+    target_mask,
 )
 from .ngrams import KneserNey, kneser_ney, log_probs, probabilities, sample_ngrams
 
@@ -77,13 +79,7 @@ class Config:
 
     def check(self, info) -> None:
         """Raises ValueError for data (a `data.Info`) that are no texts of this vocabulary."""
-        if info.kind != "text":
-            raise ValueError(f"a language model trains on text, not on {info.kind}")
-        if info.levels > self.vocab:
-            raise ValueError(
-                f"model.vocab is {self.vocab}, the tokenizer has {info.levels} tokens: set "
-                "model.vocab to at least that"
-            )
+        check_text(self, info)
 
 
 # --------------------------------------------------------------------------------- the networks
@@ -155,23 +151,16 @@ def nll(cfg: Config, params: Params, tokens: Tokens, key: Any = None) -> Float[A
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
-def _mask(batch: dict) -> Float[Array, "B T"]:
-    """Returns 1 for targets that count; all count where the batch has no mask."""
-    if "mask" in batch:
-        return batch["mask"]
-    return jnp.ones_like(batch["tokens"][:, 1:], jnp.float32)
-
-
 def loss(cfg: Config, params: Params, state: State, batch: dict, key):
     """Returns the mean nll in nats over the targets that count, and (extra, metrics)."""
-    each, mask = nll(cfg, params, batch["tokens"], key if cfg.dropout else None), _mask(batch)
+    each, mask = nll(cfg, params, batch["tokens"], key if cfg.dropout else None), target_mask(batch)
     count = mask.sum()
     return (each * mask).sum() / jnp.maximum(count, 1.0), (state.extra, {"weight": count})
 
 
 def evaluate(cfg: Config, state: State, batch: dict, key) -> dict[str, Array]:
     """Returns `nll_nats` [B], summed over each row, and `tokens` [B], the number of its targets."""
-    mask = _mask(batch)
+    mask = target_mask(batch)
     each = nll(cfg, EMA(cfg.ema).read(state), batch["tokens"])
     return {"nll_nats": (each * mask).sum(-1), "tokens": mask.sum(-1)}
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ..core import EMA, Family, State, make_step, start
+from ..core import EMA, Family, State, make_step, start, target_mask
 from .generation import Cache, beam_search, decode, generate, prefill
 from .gpt2 import load_gpt2, save_gpt2
 from .model import Config, Params, Transformer, apply, attention, backbone, init, nll
@@ -57,14 +57,6 @@ __all__ = [
     "sample_token",
     "save_gpt2",
 ]
-
-
-def target_mask(batch: dict) -> Array:
-    """Returns the mask [B, T] of targets that count, 1 or 0; all count where the batch has none."""
-    tokens = batch["tokens"]
-    if "mask" in batch:
-        return batch["mask"]
-    return jnp.ones((tokens.shape[0], tokens.shape[1] - 1), jnp.float32)
 
 
 def loss(cfg: Config, params: Params, state: State, batch: dict, key) -> tuple[Array, tuple]:

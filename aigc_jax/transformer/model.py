@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from ..core import EMA, Optim, Optimizer, check_at_least, check_fields
+from ..core import EMA, Optim, Optimizer, check_at_least, check_fields, check_text
 from ..nn import Decoder, causal
 
 Params = Any
@@ -80,13 +80,7 @@ class Config:
 
     def check(self, info) -> None:
         """Raises ValueError where a data set does not fit the model."""
-        if info.kind != "text":
-            raise ValueError(f"a transformer trains on text, not on {info.kind}")
-        if info.levels > self.vocab:
-            raise ValueError(
-                f"model.vocab is {self.vocab}, the tokenizer has {info.levels} tokens "
-                "(data.info.levels): set model.vocab to at least that",
-            )
+        check_text(self, info)
         if info.shape[0] - 1 > self.context:
             raise ValueError(
                 f"model.context is {self.context}, the data's length is {info.shape[0] - 1}: "
