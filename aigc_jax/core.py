@@ -137,7 +137,7 @@ def check_data(cfg, info) -> None:
 
 
 def check_text(cfg, info) -> None:
-    """Raises ValueError for data (a `data.Info`) that are no text, or have more than cfg.vocab tokens."""
+    """Raises ValueError for data (a `data.Info`) that are no text or exceed cfg.vocab tokens."""
     if info.kind != "text":
         raise ValueError(f"this model trains on text, not on {info.kind}")
     if info.levels > cfg.vocab:
