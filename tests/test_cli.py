@@ -643,7 +643,7 @@ def test_text_is_written_to_a_file_as_to_the_terminal(call, small_run, tmp_path)
     flags = ("sample", small_run("text"), "--text.prompt", "a line")
     code, said, _ = call("aigc_jax", *flags)
     assert (
-        code == 0 and said.startswith("a line") and len(said) == len("a line") + 2 + 1
+        code == 0 and said.startswith("a line") and len(said) == len("a line") + 3 + 1
     )  # as far as the context goes
     assert call("aigc_jax", *flags, "--out", "x.txt")[0] == 0
     assert (tmp_path / "x.txt").read_text() == said

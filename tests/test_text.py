@@ -543,7 +543,7 @@ def test_text_is_written_to_the_terminal(run_folder):
     code, greedy, _ = call(
         "sample", run_folder, "--text.prompt", "the", "--text.new", 300, "--text.temperature", 0
     )
-    assert code == 0 and len(greedy) == 16 + 1  # the context ends
+    assert code == 0 and len(greedy) == 17 + 1  # the context ends; the last token has no position
     code, stopped, _ = call(
         "sample", run_folder, "--text.prompt", "the", "--text.stop", " ", "--text.temperature", 0
     )
@@ -552,17 +552,17 @@ def test_text_is_written_to_the_terminal(run_folder):
 
 @pytest.mark.slow
 def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_folder, capsys):
-    from aigc_jax.commands import sample
+    from aigc_jax.commands.sample import DiffusionOptions, TextOptions, write_text
 
     result = train.load(run_folder)
     tokenizer = Tokenizer(result.info.tokenizer)
 
     def write(result=result, **how):
-        sample.write_text(result, sample.TextOptions(temperature=0.0, **how), 1, 0)
+        write_text(result, TextOptions(temperature=0.0, **how), DiffusionOptions(), 1, 0)
         return capsys.readouterr().out.removesuffix("\n")
 
     free = write(prompt="the")
-    assert len(free) == 16 and len(write(prompt=free)) == 17  # a full context has room for one more
+    assert len(free) == len(write(prompt=free[:16])) == 17  # a full context has room for one more
     end = tokenizer.encode(free[8])[0].item()
     ends = result._replace(config=dataclasses.replace(result.config, eos=(end,)))
     assert write(ends, prompt="the") == free[: 3 + free[3:].index(free[8])]
@@ -573,7 +573,7 @@ def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_fold
         result.state.params,
         prompt,
         jax.random.key(0),
-        max_length=16,
+        max_length=17,
         sampling=transformer.Sampling(0.0),
         no_repeat_ngram_size=2,
     )
@@ -583,7 +583,7 @@ def test_the_command_line_ends_where_the_model_does_and_repeats_nothing(run_fold
 
 
 def test_a_vocabulary_without_line_breaks_has_a_default_prompt():
-    from aigc_jax.commands.sample import TextOptions, encode_prompt
+    from aigc_jax.commands.text import TextOptions, encode_prompt
 
     assert encode_prompt(Tokenizer.characters("ab"), TextOptions.prompt).tolist() == [0]
     assert encode_prompt(Tokenizer.characters("a\n"), TextOptions.prompt).tolist() == [0]

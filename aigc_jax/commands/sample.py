@@ -17,31 +17,14 @@ from typing import Literal
 import jax
 import numpy as np
 
-from .. import ddpm, figures, train, transformer
+from .. import ddpm, figures, train
 from ..data import captions, music
-from ..data.text import Tokenizer
 from ..train import folder as folders
 from ..train.inference import check_samples
 from .shared import Folder, Place, Trust, check_seed, load_run
+from .text import TextOptions, write_text
 
 MOST_BYTES = 2**30  # of samples in float32, which are held in memory until all are drawn
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """How a language model writes, or what a text-to-image model draws."""
-
-    prompt: str = "\n"
-    negative: str = ""  # text to image: what the pictures shall not show
-    skip_unknown: bool = False  # text to image: leave out words that the model does not know
-    new: int = 256  # tokens to write; fewer if the context ends before
-    temperature: float = 1.0  # 0: always the most likely token
-    top_k: int = 0  # draw from the k most likely tokens; 0: all
-    top_p: float = 1.0  # draw from the smallest set of tokens with this probability
-    min_p: float = 0.0  # least probability of a token, as a share of the largest
-    repetition: float = 1.0  # penalty of tokens that occurred before; 1: none
-    no_repeat_ngram_size: int = 0  # no sequence of so many tokens occurs twice; 0: allowed
-    stop: str = ""  # one token that ends the text; by default the model's own end, not shown
 
 
 @dataclass(frozen=True)
@@ -54,9 +37,13 @@ class DiffusionOptions:
     w: float | None = None  # guidance weight of the paper; 0, the default: no guidance
     # which steps are visited; by default uniform, for dpm_solver and heun log_snr
     spacing: Literal["uniform", "paper", "quadratic", "log_snr", "karras"] | None = None
+    # text: which masked tokens a step reveals; default: random
+    order: Literal["random", "confidence", "ancestral"] | None = None
+    block: int | None = None  # text: length of blocks that are filled from left to right; 0: none
 
     def options(self, cfg: ddpm.Config) -> dict:
         """What the family's `sample` takes; raises Refused for what this model cannot do."""
+        self.only("a diffusion model of pictures", "sampler", "steps", "eta", "w", "spacing")
         steps, eta = self.steps or 0, self.eta or 0.0
         if not 0 <= steps <= cfg.T:
             raise train.Refused(
@@ -78,6 +65,26 @@ class DiffusionOptions:
                 "this one was not"
             )
         return self.given()
+
+    def text_steps(self, cfg: ddpm.TokenConfig, free: int, guided: bool) -> int:
+        """Number of steps for `free` tokens; raises Refused for what this model cannot do.
+
+        guided: whether there are given tokens.
+        """
+        self.only("text diffusion", "steps", "w", "order", "block")
+        steps = free if self.steps is None else self.steps
+        if steps < 1:
+            raise train.Refused(f"--diffusion.steps must be at least 1, got {steps}")
+        if self.w and not cfg.unlabelled:
+            raise train.Refused("--diffusion.w needs a model with model.unlabelled > 0, not 0")
+        if self.w and not guided:
+            raise train.Refused("--diffusion.w guides by a title or other given text: give one")
+        return steps
+
+    def only(self, who: str, *names: str) -> None:
+        """Raises Refused if an option is given that is not among `names`."""
+        if other := [name for name in self.given() if name not in names]:
+            raise train.Refused(f"{who} takes no --diffusion.{other[0]}, only {', '.join(names)}")
 
     def given(self) -> dict:
         """The options that were given."""
@@ -122,7 +129,7 @@ def sample(
     if kind == "text" and label is not None:
         raise train.Refused(f"{run_folder} writes text: it takes no --label")
     if kind == "text" and (out is None or suffix == ".txt"):
-        return _text_to(result, out, text, 1 if n is None else n, seed)
+        return _text_to(result, out, text, diffusion, 1 if n is None else n, seed)
     n = n or (1 if kind == "roll" else 64)
     options = _options(run_folder, result, label, text, diffusion)
     shape = _shape(result, options)
@@ -158,6 +165,7 @@ def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
     if _draws_texts(result):
         if label is not None:
             raise train.Refused(f"{run_folder} draws texts: it takes no --label")
+        diffusion.only(f"{run_folder}", "sampler", "steps", "eta", "w", "spacing")
         return {**_text_to_image(result, text), **diffusion.given()}
     is_diffusion = isinstance(config, ddpm.Config)
     if diffusion != DiffusionOptions() and not is_diffusion:
@@ -185,11 +193,8 @@ def _draws_texts(result: train.Result) -> bool:
 
 def _text_to_image(result: train.Result, text: TextOptions) -> dict:
     """Returns prompt and negative prompt as tokens; says so where there is none."""
-    own = {"prompt": text.prompt, "negative": text.negative, "skip_unknown": text.skip_unknown}
-    if text != TextOptions(**own):
-        raise train.Refused(
-            "of --text.* a text-to-image model takes prompt, negative and skip-unknown only"
-        )
+    own = {"prompt": text.prompt, "negative": text.negative}
+    text.only("a text-to-image model", *own, "skip_unknown")
     found = {}
     for name in ("prompt", "negative"):
         words = own[name].strip()
@@ -314,107 +319,15 @@ def _write_each(folder: Path, form: str, samples: np.ndarray) -> None:
         figures.save_image(file, sample) if form == ".png" else np.save(file, sample)
 
 
-def _text_to(result: train.Result, out: Path | None, text: TextOptions, n: int, seed: int) -> None:
-    """Writes n continuations of a prompt to the terminal or to a file."""
+def _text_to(result: train.Result, out: Path | None, text, diffusion, n: int, seed: int) -> None:
+    """Writes n texts to the terminal or to a file."""
     if out is None:
-        return write_text(result, text, n, seed)
+        return write_text(result, text, diffusion, n, seed)
     [place] = _places(result.folder, (".txt",), "text", out)
     with (
         _replacing(place) as new,
         open(new, "x", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
     ):
-        write_text(result, text, n, seed)
+        write_text(result, text, diffusion, n, seed)
     print(f"wrote {n} texts of step {int(result.state.step)} to {place}")
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The prompt's tokens. The default prompt is the first token if there is no line break."""
-    try:
-        return tokenizer.encode(text)
-    except ValueError:
-        if text != TextOptions.prompt:
-            raise
-        return np.zeros(1, np.int32)
-
-
-def write_text(result: train.Result, options: TextOptions, n: int, seed: int) -> None:
-    """Prints n continuations of a prompt, one after another, each token once it is drawn."""
-    if not result.info.tokenizer:
-        raise train.Refused(
-            f"{result.folder} was trained on tokens without a tokenizer: use transformer.generate"
-        )
-    cfg, tokenizer = result.config, Tokenizer(result.info.tokenizer)
-    prompt, stop = encode_prompt(tokenizer, options.prompt), tokenizer.encode(options.stop)
-    _check_text(cfg, options, n, prompt, stop)
-    keys = jax.random.split(jax.random.split(jax.random.key(seed), 4)[3], n)
-    new = min(options.new, max(1, cfg.context - len(prompt)))  # the last token needs no position
-    tokens_of = _token_stream(result, options, tokenizer, prompt, new)
-    ends = () if options.stop else cfg.eos or ()  # the model's own end is not shown
-    for i in range(n):
-        if n > 1:
-            print(f"--- {i + 1} of {n}", flush=True)
-        tokens = prompt.tolist()
-        print(shown := tokenizer.decode(tokens), end="", flush=True)
-        for token in tokens_of(keys[i]):
-            if token in ends:
-                break
-            tokens.append(token)
-            text = tokenizer.decode(tokens)
-            if not text.endswith("\ufffd"):  # else bytes of the last character are still missing
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-            if token in stop:
-                break
-        print()
-
-
-def _check_text(cfg, options: TextOptions, n: int, prompt, stop) -> None:
-    """Raises Refused for options that this language model cannot take."""
-    if n < 1 or options.new < 1:
-        raise train.Refused(f"n and text.new must be at least 1, got {n} and {options.new}")
-    if len(stop) > 1:
-        raise train.Refused(f"text.stop must be one token, {options.stop!r} is {len(stop)}")
-    if not 1 <= len(prompt) <= cfg.context:
-        raise train.Refused(f"the prompt has {len(prompt)} tokens; it must have 1 to {cfg.context}")
-    if options.negative or options.skip_unknown:
-        raise train.Refused("text.negative and text.skip-unknown are for text-to-image models")
-    if (size := options.no_repeat_ngram_size) < 0:
-        raise train.Refused(f"text.no_repeat_ngram_size must be at least 0, got {size}")
-
-
-def _token_stream(result: train.Result, options: TextOptions, tokenizer, prompt, new: int):
-    """Returns f(key), which yields `new` tokens after the prompt, each when it is drawn."""
-    cfg, state = result.config, result.state
-    params = state.params if state.ema is None else state.ema
-    sampling = transformer.Sampling(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition
-    )
-    total = len(prompt) + new
-    ngram = options.no_repeat_ngram_size if options.no_repeat_ngram_size < total else 0
-    begin = max(0, ngram - 1) + len(prompt)  # where the new tokens begin in `written`
-    prefill = jax.jit(partial(transformer.prefill, cfg, slots=total))
-    decode = jax.jit(partial(transformer.decode, cfg), donate_argnums=2)
-
-    @jax.jit
-    def draw(logits, used, written, at, key, sampling):
-        logits = transformer.penalise(logits, used, sampling.repetition)
-        logits = transformer.ban_repeats(logits, written, at, ngram)
-        # A vocabulary that was rounded up has numbers that are no tokens.
-        logits = logits.at[:, tokenizer.size :].set(-jax.numpy.inf)
-        return transformer.draw(logits, key, sampling)
-
-    def tokens(key):
-        logits, cache = prefill(params, prompt[None])
-        used = np.isin(np.arange(cfg.vocab), prompt)[None]
-        written = np.full((1, begin + new), -1, np.int32)
-        written[0, begin - len(prompt) : begin] = prompt
-        for j in range(new):
-            step_key = jax.random.fold_in(key, j)
-            [token] = map(int, draw(logits, used, written, begin + j, step_key, sampling))
-            yield token
-            used[0, token], written[0, begin + j] = True, token
-            if j + 1 < new:
-                logits, cache = decode(params, jax.numpy.array([token], jax.numpy.int32), cache)
-
-    return tokens

@@ -39,6 +39,7 @@ class Info:
     tokenizer: str = ""
     bytes_per_token: float | None = None  # UTF-8 bytes, where the set is text
     class_names: tuple[str, ...] = ()  # name of each label, where they have names
+    title_length: int | None = None  # so many first tokens of a text are its title, padded with 0
     # Images with captions have `tokens` [B, caption_length], padded with 0; see `captions.py`.
     caption_length: int | None = None
     caption_vocab: int | None = None  # tokens of captions are whole numbers in 0..caption_vocab-1

@@ -73,6 +73,7 @@ def tang_poems(split: str, *, form: str = "all") -> Data:
     info = replace(
         data.info,
         tokenizer=tokenizer.content,
+        title_length=TITLE,
         bytes_per_token=len(texts.encode()) / len(texts),
         fingerprint=_hash(f"{data.info.fingerprint} {tokenizer.content}"),
     )

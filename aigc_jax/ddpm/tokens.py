@@ -41,6 +41,7 @@ Process = str  # "absorbing" | "uniform"
 MaskSchedule = str  # "linear" | "cosine"
 Order = str  # "random" | "confidence" | "ancestral"
 Nats = Float[Array, "B L"]
+Step = Callable[[Any, Any], Any]  # (x [B, L], i) -> x
 
 
 # ------------------------------------------------------------------------------- the process
@@ -347,6 +348,37 @@ def sample_tokens(
     block: length of blocks that are filled from left to right (Arriola et al. 2025), with equally
         many steps each; 0: the whole text at once.
     """
+    x, step = sampling_steps(
+        process,
+        logits_fn,
+        key,
+        shape=shape,
+        vocab=vocab,
+        steps=steps,
+        temperature=temperature,
+        known=known,
+        schedule=schedule,
+        order=order,
+        block=block,
+    )
+    return jax.lax.scan(lambda x, i: (step(x, i), None), x, jnp.arange(steps))[0]
+
+
+def sampling_steps(
+    process: Process,
+    logits_fn: LogitsFn,
+    key: Key[Array, ""],
+    *,
+    shape: tuple[int, int],
+    vocab: int,
+    steps: int,
+    temperature: Any = 1.0,
+    known: Any = None,
+    schedule: MaskSchedule = "linear",
+    order: Order = "random",
+    block: int = 0,
+) -> tuple[Int[Array, "B L"], Step]:
+    """Returns x_1 and step(x, i), i = 0 .. steps - 1, the steps of `sample_tokens` one by one."""
     _check_process(process, schedule)
     if not isinstance(temperature, jax.core.Tracer) and np.min(temperature) < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -356,12 +388,12 @@ def sample_tokens(
             raise ValueError("order and block belong to the process absorbing, not to uniform")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        return _sample_uniform(logits_fn, key, known, vocab, steps, temperature, schedule)
+        return _uniform_steps(logits_fn, key, known, vocab, steps, temperature, schedule)
     _check_reveal(order, block, steps, shape[1])
     x = jnp.where(known < 0, vocab, known)
     if order == "ancestral":
-        return _sample_ancestral(logits_fn, key, x, vocab, steps, temperature, schedule)
-    return _reveal(logits_fn, key, x, vocab, steps, temperature, schedule, order, block)
+        return x, _ancestral_step(logits_fn, key, vocab, steps, temperature, schedule)
+    return x, _reveal_step(logits_fn, key, x, vocab, steps, temperature, schedule, order, block)
 
 
 def _known(known, shape: tuple[int, int], vocab: int) -> Int[Array, "B L"]:
@@ -395,8 +427,8 @@ def _check_reveal(order: str, block: int, steps: int, L: int) -> None:
         )
 
 
-def _reveal(logits_fn, key, x, vocab: int, steps: int, temperature, schedule, order, block):
-    """Samples by revealing a fixed number of tokens per step, in `order`."""
+def _reveal_step(logits_fn, key, x, vocab: int, steps: int, temperature, schedule, order, block):
+    """Returns the step that reveals a fixed number of tokens, in `order`. x: the first text."""
     k_order, k_draw = jax.random.split(key)
     L, free = x.shape[1], (x == vocab).sum(-1)
     block = block or L
@@ -418,13 +450,13 @@ def _reveal(logits_fn, key, x, vocab: int, steps: int, temperature, schedule, or
         drawn = draw_tokens(logits, jax.random.fold_in(k_draw, i), temperature)
         score = -cross_entropy(at_least_float32(logits), drawn) if order == "confidence" else random
         count = masked.sum(-1) - left(i + 1, free)
-        return jnp.where(_revealed(masked, score, count, block), drawn, x), None
+        return jnp.where(_revealed(masked, score, count, block), drawn, x)
 
-    return jax.lax.scan(step, x, jnp.arange(steps))[0]
+    return step
 
 
-def _sample_ancestral(logits_fn, key, x, vocab: int, steps: int, temperature, schedule):
-    """Samples by D3PM's reverse steps of the absorbing process."""
+def _ancestral_step(logits_fn, key, vocab: int, steps: int, temperature, schedule):
+    """Returns D3PM's reverse step of the absorbing process."""
 
     def step(x, i):
         k_reveal, k_draw = jax.random.split(jax.random.fold_in(key, i))
@@ -432,13 +464,13 @@ def _sample_ancestral(logits_fn, key, x, vocab: int, steps: int, temperature, sc
         drawn = draw_tokens(logits_fn(x, t), k_draw, temperature)
         share = 1 - _per_token(lost(schedule, s) / lost(schedule, t))  # of masked tokens
         reveal = (x == vocab) & (jax.random.uniform(k_reveal, x.shape) < share)
-        return jnp.where(reveal, drawn, x), None
+        return jnp.where(reveal, drawn, x)
 
-    return jax.lax.scan(step, x, jnp.arange(steps))[0]
+    return step
 
 
-def _sample_uniform(logits_fn, key, known, vocab: int, steps: int, temperature, schedule):
-    """Samples by reverse steps of the uniform process; known tokens are put back each time."""
+def _uniform_steps(logits_fn, key, known, vocab: int, steps: int, temperature, schedule):
+    """Returns noise and the reverse step of the uniform process; known tokens are put back."""
     k_start, k_way = jax.random.split(key)
     noise = jax.random.randint(k_start, known.shape, 0, vocab, jnp.int32)
 
@@ -447,6 +479,6 @@ def _sample_uniform(logits_fn, key, known, vocab: int, steps: int, temperature, 
         logits = at_least_float32(logits_fn(x, t)) / jnp.maximum(temperature, 1e-30)
         log_p = step_log_probs(logits, x, s, t, schedule=schedule)
         x = draw_tokens(log_p, jax.random.fold_in(k_way, i))
-        return jnp.where(known < 0, x, known), None
+        return jnp.where(known < 0, x, known)
 
-    return jax.lax.scan(step, jnp.where(known < 0, noise, known), jnp.arange(steps))[0]
+    return jnp.where(known < 0, noise, known), step
