@@ -30,8 +30,8 @@ NETS = ("dense", "iwae", "conv")
 BATCH = {"dense": 128, "iwae": 100, "conv": 128}
 STEPS = {"dense": -(-EXAMPLES // 128), "iwae": UPDATES, "conv": UPDATES}
 K = 50
-# Multiply-adds an image, forward, as (first layer, rest): the gradient of the images is needed by nobody, so the first
-# layer costs twice its forward pass and the rest three times.
+# Multiply-adds per image, forward, as (first layer, rest). Nobody needs the gradient of the images. So the first layer
+# costs twice its forward pass, and the rest three times.
 _DECODER = 50 * 200 + 200 * 200 + 200 * 784
 _SEEN, _DREAMT = 14 * 14 * 9 * 32, 14 * 14 * 9 * 32 * 4  # the convolutions next to the pixels
 _INNER = 7 * 7 * 9 * 32 * 64 + 7 * 7 * 9 * 64 * 4 * 32 + 2 * 7 * 7 * 64 * 128 + 128 * 40 + 20 * 128

@@ -2,8 +2,8 @@
 
     python -m experiments.contrastive_exact     scale cpu was not run to its end yet; downloads nothing
 
-x and y have 20 dimensions; each pair of coordinates has the correlation that gives the mutual
-information I, as in Poole et al. 2019. ln K minus the InfoNCE loss is a lower bound of I for a
+x and y have 20 dimensions. Each pair of coordinates has the correlation that gives the mutual
+information I (Poole et al. 2019). ln K minus the InfoNCE loss is a lower bound of I for a
 batch of K. The best critic is log p(y|x) / p(y), which is known here. Expect its bound to lie below
 both I and ln K: 2.31 / 3.06 / 3.53 nats at I = 4 for K = 16 / 64 / 256, and 2.74 / 4.02 / 5.19 at
 I = 8. A critic g(x).h(y) of two MLPs, trained by InfoNCE alone, comes close to it. Neither paper

@@ -4,8 +4,8 @@
 
 Downloads Tiny Shakespeare (--data.folder takes its file). The second text is the source of Python's
 own library. n-grams are smoothed by interpolated Kneser-Ney (Chen & Goodman 1999). The neural
-probabilistic language model (Bengio et al. 2003) sees a window, LSTM (Hochreiter & Schmidhuber
-1997) and GRU (Cho et al. 2014) carry a state, the transformer (Vaswani et al. 2017) looks at all of
+probabilistic language model (Bengio et al. 2003) sees a window. LSTM (Hochreiter & Schmidhuber
+1997) and GRU (Cho et al. 2014) carry a state. The transformer (Vaswani et al. 2017) looks at all of
 its context. The trained ones see equally many characters. Every held-out character is scored once,
 with at least half a window before it. Expect each generation to do better than the one before. The
 papers have other texts: the criteria are ours.

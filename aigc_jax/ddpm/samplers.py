@@ -291,10 +291,10 @@ def sample_dpm_solver(
 ) -> Sample:
     """Samples x_0 by DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, deterministic.
 
-    One evaluation per step. Three steps are of first order: the first one; the last one, which ends
-    at x_0_hat itself; and the step into level 0, which is often several times as long as the step
-    before it. So is the second one on a path that begins without signal: lambda is infinite there.
-    The default spacing is the paper's.
+    One evaluation per step. Three steps are of first order. The first one has none before it. The
+    last one ends at x_0_hat itself. The step into level 0 is often several times as long as the
+    step before it. On a path that begins without signal the second step is of first order too:
+    lambda is infinite there. The default spacing is the paper's.
     """
     respaced = respace(schedule, steps, spacing)
     signal, noise = respaced.signal, respaced.noise

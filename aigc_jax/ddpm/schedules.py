@@ -368,8 +368,8 @@ def _evenly_placed(position, steps: int):
     """Returns `steps` >= 2 of T levels, nearest to evenly spaced positions, both ends included.
 
     position [T]: where each level lies, increasing. A gap wider than a step counts as one step, so
-    that no step is lost inside it: the last two levels of a cosine schedule of T = 1000 have sigma
-    641 and 20,000.
+    that no step is lost inside it. The last two levels of a cosine schedule of T = 1000 are such a
+    gap: their sigmas are 641 and 20,000.
     """
     xp = array_namespace(position)
     T, gap = len(position), xp.diff(position)

@@ -76,9 +76,9 @@ class ContextAttention(nn.Module):
 class UNet(nn.Module):
     """x_t [B, H, W, C], time [B] in 0 .. 1000, label [B] -> [B, H, W, out], float32, 0 at first.
 
-    With a context [B, L, E], such as the features of a text's tokens, its mean is added to the time
-    (Nichol et al. 2021, "GLIDE"), and each attention of pixels to pixels is followed by one of
-    pixels to tokens.
+    It may have a context [B, L, E], such as the features of a text's tokens. The context's mean is
+    added to the time (Nichol et al. 2021, "GLIDE"). Each attention of pixels to pixels is followed
+    by one of pixels to tokens.
 
     Where it halves the resolution it pads both sides; the authors pad below and to the right.
     """

@@ -176,9 +176,10 @@ def replay(
 ) -> tuple[dict[str, float], dict]:
     """Repeats update number `step` of a run, bit for bit, from the newest checkpoint before it.
 
-    Returns the metrics of the update and facts about it. The facts are the norm of the parameters
-    before and after it, per top-level module; what metrics.jsonl holds of it (`logged`, or None);
-    the rows of its batch where the set is finite.
+    Returns the metrics of the update and facts about it:
+    - the norm of the parameters before and after it, per top-level module
+    - what metrics.jsonl holds of it (`logged`, or None)
+    - the rows of its batch, where the set is finite
 
     data: the training set of the run; another one is refused. Of another environment a line warns.
     trust: as for `load`.

@@ -232,10 +232,9 @@ def generate(
     tokens are `sampling.stop`, else `cfg.eos`. Where logits are NaN, as of damaged weights,
     the token is -1.
 
-    Raises ValueError where prompt and continuation exceed the context by more than one
-    token (the last token takes no position), and where a prompt is empty or not of whole
-    numbers. It also does for tokens outside the vocabulary and lengths above T, unless they
-    are traced.
+    Raises ValueError where prompt and continuation exceed the context by more than one token: the
+    last token takes no position. Also for a prompt that is empty or not of whole numbers. Also for
+    tokens outside the vocabulary and lengths above T, unless they are traced.
     """
     request = _check_request(cfg, prompt, lengths, max_new_tokens, max_length, no_repeat_ngram_size)
     n = _check_count("n", n, 1)
