@@ -9,7 +9,7 @@ gpt2     GPT-2 of 124 million random parameters, 16 tokens of prompt, 33 new one
 
     make bench        (installs PyTorch and transformers; about 12 minutes for this file on 2 cores)
 
-As benchmarks/vae.py: a process a side with two threads, tasks in turn, medians. Tokens a second are of the 32 tokens
+As benchmarks/vae.py: one process per side with two threads, tasks in turn, medians. Tokens per second are of the 32 tokens
 after the first, whose time (prompt included) is its own row; compile times are of a first call.
 """
 

@@ -7,7 +7,7 @@ conv    60 updates of a convolutional VAE, 28x28 -> 32 at 14x14 -> 64 at 7x7 -> 
     make bench        (installs PyTorch; about 6 minutes on 2 cores)
 
 Each side runs in a process of its own with two threads, tasks in turn; a row gives medians and their ratio. Ours is
-what `train.fit` runs: the compiled loop over resident data, one update a call for convolutions. PyTorch's is a plain
+what `train.fit` runs: the compiled loop over resident data, one update per call for convolutions. PyTorch's is a plain
 script, eager and compiled, with the faster of its Adam implementations, convolutions in both memory orders. GFLOP/s
 counts matrix products and convolutions only; the share is of the same library's own product of 1024 x 1024 float32
 matrices, timed in the same run.
