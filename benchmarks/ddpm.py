@@ -6,11 +6,11 @@ sample   20 steps of ancestral sampling, the schedule respaced, x_0_hat clipped
 
     make bench        (installs PyTorch and diffusers; this file alone: python benchmarks/ddpm.py)
 
-As benchmarks/vae.py: one process per side with two threads, tasks in turn, medians. An `update` of the tables is a pass of
-the net in `forward` and a step in `sample`. Both nets are one function with the same parameters, 2.6 million. They have 32,
-64 and 128 channels at 28x28, 14x14 and 7x7, and one block per resolution (two on the way up). One head of attention is
-at 14x14 and in the middle. Ours is what `train.fit` runs, one update per call, and `sample_ddpm`, compiled as train
-compiles it. The peer is diffusers' UNet2DModel in a plain loop, and the loop of its DDPMPipeline.
+As benchmarks/vae.py: one process per side with two threads, tasks in turn, medians. An `update` of the tables is a
+pass of the net in `forward` and a step in `sample`. Both nets are one function with the same parameters, 2.6 million.
+They have 32, 64 and 128 channels at 28x28, 14x14 and 7x7, and one block per resolution (two on the way up). One head
+of attention is at 14x14 and in the middle. Ours is what `train.fit` runs, one update per call, and `sample_ddpm`,
+compiled as train compiles it. The peer is diffusers' UNet2DModel in a plain loop, and the loop of its DDPMPipeline.
 """
 
 from __future__ import annotations

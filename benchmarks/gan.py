@@ -4,8 +4,8 @@ mlp    100 updates of both nets, the 2014 paper's: 100-1200-1200-784, 784-240x5-
 
     make bench        (installs PyTorch; about 3 minutes for this file on 2 cores)
 
-As benchmarks/vae.py: one process per side with two threads, tasks in turn, medians. Both sides draw new noise for each of
-the two updates and run D on real and on fake images.
+As benchmarks/vae.py: one process per side with two threads, tasks in turn, medians. Both sides draw new noise for
+each of the two updates and run D on real and on fake images.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ gpt2     GPT-2 of 124 million random parameters, 16 tokens of prompt, 33 new one
 
     make bench        (installs PyTorch and transformers; about 12 minutes for this file on 2 cores)
 
-As benchmarks/vae.py: one process per side with two threads, tasks in turn, medians. Tokens per second are of the 32 tokens
-after the first, whose time (prompt included) is its own row; compile times are of a first call.
+As benchmarks/vae.py: one process per side with two threads, tasks in turn, medians. Tokens per second are of the 32
+tokens after the first, whose time (prompt included) is its own row; compile times are of a first call.
 """
 
 from __future__ import annotations
