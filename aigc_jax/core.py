@@ -150,7 +150,7 @@ def check_text(cfg, info) -> None:
 def target_mask(batch: dict) -> jax.Array:
     """Returns the mask [B, T] of the targets tokens[:, 1:]: 1 where one counts, by default all."""
     if "mask" in batch:
-        return batch["mask"]
+        return jnp.asarray(batch["mask"])
     return jnp.ones_like(batch["tokens"][:, 1:], jnp.float32)
 
 

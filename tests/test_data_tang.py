@@ -1,5 +1,7 @@
 """Tang poems: what the package holds, how a poem becomes tokens, and what is refused."""
 
+import collections
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,31 @@ def test_every_poem_is_in_one_split():
     share = len(tang.poems("test")) / len(found)
     assert 0.09 < share < 0.11
     assert {form: len(everything(form)) for form in SIZES} == SIZES
+
+
+def test_variants_share_half_of_their_phrases():
+    """The second poem shares a line with the first, the third with the second: one group."""
+    a, b, c, d, e = "一二三四五，", "六七八九十，", "甲乙丙丁戊，", "子丑寅卯辰，", "天地玄黄宇，"
+    bodies = [a + b, d + e, b + c, c + e, "一二三四。" + d + a.replace("五", "戊") + c]
+    assert tang.first_variants(bodies) == [0, 0, 0, 0, 0]
+    assert tang.first_variants(bodies[:3]) == [0, 1, 0]
+    assert tang.first_variants([a + b + c, d + e + a]) == [0, 1]  # two phrases of six
+    assert tang.first_variants([a + b + c, a]) == [0, 0]  # all of the shorter one
+    assert tang.first_variants(["", "一二。", a]) == [0, 1, 2]
+
+
+def test_no_variant_of_a_training_poem_is_held_out():
+    having = collections.defaultdict(set)
+    training = [set(tang.phrases(poem.body)) for poem in tang.poems("train")]
+    for i, phrases in enumerate(training):
+        for phrase in phrases:
+            having[phrase].add(i)
+    for split in ("validation", "test"):
+        for poem in tang.poems(split):
+            own = set(tang.phrases(poem.body))
+            found = collections.Counter(i for phrase in own for i in having.get(phrase, ()))
+            for i, shared in found.items():
+                assert 2 * shared < min(len(own), len(training[i])), poem
 
 
 @pytest.mark.parametrize("form", [*SIZES, "all"])

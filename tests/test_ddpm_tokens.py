@@ -285,6 +285,25 @@ def test_rate_is_the_limit_of_steps(process):
             np.testing.assert_allclose(step / d, rate, rtol=1e-4)
 
 
+@pytest.mark.parametrize("t", [6e-8, 1e-5, 1e-3, 0.5, 0.999])
+@pytest.mark.parametrize("vocab", [3, 65, 6882])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_uniform_rate_in_float32_is_that_in_float64(schedule, vocab, t):
+    """Early, a changed token is V alpha / (1 - alpha) times less probable: a ratio beyond 2^24."""
+    logits = 2 * np.random.default_rng(0).normal(size=(1, 3, vocab))
+    tokens, x_t = np.array([[0, 1, 2]]), np.array([[0, 1, 0]])
+
+    def rate(logits):
+        time = jnp.asarray([np.float32(t)], logits.dtype)
+        return td.kl_rate("uniform", logits, tokens, x_t, time, schedule=schedule)
+
+    found = rate(jnp.asarray(logits, jnp.float32))
+    gradient = jax.grad(lambda logits: rate(logits).sum())(jnp.asarray(logits, jnp.float32))
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(found, rate(jnp.asarray(logits, jnp.float64)), rtol=1e-4)
+    assert jnp.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("steps", [None, 1, 3])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("process", ["absorbing", "uniform"])

@@ -34,7 +34,7 @@ def by_definition(text, order, context, word):
         if not sum(following):
             return lower
         once, twice = (sum(v == r for v in c.values()) for r in (1, 2))
-        D = once / (once + 2 * twice) if once else 0.0
+        D = once / (once + 2 * twice) if once and twice else 0.5
         kinds = sum(v > 0 for v in following)
         return (max(c[(*context, word)] - D, 0) + D * kinds * lower) / sum(following)
 
@@ -51,6 +51,16 @@ def test_kneser_ney_is_its_formula(order):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
     np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-12)
     assert (found > 0).all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("text", [[0, 0, 1, 1, 0], [0, 1, 0, 2]])
+def test_a_token_that_was_never_seen_is_possible(text, order):
+    """No 1-gram occurs once in the first text, and none of two tokens twice in the second."""
+    p = ngrams.probabilities(
+        ngrams.kneser_ney(np.array(text), order=order, vocab=4), np.zeros((1, order - 1), int)
+    )
+    assert (p > 0).all() and (p[0, 3] < p[0, :2]).all()
 
 
 @pytest.mark.parametrize("order", [1, 3])
@@ -140,6 +150,32 @@ def test_lstm_is_its_equations():
             logits[0, t], h @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-5
         )
     np.testing.assert_allclose(c_T[0], c, atol=1e-5)
+    np.testing.assert_allclose(h_T[0], h, atol=1e-5)
+
+
+def test_forget_gates_begin_open():
+    _, params = model("lstm", layers=2)
+    for layer in ("layer0", "layer1"):
+        for gate in "ifgo":
+            np.testing.assert_array_equal(params[layer][f"h{gate}"]["bias"], float(gate == "f"))
+
+
+def test_gru_is_its_equations():
+    cfg, params = model("gru")
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    tokens = np.array([[2, 0, 1, 3]])
+    logits, [h_T] = language.apply(cfg, params, tokens)
+    p = jax.tree.map(np.asarray, params)
+    cell, h = p["layer0"], np.zeros(5)
+    for t, x in enumerate(p["wte"]["embedding"][tokens[0]]):
+        new = {g: x @ cell[f"i{g}"]["kernel"] + cell[f"i{g}"]["bias"] for g in "rzn"}
+        old = {g: h @ cell[f"h{g}"]["kernel"] for g in "rzn"}
+        r, z = (sigmoid(new[g] + old[g]) for g in "rz")
+        n = np.tanh(new["n"] + r * (old["n"] + cell["hn"]["bias"]))
+        h = (1 - z) * n + z * h
+        np.testing.assert_allclose(
+            logits[0, t], h @ p["head"]["kernel"] + p["head"]["bias"], atol=1e-5
+        )
     np.testing.assert_allclose(h_T[0], h, atol=1e-5)
 
 

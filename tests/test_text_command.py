@@ -38,6 +38,7 @@ def runs(tmp_path_factory):
         "story": (ddpm.make_tokens, tokens, story),
         "rounded": (ddpm.make_tokens, replace(tokens, vocab=500), story),
         "uniform": (ddpm.make_tokens, replace(tokens, process="uniform"), story),
+        "noisy": (ddpm.make_tokens, replace(tokens, process="uniform", vocab=500), story),
         "lstm": (language.make, language.Config(vocab=W, embedding=4, width=8), story),
         "nplm": (language.make, language.Config("nplm", W, embedding=4, width=8), story),
     }
@@ -161,16 +162,31 @@ def test_a_recurrent_net_carries_its_state_from_token_to_token(runs, sample):
     np.testing.assert_array_equal(logits[0].argmax(-1)[2:], tokens[3:])
 
 
+@pytest.mark.slow
+def test_texts_become_numbers_and_blocks_have_steps_by_themselves(runs, sample, tmp_path):
+    out, folder = tmp_path / "x.npy", runs("story")
+    flags = ("--n", 3, "--diffusion.order", "confidence", "--diffusion.steps", 6)
+    assert sample(folder, *flags, "--out", out)[0] == 0
+    result, key = train.load(folder), jax.random.split(jax.random.key(0), 4)[3]
+    wanted = train.sample(result, key, n=3, order="confidence", steps=6)
+    np.testing.assert_array_equal(np.load(out), wanted)
+    code, said, err = sample(
+        runs("masked"), "--text.title", TITLE, "--diffusion.block", 8, "--text.infill", "床_"
+    )
+    assert code == 0 and said.startswith(f"{TITLE}\n床"), err
+
+
 def test_blanks_are_tokens_of_their_own():
     tokenizer = Tokenizer.characters("ab")
     tokens = np.concatenate(list(_pieces(tokenizer, "a??b?", "?")))
     assert tokens.tolist() == [0, -1, -1, 1, -1]
-    masked = np.where(tokens < 0, 2, tokens)
-    assert _decode(tokenizer, masked, 2, "?") == "a??b?"
+    for beyond in (2, 3):  # the mask, or noise that is no token of the text
+        assert _decode(tokenizer, np.where(tokens < 0, beyond, tokens), "?") == "a??b?"
 
 
-def test_text_grows_on_a_terminal(runs, sample, monkeypatch):
-    """Each step is shown: the blanks become fewer, one by one."""
+@pytest.mark.parametrize("kind", ["story", "noisy"])
+def test_text_grows_on_a_terminal(runs, sample, monkeypatch, kind):
+    """Each step is shown: the blanks become fewer, one by one. Noise beyond the tokens is blank."""
     from aigc_jax.commands import text
 
     shown = []
@@ -190,8 +206,9 @@ def test_text_grows_on_a_terminal(runs, sample, monkeypatch):
 
     monkeypatch.setattr(text, "Live", Screen)
     monkeypatch.setattr(text, "Console", lambda file: type("Terminal", (), {"is_terminal": True}))
-    assert sample(runs("story"), "--text.infill", "the ___ sat")[0] == 0
-    assert [words.count("_") for words in shown] == [2, 1, 0]
+    assert sample(runs(kind), "--text.infill", "the ___ sat")[0] == 0
+    blanks = [words.count("_") for words in shown]
+    assert blanks == [2, 1, 0] if kind == "story" else len(blanks) == 3 and blanks[-1] == 0
 
 
 @pytest.mark.parametrize(
@@ -219,6 +236,17 @@ def test_text_grows_on_a_terminal(runs, sample, monkeypatch):
         ("story", ("--diffusion.w", 1), "needs a model with model.unlabelled > 0"),
         ("uniform", ("--diffusion.order", "confidence"), "order and block belong to the process"),
         ("masked", ("--text.title", "月", "--text.infill", "月" * 25), "the model takes 24"),
+        (
+            "masked",
+            ("--text.title", "月", "--diffusion.block", 7),
+            "block must divide the 40 tokens",
+        ),
+        ("masked", ("--text.title", "月", "--diffusion.steps", 41), "steps must lie in 1..40"),
+        ("masked", ("--out", "a.npy"), "writes on titles: --out must name a .txt file"),
+        ("poems", ("--out", "a.npy"), "writes on titles: --out must name a .txt file"),
+        ("story", ("--out", "a.npy", "--diffusion.w", 1), "takes no --diffusion.w, only steps"),
+        ("story", ("--out", "a.npy", "--text.prompt", "a"), "makes numbers of tokens into this f"),
+        ("story", ("--text.temperature", "nan"), "temperature must not be negative, got nan"),
         ("lstm", ("--text.prompt", ""), "the prompt has 0 tokens; it must have at least 1"),
         ("lstm", ("--text.new", 0), "text.new must be at least 1, got 0"),
         ("lstm", ("--text.new", -1), "text.new at least 0, got 1, -1"),

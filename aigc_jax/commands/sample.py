@@ -66,18 +66,19 @@ class DiffusionOptions:
             )
         return self.given()
 
-    def text_steps(self, cfg: ddpm.TokenConfig, free: int, guided: bool) -> int:
-        """Number of steps for `free` tokens; raises Refused for what this model cannot do.
+    def text_steps(self, cfg: ddpm.TokenConfig, given: np.ndarray) -> int:
+        """Number of steps for a text; raises Refused for what this model cannot do.
 
-        guided: whether there are given tokens.
+        given [L]: True at known tokens. By default each step is for one other token.
         """
         self.only("text diffusion", "steps", "w", "order", "block")
-        steps = free if self.steps is None else self.steps
+        blocks = max(1, len(given) // (self.block or len(given)))  # all have equally many steps
+        steps = -(-int((~given).sum()) // blocks) * blocks if self.steps is None else self.steps
         if steps < 1:
             raise train.Refused(f"--diffusion.steps must be at least 1, got {steps}")
         if self.w and not cfg.unlabelled:
             raise train.Refused("--diffusion.w needs a model with model.unlabelled > 0, not 0")
-        if self.w and not guided:
+        if self.w and not given.any():
             raise train.Refused("--diffusion.w guides by a title or other given text: give one")
         return steps
 
@@ -130,6 +131,8 @@ def sample(
         raise train.Refused(f"{run_folder} writes text: it takes no --label")
     if kind == "text" and (out is None or suffix == ".txt"):
         return _text_to(result, out, text, diffusion, 1 if n is None else n, seed)
+    if kind == "text" and result.info.title_length is not None:
+        raise train.Refused(f"{run_folder} writes on titles: --out must name a .txt file")
     n = n or (1 if kind == "roll" else 64)
     options = _options(run_folder, result, label, text, diffusion)
     shape = _shape(result, options)
@@ -167,15 +170,18 @@ def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
             raise train.Refused(f"{run_folder} draws texts: it takes no --label")
         diffusion.only(f"{run_folder}", "sampler", "steps", "eta", "w", "spacing")
         return {**_text_to_image(result, text), **diffusion.given()}
-    is_diffusion = isinstance(config, ddpm.Config)
-    if diffusion != DiffusionOptions() and not is_diffusion:
+    is_diffusion = isinstance(config, (ddpm.Config, ddpm.TokenConfig))
+    if diffusion.given() and not is_diffusion:
         raise train.Refused(f"{run_folder} holds no diffusion model: --diffusion.* is for these")
     if text != TextOptions():
         kind = result.info.kind
+        makes = "numbers of tokens into this file" if kind == "text" else kind
         raise train.Refused(
-            f"{run_folder} makes {kind}: --text.* is for language models that write text"
+            f"{run_folder} makes {makes}: --text.* is for language models that write text"
         )
-    options = diffusion.options(config) if is_diffusion else {}
+    options = diffusion.options(config) if isinstance(config, ddpm.Config) else diffusion.given()
+    if isinstance(config, ddpm.TokenConfig):
+        diffusion.only("text diffusion into a .npy file", "steps", "order", "block")
     classes = getattr(config, "classes", 0)
     if label is not None:
         if not classes:

@@ -223,7 +223,7 @@ def _diffusion(result: train.Result, tokenizer, options: TextOptions, diffusion,
     options.only("text diffusion", "prompt", "title", "infill", "blank", "new", "temperature")
     known = np.concatenate([title, _known(result, tokenizer, options, len(title))])
     given = known >= 0
-    steps = diffusion.text_steps(cfg, int((~given).sum()), bool(given.any()))
+    steps = diffusion.text_steps(cfg, given)
     if not 1 <= len(known) <= cfg.context:
         raise train.Refused(f"the text has {len(known)} tokens, the model takes {cfg.context}")
     w = {"w": diffusion.w, "given": given[None]} if diffusion.w else {}
@@ -246,8 +246,10 @@ def _diffusion(result: train.Result, tokenizer, options: TextOptions, diffusion,
             block=diffusion.block or 0,
         )
 
+    jax.eval_shape(lambda key: sampler(key)[0], jax.random.key(0))  # checks, before any output
+
     def shown(x) -> str:
-        text = _decode(tokenizer, np.asarray(x)[0, len(title) :], cfg.vocab, options.blank)
+        text = _decode(tokenizer, np.asarray(x)[0, len(title) :], options.blank)
         return text.rstrip(tokenizer.decode([PAD])) if title.size else text
 
     def write(key):
@@ -302,9 +304,9 @@ def _pieces(tokenizer: Tokenizer, text: str, blank: str) -> Iterable[np.ndarray]
         yield np.full(len(run), -1) if is_blank else tokenizer.encode(run)
 
 
-def _decode(tokenizer: Tokenizer, tokens: np.ndarray, mask: int, blank: str) -> str:
-    """Returns the text of tokens, with blanks for those that are still masked."""
-    runs = itertools.groupby(tokens.tolist(), lambda token: token == mask)
+def _decode(tokenizer: Tokenizer, tokens: np.ndarray, blank: str) -> str:
+    """Returns the text of tokens, with blanks for those that are masks or noise without a text."""
+    runs = itertools.groupby(tokens.tolist(), lambda token: token >= tokenizer.size)
     return "".join(
         blank * len(list(r)) if masked else tokenizer.decode(list(r)) for masked, r in runs
     )

@@ -7,8 +7,10 @@ of the Tang.
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
+import itertools
 import lzma
 import re
 import unicodedata
@@ -56,8 +58,9 @@ def tang_poems(split: str, *, form: str = "all") -> Data:
 
     form: "5x4" (four lines of five characters), "7x4", "5x8", "7x8", or "all", with N = 64.
 
-    Splits: a hash of the body puts a tenth into test and a tenth into validation, the others into
-    train. The vocabulary is the characters of all poems of all splits, with those of the titles.
+    Splits: a hash puts a tenth of the poems into test and a tenth into validation, the others into
+    train. Variants of one poem, which share half of their phrases, are in one split. The vocabulary
+    is the characters of all poems of all splits, with those of the titles.
     """
     found, tokenizer = poems(split, form=form), _tokenizer()
     lines = FORMS[form] if form != "all" else FORMS["7x8"]
@@ -202,10 +205,42 @@ def tones_hold(body: str) -> bool:
 @functools.lru_cache(maxsize=1)
 def _splits() -> dict[str, list[Poem]]:
     splits = {"train": [], "validation": [], "test": []}
-    for poem in sorted(_table(), key=lambda poem: _hash(poem.body)):
-        tenth = int(_hash(f"split {poem.body}")[:8], 16) % 10
+    found = sorted(_table(), key=lambda poem: _hash(poem.body))
+    for poem, first in zip(found, first_variants([poem.body for poem in found]), strict=True):
+        tenth = int(_hash(f"split {found[first].body}")[:8], 16) % 10
         splits[{0: "test", 1: "validation"}.get(tenth, "train")].append(poem)
     return splits
+
+
+def phrases(body: str) -> list[str]:
+    """Returns all runs of four characters within a line."""
+    return [line[i : i + 4] for line in lines_of(body) for i in range(len(line) - 3)]
+
+
+def first_variants(bodies: list[str]) -> list[int]:
+    """Returns for each poem the number of the first poem that it is a variant of, or its own.
+
+    Two poems are variants if at least half of one's phrases are in the other. So are variants of
+    variants.
+    """
+    import scipy.sparse
+
+    own = [set(phrases(body)) for body in bodies]
+    having = collections.defaultdict(list)
+    for i, each in enumerate(own):
+        for phrase in each:
+            having[phrase].append(i)
+    pairs = (pair for poems in having.values() for pair in itertools.combinations(poems, 2))
+    variants = [
+        pair
+        for pair, shared in collections.Counter(pairs).items()
+        if 2 * shared >= min(len(own[i]) for i in pair)
+    ]
+    a, b = np.array(variants, np.int64).reshape(-1, 2).T
+    links = scipy.sparse.coo_array((np.ones(len(a)), (a, b)), (len(own), len(own)))
+    _, group = scipy.sparse.csgraph.connected_components(links, directed=False)
+    _, first = np.unique(group, return_index=True)
+    return first[group].tolist()
 
 
 def _hash(text: str) -> str:

@@ -2,8 +2,9 @@
 
 The network is the decoder's, but looks both ways, and knows one token more: the mask. For the
 process "absorbing" it gets no time, because the posterior of a masked token does not depend on it
-(Sahoo et al. 2024, "MDLM"). For "uniform" the time shifts, scales and gates every
-block, and the logits are those of D3PM: without log q(x_t | x_0), which is added to them.
+(Sahoo et al. 2024, "MDLM"). For "uniform" a vector of the time is added to every token's. So the
+nets of both processes are equally large but for the time's two layers. The network of "uniform"
+predicts what D3PM's does: log q(x_t | x_0) is added to its logits.
 """
 
 from __future__ import annotations
@@ -116,12 +117,12 @@ class TokenNet(nn.Module):
             remat=cfg.remat,
             name="trunk",
         )
-        condition = None
+        h = wte(x_t)
         if cfg.process == "uniform":
-            condition = Condition(cfg.width, 256, 0, dtype, name="condition")(1000 * t, None)
+            h += Condition(cfg.width, 256, 0, dtype, name="time")(1000 * t, None)[:, None]
         everywhere = jnp.ones((1, L, L), bool)
         positions = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-        h, _ = trunk(wte(x_t), everywhere, positions, condition_BD=condition)
+        h, _ = trunk(h, everywhere, positions)
         return nn.Dense(cfg.vocab, kernel_init=normal, dtype=dtype, name="head")(h).astype(
             jnp.float32
         )
@@ -143,8 +144,8 @@ def token_logits_fn(
 ) -> LogitsFn:
     """Returns logits_fn(x_t, t) of the network. With a key, dropout is on.
 
-    w: weight of guidance by the given tokens: log p goes (1 + w) times towards the prediction that
-    sees them and w times away from the one that does not. given [B, L]: True at these tokens.
+    w: weight of guidance by the given tokens. log p is (1 + w) log p(with them) - w log p(without),
+    up to a constant. given [B, L]: True at these tokens.
     """
     rngs = None if key is None else {"dropout": key}
 

@@ -208,11 +208,12 @@ def kl_rate(
     at_x, at_0 = (jax.nn.one_hot(x, V, dtype=logits.dtype) for x in (x_t, tokens))
     alpha = jnp.maximum(kept(schedule, t), 1e-12)  # at t = 1 the rate is 0, a factor of it infinite
     up = (V * alpha / share)[:, None, None]  # r - 1, with r = q(x | x) / q(x | y)
-    down = -up / (1 + up)  # 1 / r - 1
+    low = (share / (share + V * alpha))[:, None, None]  # 1 / r
+    down = -(V * alpha / (share + V * alpha))[:, None, None]  # 1 / r - 1
     own = (log_p_hat * at_x).sum(-1, keepdims=True)  # log p_hat(x_t)
     stayed = (at_0 * at_x).sum(-1, keepdims=True)  # [x_t = x_0]
-    w = 1 + up * at_0 + down * stayed
-    w_hat = -jnp.expm1(own) + up * p_hat + jnp.exp(own) * (1 + down)
+    w = jnp.where(stayed == 1, low, 1.0) + up * at_0
+    w_hat = -jnp.expm1(own) + up * p_hat + jnp.exp(own) * low
     # w_hat / w - 1, from differences that need their digits near t = 1
     minus_0 = jnp.where(at_0 == 1, jnp.expm1(log_p_hat), p_hat)
     e = (up * minus_0 + down * jnp.where(stayed == 1, jnp.expm1(own), jnp.exp(own))) / w
@@ -337,13 +338,15 @@ def sample_tokens(
     """Samples B texts of L tokens in a number of steps.
 
     known: int32 [L] or [B, L], -1 where a token is free. The others stay fixed: a prompt, or both
-        sides of a gap. temperature: of the softmax; 0 takes the most probable token.
+        sides of a gap. For "uniform" the samples have the conditional law only if the model was
+        trained with these tokens given (see `token_vlb`, mask). Else it takes them for noise.
+    temperature: of the softmax; 0 takes the most probable token.
     order ("absorbing" only): which masked tokens a step reveals.
         "random": as many as the schedule says, at least one, at random places. With as many steps
             as tokens, one each: exact for an exact p_hat. With fewer, tokens of one step ignore
             each other.
         "confidence": as many, those whose drawn token is most probable (MaskGIT, Chang et al.
-            2022). This is not the model's law.
+            2022, without their noise on the choice). This is not the model's law.
         "ancestral": each token on its own with the probability of D3PM's reverse step.
     block: length of blocks that are filled from left to right (Arriola et al. 2025), with equally
         many steps each; 0: the whole text at once.
@@ -380,7 +383,7 @@ def sampling_steps(
 ) -> tuple[Int[Array, "B L"], Step]:
     """Returns x_1 and step(x, i), i = 0 .. steps - 1, the steps of `sample_tokens` one by one."""
     _check_process(process, schedule)
-    if not isinstance(temperature, jax.core.Tracer) and np.min(temperature) < 0:
+    if not isinstance(temperature, jax.core.Tracer) and not np.min(temperature) >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
     known = _known(known, shape, vocab)
     if process == "uniform":

@@ -3,7 +3,7 @@
 - n-grams with Kneser-Ney smoothing: `ngrams.py`. They are counted, not trained
 - "nplm": the neural probabilistic language model (Bengio et al. 2003), a net of the last words
 - "lstm": Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000
-- "gru": Cho et al. 2014
+- "gru": Cho et al. 2014, but the reset gate acts after the matrix product, as in Flax and cuDNN
 
 The last three are families. The recurrent ones begin each row of a batch with a state of 0.
 """
@@ -125,8 +125,11 @@ class Net(nn.Module):
 
 
 def init(cfg: Config, key: Key[Array, ""]) -> Params:
-    """Returns first parameters."""
-    return Net(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    """Returns first parameters. An LSTM's forget gates begin with bias 1 (Gers et al. 2000)."""
+    params = Net(cfg).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    for i in range(cfg.layers if cfg.kind == "lstm" else 0):
+        params[f"layer{i}"]["hf"]["bias"] += 1
+    return params
 
 
 def apply(

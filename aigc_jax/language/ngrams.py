@@ -5,9 +5,9 @@ With h the last k - 1 tokens, h' the last k - 2, and D the discount of length k:
     P_k(w | h) = max(c(h w) - D, 0) / c(h) + D N(h) / c(h) P_{k-1}(w | h')
 
 c(h) is the sum of c(h w) over w, and N(h) the number of w with c(h w) > 0. For the longest k, c
-counts occurrences. For a shorter one, c(h w) is the number of different tokens that precede h w: a
-token that follows many contexts is likely in a new one. P_0 is uniform over the vocabulary, so no
-token is impossible. A context that was never seen takes P_{k-1}.
+counts occurrences. For a shorter one, c(h w) is the number of different tokens that precede h w. So
+a token that followed many contexts is likely to follow a new context. P_0 is uniform over the
+vocabulary, so no token is impossible. A context that was never seen takes P_{k-1}.
 
     model = kneser_ney(train_tokens, order=5, vocab=65)
     nats = -log_probs(model, test_tokens)          # [N], each token given the four before it
@@ -42,7 +42,8 @@ def kneser_ney(tokens: Shaped[np.ndarray, "..."], *, order: int, vocab: int) -> 
     """Counts a text.
 
     order: length of the longest n-gram. Each discount is n_1 / (n_1 + 2 n_2), where n_r is the
-    number of n-grams of that length with c = r (Chen & Goodman).
+    number of n-grams of that length with c = r (Chen & Goodman). Where n_1 or n_2 is 0 it would be
+    0, which forbids new tokens, or 1, which forgets n-grams of c = 1. There it is 1/2 (ours).
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
@@ -88,7 +89,7 @@ def _preceding(rows: np.ndarray, first: np.ndarray, n: int) -> np.ndarray:
 
 def _discount(counts: np.ndarray) -> float:
     once, twice = (counts == 1).sum(), (counts == 2).sum()
-    return float(once / (once + 2 * twice)) if once else 0.0
+    return float(once / (once + 2 * twice)) if once and twice else 0.5
 
 
 def _rows(grams: Grams, keys: np.ndarray) -> np.ndarray:
@@ -139,6 +140,8 @@ def log_probs(model: KneserNey, tokens: Int[np.ndarray, "N"]) -> np.ndarray:
     The first tokens have shorter contexts.
     """
     tokens, V = np.asarray(tokens).astype(np.int64), model.vocab
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= V):
+        raise ValueError(f"tokens must lie in 0..{V - 1}, got {tokens.min()}..{tokens.max()}")
     p = np.full(len(tokens), 1 / V)
     rows = np.zeros(len(tokens), np.int64)  # of the (k-1)-gram that ends before each token
     for k, grams in enumerate(model.grams, 1):

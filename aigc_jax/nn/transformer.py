@@ -142,12 +142,8 @@ class Decoder(nn.Module):
         positions_BT: Int[Array, "B T"],
         past: tuple[tuple[Array, Array], ...] | None = None,
         slot: Any = 0,
-        condition_BD: Float[Array, "B D"] | None = None,
     ) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
-        """Returns the last norm's output [B, T, D], and the keys and values of each block.
-
-        condition_BD: enters every block, such as a time; see `Block`.
-        """
+        """Returns the last norm's output [B, T, D], and the keys and values of each block."""
         if self.context:
             x_BTD = x_BTD + self.wpe(positions_BT)
         x_BTD = x_BTD.astype(self.dtype)
@@ -155,6 +151,6 @@ class Decoder(nn.Module):
         keys_values = []
         for i, block in enumerate(self.blocks):
             old = None if past is None else past[i]
-            x_BTD, kv = block(x_BTD, mask_BTS, positions_BT, old, slot, condition_BD)
+            x_BTD, kv = block(x_BTD, mask_BTS, positions_BT, old, slot)
             keys_values.append(kv)
         return self.last_norm(x_BTD), tuple(keys_values)
