@@ -2,15 +2,17 @@
 
     python -m experiments.tang_poems        scale cpu was not run to its end yet; downloads nothing
 
-29,063 poems of 4 or 8 lines of 5 or 7 characters come with the package; 3,713 others are held out.
-Both models see the title and learn the body, character by character (Austin et al. 2021, "D3PM", and
-Shi et al. 2024, "MD4", for the masked one). A sample is well formed if it is exactly such a poem:
-nobody tells the models the length or the place of the marks. Rhyme and tone pattern are checked
-with the Tang readings of Unicode's kTang (Stimson). A character of several readings, or of none, is
-taken in the poem's favour. Held-out poems stand beside the samples as oracle: many are older in
+36,430 poems of 4 or 8 lines of 5 or 7 characters come with the package. Training has 29,047 of
+them; the samples are written on titles of the 3,710 test poems. Both models see the title and learn
+the body, character by character (the masked one: Austin et al. 2021, "D3PM", and Shi et al. 2024,
+"MD4"). A sample is well formed if it is exactly such a poem: nobody tells the models the length or
+the place of the marks. Rhyme and tone pattern are checked with the Tang readings of Unicode's kTang
+(Stimson). A character of several readings, or of none, is taken in the poem's favour. Test poems
+stand beside the samples as oracle, in the mixture of forms that the samples have. Many are older in
 style and break the tone pattern. No paper has these numbers: the criteria are ours.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import log
@@ -38,10 +40,10 @@ class Setup:
     """Flags of tang_poems."""
 
     autoregressive: transformer.Config = transformer.Config(
-        vocab=VOCAB, context=79, **NET, ema=0.999, optim=OPTIM
+        vocab=VOCAB, context=79, **NET, tied=False, ema=0.999, optim=OPTIM
     )
     masked: ddpm.TokenConfig = ddpm.TokenConfig(
-        vocab=VOCAB, context=80, **NET, terms=4, unlabelled=0.1, ema=0.999, optim=OPTIM
+        vocab=VOCAB, context=80, **NET, terms=4, ema=0.999, optim=OPTIM
     )
     run: Run = Run("runs/tang_poems", STEPS, 32, eval_every=500, save_every=500, keep=1)
     data: Source = Source("tang_poems")
@@ -57,6 +59,9 @@ class Setup:
         if self.form != "all" and self.form not in tang.FORMS:
             forms = ", ".join(tang.FORMS)
             raise ValueError(f"form must be one of {forms} and all, got {self.form!r}")
+        if not 1 <= len(self.acrostic) <= 4 or not 1 <= len(self.first_line) <= 24:
+            rule = "acrostic must have 1 to 4 characters, first_line 1 to 24"
+            raise ValueError(f"{rule}; got {self.acrostic!r} and {self.first_line!r}")
 
 
 TINY = {"layers": 1, "heads": 2, "width": 32, "optim.warmup": 5, "optim.decay": 0, "ema": 0.9}
@@ -70,29 +75,44 @@ SCALES = {
 }
 BITS = "{}: held-out bodies (bits per character)"
 FORMED = "{}: well-formed samples (%)"
-RHYME = "{}: rhyme holds in well-formed samples (%; oracle: held-out poems)"
-TONES = "{}: tone pattern holds in well-formed samples (%; oracle: held-out poems)"
-REPEATED = "{}: characters that a sample repeats (%; oracle: held-out poems)"
-SHARED = "{}: 4-character phrases of samples that train has (%; oracle: held-out poems)"
-COPIES = "{}: samples that are a poem of train"
+RHYME = "{}: rhyme holds in well-formed samples (%; oracle: test poems of the same forms)"
+TONES = "{}: tone pattern holds in well-formed samples (%; oracle: test poems of the same forms)"
+REPEATED = "{}: characters that a sample repeats (%; oracle: test poems)"
+SHARED = "{}: 4-character phrases of samples that train has (%; oracle: test poems)"
+NEAREST = "{}: largest share of a sample's phrases in one poem of train (%)"
+COPIES = "{}: samples that have half of their phrases from one poem of train"
 CRITERIA = {
     FORMED.format("autoregressive"): ">= 95",
     FORMED.format("masked"): ">= 90",
     **{COPIES.format(model): "= 0" for model in MODELS},
 }
-INVARIANTS = {BITS.format(model): "< 13" for model in MODELS}
-
-
-def phrases(bodies: list[str]) -> list[str]:
-    """Returns all runs of four characters within a line."""
-    lines = [line for body in bodies for line in tang.lines_of(body)]
-    return [line[i : i + 4] for line in lines for i in range(len(line) - 3)]
+INVARIANTS = {BITS.format(model): "< 12" for model in MODELS}
 
 
 def share(holds: Callable[[str], bool | None], bodies: list[str]) -> float | None:
     """Returns for how many (%) of the bodies, of those that can be judged, a rule holds."""
     found = [rule for body in bodies if (rule := holds(body)) is not None]
     return 100 * float(np.mean(found)) if found else None
+
+
+def share_in_forms(holds, poems: list[str], forms: Counter) -> float | None:
+    """Returns the same share (%) of poems, if they had a form as often as `forms` says."""
+    by_form = {form: share(holds, [p for p in poems if tang.form_of(p) == form]) for form in forms}
+    if not forms or None in by_form.values():
+        return None
+    return sum(by_form[form] * count for form, count in forms.items()) / forms.total()
+
+
+def from_one_poem(bodies: list[str], training: list[str]) -> list[float]:
+    """Returns for each body the largest share (%) of its phrases that one poem of training has."""
+    having, found = defaultdict(set), []
+    for i, body in enumerate(training):
+        for phrase in tang.phrases(body):
+            having[phrase].add(i)
+    for own in (set(tang.phrases(body)) for body in bodies):
+        shared = Counter(i for phrase in own for i in having.get(phrase, ()))
+        found.append(100 * max(shared.values(), default=0) / max(1, len(own)))
+    return found
 
 
 def repeated(bodies: list[str]) -> float:
@@ -116,25 +136,33 @@ def written(setup: Setup, model: str, result: train.Result, titles: np.ndarray) 
         return np.concatenate([titles, new], 1)
     known = np.full((n, length), -1, np.int32)
     known[:, : tang.TITLE] = titles
-    return train.sample(result, key, n=n, chunk=64, known=known, steps=length)
+    return train.sample(result, key, n=n, chunk=64, known=known, steps=length - tang.TITLE)
 
 
 def rows_of(model: str, bodies: list[str], poems: list[str], training: list[str]) -> list[Row]:
     """Returns the rows of samples; poems: held-out bodies."""
     formed = [body for body in bodies if tang.form_of(body)]
-    known, own, others = set(phrases(training)), phrases(bodies), phrases(poems)
+    forms, known = Counter(map(tang.form_of, formed)), set(all_phrases(training))
     rows = [Row(FORMED.format(model), 100 * len(formed) / len(bodies))]
     for name, holds in ((RHYME, tang.rhyme_holds), (TONES, tang.tones_hold)):
         found, reason = share(holds, formed), None if formed else "no sample is well formed"
-        rows.append(Row(name.format(model), found, oracle=share(holds, poems), reason=reason))
+        oracle = share_in_forms(holds, poems, forms)
+        rows.append(Row(name.format(model), found, oracle=oracle, reason=reason))
     rows.append(Row(REPEATED.format(model), repeated(bodies), oracle=repeated(poems)))
     in_train = [
         100 * float(np.mean([p in known for p in found])) if found else 0.0
-        for found in (own, others)
+        for found in map(all_phrases, (bodies, poems))
     ]
     rows.append(Row(SHARED.format(model), in_train[0], oracle=in_train[1]))
-    rows.append(Row(COPIES.format(model), len(set(bodies) & set(training))))
+    nearest = from_one_poem(bodies, training)
+    rows.append(Row(NEAREST.format(model), max(nearest)))
+    rows.append(Row(COPIES.format(model), sum(share >= 50 for share in nearest)))
     return rows
+
+
+def all_phrases(bodies: list[str]) -> list[str]:
+    """Returns the phrases of all bodies, one after another."""
+    return [phrase for body in bodies for phrase in tang.phrases(body)]
 
 
 def completed(setup: Setup, result: train.Result) -> dict[str, str]:
@@ -174,6 +202,9 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         tokens[: setup.samples, : tang.TITLE],
         Tokenizer(parts["test"].info.tokenizer),
     )
+    for model in MODELS:
+        getattr(setup, model).check(parts["train"].info)
+    tokenizer.encode(setup.first_line + setup.acrostic)  # names unknown characters, before training
     # Nats per token of padded bodies, as nats per character of the bodies themselves.
     each = (tokens.shape[1] - tang.TITLE) / np.mean([len(body) for body in held_out])
     rows, shown = _cli.kept(), {}
