@@ -204,13 +204,19 @@ def plot_captions(setup: Setup, folder: Path, params, test: dict) -> None:
     cfg = replace(setup.model, loss=setup.losses[0])
     texts = [one.caption for one in emoji.examples("test")]
     images, words = features(cfg, params, test)
+    some = range(0, 60, 10)
     best = np.argsort(-images @ words.T, 1)[:, :3]
-    fig, axes = figures.figure(4, 4, size=(11, 6))
-    for i, (ax, beside) in enumerate(zip(axes[:, ::2].flat, axes[:, 1::2].flat, strict=True)):
-        figures.images(ax, test["image"][i : i + 1] / 255)
-        marks = [f"{'*' if j == i else ' '} {texts[j]}" for j in best[i]]
-        figures.page(beside, "\n".join(marks), columns=34)
-    caption = "held-out pictures and the 3 of 308 captions most similar; * is the right one"
+    fig, [[ax, beside]] = figures.figure(1, 2, size=(11, 6))
+    figures.images(ax, test["image"][some] / 255, 2, title="held-out pictures, by row")
+    lines = [
+        f"{number}. " if not rank else "   "
+        for number in range(1, len(some) + 1)
+        for rank in range(3)
+    ]
+    names = [f"{'*' if j == i else ' '} {texts[j]}" for i in some for j in best[i]]
+    words = "\n".join(head + name for head, name in zip(lines, names, strict=True))
+    figures.page(beside, words, columns=58, title="the three most similar captions")
+    caption = "the 3 of 308 captions that are most similar; * is the right one"
     figures.save(fig, folder / "emoji_clip.png", caption)
 
 
