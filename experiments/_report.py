@@ -40,6 +40,16 @@ SUMMARIES = {
         "The nets have the widths of the 2014 GAN, with the label beside the input; "
         "the paper has separate first layers for label and input. No early stopping.",
     ),
+    "contrastive_exact": Summary(
+        "2042db32564f",
+        "InfoNCE stays below the mutual information and below ln K, also with the best critic.",
+        "best critic's bound at I = 8 for batches of 16, 64, 256 (nats; ln K: 2.77, 4.16, 5.55)",
+        tuple(
+            f"best critic, I = 8, K = {K}: bound (nats; +- s.e. over batches)"
+            for K in (16, 64, 256)
+        ),
+        "Correlated Gaussians of 20 dimensions, as in Poole et al. 2019; CPC has no such table.",
+    ),
     "ddim_steps": Summary(
         "d0aeabbc31a6",
         "With few steps, DDIM at any eta is better than the larger noise sigma-hat.",
@@ -87,6 +97,27 @@ SUMMARIES = {
         "Large on "
         "WebText. 100 texts (paper: 5,000). Top-k takes k = 5 and 20 (paper: 40 and 640). "
         "Stochastic beam search and HUSE are left out.",
+    ),
+    "emoji_autoencoder": Summary(
+        "dc97a9d8d2e6",
+        "Latents of 8x8x4 keep more of an unseen emoji than 256 principal components do.",
+        "PSNR on unseen emoji: autoencoder, 256 components (dB)",
+        (
+            "KL: PSNR, unseen (dB, mean over pictures)",
+            "256 principal components: PSNR, unseen (dB, mean over pictures)",
+        ),
+        "Emoji of 32x32 (paper: photographs of 256x256). The net begins at 16x16 and has no "
+        "attention. The likelihood is Gaussian, without perceptual and adversarial losses.",
+    ),
+    "emoji_clip": Summary(
+        "823cb3c8d5dc",
+        "Pictures and captions find each other in skin tones that training has not.",
+        "R@1 of captions and of pictures among 308 (%; chance 0.3)",
+        (
+            "info_nce: R@1 of captions by picture, test (%; oracle: chance)",
+            "info_nce: R@1 of pictures by caption, test (%; oracle: chance)",
+        ),
+        "2,748 emoji and a small convolutional net (paper: 400 million pictures, a ResNet or ViT).",
     ),
     "gan_digits": Summary(
         "adbd38df3490",
@@ -240,6 +271,17 @@ SUMMARIES = {
         (f"{NANOGPT}: validation, random crops (nats per character; +- s.e. over seeds)",),
         "nanoGPT's configuration for CPUs, as its README has it, with GELU in its tanh form. "
         "Scored on 200 batches of crops (nanoGPT: 20). The second model is ours.",
+    ),
+    "text_to_image": Summary(
+        "cb5a9bb3ce23",
+        "Words draw an emoji in a skin tone that training does not have of it.",
+        "right skin tone, and the asked picture is the nearest of all 3,786 (%)",
+        (
+            "skin tone of samples for test captions (%; oracle: true test pictures)",
+            "R@1 of samples for test captions among all true pictures (%; oracle: chance)",
+        ),
+        "2,748 emoji of 32x32 and their names (paper: 400 million pictures of 256x256). "
+        "The text net is that of our own CLIP.",
     ),
     "transformer_text": Summary(
         "09536cf947eb",
