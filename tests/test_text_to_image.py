@@ -70,18 +70,22 @@ def test_judge_of_pictures_of_the_tone_alone_does_not_find_them(monkeypatch):
 def test_rows_of_true_pictures_are_perfect(monkeypatch):
     judge, sets = told_apart(monkeypatch, tones=False)
     pictures = {name: each["image"] / np.float32(255) for name, each in sets.items()}
-    rows = text_to_image.rows_of_test(judge, pictures["test"], sets, pictures)
+    rows = text_to_image.rows_of_test(judge, pictures["test"], pictures["test"], sets, pictures)
     found = {row.quantity: row for row in rows}
     assert tuple(found) == text_to_image.TEST_ROWS
     assert found[text_to_image.RANK].ours == found[text_to_image.TONE].ours == 100
     assert found[text_to_image.RANK].oracle == pytest.approx(100 / 55)
     assert found[text_to_image.CHANCE].ours == pytest.approx(55)
-    assert found[text_to_image.LESS].ours == 0
+    assert found[text_to_image.LESS].ours == found[text_to_image.ONE_OFF].ours == 0
+    assert found[text_to_image.KEPT].ours == 100
     assert found[text_to_image.BASE].ours == found[text_to_image.ASKED].ours == 100
     assert found[text_to_image.NEAREST].ours == pytest.approx(1)
     assert found[text_to_image.FRECHET].ours == pytest.approx(0, abs=1e-6)
     copies = pictures["train"][:10]  # of training pictures
-    rows = {r.quantity: r for r in text_to_image.rows_of_test(judge, copies, sets, pictures)}
+    white = np.ones_like(pictures["test"])
+    rows = text_to_image.rows_of_test(judge, copies, white, sets, pictures)
+    rows = {row.quantity: row for row in rows}
+    assert rows[text_to_image.KEPT].ours < 100
     assert rows[text_to_image.ASKED].ours == rows[text_to_image.NEAREST].ours == 0
 
 
@@ -159,6 +163,22 @@ def test_a_shipped_model_draws_from_captions(parts, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ the script
+
+
+@pytest.mark.slow
+def test_the_model_of_the_package_draws_what_was_recorded():
+    """Its samples for captions of test have the recorded emoji, and mostly the recorded tone."""
+    assert "text_to_image" in train.shipped()
+    system = train.load("text_to_image")
+    assert (shipping.WEIGHTS / "text_to_image.safetensors").stat().st_size <= 8_000_000
+    test = data.load("emoji", "test")
+    tokens, image = (test.resident[0][name][:64] for name in ("tokens", "image"))
+    with jax.numpy_rank_promotion("allow"):
+        x = train.sample(system, jax.random.key(0), n=64, chunk=32, prompt=tokens)
+    true = image / np.float32(255)
+    off = ((x[:, None] - true[None]) ** 2).sum((2, 3, 4))
+    assert (off.argmin(1) == np.arange(64)).mean() > 0.9  # nearest, in pixels, to their own
+    assert np.sqrt((np.diag(off) / true[0].size).mean()) < 0.15
 
 
 def test_models_that_do_not_fit_are_refused_before_any_training(monkeypatch, tmp_path):
