@@ -32,6 +32,7 @@ CHUNK = 500  # rows of one block of distances
 LOW_DIMENSION = 16  # up to here differences are as fast as a matrix product
 EPS = np.finfo(np.float64).eps
 WEIGHTS = Path(__file__).parent / "weights"
+CLASSIFIERS = ("digits", "fashion_mnist", "mnist")
 
 SamplesN = Num[Array | np.ndarray, "N ..."]
 SamplesM = Num[Array | np.ndarray, "M ..."]
@@ -559,8 +560,7 @@ def load_classifier(name: str | Path) -> Pretrained:
     if str(name).endswith(".safetensors"):
         path = Path(os.path.expanduser(name))
     if path.parent == WEIGHTS and not path.is_file():
-        shipped = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
-        raise ValueError(f"no classifier {path.stem!r}; there are {', '.join(shipped)}")
+        raise ValueError(f"no classifier {path.stem!r}; there are {', '.join(CLASSIFIERS)}")
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from aigc_jax import data, ddpm, gan, train, vae
 from aigc_jax.commands import runs
 from aigc_jax.commands.sample import sample
-from aigc_jax.train import Run, shipping
+from aigc_jax.train import Run, shipping, weights
 
 CONFIGS = {
     "an average": (vae.make, vae.Config((8, 8, 1), levels=17, hidden=(5,), latent_dim=2, ema=0.9)),
@@ -49,8 +49,7 @@ CONFIGS = {
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     def fit(name):
-        monkeypatch.setattr(shipping, "WEIGHTS", tmp_path)
-        monkeypatch.setattr("aigc_jax.train.inference.WEIGHTS", tmp_path)
+        monkeypatch.setattr(weights, "WEIGHTS", tmp_path)
         make, cfg = CONFIGS[name]
         run = Run("", steps=2, batch_size=8, devices=1)
         return make, train.fit(make, cfg, run, data.load("digits"))
@@ -75,7 +74,7 @@ def test_a_shipped_model_samples_as_the_model_rounded_to_float16(trained, tmp_pa
     key = jax.random.key(0)
     samples = (train.sample(each, key, n=3) for each in (back, half))
     np.testing.assert_array_equal(*samples)
-    assert shipping.header(tmp_path / "small.safetensors")["command"] == "make it"
+    assert weights.header(tmp_path / "small.safetensors")["command"] == "make it"
 
 
 def test_a_run_may_start_from_a_shipped_model(trained, tmp_path):
@@ -116,7 +115,7 @@ def test_commands_take_the_name_of_a_shipped_model(trained, tmp_path, capsys):
 
 def _changed(file, **changes):
     """Writes the file again, with other arrays or texts in its header."""
-    arrays, about = load_file(file), shipping.header(file)
+    arrays, about = load_file(file), weights.header(file)
     for name, change in changes.items():
         if name == "arrays":
             change(arrays)
@@ -159,7 +158,7 @@ def test_a_record_that_names_other_code_or_shapes_is_refused(trained, tmp_path):
     }
     for was, (now, words) in cases.items():
         file.write_bytes(whole)
-        arrays, about = load_file(file), shipping.header(file)
+        arrays, about = load_file(file), weights.header(file)
         assert was in about["record"]
         about["record"] = about["record"].replace(was, now)
         about["sha256"] = shipping._sha256(arrays, about["record"])
@@ -181,4 +180,4 @@ def test_what_float16_cannot_hold_is_refused_and_nothing_is_written(trained, tmp
 def test_the_classifiers_of_the_metrics_are_no_shipped_models():
     assert not {"digits", "mnist", "fashion_mnist"} & set(train.shipped())
     for name in train.shipped():
-        assert json.loads(shipping.header(shipping.WEIGHTS / f"{name}.safetensors")["record"])
+        assert json.loads(weights.header(weights.file_of(name))["record"])

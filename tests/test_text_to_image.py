@@ -13,7 +13,7 @@ import pytest
 
 from aigc_jax import contrastive, data, ddpm, train
 from aigc_jax.data import captions, emoji
-from aigc_jax.train import shipping
+from aigc_jax.train import shipping, weights
 from aigc_jax.vae import autoencoder
 from experiments import _cli, text_to_image
 from experiments._text_to_image import TextToImage, assembled, contexts, make_text_to_image
@@ -170,7 +170,7 @@ def test_the_model_of_the_package_draws_what_was_recorded():
     """Its samples for captions of test have the recorded emoji, and mostly the recorded tone."""
     assert "text_to_image" in train.shipped()
     system = train.load("text_to_image")
-    assert (shipping.WEIGHTS / "text_to_image.safetensors").stat().st_size <= 8_000_000
+    assert weights.file_of("text_to_image").stat().st_size <= 8_000_000
     test = data.load("emoji", "test")
     tokens, image = (test.resident[0][name][:64] for name in ("tokens", "image"))
     with jax.numpy_rank_promotion("allow"):

@@ -14,7 +14,7 @@ import tyro
 
 from .. import data, train
 from ..train import folder as folders
-from ..train import shipping
+from ..train import weights
 from ..train.checkpoints import Checkpoints
 from ..train.log import finite
 from .shared import Folder, Trust, load_run, trusted
@@ -55,8 +55,8 @@ def info(run_folder: Folder, /) -> None:
 
 def _shipped_info(name: str) -> None:
     """Prints what the header of a shipped model holds."""
-    file = shipping.WEIGHTS / f"{name}.safetensors"
-    about = shipping.header(file)
+    file = weights.file_of(name)
+    about = weights.header(file)
     record = json.loads(about.pop("record"))
     source = record["data"]["source"] or "arrays"
     print(f"model    {'.'.join(record['make'])}")

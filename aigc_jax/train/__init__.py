@@ -15,7 +15,8 @@ from .inference import evaluate, load, replay, sample
 from .log import metrics
 from .loop import fit
 from .record import Refused
-from .shipping import ship, shipped
+from .shipping import ship
+from .weights import shipped
 
 __all__ = [
     "NonFinite",

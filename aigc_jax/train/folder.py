@@ -19,6 +19,7 @@ import numpy as np
 from ..data import Info
 from .checkpoints import say
 from .record import Refused, build, config_of, model_of, one_line, short, value_of
+from .weights import shipped
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -304,8 +305,6 @@ def warn_of_environment(record: dict, here: dict) -> None:
 
 def _models() -> str:
     """Names the models that come with the package, as the end of a message."""
-    from .shipping import shipped
-
     names = ", ".join(shipped())
     return f"; models that come with the package: {names}" if names else ""
 

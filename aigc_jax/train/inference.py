@@ -22,7 +22,8 @@ from .log import metrics, ranked
 from .progress import counted
 from .record import Refused, one_line
 from .run_folder import first_checkpoint
-from .shipping import WEIGHTS, load_shipped, shipped
+from .shipping import load_shipped
+from .weights import file_of, shipped
 
 
 def _family(make: Callable, cfg, folder: Path) -> tuple[Family, State]:
@@ -57,7 +58,7 @@ def load(
     if not folder.exists() and str(folder) in shipped():
         if at_most is not None:
             raise Refused(f"{folder} comes with the package and has one step: leave out at_most")
-        return load_shipped(WEIGHTS / f"{folder}.safetensors")
+        return load_shipped(file_of(str(folder)))
     make, cfg, run, info, record = folders.rebuild(folder, trust)
     folders.unedited(folder, record)
     family, shapes = _family(make, cfg, folder)

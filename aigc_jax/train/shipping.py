@@ -23,24 +23,7 @@ from ..data import Info
 from .config import Result, Run
 from .folder import describe
 from .record import Refused, build, model_of, one_line
-
-WEIGHTS = Path(__file__).parents[1] / "weights"
-
-
-def shipped() -> list[str]:
-    """Returns the names of the models that come with the package."""
-    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors") if "record" in header(path))
-
-
-def header(file: Path) -> dict:
-    """Returns the texts in the header of a .safetensors file; raises Refused for a broken one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "np") as opened:
-            return opened.metadata() or {}
-    except (OSError, SafetensorError) as e:
-        raise Refused(f"{file} is damaged: {e}") from e
+from .weights import header
 
 
 def _named(tree) -> dict[str, Any]:
