@@ -1,6 +1,6 @@
 """InfoNCE between correlated Gaussians, whose mutual information is known: van den Oord et al. 2018 (CPC), section 2.3
 
-    python -m experiments.contrastive_exact     about 3 minutes on 2 cores; downloads nothing
+    python -m experiments.contrastive_exact     about 4 minutes on 2 cores; downloads nothing
 
 x and y have 20 dimensions. Each pair of coordinates has the correlation that gives the mutual
 information I (Poole et al. 2019). ln K minus the InfoNCE loss is a lower bound of I for a
