@@ -23,7 +23,7 @@ import scipy.stats
 from aigc_jax import data, ddpm, figures, train
 from aigc_jax.core import EMA, Optim
 from aigc_jax.ddpm import token_model
-from aigc_jax.ddpm import tokens as process_of
+from aigc_jax.ddpm import tokens as token_diffusion
 from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Scale
@@ -126,7 +126,9 @@ def exact_logits(process: str, x_t, t):
     seen = jax.nn.one_hot(x_t, V, dtype=t.dtype)
     if process == "absorbing":
         return log_posterior(jnp.where((x_t == V)[..., None], 1.0, seen))
-    kept, lost = (f("linear", t)[:, None, None] for f in (process_of.kept, process_of.lost))
+    kept, lost = (
+        f("linear", t)[:, None, None] for f in (token_diffusion.kept, token_diffusion.lost)
+    )
     return log_posterior(kept * seen + lost / V)
 
 
@@ -142,7 +144,7 @@ def exact_bounds(L: int, steps) -> tuple[list[float], float]:
         @jax.jit
         def nats(masked):
             x_t = jnp.where(masked[None], V, texts)
-            each = process_of.cross_entropy(exact_logits("absorbing", x_t, jnp.ones(1)), texts)
+            each = token_diffusion.cross_entropy(exact_logits("absorbing", x_t, jnp.ones(1)), texts)
             return (p * jnp.where(masked[None], each, 0.0).sum(-1)).sum()
 
         sets = np.array(list(itertools.product([False, True], repeat=L)))

@@ -2,10 +2,10 @@
 
     python -m experiments.text_diffusion    scale cpu was not run to its end yet; Tiny Shakespeare (1 MB)
 
-Downloads Tiny Shakespeare (--data.folder takes its file). Three models with equally many updates:
+Downloads Tiny Shakespeare (--data.folder names the folder that holds it). Three models with equally many updates:
 autoregressive, absorbing and uniform diffusion. Their nets are equal, but that of the uniform
-process has two more layers for the time. The bound of a diffusion model is an upper bound on the
-bits that the autoregressive model has exactly. Held-out text is cut into windows. Every character
+process has two more layers for the time. For a diffusion model the bits are an upper bound; for the
+autoregressive model they are exact. Held-out text is cut into windows. Every character
 but a window's first is scored once, and all models see the same window. The papers have text8 with
 nets a hundred times larger: 1.23 bits per character autoregressive, 1.37 absorbing (MD4), 1.61
 uniform (D3PM). Expect the same order here. Fewer steps per sample make worse texts, as the
@@ -26,7 +26,7 @@ from scipy.stats import binom
 from aigc_jax import data, ddpm, figures, train, transformer
 from aigc_jax.core import Optim
 from aigc_jax.data.text import Tokenizer
-from aigc_jax.ddpm import tokens as process_of
+from aigc_jax.ddpm import tokens as token_diffusion
 from aigc_jax.ddpm.token_model import token_logits_fn
 from aigc_jax.train import Run
 from experiments import _cli, _text
@@ -92,7 +92,9 @@ BOTH, HALF = (
     for side in ("both sides given", "right side hidden")
 )
 LEFT = "autoregressive: a gap, left side given (bits per character)"
-GAIN = "a gap: autoregressive, left side given, minus absorbing, both sides given (bits)"
+GAIN = (
+    "a gap: autoregressive, left side given, minus absorbing, both sides given (bits per character)"
+)
 CRITERIA = {
     GAP: "within 0 .. 0.35",
     ORDER: "> 0",
@@ -128,8 +130,7 @@ def config(setup: Setup, model: str, info: data.Info):
 def cost_of_masks(result: train.Result, texts: np.ndarray) -> np.ndarray:
     """Returns c [L]: c[k - 1] is the mean cross entropy, nats per masked token, with k masks.
 
-    texts [B, L + 1]: their first token is given. The masked tokens of k + 1 are those of k, and one
-    more.
+    texts [B, L + 1]: their first token is given. The tokens masked for k are also masked for k + 1.
     """
     cfg, logits_fn = result.config, token_logits_fn(result.config, _cli.weights(result))
     places = jax.random.uniform(jax.random.key(3), (len(texts), texts.shape[1] - 1))
@@ -138,7 +139,7 @@ def cost_of_masks(result: train.Result, texts: np.ndarray) -> np.ndarray:
     def cost(k):
         masked = jnp.pad(rank < k, ((0, 0), (1, 0)))
         logits = logits_fn(jnp.where(masked, cfg.vocab, texts), jnp.ones(len(texts)))
-        nats = process_of.cross_entropy(logits, texts)
+        nats = token_diffusion.cross_entropy(logits, texts)
         return jnp.where(masked, nats, 0.0).sum() / (k * len(texts))
 
     return np.asarray(jax.jit(partial(jax.lax.map, cost))(jnp.arange(1, texts.shape[1])), float)
@@ -153,7 +154,9 @@ def bound_of_masks(cost: np.ndarray, steps: int | None, schedule: str) -> float:
     if steps is None:
         return float(cost.sum())
     t, k = np.arange(1, steps + 1) / steps, np.arange(1, len(cost) + 1)
-    lost, before = (np.asarray(process_of.lost(schedule, x), float) for x in (t, t - 1 / steps))
+    lost, before = (
+        np.asarray(token_diffusion.lost(schedule, x), float) for x in (t, t - 1 / steps)
+    )
     probability = binom.pmf(k[None], len(cost), np.minimum(lost, 1.0)[:, None])
     return float(((1 - before / lost)[:, None] * probability * k * cost).sum())
 

@@ -117,7 +117,7 @@ def sample(
         seed: of the samples, not of the run.
         chunk: how many at once; the samples depend on it.
         label: the class of all samples, for a conditional model; by default the classes in turn.
-        text: of a language model.
+        text: of a language model, or of a model that draws from text.
         diffusion: of a diffusion model.
         trust: a module of your own that made the run and may be imported; can be given repeatedly.
     """

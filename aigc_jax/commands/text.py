@@ -29,14 +29,16 @@ PAD = 0  # fills titles, and the rows of titled texts
 class TextOptions:
     """How a model writes text, or what a text-to-image model draws."""
 
+    # What the text begins with, or what the picture shows. By default a text begins with a new line
+    # (diffusion: with nothing), and a picture follows no text.
     prompt: str = "\n"
     negative: str = ""  # text to image: what the pictures shall not show
     skip_unknown: bool = False  # text to image: leave out words that the model does not know
     title: str = ""  # for a model of texts with titles, such as poems
     infill: str = ""  # text diffusion: a text with a blank, "_", for each token to fill in
     blank: str = "_"  # the character that stands for a token to fill in
-    # Tokens to write; fewer if the context ends before. Default: 256 after a prompt, none after
-    # --text.infill, and of a text with a title as many as it can have.
+    # Tokens to write; fewer if the context ends before. Default: 256 after a prompt, 0 after
+    # --text.infill, and as many as fit after a title.
     new: int | None = None
     temperature: float = 1.0  # 0: always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0: all
@@ -228,7 +230,7 @@ def _diffusion(result: train.Result, tokenizer, options: TextOptions, diffusion,
         raise train.Refused(f"the text has {len(known)} tokens, the model takes {cfg.context}")
     w = {"w": diffusion.w, "given": given[None]} if diffusion.w else {}
     logits_fn = token_logits_fn(cfg, params, **w)
-    # The net is compiled once for all texts. The rest of a step is small.
+    # The net is compiled once for all texts. The rest of a step is cheap.
     compiled = jax.jit(lambda x_t, t: _real(logits_fn(x_t, t), tokenizer))
 
     def sampler(key):
@@ -305,7 +307,7 @@ def _pieces(tokenizer: Tokenizer, text: str, blank: str) -> Iterable[np.ndarray]
 
 
 def _decode(tokenizer: Tokenizer, tokens: np.ndarray, blank: str) -> str:
-    """Returns the text of tokens, with blanks for those that are masks or noise without a text."""
+    """Returns the text of tokens, with blanks for masks and numbers that the tokenizer lacks."""
     runs = itertools.groupby(tokens.tolist(), lambda token: token >= tokenizer.size)
     return "".join(
         blank * len(list(r)) if masked else tokenizer.decode(list(r)) for masked, r in runs

@@ -3,7 +3,7 @@
 A process destroys a text x_0 [B, L] of tokens 0 .. V-1 while a time t goes from 0 to 1. A token is
 kept up to t with probability alpha(t), independently of the others. Otherwise it
 
-- "absorbing": becomes the mask token V, and stays it
+- "absorbing": becomes the mask token V, and stays masked
 - "uniform": is drawn anew from all V tokens
 
 `logits_fn(x_t [B, L], t [B]) -> [B, L, V]` predicts x_0. Its softmax p_hat may come from a network
@@ -56,7 +56,7 @@ def kept(schedule: MaskSchedule, t):
 
 
 def lost(schedule: MaskSchedule, t):
-    """Returns 1 - alpha(t), precisely also where it is small."""
+    """Returns 1 - alpha(t), accurate also where it is small."""
     return t if schedule == "linear" else jnp.sin(math.pi / 2 * t)
 
 
@@ -191,12 +191,13 @@ def kl_rate(
 ) -> Nats:
     """Returns the limit of T `step_kl` for T steps of equal length, of each token.
 
-    Its integral over t from 0 to 1 is the bound in continuous time.
+    The expectation of its integral over t from 0 to 1 is the bound in continuous time.
 
     "absorbing": -alpha' / (1 - alpha) times the cross entropy, at masked tokens (MD4 eq. 4).
-    "uniform": a token changes to y at the rate beta / V w(y) backwards in time, with beta = -alpha'
-    / alpha and w(y) = q(x_t = y | x_0) / q(x_t | x_0). The rate of p is the mean w_hat of w under
-    p_hat. The KL of the two is beta / V times the sum over y of w_hat - w - w log(w_hat / w).
+    "uniform": a token changes to y at the rate (beta / V) w(y) backwards in time. Here beta is
+    -alpha' / alpha, and w(y) = q(x_t = y | x_0) / q(x_t | x_0). The rate of p is the mean w_hat of
+    w under p_hat. The KL of the two is beta / V times the sum of w_hat - w - w log(w_hat / w) over
+    y != x_t.
     """
     slope, share = lost_slope(schedule, t), lost(schedule, t)
     if process == "absorbing":
@@ -207,19 +208,22 @@ def kl_rate(
     p_hat = jnp.exp(log_p_hat)
     at_x, at_0 = (jax.nn.one_hot(x, V, dtype=logits.dtype) for x in (x_t, tokens))
     alpha = jnp.maximum(kept(schedule, t), 1e-12)  # at t = 1 the rate is 0, a factor of it infinite
-    up = (V * alpha / share)[:, None, None]  # r - 1, with r = q(x | x) / q(x | y)
-    low = (share / (share + V * alpha))[:, None, None]  # 1 / r
-    down = -(V * alpha / (share + V * alpha))[:, None, None]  # 1 / r - 1
-    own = (log_p_hat * at_x).sum(-1, keepdims=True)  # log p_hat(x_t)
+    r_minus_1 = (V * alpha / share)[:, None, None]  # r - 1, where r = q(x | x) / q(x | y)
+    inverse_r = (share / (share + V * alpha))[:, None, None]  # 1 / r
+    inverse_r_minus_1 = -(V * alpha / (share + V * alpha))[:, None, None]  # 1 / r - 1
+    log_p_x = (log_p_hat * at_x).sum(-1, keepdims=True)  # log p_hat(x_t)
     stayed = (at_0 * at_x).sum(-1, keepdims=True)  # [x_t = x_0]
-    w = jnp.where(stayed == 1, low, 1.0) + up * at_0
-    w_hat = -jnp.expm1(own) + up * p_hat + jnp.exp(own) * low
+    w = jnp.where(stayed == 1, inverse_r, 1.0) + r_minus_1 * at_0
+    w_hat = -jnp.expm1(log_p_x) + r_minus_1 * p_hat + jnp.exp(log_p_x) * inverse_r
     # w_hat / w - 1, from differences that need their digits near t = 1
-    minus_0 = jnp.where(at_0 == 1, jnp.expm1(log_p_hat), p_hat)
-    e = (up * minus_0 + down * jnp.where(stayed == 1, jnp.expm1(own), jnp.exp(own))) / w
-    near = jnp.where(jnp.abs(e) < 1e-2, e, 0.0)
-    series = near**2 * (1 / 2 - near / 3 + near**2 / 4 - near**3 / 5)
-    bregman = jnp.where(jnp.abs(e) < 1e-2, series, e - jnp.log(w_hat) + jnp.log(w))
+    p_minus_0 = jnp.where(at_0 == 1, jnp.expm1(log_p_hat), p_hat)
+    excess = (
+        r_minus_1 * p_minus_0
+        + inverse_r_minus_1 * jnp.where(stayed == 1, jnp.expm1(log_p_x), jnp.exp(log_p_x))
+    ) / w
+    small = jnp.where(jnp.abs(excess) < 1e-2, excess, 0.0)
+    series = small**2 * (1 / 2 - small / 3 + small**2 / 4 - small**3 / 5)
+    bregman = jnp.where(jnp.abs(excess) < 1e-2, series, excess - jnp.log(w_hat) + jnp.log(w))
     return _per_token(slope / alpha / V) * jnp.where(at_x == 1, 0.0, w * bregman).sum(-1)
 
 
@@ -278,7 +282,7 @@ def token_vlb(
         t, weight = 1 - u, jnp.ones_like(u)
         if steps is not None:
             t = (step_at(u, steps) + 1) / jnp.float32(steps)
-        elif process == "uniform":  # the few tokens that change early cost most: more times there
+        elif process == "uniform":  # most cost is at small t, where few tokens have changed
             t, weight = (1 - u) ** 2, 2 * (1 - u)
         k = jax.random.fold_in(k_x, i)
         x_t = corrupt(process, tokens, t, k, vocab=V, schedule=schedule, mask=mask)
@@ -347,7 +351,7 @@ def sample_tokens(
     known: int32 [L] or [B, L], -1 where a token is free. The others stay fixed: a prompt, or both
         sides of a gap. For "uniform" the samples have the conditional law only if the model was
         trained with these tokens given (see `token_vlb`, mask). Else it takes them for noise.
-    temperature: of the softmax; 0 takes the most probable token.
+    temperature: of the softmax. 0 takes the most probable x_0.
     order ("absorbing" only): which masked tokens a step reveals.
         "random": as many as the schedule says, at least one, at random places. With as many steps
             as tokens, one each: exact for an exact p_hat. With fewer, tokens of one step ignore
@@ -355,8 +359,8 @@ def sample_tokens(
         "confidence": as many, those whose drawn token is most probable (MaskGIT, Chang et al.
             2022, without their noise on the choice). This is not the model's law.
         "ancestral": each token on its own with the probability of D3PM's reverse step.
-    block: length of blocks that are filled from left to right (Arriola et al. 2025), with equally
-        many steps each; 0: the whole text at once.
+    block: length of blocks that are filled from left to right (Arriola et al. 2025); 0: the whole
+        text at once. Without known tokens each block has equally many steps.
     """
     x, step = sampling_steps(
         process,
