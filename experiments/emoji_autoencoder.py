@@ -295,8 +295,8 @@ def plot(setup: Setup, folder: Path, shown: dict, arms: list, found: list[Row]) 
     )
     latents = " x ".join(map(str, setup.model.latent_shape))
     weights = ", ".join(f"{beta:g}" for beta in setup.betas)
-    lengths = f"KL {setup.run.steps} updates, VQ {setup.vq_steps}, KL weights {weights}"
-    caption = f"latents {latents}; {lengths}: {setup.arm_steps} each; "
+    lengths = f"KL {setup.run.steps} updates, VQ {setup.vq_steps}"
+    caption = f"latents {latents}; {lengths}; right: KL weights {weights}, {setup.arm_steps} each; "
     caption += f"PSNR on unseen: {kl}, {coded} dB"
     figures.save(fig, folder / "emoji_autoencoder.png", caption)
 

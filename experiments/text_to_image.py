@@ -113,7 +113,7 @@ TONE = "skin tone of samples for test captions (%; oracle: true test pictures)"
 RANK = "R@1 of samples for test captions among all true pictures (%; oracle: chance)"
 CHANCE = "R@1 of samples for test captions over chance"
 BASE = "emoji of the nearest picture is right, any tone (%)"
-LESS = "skin tone: samples less true pictures (points)"
+LESS = "skin tone: samples minus true pictures (points)"
 ONE_OFF = "skin tone of samples is one step lighter or darker than asked (%)"
 KEPT = "skin tone of the autoencoder's reconstructions of test pictures (%)"
 FRECHET = (
@@ -436,15 +436,15 @@ def plot(setup: Setup, folder: Path, system, x, arrays: dict, latents: dict, by_
     figures.curves(sweep, curves, xlabel="guidance w", ylabel="%", title="captions of train")
     figures.images(between, interpolated(setup, system), 6, title="between two captions")
     new = drawn(setup, system, encoded(system, NEVER_SEEN), 5)
-    figures.images(never, new, 3, title="captions of no picture")
+    figures.images(never, new, 3, title="captions that no picture has")
     filled = inpainted(setup, system, latents["points"][some[:6]], tokens[6:])
-    title = "true pictures; lower half drawn to captions 7-12"
+    title = "true pictures; lower half drawn anew to other captions (7-12)"
     figures.images(halves, np.concatenate([images[:6], filled]), 6, title=title)
     asked = [emoji.examples("test")[i].caption for i in some]
     lines = {
         "captions of test": [f"{i}. {caption}" for i, caption in enumerate(asked, 1)],
         "between two captions, by row": [f"{first} -> {last}" for first, last in PAIRS],
-        "captions of no picture": [f"{i}. {each}" for i, each in enumerate(NEVER_SEEN, 1)],
+        "captions that no picture has": [f"{i}. {each}" for i, each in enumerate(NEVER_SEEN, 1)],
     }
     for ax, (title, texts) in zip(axes[2], lines.items(), strict=True):
         figures.page(ax, "\n".join(texts), title=title, columns=38, size=8)
