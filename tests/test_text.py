@@ -713,7 +713,7 @@ def test_tokens_without_a_tokenizer_are_not_written(tmp_path, capsys, monkeypatc
     with pytest.raises(SystemExit):
         __main__.main()
     assert (
-        "was trained on tokens without a tokenizer: use transformer.generate"
+        "was trained on tokens without a tokenizer: use train.sample"
         in capsys.readouterr().err
     )
 
