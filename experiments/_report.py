@@ -219,6 +219,16 @@ SUMMARIES = {
         "A transformer of 0.6 million parameters, trained on batches of 16 pieces. "
         "The paper's TCN has 0.3 million parameters and sees one piece at a time.",
     ),
+    "markov_text": Summary(
+        "6522b1becf09",
+        "With an exact posterior the bound of token diffusion is the entropy.",
+        "bound minus entropy, absorbing: exact posterior and trained network (nats)",
+        (
+            "absorbing, exact posterior: bound in continuous time minus the entropy (nats)",
+            "absorbing, trained: bound minus entropy (nats)",
+        ),
+        "A Markov chain of three states, length 8; D3PM and MD4 have text8.",
+    ),
     "mode_collapse": Summary(
         "bc1fb4a0a836",
         "Packing finds more modes than a plain GAN.",

@@ -712,10 +712,7 @@ def test_tokens_without_a_tokenizer_are_not_written(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(sys, "argv", ["aigc_jax", "sample", str(tmp_path / "a")])
     with pytest.raises(SystemExit):
         __main__.main()
-    assert (
-        "was trained on tokens without a tokenizer: use train.sample"
-        in capsys.readouterr().err
-    )
+    assert "was trained on tokens without a tokenizer: use train.sample" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
