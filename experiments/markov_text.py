@@ -126,10 +126,8 @@ def exact_logits(process: str, x_t, t):
     seen = jax.nn.one_hot(x_t, V, dtype=t.dtype)
     if process == "absorbing":
         return log_posterior(jnp.where((x_t == V)[..., None], 1.0, seen))
-    kept, lost = (
-        f("linear", t)[:, None, None] for f in (token_diffusion.kept, token_diffusion.lost)
-    )
-    return log_posterior(kept * seen + lost / V)
+    b_t = token_diffusion.one_minus_alpha("linear", t)[:, None, None]
+    return log_posterior((1 - b_t) * seen + b_t / V)
 
 
 def exact_bounds(L: int, steps) -> tuple[list[float], float]:

@@ -148,17 +148,17 @@ def cost_of_masks(result: train.Result, texts: np.ndarray) -> np.ndarray:
 def bound_of_masks(cost: np.ndarray, steps: int | None, schedule: str) -> float:
     """Returns the absorbing bound in nats per text. It depends on c, the costs of k masks, alone.
 
-    In T steps, k of L tokens are masked at t with a binomial probability, and a step is weighted by
-    (lost(t) - lost(s)) / lost(t). The limit of infinitely many steps is the sum of c.
+    In T steps, k of L tokens are masked at t with a binomial probability. A step is weighted by
+    (alpha(s) - alpha(t)) / (1 - alpha(t)). The limit of infinitely many steps is the sum of c.
     """
     if steps is None:
         return float(cost.sum())
     t, k = np.arange(1, steps + 1) / steps, np.arange(1, len(cost) + 1)
-    lost, before = (
-        np.asarray(token_diffusion.lost(schedule, x), float) for x in (t, t - 1 / steps)
+    b_t, b_s = (
+        np.asarray(token_diffusion.one_minus_alpha(schedule, x), float) for x in (t, t - 1 / steps)
     )
-    probability = binom.pmf(k[None], len(cost), np.minimum(lost, 1.0)[:, None])
-    return float(((1 - before / lost)[:, None] * probability * k * cost).sum())
+    probability = binom.pmf(k[None], len(cost), np.minimum(b_t, 1.0)[:, None])
+    return float(((1 - b_s / b_t)[:, None] * probability * k * cost).sum())
 
 
 # ---------------------------------------------------------------------------- samples and gaps

@@ -72,7 +72,10 @@ def enumerated(L, schedule):
     texts, p = (jnp.asarray(a) for a in chain(L))
 
     def logits_fn(x_t, t):
-        a, u = td.kept(schedule, t)[:, None, None], td.lost(schedule, t)[:, None, None] / V
+        a, u = (
+            td.alpha(schedule, t)[:, None, None],
+            td.one_minus_alpha(schedule, t)[:, None, None] / V,
+        )
         q = a * (x_t[:, None] == texts[None]) + u  # [B, V^L, L]
         joint = p[None] * q.prod(-1)
         one_hot = jax.nn.one_hot(texts, V, dtype=joint.dtype)
@@ -95,7 +98,7 @@ def expected(process, L, schedule, times, logits_fn):
     def at(t, s, x_t):  # all x_0, one x_t
         x_t = jnp.broadcast_to(x_t, texts.shape)
         T = jnp.full(len(texts), t)
-        a, lost = td.kept(schedule, T)[:, None], td.lost(schedule, T)[:, None]
+        a, lost = td.alpha(schedule, T)[:, None], td.one_minus_alpha(schedule, T)[:, None]
         if process == "absorbing":
             q = jnp.where(x_t == V, lost, jnp.where(x_t == texts, a, 0.0))
         else:
@@ -139,16 +142,18 @@ def exact_bound(process, L, schedule, steps):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules(schedule):
     t = jnp.linspace(0, 1, 101)
-    kept, lost = td.kept(schedule, t), td.lost(schedule, t)
-    np.testing.assert_allclose(kept + lost, 1, atol=1e-6)
-    assert kept[0] > 1 - 1e-6 and kept[-1] == 0 and lost[0] == 0 and lost[-1] == 1
-    slope = jax.vmap(jax.grad(lambda t: td.lost(schedule, t)))(t)
-    np.testing.assert_allclose(td.lost_slope(schedule, t), slope, atol=1e-6)
-    np.testing.assert_allclose(td.time_when_lost(schedule, lost), t, atol=1e-3)
+    a, b = td.alpha(schedule, t), td.one_minus_alpha(schedule, t)
+    np.testing.assert_allclose(a + b, 1, atol=1e-6)
+    assert a[0] > 1 - 1e-6 and a[-1] == 0 and b[0] == 0 and b[-1] == 1
+    slope = jax.vmap(jax.grad(lambda t: td.one_minus_alpha(schedule, t)))(t)
+    np.testing.assert_allclose(td.minus_alpha_slope(schedule, t), slope, atol=1e-6)
+    np.testing.assert_allclose(td.time_of(schedule, b), t, atol=1e-3)
     tiny = jnp.float32(1e-5)
-    np.testing.assert_allclose(td.kept(schedule, 1 - tiny) > 0, True)
+    np.testing.assert_allclose(td.alpha(schedule, 1 - tiny) > 0, True)
     np.testing.assert_allclose(
-        td.lost(schedule, tiny), {"linear": 1, "cosine": np.pi / 2}[schedule] * 1e-5, rtol=1e-4
+        td.one_minus_alpha(schedule, tiny),
+        {"linear": 1, "cosine": np.pi / 2}[schedule] * 1e-5,
+        rtol=1e-4,
     )
 
 
@@ -162,7 +167,7 @@ def test_corrupt_has_the_law_of_q(process, schedule):
         process, x_0, jnp.full(n, t), jax.random.key(0), vocab=V, schedule=schedule, mask=mask
     )
     assert (x_t[:, 3] == 2).all()
-    lost = float(td.lost(schedule, t))
+    lost = float(td.one_minus_alpha(schedule, t))
     for i, own in enumerate((0, 1, 2)):
         share = np.bincount(np.asarray(x_t[:, i]), minlength=V + 1) / n
         if process == "absorbing":
@@ -231,7 +236,7 @@ def test_absorbing_bound_is_the_entropy_for_eight_tokens():
 def brute_force_bound(L, T, schedule):
     """Returns the bound of the uniform process from q's joint law alone, in numpy."""
     texts, p = chain(L)
-    alpha = [float(td.kept(schedule, jnp.float64(i / T))) for i in range(T + 1)]
+    alpha = [float(td.alpha(schedule, jnp.float64(i / T))) for i in range(T + 1)]
     total = 0.0
     for i in range(T):
         a_s, a_t = alpha[i], alpha[i + 1]
@@ -425,7 +430,7 @@ def test_fewer_steps_have_the_known_wrong_law():
 def test_ancestral_steps_have_their_known_law(schedule):
     """Two tokens ignore each other where one step reveals both."""
     S = 3
-    lost = np.array([float(td.lost(schedule, jnp.float32(i / S))) for i in range(S + 1)])
+    lost = np.array([float(td.one_minus_alpha(schedule, jnp.float32(i / S))) for i in range(S + 1)])
     together = (np.diff(lost) ** 2).sum()
     truth, apart = chain(2)[1], law_of_sets([(0, 1)], 2)
     samples = drawn("absorbing", 2, S, order="ancestral", schedule=schedule)
@@ -499,7 +504,7 @@ def test_every_step_reveals_as_many_as_the_schedule_says(schedule):
     found = order_of(S, np.ones(L), schedule=schedule)
     begun = np.sort(found, -1)
     wanted = [
-        round(L * float(td.kept(schedule, jnp.float32((S - i) / S)))) for i in range(S)
+        round(L * float(td.alpha(schedule, jnp.float32((S - i) / S)))) for i in range(S)
     ]  # revealed before step i
     for row in begun:
         assert sorted(set(row.tolist())) == sorted(set(wanted))

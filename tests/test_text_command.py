@@ -59,6 +59,7 @@ def sample(monkeypatch, capsys):
     """sample(folder, *flags) -> (exit code, output, errors)."""
 
     def run(*words):
+        capsys.readouterr()  # what training a fixture has printed
         monkeypatch.setattr(sys, "argv", ["aigc_jax", "sample", *map(str, words)])
         code = 0
         try:

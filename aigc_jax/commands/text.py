@@ -122,9 +122,9 @@ def _token_by_token(result: train.Result, tokenizer, options: TextOptions, title
     prompt = np.zeros(0, np.int32)
     if not title.size or options.prompt != TextOptions.prompt:
         prompt = encode_prompt(tokenizer, options.prompt)
-    stop, given = tokenizer.encode(options.stop), np.concatenate([title, prompt])
-    new = _new_tokens(result, options, given, stop)
-    tokens_of = _token_stream(result, options, tokenizer, given, new)
+    stop, start = tokenizer.encode(options.stop), np.concatenate([title, prompt])
+    new = _new_tokens(result, options, start, stop)
+    tokens_of = _token_stream(result, options, tokenizer, start, new)
     # The end of a title's text, or the model's own end, is not shown.
     ends = (PAD,) if title.size else () if options.stop else getattr(cfg, "eos", None) or ()
 
@@ -146,7 +146,7 @@ def _token_by_token(result: train.Result, tokenizer, options: TextOptions, title
     return write
 
 
-def _new_tokens(result: train.Result, options: TextOptions, given, stop) -> int:
+def _new_tokens(result: train.Result, options: TextOptions, start, stop) -> int:
     """Returns how many tokens to write; raises Refused for options that the model cannot take."""
     if options.new == 0:
         raise train.Refused("text.new must be at least 1, got 0")
@@ -155,13 +155,13 @@ def _new_tokens(result: train.Result, options: TextOptions, given, stop) -> int:
     if (size := options.no_repeat_ngram_size) < 0:
         raise train.Refused(f"text.no_repeat_ngram_size must be at least 0, got {size}")
     context = getattr(result.config, "context", None)  # a recurrent net has no end
-    if not 1 <= len(given) <= (context or len(given)):
+    if not 1 <= len(start) <= (context or len(start)):
         most = f"1 to {context}" if context else "at least 1"
-        raise train.Refused(f"the prompt has {len(given)} tokens; it must have {most}")
+        raise train.Refused(f"the prompt has {len(start)} tokens; it must have {most}")
     new = 256 if options.new is None else options.new
     if result.info.title_length is not None:
-        new = min(new, max(1, result.info.shape[0] - len(given)))
-    return min(new, context - len(given) + 1) if context else new  # the last needs no position
+        new = min(new, max(1, result.info.shape[0] - len(start)))
+    return min(new, context - len(start) + 1) if context else new  # the last needs no position
 
 
 def _token_stream(result: train.Result, options: TextOptions, tokenizer, prompt, new: int):
@@ -172,7 +172,7 @@ def _token_stream(result: train.Result, options: TextOptions, tokenizer, prompt,
     )
     total = len(prompt) + new
     ngram = options.no_repeat_ngram_size if options.no_repeat_ngram_size < total else 0
-    begin = max(0, ngram - 1) + len(prompt)  # where the new tokens begin in `written`
+    first = max(0, ngram - 1) + len(prompt)  # the index of the first new token in `written`
     prefill, decode = _steps(cfg, total - 1)
 
     @jax.jit
@@ -184,13 +184,13 @@ def _token_stream(result: train.Result, options: TextOptions, tokenizer, prompt,
     def tokens(key):
         logits, cache = prefill(params, prompt[None])
         used = np.isin(np.arange(cfg.vocab), prompt)[None]
-        written = np.full((1, begin + new), -1, np.int32)
-        written[0, begin - len(prompt) : begin] = prompt
+        written = np.full((1, first + new), -1, np.int32)
+        written[0, first - len(prompt) : first] = prompt
         for j in range(new):
             step_key = jax.random.fold_in(key, j)
-            [token] = map(int, draw(logits, used, written, begin + j, step_key, sampling))
+            [token] = map(int, draw(logits, used, written, first + j, step_key, sampling))
             yield token
-            used[0, token], written[0, begin + j] = True, token
+            used[0, token], written[0, first + j] = True, token
             if j + 1 < new:
                 logits, cache = decode(params, jnp.array([token], jnp.int32), cache)
 
@@ -272,16 +272,16 @@ def _known(result: train.Result, tokenizer, options: TextOptions, title: int) ->
         raise train.Refused("give --text.prompt or --text.infill, not both")
     if len(options.blank) != 1:
         raise train.Refused(f"--text.blank must be one character, got {options.blank!r}")
-    begin, prompt = np.zeros(0, np.int32), options.prompt != TextOptions.prompt
+    tokens, prompt = np.zeros(0, np.int32), options.prompt != TextOptions.prompt
     if options.infill:
-        begin = np.concatenate(list(_pieces(tokenizer, options.infill, options.blank)))
+        tokens = np.concatenate(list(_pieces(tokenizer, options.infill, options.blank)))
     elif prompt:
-        begin = tokenizer.encode(options.prompt)
-    most = result.config.context - title - len(begin)
+        tokens = tokenizer.encode(options.prompt)
+    most = result.config.context - title - len(tokens)
     if title:  # the rows of titled texts have one length
-        most = result.info.shape[0] - title - len(begin)
+        most = result.info.shape[0] - title - len(tokens)
     if most < 0:
-        which, has = "infill" if options.infill else "prompt", len(begin)
+        which, has = "infill" if options.infill else "prompt", len(tokens)
         raise train.Refused(
             f"--text.{which} has {has} tokens, the model takes {has + most}: shorten it"
         )
@@ -290,7 +290,7 @@ def _known(result: train.Result, tokenizer, options: TextOptions, title: int) ->
         new = most if title else 0 if options.infill else 256
     new = min(new, most)
     rest = np.full(most - new if title else 0, PAD)
-    known = np.concatenate([begin, np.full(new, -1), rest]).astype(np.int32)
+    known = np.concatenate([tokens, np.full(new, -1), rest]).astype(np.int32)
     if not (known < 0).any():
         raise train.Refused(
             f"nothing is left to write: put {options.blank!r} into --text.infill for each token "

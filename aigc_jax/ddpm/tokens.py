@@ -47,7 +47,7 @@ Step = Callable[[Any, Any], Any]  # (x [B, L], i) -> x
 # ------------------------------------------------------------------------------- the process
 
 
-def kept(schedule: MaskSchedule, t):
+def alpha(schedule: MaskSchedule, t):
     """Returns alpha(t), the probability that a token is kept up to t; from 1 down to 0.
 
     "linear": 1 - t. "cosine": 1 - cos(pi (1 - t) / 2) (the code of MD4).
@@ -55,25 +55,25 @@ def kept(schedule: MaskSchedule, t):
     return 1 - t if schedule == "linear" else 2 * jnp.sin(math.pi / 4 * (1 - t)) ** 2
 
 
-def lost(schedule: MaskSchedule, t):
+def one_minus_alpha(schedule: MaskSchedule, t):
     """Returns 1 - alpha(t), accurate also where it is small."""
     return t if schedule == "linear" else jnp.sin(math.pi / 2 * t)
 
 
-def lost_between(schedule: MaskSchedule, s, t):
-    """Returns lost(t) - lost(s) = kept(s) - kept(t), from the smaller numbers."""
-    early = lost(schedule, t) - lost(schedule, s)
-    return jnp.where(t < 0.5, early, kept(schedule, s) - kept(schedule, t))
+def alpha_drop(schedule: MaskSchedule, s, t):
+    """Returns alpha(s) - alpha(t), accurate also where both are near 1."""
+    early = one_minus_alpha(schedule, t) - one_minus_alpha(schedule, s)
+    return jnp.where(t < 0.5, early, alpha(schedule, s) - alpha(schedule, t))
 
 
-def lost_slope(schedule: MaskSchedule, t):
-    """Returns the derivative of `lost`, -alpha'(t)."""
+def minus_alpha_slope(schedule: MaskSchedule, t):
+    """Returns -alpha'(t)."""
     one = jnp.ones_like(t)
     return one if schedule == "linear" else math.pi / 2 * jnp.sin(math.pi / 2 * (1 - t))
 
 
-def time_when_lost(schedule: MaskSchedule, share):
-    """Returns the t at which this share of the tokens is lost: the inverse of `lost`."""
+def time_of(schedule: MaskSchedule, share):
+    """Returns the t at which 1 - alpha(t) equals `share`."""
     return share if schedule == "linear" else 2 / math.pi * jnp.arcsin(share)
 
 
@@ -88,15 +88,15 @@ def corrupt(
     mask: Any = None,
 ) -> Int[Array, "B L"]:
     """Returns x_t ~ q(x_t | x_0). mask [B, L]: tokens with 0 stay as they are."""
-    k_lost, k_new = jax.random.split(key)
-    share = lost(schedule, t)[:, None]
-    gone = jax.random.uniform(k_lost, tokens.shape, share.dtype) < share
+    k_change, k_new = jax.random.split(key)
+    share = one_minus_alpha(schedule, t)[:, None]
+    changed = jax.random.uniform(k_change, tokens.shape, share.dtype) < share
     if mask is not None:
-        gone &= jnp.asarray(mask) > 0
+        changed &= jnp.asarray(mask) > 0
     new = vocab
     if process == "uniform":
         new = jax.random.randint(k_new, tokens.shape, 0, vocab, jnp.int32)
-    return jnp.where(gone, new, jnp.asarray(tokens, jnp.int32))
+    return jnp.where(changed, new, jnp.asarray(tokens, jnp.int32))
 
 
 def log_evidence(
@@ -104,8 +104,8 @@ def log_evidence(
 ) -> Logits:
     """Returns log q(x_t | x_0) of the uniform process for all V values of x_0."""
     at_x = jax.nn.one_hot(x_t, vocab, dtype=t.dtype)
-    kept_t, lost_t = (f(schedule, t)[:, None, None] for f in (kept, lost))
-    return jnp.log(kept_t * at_x + lost_t / vocab)
+    a_t, b_t = (f(schedule, t)[:, None, None] for f in (alpha, one_minus_alpha))
+    return jnp.log(a_t * at_x + b_t / vocab)
 
 
 def _per_token(x: Array) -> Array:
@@ -132,15 +132,14 @@ def step_log_probs(
     V = logits.shape[-1]
     log_p_hat = jax.nn.log_softmax(logits)
     at_x = jax.nn.one_hot(x_t, V, dtype=logits.dtype)  # [x_t = y]
-    a_s, a_t, lost_s = (
-        f(schedule, time)[:, None, None] for f, time in ((kept, s), (kept, t), (lost, s))
-    )
+    a_s, a_t = (alpha(schedule, time)[:, None, None] for time in (s, t))
+    u_s = one_minus_alpha(schedule, s)[:, None, None] / V
     a_ts = a_t / a_s
-    u_ts = lost_between(schedule, s, t)[:, None, None] / a_s / V  # 1 - a_ts, shared by V tokens
+    u_ts = alpha_drop(schedule, s, t)[:, None, None] / a_s / V  # 1 - a_ts, shared by V tokens
     log_q_t = log_evidence(x_t, t, vocab=V, schedule=schedule)  # of x_t given x_0 = y
     log_C = jax.nn.logsumexp(log_p_hat - log_q_t, -1, keepdims=True)
     straight = jnp.log(a_s) + log_p_hat - log_q_t
-    return jnp.log(a_ts * at_x + u_ts) + jnp.logaddexp(straight, jnp.log(lost_s / V) + log_C)
+    return jnp.log(a_ts * at_x + u_ts) + jnp.logaddexp(straight, jnp.log(u_s) + log_C)
 
 
 # --------------------------------------------------------------------------------- the bound
@@ -168,13 +167,14 @@ def step_kl(
     """
     if process == "absorbing":
         masked = x_t == logits.shape[-1]
-        weight = _per_token(lost_between(schedule, s, t) / lost(schedule, t))
+        weight = _per_token(alpha_drop(schedule, s, t) / one_minus_alpha(schedule, t))
         return jnp.where(masked, weight * cross_entropy(logits, tokens), 0.0)
     V = logits.shape[-1]
     at_x, at_0 = (jax.nn.one_hot(x, V, dtype=logits.dtype) for x in (x_t, tokens))
-    a_s, a_t = (kept(schedule, time)[:, None, None] for time in (s, t))
-    lost_s, between = lost(schedule, s)[:, None, None], lost_between(schedule, s, t)[:, None, None]
-    q = (a_t / a_s * at_x + between / a_s / V) * (a_s * at_0 + lost_s / V)
+    a_s, a_t = (alpha(schedule, time)[:, None, None] for time in (s, t))
+    u_s = one_minus_alpha(schedule, s)[:, None, None] / V
+    u_ts = alpha_drop(schedule, s, t)[:, None, None] / a_s / V
+    q = (a_t / a_s * at_x + u_ts) * (a_s * at_0 + u_s)
     q = q / q.sum(-1, keepdims=True)
     log_p = step_log_probs(logits, x_t, s, t, schedule=schedule)
     return jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1.0)) - log_p), 0.0).sum(-1)
@@ -199,18 +199,18 @@ def kl_rate(
     w under p_hat. The KL of the two is beta / V times the sum of w_hat - w - w log(w_hat / w) over
     y != x_t.
     """
-    slope, share = lost_slope(schedule, t), lost(schedule, t)
+    slope, b_t = minus_alpha_slope(schedule, t), one_minus_alpha(schedule, t)
     if process == "absorbing":
         masked = x_t == logits.shape[-1]
-        weight = _per_token(slope / share)
+        weight = _per_token(slope / b_t)
         return jnp.where(masked, weight * cross_entropy(logits, tokens), 0.0)
     V, log_p_hat = logits.shape[-1], jax.nn.log_softmax(logits)
     p_hat = jnp.exp(log_p_hat)
     at_x, at_0 = (jax.nn.one_hot(x, V, dtype=logits.dtype) for x in (x_t, tokens))
-    alpha = jnp.maximum(kept(schedule, t), 1e-12)  # at t = 1 the rate is 0, a factor of it infinite
-    r_minus_1 = (V * alpha / share)[:, None, None]  # r - 1, where r = q(x | x) / q(x | y)
-    inverse_r = (share / (share + V * alpha))[:, None, None]  # 1 / r
-    inverse_r_minus_1 = -(V * alpha / (share + V * alpha))[:, None, None]  # 1 / r - 1
+    a_t = jnp.maximum(alpha(schedule, t), 1e-12)  # at t = 1 the rate is 0, a factor of it infinite
+    r_minus_1 = (V * a_t / b_t)[:, None, None]  # r - 1, where r = q(x | x) / q(x | y)
+    inverse_r = (b_t / (b_t + V * a_t))[:, None, None]  # 1 / r
+    inverse_r_minus_1 = -(V * a_t / (b_t + V * a_t))[:, None, None]  # 1 / r - 1
     log_p_x = (log_p_hat * at_x).sum(-1, keepdims=True)  # log p_hat(x_t)
     stayed = (at_0 * at_x).sum(-1, keepdims=True)  # [x_t = x_0]
     w = jnp.where(stayed == 1, inverse_r, 1.0) + r_minus_1 * at_0
@@ -224,7 +224,7 @@ def kl_rate(
     small = jnp.where(jnp.abs(excess) < 1e-2, excess, 0.0)
     series = small**2 * (1 / 2 - small / 3 + small**2 / 4 - small**3 / 5)
     bregman = jnp.where(jnp.abs(excess) < 1e-2, series, excess - jnp.log(w_hat) + jnp.log(w))
-    return _per_token(slope / alpha / V) * jnp.where(at_x == 1, 0.0, w * bregman).sum(-1)
+    return _per_token(slope / a_t / V) * jnp.where(at_x == 1, 0.0, w * bregman).sum(-1)
 
 
 def vocabulary(logits_fn: LogitsFn, shape: tuple[int, int]) -> int:
@@ -278,7 +278,7 @@ def token_vlb(
 
     def one(each):
         i, u = each
-        # 1 - u lies in (0, 1]: nothing is lost at 0, where the weight is infinite
+        # 1 - u lies in (0, 1]: nothing is masked at 0, where the weight is infinite
         t, weight = 1 - u, jnp.ones_like(u)
         if steps is not None:
             t = (step_at(u, steps) + 1) / jnp.float32(steps)
@@ -452,7 +452,7 @@ def _reveal_step(logits_fn, key, x, vocab: int, steps: int, temperature, schedul
     def left(i, free):  # masked tokens of a row after i of `steps` steps
         done, within = i // per_block, i % per_block
         full = jnp.maximum(L // block - done - 1, 0)  # blocks that have not begun
-        share = lost(schedule, (per_block - within) / per_block)
+        share = one_minus_alpha(schedule, (per_block - within) / per_block)
         now = jnp.where(done < L // block, share, 0.0)
         most = jnp.maximum(free - i, 0)  # each step reveals at least one
         return jnp.minimum(jnp.floor(free * (full + now) * block / L + 0.5), most).astype(jnp.int32)
@@ -460,7 +460,7 @@ def _reveal_step(logits_fn, key, x, vocab: int, steps: int, temperature, schedul
     def step(x, i):
         masked = x == vocab
         share = masked.sum(-1) / jnp.maximum(free, 1)
-        logits = logits_fn(x, time_when_lost(schedule, share.astype(jnp.float32)))
+        logits = logits_fn(x, time_of(schedule, share.astype(jnp.float32)))
         drawn = draw_tokens(logits, jax.random.fold_in(k_draw, i), temperature)
         score = -cross_entropy(at_least_float32(logits), drawn) if order == "confidence" else random
         count = masked.sum(-1) - left(i + 1, free)
@@ -476,7 +476,7 @@ def _ancestral_step(logits_fn, key, vocab: int, steps: int, temperature, schedul
         k_reveal, k_draw = jax.random.split(jax.random.fold_in(key, i))
         t, s = (jnp.full(len(x), (steps - i - j) / steps, jnp.float32) for j in (0, 1))
         drawn = draw_tokens(logits_fn(x, t), k_draw, temperature)
-        share = 1 - _per_token(lost(schedule, s) / lost(schedule, t))  # of masked tokens
+        share = _per_token(1 - one_minus_alpha(schedule, s) / one_minus_alpha(schedule, t))
         reveal = (x == vocab) & (jax.random.uniform(k_reveal, x.shape) < share)
         return jnp.where(reveal, drawn, x)
 
