@@ -234,10 +234,10 @@ SUMMARIES = {
         "Packing finds more modes than a plain GAN.",
         "modes of Pac2 minus those of the plain GAN, of 25",
         ("grid: modes of Pac2 less plain (+- s.e. over seeds)",),
-        "The nets and the length of training are those of the unrolled GAN's demonstration, "
-        "on PacGAN's sets. The loss is the non-saturating one. Run with `--unrolled-seeds 5`. "
-        "The unrolled rows are to be measured again: in this run, after D's updates, "
-        "G saw D's loss of fake points only.",
+        "This is the script of that commit. Its nets and length of training are those of the "
+        "unrolled GAN's demonstration, on PacGAN's sets. The loss is the non-saturating one. "
+        "In the unrolled rows, after D's updates, G saw D's loss of fake points only. The script "
+        "has PacGAN's own nets now, and was not run to its end yet.",
     ),
     "parzen_table": Summary(
         "adbd38df3490",

@@ -1,37 +1,21 @@
-"""Mode collapse on 25 Gaussians in a grid and 8 on a ring: Lin et al. 2018 (PacGAN), table 1; Metz et al. 2017, fig. 2
+"""Modes that a GAN loses, and packing, which keeps them: Lin et al. 2018 (PacGAN), table 1
 
-    python -m experiments.mode_collapse    about 20 minutes on 2 cores; downloads nothing
-    python -m experiments.mode_collapse --scale paper --unrolled-seeds 5    about 80 minutes: the recorded run
+    python -m experiments.mode_collapse                   scale cpu was not run to its end yet; downloads nothing
+    python -m experiments.mode_collapse --scale paper     the authors' protocol: days on 2 cores
 
-The nets of the unrolled GAN's demonstration on the sets of PacGAN: plain, packed by 2 and 4,
-unrolled by 5 updates, and WGAN-GP. Scale paper has the demonstration's rates and its 25,000
-updates. Expect the plain GAN to lose modes of the grid there (8.3 of 25 found, ten seeds), packing
-to keep more (19.4 and 19.7) and unrolling as many (20.8, five seeds). But none is good. Packed GANs
-have 2 % of high-quality samples, near the 1.8 % of points spread evenly; plain ones have 4 % and
-unrolled ones 9 %.
-
-Collapse depends on rates and on time. Scale cpu has D's rate 3e-4 for 1e-4, 16 latents for 256, and
-10,000 updates. There plain, Pac2, Pac4 and unrolled find 12.2, 19.0, 18.4 and 24.0 modes (commit
-e0c36fb, the same seeds). Two of the four criteria are not met: Pac4 less Pac2 is -0.6 +- 1.3, and
-the reverse KL is 2.6 times lower. Continued to 25,000 updates, the same runs find 24.1, 19.3, 16.3
-and 23.8, with 60, 2, 2 and 73 % of high quality: no criterion is met. With D's rate at 5e-4 a plain
-GAN had all 25 modes after 10,000 updates (three seeds). At equal updates and points, D sees half
-and a quarter as many packs. This may be why packed GANs train more slowly; we have not tested it.
-
-**The unrolled rows are to be measured again.** In the recorded runs, after D's updates, G saw D's
-loss of fake points only. In Metz et al. (eq. 3, and their demonstration) G maximises D's whole loss
-there, with the term of real points. So the unrolled objective lacked a term, and the numbers above
-for unrolling, at both scales, say nothing about their algorithm. `gan` has the whole loss now.
-Plain and packed GANs are as they were.
+25 Gaussians in a grid and 8 on a ring, with the nets, rates and batches of the authors' code. A
+batch has 100 packs: D of Pac4 judges four points together, so that it sees 400 points. All samples
+are drawn from 100,000 fixed points. The authors train for 400 epochs, which are 400,000 updates.
+Expect the plain GAN to lose modes of the grid, Pac2 fewer, and Pac4 none.
 
 A mode counts if one of 2,500 samples lies within 3 standard deviations of it. Such a sample is of
-high quality (HQ). A correct model has 98.9 % of them; more means collapsed variance. Absolute
-numbers do not compare across papers, whose nets differ.
+high quality (HQ). A correct model has 98.9 % of them. More means that the variance has collapsed.
+The reverse KL compares the numbers of HQ samples per mode with equal ones.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -43,21 +27,21 @@ from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Scale
 
-NET = gan.NetConfig(widths=(128, 128), activation="tanh", init="orthogonal", init_scale=1.4)
-NETS = {"shape": (2,), "latent_dim": 16, "gen": NET, "disc": NET}
-D_OPTIM = Optim(lr=3e-4, b1=0.5, eps_root=1e-16)
-MODEL = gan.Config(**NETS, optim=Optim(lr=1e-3, b1=0.5), disc_optim=D_OPTIM)
-EVERY = {"save_every": 5000, "log_every": 100, "steps_per_call": 100}
+NORMAL = {"init": "normal", "init_scale": 0.02}
+ADAM = Optim(lr=1e-4, b1=0.8)
+MODEL = gan.Config(
+    shape=(2,),
+    latent_dim=2,
+    gen=gan.NetConfig(widths=(400,) * 4, norm="batch", **NORMAL),
+    disc=gan.NetConfig(widths=(200,) * 3, activation="maxout", pieces=5, **NORMAL),
+    optim=ADAM,
+    disc_optim=ADAM,
+    simultaneous=True,
+)
+EVERY = {"eval_every": 10_000, "save_every": 10_000, "log_every": 1000, "steps_per_call": 100}
 SETS = {"grid": (points.grid_modes(), 0.05), "ring": (points.ring_modes(), 0.01)}
-ARMS = {
-    "plain": {},
-    "Pac2": {"packing": 2},
-    "Pac4": {"packing": 4},
-    "unrolled": {"unrolled": 5},
-    "WGAN-GP": {"loss": "wasserstein", "penalty": "gp", "n_critic": 5},
-}
-# PacGAN, table 1: modes, HQ (%), reverse KL; its nets.
-PUBLISHED = {
+ARMS = {"plain": 1, "Pac2": 2, "Pac4": 4}  # points that D judges together
+PUBLISHED = {  # modes, HQ (%), reverse KL: means over ten runs
     ("grid", "plain"): (17.3, 94.8, 0.70),
     ("grid", "Pac2"): (23.8, 91.3, 0.13),
     ("grid", "Pac4"): (24.8, 93.6, 0.04),
@@ -72,137 +56,135 @@ class Setup:
     """Flags of mode_collapse."""
 
     model: gan.Config = MODEL
-    run: Run = Run("runs/mode_collapse", 10_000, 512, keep=1, **EVERY)
-    seeds: int = 10  # of plain and packed on the grid
-    unrolled_seeds: int = 5
+    run: Run = Run("runs/mode_collapse", 100_000, 100, keep=1, **EVERY)  # steps: of the comparison
+    last: tuple[int, int, int] = (400_000, 400_000, 100_000)  # updates of each arm on the grid
+    ring: int = 25_000  # updates on the ring
+    seeds: int = 1
+    examples: int = 100_000  # fixed points
     samples: int = 2500
 
     def __post_init__(self):
-        if min(self.seeds, self.unrolled_seeds) < 1:
-            raise ValueError("seeds and unrolled_seeds must be at least 1")
-        if self.samples < 2:
-            raise ValueError(f"samples must be at least 2, got {self.samples} (--samples)")
+        _cli.at_least(self, seeds=1, samples=2, examples=400, ring=1)
+        if min(self.last) < self.run.steps:
+            raise ValueError(f"last must be at least run.steps = {self.run.steps}, got {self.last}")
 
 
-SMOKE = {"run.folder": "runs/mode_collapse-smoke", "run.steps": 300}
-PAPER = {"run.folder": "runs/mode_collapse-paper", "run.steps": 25_000}
-RATES = {"model.latent_dim": 256, "model.disc_optim.lr": 1e-4}
+SMOKE = {"run.folder": "runs/mode_collapse-smoke", "run.steps": 200, "run.eval_every": 100}
+SMOKE |= {"run.save_every": 100, "last": (300, 200, 200), "ring": 200, "samples": 200}
+SMOKE |= {"model.gen.widths": (64, 64), "model.disc.widths": (64,)}
+PAPER = {"run.folder": "runs/mode_collapse-paper", "run.steps": 400_000, "ring": 400_000}
+PAPER |= {"last": (400_000,) * 3, "seeds": 10}
 SCALES = {
-    "smoke": Scale(_cli.change(Setup(), {**SMOKE, "seeds": 1, "unrolled_seeds": 1}), "300 updates"),
+    "smoke": Scale(_cli.change(Setup(), SMOKE), "narrow nets, 200 updates"),
     "cpu": Scale(
         Setup(),
-        "10,000 updates (the unrolled demonstration: 25,000) with its nets on PacGAN's sets, D's "
-        "rate 3e-4 for 1e-4, 16 latents for 256; fresh points for 100,000 fixed ones; "
-        "non-saturating loss; the ring has 8 modes (the demonstration's: 7)",
+        "one seed, compared after 100,000 updates (25,000 on the ring) of 400,000",
     ),
     "paper": Scale(
-        _cli.change(Setup(), {**PAPER, **RATES, "unrolled_seeds": 10}),
-        "the unrolled demonstration's nets and length on PacGAN's sets; non-saturating loss",
+        _cli.change(Setup(), PAPER), "D and G see different noise; the authors: the same"
     ),
+}
+MEASURES = {"modes": "modes of {}", "quality": "HQ samples (%)", "kl": "reverse KL (nats)"}
+ROW = "{set}, {arm}, {updates:,} updates: {measure}"
+WHAT = "grid, {} minus {}: {} after the same updates"
+CRITERIA = {
+    ROW.format(
+        set="grid", arm="plain", updates=100_000, measure="modes of 25"
+    ): "within 15.3 .. 19.3",
+    ROW.format(set="grid", arm="plain", updates=100_000, measure="HQ samples (%)"): ">= 75",
+    ROW.format(set="grid", arm="Pac4", updates=100_000, measure="modes of 25"): ">= 24",
+    ROW.format(set="grid", arm="Pac4", updates=100_000, measure="HQ samples (%)"): ">= 70",
+    WHAT.format("Pac2", "plain", "modes"): "> 0",
+    WHAT.format("Pac4", "Pac2", "modes"): ">= 0",
+    WHAT.format("Pac2", "plain", "reverse KL"): "< 0",
+    WHAT.format("Pac4", "Pac2", "reverse KL"): "< 0",
+}
+INVARIANTS = {
+    ROW.format(set="grid", arm="plain", updates=200, measure="modes of 25"): "within 1 .. 25"
 }
 
 
-class Score(NamedTuple):
-    """How good the samples of a run are."""
-
-    modes: int
-    quality: float  # percent
-    kl: float  # nats
-    least: float  # percent of high-quality samples in the emptiest mode
-
-
-PACKED = "grid: modes of Pac2 less plain (+- s.e. over seeds)"
-MORE = "grid: modes of Pac4 less Pac2 (+- s.e. over seeds)"
-UNROLLED = "grid: modes of unrolled less plain, same seeds (+- s.e. over seeds)"
-FALLS = "grid: reverse KL of plain over that of Pac4 (means over seeds)"
-CRITERIA = {PACKED: "> 0", MORE: ">= -0.5", UNROLLED: ">= 3", FALLS: ">= 3"}
-SOME = "grid: fewest modes of any run"
-INVARIANTS = {SOME: "within 1 .. 25"}
-
-
-def score(x: np.ndarray, modes: np.ndarray, std: float) -> Score:
-    """Returns the score of samples [N, 2]."""
+def scores(x: np.ndarray, modes: np.ndarray, std: float) -> dict[str, float]:
+    """Returns how many modes samples [N, 2] reach, the share of HQ samples (%), the reverse KL."""
     count = metrics.mode_count(x, modes, std)
-    least = 100 * count.histogram.min() / max(1, count.histogram.sum())
-    # A run without any high-quality sample has no histogram: as bad as all in one mode.
-    kl = metrics.reverse_kl(count.histogram) if count.histogram.any() else float(np.log(len(modes)))
-    return Score(count.modes, 100 * count.high_quality, kl, least)
+    # Without any HQ sample the histogram is empty. This is as bad as all samples in one mode.
+    kl = metrics.reverse_kl(count.histogram) if count.modes else float(np.log(len(modes)))
+    return {"modes": count.modes, "quality": 100 * count.high_quality, "kl": kl}
+
+
+def trained(setup: Setup, name: str, arm: str, folder: Path) -> list[train.Result]:
+    """Trains an arm on a set with each seed. The scores are measured while it trains."""
+    (modes, std), packing = SETS[name], ARMS[arm]
+    training = data.load(name, "train", examples=setup.examples)
+    cfg = replace(setup.model, packing=packing)
+    sample = jax.jit(partial(gan.sample, cfg, n=setup.samples))
+
+    def on_eval(family, state, step):
+        return scores(np.asarray(sample(state, jax.random.key(step))), modes, std)
+
+    steps = setup.last[list(ARMS).index(arm)] if name == "grid" else setup.ring
+    size = setup.run.batch_size * packing
+    run = replace(setup.run, folder=str(folder / f"{name}-{arm}"), steps=steps, batch_size=size)
+    runs = _cli.seeded(run, setup.seeds)
+    return [train.fit(gan.make, cfg, each, training, on_eval=on_eval) for each in runs]
+
+
+def table(name: str, arm: str, results: list[train.Result], updates: int) -> list[Row]:
+    """Returns the rows of an arm after a number of updates: means over seeds."""
+    modes = len(SETS[name][0])
+    oracles = {"modes": modes, "quality": 100 * (1 - np.exp(-4.5)), "kl": None}
+    rows = []
+    for (measure, words), paper in zip(MEASURES.items(), PUBLISHED[name, arm], strict=True):
+        values = [value_at(result, measure, updates) for result in results]
+        names = {"set": name, "arm": arm, "updates": updates, "measure": words.format(modes)}
+        mean, error = _cli.mean_and_error(values)
+        rows.append(Row(ROW.format(**names), mean, paper, error, oracles[measure]))
+    return rows
+
+
+def value_at(result: train.Result, measure: str, updates: int) -> float:
+    """Returns a score that was measured after a number of updates."""
+    steps, values = _cli.history(result.folder, measure)
+    return float(values[np.flatnonzero(steps == updates)[-1]])
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
-    """Trains every arm on the grid with several seeds and on the ring with one, scores samples."""
-    scores, samples, found = {}, {}, _cli.kept()
-    several = {"unrolled": setup.unrolled_seeds, "WGAN-GP": 1}
-    for name, (modes, std) in SETS.items():
-        training = data.load(name, "train")
-        for arm, changes in ARMS.items():
-            seeds = several.get(arm, setup.seeds) if name == "grid" else 1
-            # With n_critic updates per step, each sees as many points as the one of the others.
-            size = setup.run.batch_size * changes.get("n_critic", 1)
-            base = replace(setup.run, folder=str(folder / f"{name}-{arm}"), batch_size=size)
-            scores[name, arm] = []
-            for run in _cli.seeded(base, seeds):
-                result = train.fit(gan.make, replace(setup.model, **changes), run, training)
-                key, n = jax.random.key(run.seed), setup.samples
-                x = train.sample(result, key, n=n, chunk=n)
-                scores[name, arm].append(score(x, modes, std))
-                samples.setdefault((name, arm), x)
-            found += table(name, arm, scores[name, arm], setup.samples)
-    with _cli.costs(PACKED, MORE, UNROLLED, FALLS, SOME):
-        found += comparisons({arm: np.array(scores["grid", arm]) for arm in ARMS})
-    plot(setup, folder, samples, scores)
-    return found
-
-
-def comparisons(grid: dict[str, np.ndarray]) -> list[Row]:
-    """Returns the rows that compare arms on the grid; of two arms, the runs of the same seeds."""
-
-    def modes_less(a: str, b: str, what: str) -> Row:
-        n = min(len(grid[a]), len(grid[b]))
-        mean, error = _cli.mean_and_error((grid[a][:n, 0] - grid[b][:n, 0]).tolist())
-        return Row(what, mean, error=error)
-
-    return [
-        modes_less("Pac2", "plain", PACKED),
-        modes_less("Pac4", "Pac2", MORE),
-        modes_less("unrolled", "plain", UNROLLED),
-        Row(FALLS, float(grid["plain"][:, 2].mean() / grid["Pac4"][:, 2].mean())),
-        Row(SOME, int(min(runs[:, 0].min() for runs in grid.values()))),
-    ]
-
-
-def table(name: str, arm: str, runs: list[Score], samples: int) -> list[Row]:
-    """Returns four rows of means over seeds."""
-    paper = PUBLISHED.get((name, arm), (None,) * 3)
-    modes = len(SETS[name][0])
-    who = f"{name}, {arm} ({len(runs)} seed{'s'[len(runs) == 1 :]})"
-    found, hq, kl, least = (
-        _cli.mean_and_error([float(v) for v in column]) for column in zip(*runs, strict=True)
-    )
-    share = 1 - np.exp(-4.5)
-    beyond = 100 * (share + 3 * np.sqrt(share * (1 - share) / samples))
-    collapsed = " (above what a correct model has: collapsed variance)" if hq[0] > beyond else ""
-    return [
-        Row(f"{who}: modes of {modes}", found[0], paper[0], found[1]),
-        Row(f"{who}: HQ samples (%){collapsed}", hq[0], paper[1], hq[1], 100 * float(share)),
-        Row(f"{who}: reverse KL (nats)", kl[0], paper[2], kl[1], (modes - 1) / (2 * samples)),
-        Row(f"{who}: emptiest mode (% of HQ samples)", least[0], None, least[1]),
-    ]
+    """Trains every arm on both sets, and compares them."""
+    rows, results = _cli.kept(), {}
+    for name in SETS:
+        for arm in ARMS:
+            found = results[name, arm] = trained(setup, name, arm, folder)
+            compared = setup.run.steps if name == "grid" else setup.ring
+            for updates in sorted({compared, int(found[0].state.step)}):
+                rows += table(name, arm, found, updates)
+    for better, worse in (("Pac2", "plain"), ("Pac4", "Pac2")):
+        for measure, words in (("modes", "modes"), ("kl", "reverse KL")):
+            ends = [
+                np.mean([value_at(r, measure, setup.run.steps) for r in results["grid", arm]])
+                for arm in (better, worse)
+            ]
+            rows.append(Row(WHAT.format(better, worse, words), float(ends[0] - ends[1])))
+    plot(setup, folder, results)
+    return rows
 
 
 @_cli.costs("mode_collapse.png")
-def plot(setup: Setup, folder: Path, samples: dict, scores: dict) -> None:
-    """Draws samples of the first seed of every arm, over the modes."""
-    fig, axes = figures.figure(len(SETS), len(ARMS))
-    for line, (name, (modes, _)) in zip(axes, SETS.items(), strict=True):
+def plot(setup: Setup, folder: Path, results: dict) -> None:
+    """Draws the scores against updates, and samples of the first seed over the modes."""
+    fig, axes = figures.figure(3, 3)
+    for ax, (measure, words) in zip(axes[0], MEASURES.items(), strict=True):
+        curves = {arm: _cli.history(results["grid", arm][0].folder, measure) for arm in ARMS}
+        figures.curves(ax, curves, xlabel="updates", ylabel=words.format(25), title="grid")
+    for line, (name, (modes, _)) in zip(axes[1:], SETS.items(), strict=True):
         reach = 1.3 * np.abs(modes).max()
         for ax, arm in zip(line, ARMS, strict=True):
+            result = results[name, arm][0]
+            x = train.sample(result, jax.random.key(0), n=setup.samples, chunk=setup.samples)
             ax.plot(*modes.T, "+", color="0.6", markersize=7, zorder=0)
-            title = f"{name}, {arm}: {scores[name, arm][0].modes} of {len(modes)} modes"
-            figures.points(ax, samples[name, arm], title=title)
+            figures.points(ax, x, title=f"{name}, {arm}: {int(result.state.step):,} updates")
             ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    length = f"{setup.samples} samples of the first seed after {setup.run.steps} updates"
-    figures.save(fig, folder / "mode_collapse.png", f"{length}. Crosses are the modes.")
+    caption = f"{setup.samples:,} samples of the first seed. Crosses are the modes."
+    figures.save(fig, folder / "mode_collapse.png", caption)
 
 
 if __name__ == "__main__":

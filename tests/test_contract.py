@@ -162,6 +162,7 @@ ROWS = {
             disc=gan.NetConfig("dcgan", (4,), "leaky_relu", norm="spectral"),
             loss="hinge",
             packing=2,
+            simultaneous=True,
         ),
         DIGITS,
         one_update=False,

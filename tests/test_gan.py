@@ -217,6 +217,33 @@ def test_no_gradient_reaches_the_other_optimizer():
     assert not same(steep.opt_state["gen"], flat.opt_state["gen"])
 
 
+@pytest.mark.parametrize("unrolled", [0, 2])
+def test_a_simultaneous_step_updates_both_nets_from_the_parameters_before_it(unrolled):
+    """G moves as if D rested, D as if G rested."""
+    disc = gan.NetConfig(widths=(12,), activation="leaky_relu")
+    adam = Optim(lr=2e-4, b1=0.5, eps_root=1e-12)
+    cfg = replace(SMALL, disc=disc, disc_optim=adam, simultaneous=True)
+    cfg = replace(cfg, unrolled=unrolled)
+    state = jax.jit(gan.make(cfg).init)(key(0))
+
+    def after(cfg):
+        family, given = gan.make(cfg), state
+        if cfg.disc_optim == STILL:
+            opt_state = {**state.opt_state, "disc": family.init(key(0)).opt_state["disc"]}
+            given = state._replace(opt_state=opt_state)
+        return jax.jit(family.step)(given, DIGITS.batch(0, 0, 16), key(1))[0]
+
+    both, in_turn = after(cfg), after(replace(cfg, simultaneous=None))
+    assert int(both.step) == 1
+    for tree in ("params", "opt_state", "extra"):
+        assert same(getattr(both, tree)["disc"], getattr(in_turn, tree)["disc"])
+    assert not same(both.params["gen"], in_turn.params["gen"])
+    if not unrolled:
+        d_rests = after(replace(cfg, disc_optim=STILL, simultaneous=None))
+        for tree in ("params", "opt_state", "extra"):
+            assert same(getattr(both, tree)["gen"], getattr(d_rests, tree)["gen"])
+
+
 def test_statistics_of_the_discriminator_come_from_real_then_fake():
     """One update with all weights held still, G a constant grey: the running mean is .9 (.9 0 + .1 real) + .1 fake."""
     disc = gan.NetConfig(widths=(12, 12), activation="leaky_relu", norm="batch")
@@ -627,6 +654,7 @@ def test_uniform_noise_is_the_unit_cube():
         ({"penalty": "r1"}, "penalty 'r1'"),
         ({"n_critic": 0}, "n_critic must be at least 1, got 0"),
         ({"packing": 0}, "packing must be at least 1"),
+        ({"simultaneous": True, "n_critic": 2}, "one update of each net, but model.n_critic is 2"),
         ({"unrolled": 2}, "disc_optim.eps_root"),
         (
             {"unrolled": 2, "disc_optim": Optim("rmsprop")},

@@ -369,6 +369,13 @@ def _update_gen(cfg: Config, state: State, batch, key, axis_name):
     return update(loss, cfg.optim, state, batch, key)
 
 
+def _with_gen_of(updated: State, state: State) -> State:
+    """Returns `state` with G's parameters, optimizer state and statistics of `updated`."""
+    trees = ("params", "opt_state", "extra")
+    new = {tree: {**getattr(state, tree), "gen": getattr(updated, tree)["gen"]} for tree in trees}
+    return state._replace(**new)
+
+
 # --------------------------------------------------------- initialisation and training step
 
 
@@ -392,12 +399,16 @@ def step(cfg: Config, state: State, batch, key, *, axis_name: str | None = None)
     """Makes n_critic updates of D, then one of G (GAN, algorithm 1). Returns the state and metrics.
 
     Each update of D has its own part of the batch; G has the last part. Each samples new noise.
+    With `cfg.simultaneous`, G's update starts from D as it was before the step.
     """
+    before = state
     k_disc, k_gen = jax.random.split(key)
     update_disc = partial(_update_disc, cfg, _disc_objective, micro=cfg.micro, axis_name=axis_name)
     for i, part in enumerate(parts(batch, cfg.n_critic)):
         state, disc_metrics = update_disc(state, part, jax.random.fold_in(k_disc, i))
-    state, gen_metrics = _update_gen(cfg, state, part, k_gen, axis_name)
+    through = before if cfg.simultaneous else state
+    updated, gen_metrics = _update_gen(cfg, through, part, k_gen, axis_name)
+    state = _with_gen_of(updated, state)
     return finish(state, _ema(cfg)), {**disc_metrics, **gen_metrics}
 
 

@@ -39,6 +39,9 @@ class Config:
     penalty: Literal["none", "gp", "r1", "clip"] = "none"  # on D: of WGAN-GP, R1, clipping (WGAN)
     penalty_weight: float | None = None  # lambda, gamma or bound; None: 10 (gp, r1), 0.01 (clip)
     n_critic: int = 1  # updates of D per step, each on its own part of the batch
+    # Update both nets from the parameters before the step, as the code of GAN and PacGAN does.
+    # None, False: G is updated after D, through the updated D (GAN, algorithm 1).
+    simultaneous: bool | None = None
     packing: int = 1  # number of samples that D judges together (PacGAN)
     unrolled: int = 0  # updates of D that G's gradient looks ahead (Metz et al. 2017); 0: none
     ema: float = 0.0  # decay of the average of G's parameters and statistics; 0: no average
@@ -112,6 +115,10 @@ def _check_objective(cfg: Config) -> None:
         raise ValueError(
             "model.loss 'wasserstein' needs a Lipschitz constraint on the critic: "
             "set penalty to gp, r1 or clip, or disc.norm to spectral"
+        )
+    if cfg.simultaneous and cfg.n_critic > 1:
+        raise ValueError(
+            f"model.simultaneous makes one update of each net, but model.n_critic is {cfg.n_critic}"
         )
     optim = cfg.disc_optim
     if cfg.unrolled and isinstance(optim, Optim) and optim.name != "sgd" and not optim.eps_root:
