@@ -225,7 +225,8 @@ class Optim:
     weight_decay: float = 0.0  # decoupled (AdamW), on leaves named kernel or embedding only
     clip: float = 0.0  # largest global norm of the gradient; 0: none
     warmup: int = 0  # steps of linear rise from 0 to lr
-    decay: int = 0  # steps from the end of the warm-up to the floor; 0: constant
+    hold: int | None = None  # steps at lr between the warm-up and the decay; None: none
+    decay: int = 0  # steps from there to the floor; 0: constant
     curve: Literal["cosine", "linear", "exponential"] = "cosine"
     floor: float = 0.0  # the last rate divided by lr
 
@@ -233,6 +234,9 @@ class Optim:
         check_fields(self, name="optim")
         check_at_least(self, 0, "lr", "eps", "eps_root", "weight_decay", "clip", name="optim")
         check_at_least(self, 0, "warmup", "decay", "momentum_steps", name="optim")
+        if self.hold is not None and (self.hold < 0 or not self.decay):
+            got = f"hold {self.hold} and decay {self.decay}"
+            raise ValueError(f"optim.hold must be at least 0 and needs optim.decay, got {got}")
         for field in ("b1", "b2", "momentum", "momentum_end"):
             if not 0 <= (getattr(self, field) or 0) < 1:
                 raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
@@ -274,6 +278,8 @@ class Optim:
             if self.decay
             else lambda _: self.lr
         )
+        if self.hold:
+            after = optax.join_schedules([lambda _: self.lr, after], [self.hold])
         if self.warmup:
             after = optax.join_schedules(
                 [optax.linear_schedule(0.0, self.lr, self.warmup), after], [self.warmup]

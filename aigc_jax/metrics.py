@@ -513,7 +513,7 @@ def classifier_score(probabilities: Float[Array | np.ndarray, "N C"]) -> float:
 
 
 class Classifier(nn.Module):
-    """A small convolutional net: images [B, H, W, 1] in [0, 1] -> (logits, features).
+    """A small convolutional net: images [B, H, W, C] in [0, 1] -> (logits, features).
 
     logits are [B, classes]; features are [B, width] and at least 0.
     """
@@ -525,7 +525,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: Float[Array, "B H W 1"],
+        images: Float[Array, "B H W C"],
     ) -> tuple[Float[Array, "B K"], Float[Array, "B F"]]:
         he_normal = nn.initializers.he_normal()
         h = images - 0.5

@@ -1,14 +1,18 @@
 """Counts, windows, states and attention: four generations of language models on the same text, in bits per character
 
-    python -m experiments.language_models   scale cpu was not run to its end yet; Tiny Shakespeare (1 MB)
+    python -m experiments.language_models   about 75 minutes on 2 cores; Tiny Shakespeare (1 MB)
 
 Downloads Tiny Shakespeare (--data.folder takes its file). The second text is the source of Python's
 own library. n-grams are smoothed by interpolated Kneser-Ney (Chen & Goodman 1999). The neural
 probabilistic language model (Bengio et al. 2003) sees a window. LSTM (Hochreiter & Schmidhuber
 1997) and GRU (Cho et al. 2014) carry a state. The transformer (Vaswani et al. 2017) looks at all of
 its context. The trained ones have about equally many parameters, and see equally many characters.
-Every held-out character is scored once, with at least half a window before it. Expect each
-generation to do better than the one before. The papers have other texts: the criteria are ours.
+Every held-out character is scored once, with at least half a window before it. On both texts,
+expect an LSTM better than every n-gram, and a transformer a little better than the LSTM. On
+Shakespeare, the 5-gram has 2.24 bits per character, the best n-gram 2.20, the LSTM 2.10 and the
+transformer 2.08. The GRU is as good as the transformer (2.06). The neural probabilistic model sees
+9 characters. It lies between the 3-gram and the 4-gram. The papers have other texts: the criteria
+are ours.
 """
 
 from __future__ import annotations  # the field `transformer` hides the module
@@ -100,7 +104,8 @@ def counted(setup: Setup, training: np.ndarray, held_out: np.ndarray, vocab: int
 def trained(setup: Setup, net: str, folder: Path, training: data.Data, valid: data.Data, prompt):
     """Trains one net; returns its bits per token, parameters, minutes, and a sample.
 
-    The minutes include compiling and validating. They are None for a run that was continued.
+    The minutes include compiling and validating. They are None for a run that was continued, which
+    then has no row for them.
     """
     cfg = replace(getattr(setup, net), vocab=training.info.levels)
     make = transformer.make if net == "transformer" else language.make
@@ -137,8 +142,8 @@ def run(setup: Setup, folder: Path) -> list[Row]:
             names = {"text": text, "model": model}
             rows.append(Row(BITS.format(**names), bits * each))
             rows.append(Row(SIZE.format(**names), size))
-            reason = "an earlier start did a part of it" if minutes is None else None
-            rows.append(Row(MINUTES.format(**names), minutes, reason=reason))
+            if minutes is not None:
+                rows.append(Row(MINUTES.format(**names), minutes))
             samples[text, model] = tokenizer.decode(tokens)
         found[BEST] = min((found[gram(order)] for order in setup.orders), key=lambda each: each[0])
         for worse, better in ORDERED:
@@ -161,7 +166,8 @@ def plot(setup: Setup, folder: Path, curves: dict, values: dict, samples: dict) 
     level = values[BITS.format(text=text, model=gram(order))]
     figures.level(axes[0, 0], level, f"{gram(order)} {level:.3g}")
     for ax, model in zip(axes.flat[1:], shown, strict=True):
-        figures.page(ax, samples[text, model], title=model, columns=44)
+        figures.page(ax, samples[text, model], title=model, columns=34)
+    figures.share_legend(fig)
     updates = f"{setup.run.steps:,} updates of {setup.run.batch_size} x {setup.length} characters"
     figures.save(fig, folder / "language_models.png", f"{updates}. Samples at temperature 1.")
 

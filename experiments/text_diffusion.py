@@ -32,7 +32,7 @@ from aigc_jax.train import Run
 from experiments import _cli, _text
 from experiments._cli import Row, Scale, Source
 
-STEPS = 3000
+STEPS = 1500
 NET = {"layers": 4, "heads": 4, "width": 128, "positions": "rotary"}
 OPTIM = Optim(lr=2e-3, b2=0.99, weight_decay=0.03, clip=1.0, warmup=100, decay=STEPS - 100)
 AUTOREGRESSIVE = transformer.Config(vocab=65, context=128, **NET, tied=False, optim=OPTIM)
@@ -74,7 +74,7 @@ SMOKE |= {"autoregressive.ema": 0.9, "diffusion.ema": 0.9}
 SCALES = {
     "smoke": Scale(_cli.change(Setup(), SMOKE), "tiny nets on Python's source, 100 updates"),
     "cpu": Scale(
-        Setup(), "Tiny Shakespeare for text8, nets of 0.8 million parameters, 3,000 updates"
+        Setup(), "Tiny Shakespeare for text8, nets of 0.8 million parameters, 1,500 updates"
     ),
 }
 BITS = "{}: held-out text (bits per character; +- s.e. over seeds)"
@@ -287,7 +287,7 @@ def plot(setup, folder: Path, curves, excess, quality, texts, absorbing, held_ou
     pages = {many: map(decode, texts[many][:3]), few: map(decode, texts[few][:3])}
     pages["a gap [filled]"] = marked
     for ax, (title, shown) in zip(axes[1], pages.items(), strict=True):
-        figures.page(ax, "\n---\n".join(shown), title=title, columns=40)
+        figures.page(ax, "\n---\n".join(shown), title=title, columns=34)
     caption = f"{setup.run.steps:,} updates of {setup.run.batch_size} x {setup.length} characters"
     figures.save(fig, folder / "text_diffusion.png", caption)
 

@@ -170,6 +170,33 @@ ROWS = {
         averaged=gan_averages,
         extended=True,
     ),
+    "cyclegan": Row(
+        gan.make_cycle,
+        gan.CycleConfig(shape=(2,), gen_widths=(6,), disc_widths=(6,), pool=20),
+        data.pair(data.load("ring", examples=300), data.load("grid", examples=200)),
+        one_update=False,
+        averaged=lambda state: state.params["gen"],
+        shared=5,  # a fake and two draws, for the pool of each set
+        extended=True,
+    ),
+    "cyclegan with all of it": Row(
+        gan.make_cycle,
+        gan.CycleConfig(
+            shape=(8, 8, 1),
+            levels=17,
+            gen_widths=(4, 4),
+            blocks=1,
+            disc_widths=(4, 4),
+            paired_weight=1.0,
+            pool=20,
+            remat=True,
+        ),
+        data.pair(DIGITS, DIGITS, aligned=True),
+        one_update=False,
+        averaged=lambda state: state.params["gen"],
+        shared=150,
+        extended=True,
+    ),
     "ddpm": Row(
         ddpm.make,
         ddpm.Config(

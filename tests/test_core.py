@@ -150,6 +150,16 @@ def test_rates_warm_up_then_fall_to_the_floor():
     assert float(Optim(lr=0.3).rate(10**6)) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_rate_is_held_between_warm_up_and_decay(warmup):
+    """CycleGAN's schedule: the first half at lr, then linear to 0."""
+    optim = Optim(lr=2.0, warmup=warmup, hold=100, decay=100, curve="linear")
+    got = [float(optim.rate(warmup + s)) for s in (0, 50, 100, 150, 200, 300)]
+    np.testing.assert_allclose(got, [2, 2, 2, 1, 0, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="hold must be at least 0 and needs optim.decay"):
+        Optim(hold=10)
+
+
 def test_rate_counts_in_state_steps_not_in_updates():
     """n_critic updates within a step all see the step's rate."""
     optim = Optim("sgd", lr=1.0, decay=10, curve="linear")

@@ -12,7 +12,7 @@ import pytest
 
 from aigc_jax import data, metrics, train
 from aigc_jax.data import prepare
-from experiments import classifiers
+from experiments import _classifier, classifiers
 
 
 def normal(seed, *shape):
@@ -553,7 +553,7 @@ def test_classifiers_train_on_moved_images():
     ]
     batch = jnp.asarray(np.tile(image, (400, 1, 1, 1)))
     for mirror in (False, True):
-        moved = np.asarray(classifiers.moved(batch, jax.random.key(mirror), shift=1, mirror=mirror))
+        moved = np.asarray(_classifier.moved(batch, jax.random.key(mirror), shift=1, mirror=mirror))
         wanted = {
             x.tobytes()
             for x in every + [np.ascontiguousarray(x[:, ::-1]) for x in every][: 9 * mirror]
@@ -566,7 +566,7 @@ def test_a_classifier_is_trained_written_and_read(tmp_path):
     steps, optim = classifiers.plan(8, 1437, 128, 5e-3)
     small = replace(classifiers.MODELS["digits"], channels=(8,), ema=0.9, optim=optim)
     run, test = train.Run(steps=steps, batch_size=128, devices=1), data.load("digits", "test")
-    result = train.fit(classifiers.make, small, run, data.load("digits"))
+    result = train.fit(_classifier.make, small, run, data.load("digits"))
     accuracy, size = classifiers.write(tmp_path / "own.safetensors", "digits", result, test, 8)
     found, right, _ = scored(tmp_path / "own.safetensors", "test", "digits")
     assert (

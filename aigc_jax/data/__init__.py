@@ -44,6 +44,8 @@ class Info:
     caption_length: int | None = None
     caption_vocab: int | None = None  # tokens of captions are whole numbers in 0..caption_vocab-1
     context: tuple[int, int] | None = None  # (L, E) of the `context` [B, L, E] of each example
+    # Of two sets side by side, the shape of an example of the second one; see `pair`.
+    other: tuple[int, ...] | None = None
 
 
 class Data(NamedTuple):
@@ -56,7 +58,8 @@ class Data(NamedTuple):
           either also context float32 [B, L, E];
         - tokens int32 [B, T+1];
         - roll uint8 [B, T, 88].
-        With it there may be label int32 [B]; index int32 [B] for finite sets; and mask float32
+        With image or points there may be `other`, the same of a second set. There may be label
+        int32 [B]; index int32 [B] for finite sets; and mask float32
         [B, T] with tokens and roll, which is 1 where a position counts.
     resident: None, or (arrays, rows, take) for a set that fits in memory. `rows(seed, i, size)`
         returns on the host which examples make up a batch, int32 [size]. `take(arrays, rows)`
@@ -317,6 +320,59 @@ def _digest(arrays: dict, tokenizer: str = "") -> str:
     return digest.hexdigest()
 
 
+# ------------------------------------------------------------------------- two sets side by side
+
+
+def pair(a: Data, b: Data, *, aligned: bool = False, source: dict | None = None) -> Data:
+    """Puts two sets side by side: a batch has `image` (or `points`) of a, and `other` of b.
+
+    aligned: row i of a batch is example i of both sets. Otherwise each set has an order of its own,
+        and an epoch of its own length; such pairs are unpaired data.
+
+    Labels, captions and masks are left out. Raises ValueError for sets of different kinds, for sets
+    that are not in memory, and for aligned sets of unequal numbers of examples.
+    """
+    kinds = {one.info.kind for one in (a, b)}
+    if len(kinds) > 1 or not kinds <= {"image", "points"} or None in (a.resident, b.resident):
+        found = " and ".join(f"{one.info.kind} {one.info.source or ''}".strip() for one in (a, b))
+        raise ValueError(f"pair needs two sets of images or of points in memory, got {found}")
+    if a.info.levels != b.info.levels:
+        raise ValueError(f"both sets need the same levels, got {a.info.levels}, {b.info.levels}")
+    [kind], sizes = kinds, (a.info.examples, b.info.examples)
+    if aligned and sizes[0] != sizes[1]:
+        raise ValueError(f"aligned sets need equally many examples, got {sizes[0]} and {sizes[1]}")
+    arrays = {kind: a.resident[0][kind], "other": b.resident[0][kind]}
+
+    def rows(seed, i, size):  # [size, 2]
+        own = order(sizes[0], seed, i, size)
+        # A seed of its own: else two sets of equal size would be aligned.
+        return np.stack([own, own if aligned else order(sizes[1], seed + 2**32, i, size)], -1)
+
+    def take(arrays, rows):
+        first, second = rows[..., 0], rows[..., 1]
+        return {kind: arrays[kind][first], "other": arrays["other"][second], "index": first}
+
+    prints = f"{a.info.fingerprint} {b.info.fingerprint} {aligned}"
+    info = Info(
+        kind=kind,
+        shape=a.info.shape,
+        other=b.info.shape,
+        levels=a.info.levels,
+        examples=sizes[0],
+        source=source,
+        fingerprint=hashlib.sha256(prints.encode()).hexdigest(),
+    )
+    return Data(info, lambda seed, i, size: take(arrays, rows(seed, i, size)), (arrays, rows, take))
+
+
+def _load_pair(split: str, *, first: dict, second: dict, aligned: bool = False) -> Data:
+    """Loads the same split of two named sets as a pair."""
+    source = {"name": "pair", "split": split, "first": first, "second": second, "aligned": aligned}
+    return pair(
+        *(load(split=split, **one) for one in (first, second)), aligned=aligned, source=source
+    )
+
+
 # ----------------------------------------------------------------------------- read while training
 
 
@@ -414,9 +470,9 @@ def endless(draw: Callable, shape: tuple[int, ...], source: dict) -> Data:
 def load(name: str, split: str = "train", *, folder: str | None = None, **options) -> Data:
     """Loads a named data set.
 
-    name: digits, mnist, fashion_mnist, cifar10, emoji; ring, grid, swiss_roll, ppca; python_source,
-        tiny_shakespeare, tang_poems; jsb_chorales; images:FOLDER, pairs:FOLDER and text:FILE for
-        your own data.
+    name: digits, mnist, fashion_mnist, cifar10; emoji, emoji_google, emoji_twitter, emoji_pair;
+        ring, grid, swiss_roll, ppca; python_source, tiny_shakespeare, tang_poems; jsb_chorales;
+        images:FOLDER, pairs:FOLDER and text:FILE for your own data; pair for two of these sets.
     split: train or test, or slices as in TFDS: "train[:50000]", "train[90%:]", "train+test".
         Synthetic sets take any name, and each name draws other points. Text is divided into
         train and validation. emoji has train, test and unseen; see `emoji.emoji`. tang_poems has
@@ -427,7 +483,8 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         by checksum, under any name. For your own data it replaces FOLDER or FILE.
     options: those of the set: std, examples and others for synthetic sets; length, stride and
         tokenizer for text; form for tang_poems; size, stream and labels for images:FOLDER and
-        pairs:FOLDER; length and tokenizer for pairs:FOLDER.
+        pairs:FOLDER; length and tokenizer for pairs:FOLDER; aligned for emoji_pair and pair; for
+        pair also first and second, each a dictionary of a name and its options.
 
     Raises ValueError for an unknown name, split or option and for a wrong file, and
     FileNotFoundError if files are missing.
@@ -442,7 +499,7 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
 
 def _function_of(name: str) -> Callable[..., Data]:
     """Returns the function that loads the set: `function(split, **options)`."""
-    from . import emoji, images, music, pairs, pictures, points, tang, text
+    from . import emoji, emoji_pair, images, music, pairs, pictures, points, tang, text
 
     functions = {
         "digits": images.digits,
@@ -450,6 +507,10 @@ def _function_of(name: str) -> Callable[..., Data]:
         "fashion_mnist": images.fashion_mnist,
         "cifar10": images.cifar10,
         "emoji": emoji.emoji,
+        "emoji_google": emoji_pair.emoji_google,
+        "emoji_twitter": emoji_pair.emoji_twitter,
+        "emoji_pair": emoji_pair.emoji_pair,
+        "pair": _load_pair,
         "ring": points.ring,
         "grid": points.grid,
         "swiss_roll": points.swiss_roll,

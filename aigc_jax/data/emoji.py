@@ -96,6 +96,12 @@ def tones(split: str) -> np.ndarray:
     return np.array([one.tone for one in examples(split)], np.int32)
 
 
+def pictures(code_points: list[str]) -> np.ndarray:
+    """Returns the pictures of emoji with these code points, uint8 [N, 32, 32, 3]."""
+    row = {one.code_points: one.row for one in _table()}
+    return _images()[[row[each] for each in code_points]]
+
+
 @functools.lru_cache(maxsize=1)
 def class_names() -> tuple[str, ...]:
     """Returns the names of the ten categories, in the order of their labels."""

@@ -14,6 +14,7 @@ Variants, as fields of `Config`:
                "WGAN")
     penalties  weight clipping (WGAN), gradient penalty (Gulrajani et al. 2017, "WGAN-GP"), R1
                (Mescheder et al. 2018)
+    others     translation between two sets of images (Zhu et al. 2017, CycleGAN): `cycle.py`
     training   packing (Lin et al. 2018, "PacGAN"), unrolling (Metz et al. 2017)
 
 G and D have one optimizer each. An update of one net leaves the other's parameters
@@ -54,10 +55,12 @@ from ..core import (
     start,
 )
 from .config import Config, LossName
+from .cycle import CycleConfig, make_cycle
 from .nets import Discriminator, Generator, NetConfig
 
 __all__ = [
     "Config",
+    "CycleConfig",
     "Discriminator",
     "Generator",
     "NetConfig",
@@ -69,6 +72,7 @@ __all__ = [
     "generator_of",
     "gradient_penalty",
     "make",
+    "make_cycle",
     "noise",
     "preprocess",
     "r1_penalty",

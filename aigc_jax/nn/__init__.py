@@ -8,6 +8,7 @@ conv.py        generators and discriminators of DCGAN and SNGAN
 resnet.py      a residual network that reads a picture
 unet.py        the U-Net of DDPM
 autoencoder.py the encoder and decoder of latent diffusion's first stage
+translation.py the generator and the patch discriminator of CycleGAN
 transformer.py the transformer block and the decoder trunk
 dit.py         a transformer over patches
 
@@ -25,6 +26,7 @@ from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
 from .mlp import MLP, MLPDiscriminator, MLPGenerator, TimeMLP
 from .resnet import ResNet
 from .transformer import Block, Decoder, causal
+from .translation import ImageTranslator, PatchDiscriminator, instance_norm
 from .unet import ContextAttention, PixelAttention, ResBlock, UNet
 
 __all__ = [
@@ -40,10 +42,12 @@ __all__ = [
     "GroupNorm",
     "ImageDecoder",
     "ImageEncoder",
+    "ImageTranslator",
     "MLPDiscriminator",
     "MLPGenerator",
     "Norm",
     "NormAct",
+    "PatchDiscriminator",
     "PixelAttention",
     "ResBlock",
     "ResNet",
@@ -51,6 +55,7 @@ __all__ = [
     "UNet",
     "adaln_zero",
     "causal",
+    "instance_norm",
     "modulate",
     "pixel_shuffle",
     "pixel_unshuffle",
