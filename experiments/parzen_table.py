@@ -39,11 +39,6 @@ from experiments import _cli, _gan, _pictures
 from experiments._cli import Row, Scale, Source
 
 MODEL = gan.Config(optim=Optim(lr=2e-4, b1=0.5), disc_optim=Optim(lr=2e-4, b1=0.5))
-# mnist.yaml of the authors' code: 0.1 / 1.000004 per update down to 1e-6, momentum 0.5 to 0.7 over
-# 250 epochs of 500.
-CURVE = {"decay": 2_878_237, "curve": "exponential", "floor": 1e-5}
-MOMENTUM = {"momentum": 0.5, "momentum_end": 0.7, "momentum_steps": 125_000}
-RECIPE = Optim("sgd", lr=0.1, **MOMENTUM, **CURVE)
 EVERY = {"eval_every": 1000, "save_every": 5000, "log_every": 100, "steps_per_call": 100}
 RUN = Run("runs/parzen_table", 10_000, 100, keep=1, **EVERY)
 
@@ -119,17 +114,6 @@ CRITERIA = {
 INVARIANTS = {SPREAD: "> 0"}
 
 
-def by_the_paper(cfg: gan.Config, training: np.ndarray, biases: bool) -> gan.Config:
-    """Returns the model with the authors' SGD and first biases.
-
-    Their discriminator's loss is half the sum of two terms, so its rate is halved here.
-    """
-    mean = np.clip(training.mean(0).reshape(-1).astype(np.float64), 1e-7, 1 - 1e-7)
-    bias = tuple(float(b) for b in np.round(np.log(mean / (1 - mean)), 4)) if biases else ()
-    half = replace(RECIPE, lr=RECIPE.lr / 2)
-    return replace(cfg, optim=RECIPE, disc_optim=half, output_bias=bias)
-
-
 def run(setup: Setup, folder: Path) -> list[Row]:
     """Scores training images, centroids, the mean image, and samples of both arms."""
     training = setup.data.load(f"train[:{setup.training}]")
@@ -163,7 +147,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 
     adam = _cli.seeded(replace(setup.run, folder=str(folder / "adam")), setup.seeds)
     sgd = replace(setup.run, folder=str(folder / "sgd"), steps=setup.sgd_steps)
-    by_the_authors = by_the_paper(setup.model, seen, setup.biases)
+    by_the_authors = _gan.by_the_paper(setup.model, seen, setup.biases)
     arms = {"Adam": (setup.model, adam), "SGD": (by_the_authors, [sgd])}
     means, results = {}, {}
     for arm, (cfg, runs) in arms.items():

@@ -3,11 +3,11 @@
     python -m experiments.wgan_gp_samples                  scale cpu was not run to its end yet; downloads nothing
     python -m experiments.wgan_gp_samples --scale paper    the authors' 100,000 updates: half a day on 2 cores
 
-The nets, rates and batches of the authors' `gan_toy.py`: four layers of 512 ReLUs, 5 updates of the
-critic per update of G, each on 256 points of its own. `wgan_gp_toys` has the critics of the paper's
-fig. 1, where the generator is fixed; here it learns. Expect all modes and few points between them.
-A sample is of high quality (HQ) if it lies within 3 standard deviations of a mode, or of the roll.
-The paper has pictures of this and no numbers; the criteria are ours.
+The nets, rates and batches of the authors' `gan_toy.py`: three layers of 512 ReLUs and a linear
+one, 5 updates of the critic per update of G, each on 256 points of its own. `wgan_gp_toys` has the
+critics of the paper's fig. 1, where the generator is fixed; here it learns. Expect all modes and
+few points between them. A sample is of high quality (HQ) if it lies within 3 standard deviations of
+a mode, or of the roll. The paper has pictures of this and no numbers; the criteria are ours.
 """
 
 from dataclasses import dataclass, replace
@@ -74,10 +74,14 @@ class Setup:
 SMOKE = {"run.folder": "runs/wgan_gp_samples-smoke", "run.steps": 60, "run.eval_every": 30}
 SMOKE |= {"model.gen.widths": (64, 64), "model.disc.widths": (64, 64), "run.log_every": 30}
 PAPER = {"run.folder": "runs/wgan_gp_samples-paper", "run.steps": 100_000}
+DIFFERENCE = (
+    "fresh points for 100,000 fixed ones of 25 Gaussians; first weights are truncated normals of the "
+    "same variance as the authors' uniform ones"
+)
 SCALES = {
     "smoke": Scale(_cli.change(Setup(), SMOKE), "60 updates of narrow nets"),
-    "cpu": Scale(Setup(), "10,000 updates of G for 100,000"),
-    "paper": Scale(_cli.change(Setup(), PAPER), "none that we know of"),
+    "cpu": Scale(Setup(), f"10,000 updates of G for 100,000; {DIFFERENCE}"),
+    "paper": Scale(_cli.change(Setup(), PAPER), DIFFERENCE),
 }
 FOUND = "{}: modes with a sample of high quality"
 QUALITY = "{}: HQ samples (%)"
@@ -88,7 +92,7 @@ CRITERIA = {
     FOUND.format("25 Gaussians"): ">= 25",
     **{QUALITY.format(name): ">= 60" for name in SETS},
 }
-INVARIANTS = {QUALITY.format("swiss roll"): ">= 1"}
+INVARIANTS = {QUALITY.format("swiss roll"): ">= 5"}
 
 
 def trained(setup: Setup, name: str, folder: Path) -> train.Result:

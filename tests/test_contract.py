@@ -172,7 +172,7 @@ ROWS = {
     ),
     "cyclegan": Row(
         gan.make_cycle,
-        gan.CycleConfig(shape=(2,), gen_widths=(6,), disc_widths=(6,), pool=20),
+        gan.CycleConfig(shape=(2,), gen_widths=(32,), disc_widths=(32,), pool=20),
         data.pair(data.load("ring", examples=300), data.load("grid", examples=200)),
         one_update=False,
         averaged=lambda state: state.params["gen"],
@@ -187,7 +187,8 @@ ROWS = {
             gen_widths=(4, 4),
             blocks=1,
             disc_widths=(4, 4),
-            paired_weight=1.0,
+            cycle_weight=0.5,
+            paired_weight=0.1,
             pool=20,
             remat=True,
         ),

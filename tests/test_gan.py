@@ -12,7 +12,9 @@ import pytest
 from aigc_jax import core, data, gan, train
 from aigc_jax.core import Optim
 
-LOSSES = ("minimax", "non_saturating", "least_squares", "wasserstein", "hinge")
+# A sum of a function of the real logit and one of the fake logit; "relativistic" is none.
+SEPARATE = ("minimax", "non_saturating", "least_squares", "wasserstein", "hinge")
+LOSSES = (*SEPARATE, "relativistic")
 SGD, STILL = Optim("sgd", lr=0.05), Optim("sgd", lr=0.0)
 DIGITS = data.load("digits")
 # Both nets linear: what one update does can be written down.
@@ -57,19 +59,23 @@ def test_losses_are_their_definitions():
         "least_squares": (((r - 1) ** 2 + f**2) / 2, (f - 1) ** 2 / 2),
         "wasserstein": (f - r, -f),
         "hinge": (np.maximum(0, 1 - r) + np.maximum(0, 1 + f), -f),
+        "relativistic": (np.log1p(np.exp(f - r)), np.log1p(np.exp(r - f))),
     }
     assert set(expected) == set(LOSSES)
     for name, (disc, gen) in expected.items():
         np.testing.assert_allclose(
             gan.discriminator_loss(name, jnp.float32(r), jnp.float32(f)), disc, atol=1e-5
         )
-        np.testing.assert_allclose(gan.generator_loss(name, jnp.float32(f)), gen, atol=1e-5)
+        got = gan.generator_loss(name, jnp.float32(f), jnp.float32(r))
+        np.testing.assert_allclose(got, gen, atol=1e-5)
+    with pytest.raises(ValueError, match="needs real_logits"):
+        gan.generator_loss("relativistic", jnp.zeros(3))
 
 
 def test_losses_survive_large_logits():
     far = jnp.array([-1e4, 1e4])
     for name in LOSSES:
-        slopes = jax.grad(lambda f, name=name: gan.generator_loss(name, f).sum())(far)
+        slopes = jax.grad(lambda f, name=name: gan.generator_loss(name, f, -far).sum())(far)
         assert (
             np.isfinite(slopes).all() and np.isfinite(gan.discriminator_loss(name, far, -far)).all()
         )
@@ -315,7 +321,7 @@ WRITTEN = {
         lambda f: -f,
     ),
 }
-assert set(WRITTEN) == set(LOSSES)
+assert set(WRITTEN) == set(SEPARATE)
 
 
 class Written:
@@ -377,10 +383,10 @@ def theta_of(state):
 @pytest.mark.parametrize(
     "loss, unrolled, optim, packing, n_critic",
     [
-        *(pytest.param(loss, 2, adam(0.1), 1, 1, marks=pytest.mark.slow) for loss in LOSSES),
+        *(pytest.param(loss, 2, adam(0.1), 1, 1, marks=pytest.mark.slow) for loss in SEPARATE),
         *(
             pytest.param(loss, 1, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow)
-            for loss in LOSSES
+            for loss in SEPARATE
         ),
         ("non_saturating", 0, adam(0.1), 1, 1),
         pytest.param("minimax", 0, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow),
@@ -434,7 +440,7 @@ def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packin
         ("minimax", "none"),
         *(
             pytest.param(loss, "none", marks=pytest.mark.slow)
-            for loss in LOSSES
+            for loss in SEPARATE
             if loss not in ("minimax", "wasserstein")
         ),
         ("wasserstein", "gp"),
@@ -623,6 +629,31 @@ def test_packed_discriminator_judges_neighbours_together():
     np.testing.assert_array_equal(gan._pack(cfg, points)[0], points[:3].reshape(-1))
 
 
+def test_batch_norm_of_a_packed_generator_sees_one_sample_of_each_pack():
+    """The i-th samples of all packs are normalised together; statistics are the mean over i."""
+    cfg = replace(SMALL, packing=2, disc=gan.NetConfig(widths=(12,)))
+    state = gan.make(cfg).init(key(0))
+    params, stats = state.params["gen"], state.extra["gen"]
+    y = jnp.zeros((6, 0))
+    x, new = gan._fake_examples(cfg, params, stats, y, key(1), None)
+    z = gan.noise(cfg, jax.random.split(key(1))[0], 6)
+    whole = gan._nets(cfg)["gen"]
+    halves = [
+        whole.apply(state_of(params, stats), z[i::2], y[:3], True, mutable=["batch_stats"])
+        for i in (0, 1)
+    ]
+    for i, (part, _) in enumerate(halves):
+        np.testing.assert_allclose(x[i::2], part, atol=1e-6)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(found["batch_stats"] for _, found in halves))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), new, mean)
+    together, _ = gan._apply(cfg, "gen", params, stats, z, y, key(2), None)
+    assert not np.allclose(x, together, atol=1e-3)
+
+
+def state_of(params, stats):
+    return {"params": params, "batch_stats": stats}
+
+
 def test_the_first_biases_are_the_mean_picture():
     """GAN's code starts the last layer at the logits of the mean pixels: without noise G draws the mean image."""
     mean = np.random.default_rng(0).uniform(0.05, 0.95, 64)
@@ -636,6 +667,9 @@ def test_the_first_biases_are_the_mean_picture():
 
 
 def test_uniform_noise_is_the_unit_cube():
+    z = np.asarray(gan.noise(replace(LINEAR, latent="unit_uniform"), key(0), 5000))
+    assert -(3**0.5) <= z.min() < -1.7 and 1.7 < z.max() <= 3**0.5
+    np.testing.assert_allclose(z.var(), 1, atol=0.03)
     z = np.asarray(gan.noise(replace(LINEAR, latent="uniform"), key(0), 5000))
     assert 0 <= z.min() < 0.01 and 0.99 < z.max() < 1
     assert abs(gan.noise(LINEAR, key(0), 5000).std() - 1) < 0.05

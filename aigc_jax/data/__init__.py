@@ -44,8 +44,10 @@ class Info:
     caption_length: int | None = None
     caption_vocab: int | None = None  # tokens of captions are whole numbers in 0..caption_vocab-1
     context: tuple[int, int] | None = None  # (L, E) of the `context` [B, L, E] of each example
-    # Of two sets side by side, the shape of an example of the second one; see `pair`.
+    # Of two sets side by side, the shape of an example of the second one, and whether row i of both
+    # belongs together; see `pair`.
     other: tuple[int, ...] | None = None
+    aligned: bool | None = None
 
 
 class Data(NamedTuple):
@@ -62,7 +64,8 @@ class Data(NamedTuple):
         int32 [B]; index int32 [B] for finite sets; and mask float32
         [B, T] with tokens and roll, which is 1 where a position counts.
     resident: None, or (arrays, rows, take) for a set that fits in memory. `rows(seed, i, size)`
-        returns on the host which examples make up a batch, int32 [size]. `take(arrays, rows)`
+        returns on the host which examples make up a batch, int32 [size]; of two sets side by side
+        [size, 2]. `take(arrays, rows)`
         returns the batch and can be jitted. `batch` is `take` applied to `rows`.
     """
 
@@ -327,18 +330,15 @@ def pair(a: Data, b: Data, *, aligned: bool = False, source: dict | None = None)
     """Puts two sets side by side: a batch has `image` (or `points`) of a, and `other` of b.
 
     aligned: row i of a batch is example i of both sets. Otherwise each set has an order of its own,
-        and an epoch of its own length; such pairs are unpaired data.
+        and an epoch of its own length; such pairs are unpaired data. Scores of them count as many
+        examples of each set as the smaller one has, each at most once.
 
-    Labels, captions and masks are left out. Raises ValueError for sets of different kinds, for sets
-    that are not in memory, and for aligned sets of unequal numbers of examples.
+    Labels, captions and masks are left out. Raises ValueError for sets of different kinds or
+    levels, for sets that are not in memory, for a pair of pairs, and for aligned sets of unequal
+    numbers of examples.
     """
-    kinds = {one.info.kind for one in (a, b)}
-    if len(kinds) > 1 or not kinds <= {"image", "points"} or None in (a.resident, b.resident):
-        found = " and ".join(f"{one.info.kind} {one.info.source or ''}".strip() for one in (a, b))
-        raise ValueError(f"pair needs two sets of images or of points in memory, got {found}")
-    if a.info.levels != b.info.levels:
-        raise ValueError(f"both sets need the same levels, got {a.info.levels}, {b.info.levels}")
-    [kind], sizes = kinds, (a.info.examples, b.info.examples)
+    kind = _checked_pair(a, b)
+    sizes = (a.info.examples, b.info.examples)
     if aligned and sizes[0] != sizes[1]:
         raise ValueError(f"aligned sets need equally many examples, got {sizes[0]} and {sizes[1]}")
     arrays = {kind: a.resident[0][kind], "other": b.resident[0][kind]}
@@ -357,20 +357,50 @@ def pair(a: Data, b: Data, *, aligned: bool = False, source: dict | None = None)
         kind=kind,
         shape=a.info.shape,
         other=b.info.shape,
+        aligned=aligned,
         levels=a.info.levels,
-        examples=sizes[0],
+        examples=min(sizes),
         source=source,
         fingerprint=hashlib.sha256(prints.encode()).hexdigest(),
     )
     return Data(info, lambda seed, i, size: take(arrays, rows(seed, i, size)), (arrays, rows, take))
 
 
-def _load_pair(split: str, *, first: dict, second: dict, aligned: bool = False) -> Data:
+def _checked_pair(a: Data, b: Data) -> str:
+    """Returns the kind of two sets; raises ValueError where they cannot stand side by side."""
+    names = [(one.info.source or {}).get("name", "arrays") for one in (a, b)]
+    for one, name in zip((a, b), names, strict=True):
+        if one.info.kind not in ("image", "points") or one.info.other is not None:
+            found = "a pair" if one.info.other is not None else one.info.kind
+            raise ValueError(f"pair needs two sets of images or of points, but {name} is {found}")
+        if one.info.examples is None:
+            raise ValueError(f"pair needs finite sets, but {name} is endless: pass examples=N")
+        if one.resident is None:
+            raise ValueError(
+                f"pair needs sets in memory, but {name} is read while training: pass stream=False, "
+                "or a smaller size"
+            )
+    if a.info.kind != b.info.kind:
+        kinds = f"{names[0]} is {a.info.kind} and {names[1]} {b.info.kind}"
+        raise ValueError(f"pair needs two sets of one kind, but {kinds}")
+    if a.info.levels != b.info.levels:
+        levels = f"{a.info.levels} ({names[0]}) and {b.info.levels} ({names[1]})"
+        raise ValueError(f"pair needs two sets of the same levels, got {levels}")
+    return a.info.kind
+
+
+def _load_pair(split: str, *, first: Any = None, second: Any = None, aligned: Any = False) -> Data:
     """Loads the same split of two named sets as a pair."""
+    for which, one in (("first", first), ("second", second)):
+        named = isinstance(one, dict) and isinstance(one.get("name"), str) and "split" not in one
+        if not named:
+            needs = "a dictionary of a set's name and options, such as {'name': 'images:FOLDER'}"
+            raise ValueError(f"pair needs {which}, {needs}; got {one!r}")
+    if not isinstance(aligned, bool):
+        raise ValueError(f"aligned must be True or False, got {aligned!r}")
+    sets = [load(split=split, **one) for one in (first, second)]
     source = {"name": "pair", "split": split, "first": first, "second": second, "aligned": aligned}
-    return pair(
-        *(load(split=split, **one) for one in (first, second)), aligned=aligned, source=source
-    )
+    return pair(*sets, aligned=aligned, source=source)
 
 
 # ----------------------------------------------------------------------------- read while training
@@ -475,8 +505,9 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
         images:FOLDER, pairs:FOLDER and text:FILE for your own data; pair for two of these sets.
     split: train or test, or slices as in TFDS: "train[:50000]", "train[90%:]", "train+test".
         Synthetic sets take any name, and each name draws other points. Text is divided into
-        train and validation. emoji has train, test and unseen; see `emoji.emoji`. tang_poems has
-        train, validation and test; see `tang.tang_poems`. For images:FOLDER see
+        train and validation, as are emoji_google, emoji_twitter and emoji_pair. emoji has train,
+        test and unseen; see `emoji.emoji`. tang_poems has train, validation and test; see
+        `tang.tang_poems`. For images:FOLDER see
         `pictures.load_pictures`, for pairs:FOLDER `pairs.load_pairs`.
     folder: where the original files of a downloaded set lie. Without it the set is sought in
         AIGC_DATA/<name>, then among prepared copies, then on the network. Files are recognised

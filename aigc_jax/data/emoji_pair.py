@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import lzma
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,16 +32,20 @@ def emoji_twitter(split: str) -> Data:
     return _vendor("emoji_twitter", split)
 
 
-def emoji_pair(split: str, *, aligned: bool | None = None) -> Data:
+def emoji_pair(split: str, *, aligned: Any = None) -> Data:
     """Loads both: a batch has `image` of Google, and `other` of Twitter.
 
     aligned: whether row i of both shows the same emoji. By default they do in validation, and not
         in train. Aligned training pairs are Twitter's 645 training pictures and Google's pictures
-        of the same emoji, which `emoji_google` does not have. They serve as an upper bound.
+        of the same emoji. They serve as an upper bound. Two of Google's are in its own train too.
     """
+    if aligned not in (None, True, False):
+        raise ValueError(f"aligned must be True, False or None, got {aligned!r}")
     validation = split.startswith("validation")
-    if validation and aligned is False or "+" in split:
-        raise ValueError(f"emoji_pair has train and validation, which is aligned; got {split!r}")
+    if "+" in split or not split.startswith(("train", "validation")):
+        raise ValueError(f"emoji_pair has train and validation, and slices; got {split!r}")
+    if validation and aligned is False:
+        raise ValueError("the validation set of emoji_pair is aligned: leave aligned out")
     aligned = validation if aligned is None else aligned
     images, twitter = _images(), emoji_twitter(split)
     source = {"name": "emoji_pair", "split": split}

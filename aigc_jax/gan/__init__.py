@@ -11,11 +11,14 @@ Variants, as fields of `Config`:
     nets       convolutional (Radford et al. 2016, "DCGAN"), residual with spectral normalisation
                (Miyato et al. 2018, "SNGAN")
     losses     least squares (Mao et al. 2017), hinge (SNGAN), Wasserstein (Arjovsky et al. 2017,
-               "WGAN")
+               "WGAN"), relativistic (Huang et al. 2024, "R3GAN")
     penalties  weight clipping (WGAN), gradient penalty (Gulrajani et al. 2017, "WGAN-GP"), R1
-               (Mescheder et al. 2018)
-    others     translation between two sets of images (Zhu et al. 2017, CycleGAN): `cycle.py`
+               (Mescheder et al. 2018), R1 and R2 (R3GAN); at every few steps (Karras et al. 2020)
+    parts      class-conditional BatchNorm, self-attention (Zhang et al. 2019, "SAGAN"), norms per
+               example, differentiable augmentation (Zhao et al. 2020)
     training   packing (Lin et al. 2018, "PacGAN"), unrolling (Metz et al. 2017)
+
+`cycle.py` has CycleGAN (Zhu et al. 2017), which translates between two sets of images.
 
 G and D have one optimizer each. An update of one net leaves the other's parameters
 unchanged. Images are floats in [-1, 1] here. Only `preprocess` takes whole-number pixels,
@@ -54,6 +57,7 @@ from ..core import (
     shard_rows,
     start,
 )
+from .augment import diff_augment
 from .config import Config, LossName
 from .cycle import CycleConfig, make_cycle
 from .nets import Discriminator, Generator, NetConfig
@@ -66,6 +70,7 @@ __all__ = [
     "NetConfig",
     "Optim",
     "discriminate",
+    "diff_augment",
     "discriminator_loss",
     "generate",
     "generator_loss",
@@ -99,6 +104,7 @@ def discriminator_loss(name: LossName, real_logits: Logits, fake_logits: Logits)
     least_squares: ((r - 1)^2 + f^2) / 2 (Mao et al. 2017, eq. 9)
     wasserstein: f - r (WGAN eq. 2); needs a Lipschitz constraint
     hinge: max(0, 1 - r) + max(0, 1 + f) (SNGAN eq. 16)
+    relativistic: -log sigmoid(r - f), a pair is judged as one (Huang et al. 2024, "R3GAN")
     """
     r, f = real_logits, fake_logits
     match name:
@@ -110,16 +116,21 @@ def discriminator_loss(name: LossName, real_logits: Logits, fake_logits: Logits)
             return f - r
         case "hinge":
             return nn.relu(1 - r) + nn.relu(1 + f)
+        case "relativistic":
+            return nn.softplus(f - r)
     raise ValueError(f"the loss must be one of {', '.join(get_args(LossName))}, not {name!r}")
 
 
-def generator_loss(name: LossName, fake_logits: Logits) -> Logits:
-    """Returns what G minimises, for each fake logit f.
+def generator_loss(
+    name: LossName, fake_logits: Logits, real_logits: Logits | None = None
+) -> Logits:
+    """Returns what G minimises, for each fake logit f. Only "relativistic" needs real logits r.
 
     minimax: log(1 - D(G(z))) (GAN eq. 1); its gradient vanishes where D is sure of a fake
     non_saturating: -log D(G(z)) (GAN, section 3)
     least_squares: (f - 1)^2 / 2 (Mao et al. 2017, eq. 9)
     wasserstein, hinge: -f (WGAN, SNGAN eq. 17)
+    relativistic: -log sigmoid(f - r) (R3GAN)
     """
     f = fake_logits
     match name:
@@ -131,6 +142,10 @@ def generator_loss(name: LossName, fake_logits: Logits) -> Logits:
             return 0.5 * jnp.square(f - 1)
         case "wasserstein" | "hinge":
             return -f
+        case "relativistic":
+            if real_logits is None:
+                raise ValueError("the relativistic loss of G needs real_logits")
+            return nn.softplus(real_logits - f)
     raise ValueError(f"the loss must be one of {', '.join(get_args(LossName))}, not {name!r}")
 
 
@@ -209,8 +224,12 @@ def discriminate(
 
 def noise(cfg: Config, key: Key[Array, ""], n: int) -> Float[Array, "n Z"]:
     """Samples z for n examples."""
-    distribution = jax.random.normal if cfg.latent == "normal" else jax.random.uniform
-    return distribution(key, (n, cfg.latent_dim), jnp.float32)
+    shape = (n, cfg.latent_dim)
+    if cfg.latent == "normal":
+        return jax.random.normal(key, shape, jnp.float32)
+    bound = 3**0.5
+    low, high = (0.0, 1.0) if cfg.latent == "uniform" else (-bound, bound)
+    return jax.random.uniform(key, shape, jnp.float32, low, high)
 
 
 def preprocess(cfg: Config, batch: dict) -> Sample:
@@ -227,6 +246,14 @@ def _real_examples(cfg: Config, batch: dict) -> tuple[Sample, OneHot]:
     """Returns the examples of a batch and their one-hot labels [B, classes], [B, 0] without."""
     x = preprocess(cfg, batch)
     return x, one_hot(batch.get("label") if cfg.classes else None, cfg.classes, x.shape[:1])
+
+
+def _augmented(cfg: Config, real: Sample, fake: Sample, keys) -> tuple[Sample, Sample]:
+    """Returns what D sees of real and fake images: each changed by draws of its own."""
+    if not cfg.augment:
+        return real, fake
+    k_real, k_fake = jax.random.split(keys[0])
+    return diff_augment(real, k_real), diff_augment(fake, k_fake)
 
 
 def _pack(cfg: Config, x):
@@ -258,10 +285,24 @@ def _apply(cfg: Config, net: str, params: Params, stats: Stats, x, y, key, axis_
 
 
 def _fake_examples(cfg: Config, params: Params, stats: Stats, y: OneHot, key, axis_name):
-    """Returns G(z) for a new z per label, and G's new statistics."""
+    """Returns G(z) for a new z per label, and G's new statistics.
+
+    A packed GAN draws the i-th samples of all packs together, for each i. So BatchNorm sees as many
+    samples as there are packs, whatever the packing (the authors' code of PacGAN).
+    """
     k_z, k_dropout = jax.random.split(key)
     z = shard_rows(noise(cfg, k_z, y.shape[0]))
-    return _apply(cfg, "gen", params, stats, z, y, k_dropout, axis_name)
+    if cfg.packing == 1 or cfg.gen.norm not in ("batch", "class_batch"):
+        return _apply(cfg, "gen", params, stats, z, y, k_dropout, axis_name)
+    packs = len(z) // cfg.packing
+    z, y = (a.reshape(packs, cfg.packing, a.shape[-1]) for a in (z, y))
+    found = [
+        _apply(cfg, "gen", params, stats, z[:, i], y[:, i], k, axis_name)
+        for i, k in enumerate(jax.random.split(k_dropout, cfg.packing))
+    ]
+    x = jnp.stack([x for x, _ in found], 1)
+    means = jax.tree.map(lambda *each: sum(each) / len(each), *(new for _, new in found))
+    return x.reshape(-1, *x.shape[2:]), means
 
 
 def _logits(cfg: Config, params: Params, stats: Stats, examples, key, axis_name):
@@ -295,21 +336,31 @@ def _penalised_loss(cfg: Config, params: Params, state: State, examples, key, *,
     def critic(x):
         return _apply(cfg, "disc", params, stats, x, y, k_dropout, axis_name)[0]
 
-    if cfg.penalty == "gp":
-        metrics["penalty"] = gradient_penalty(critic, real, fake, k_line).mean()
-        loss += cfg.weight * metrics["penalty"]
-    if cfg.penalty == "r1":
-        metrics["penalty"] = r1_penalty(critic, real).mean()
-        loss += 0.5 * cfg.weight * metrics["penalty"]
+    def penalty():
+        if cfg.penalty == "gp":
+            return gradient_penalty(critic, real, fake, k_line).mean()
+        both = [real, fake] if cfg.penalty == "r1_r2" else [real]
+        return sum(r1_penalty(critic, x).mean() for x in both)
+
+    if cfg.penalty in ("gp", "r1", "r1_r2"):
+        every = cfg.lazy or 1  # StyleGAN2: at every `lazy`-th step, with the weight times `lazy`
+        metrics["penalty"] = (
+            penalty()
+            if every == 1
+            else jax.lax.cond(state.step % every == 0, penalty, lambda: jnp.zeros(()))
+        )
+        half = 1.0 if cfg.penalty == "gp" else 0.5
+        loss += half * every * cfg.weight * metrics["penalty"]
     return loss, ({**state.extra, "disc": stats}, metrics)
 
 
 def _disc_objective(cfg: Config, params: Params, state: State, batch, key, *, axis_name=None):
     """D's loss on a batch and as many new fakes. G's parameters and statistics stay as they are."""
-    k_fake, k_loss = jax.random.split(key)
+    k_fake, k_loss, *k_augment = jax.random.split(key, 3 if cfg.augment else 2)
     real, y = _real_examples(cfg, batch)
     gen, stats = state.params["gen"], state.extra["gen"]
     fake, _ = _fake_examples(cfg, gen, stats, y, k_fake, axis_name)
+    real, fake = _augmented(cfg, real, fake, k_augment)
     examples = tuple(_pack(cfg, a) for a in (real, fake, y))
     return _penalised_loss(cfg, params, state, examples, k_loss, axis_name=axis_name)
 
@@ -351,9 +402,10 @@ def _gen_objective(cfg: Config, params: Params, state: State, batch, key, *, axi
     updates (Metz et al. 2017, section 2.2), whatever `cfg.loss` is. The gradient through
     D's updates then vanishes where D is at its optimum.
     """
-    k_fake, k_logits, k_unroll = jax.random.split(key, 3)
+    k_fake, k_logits, k_unroll, *k_augment = jax.random.split(key, 4 if cfg.augment else 3)
     real, y = _real_examples(cfg, batch)
     fake, stats = _fake_examples(cfg, params, state.extra["gen"], y, k_fake, axis_name)
+    real, fake = _augmented(cfg, real, fake, k_augment)
     extra = {**state.extra, "gen": stats}
     examples = tuple(_pack(cfg, a) for a in (real, fake, y))
     if cfg.unrolled:
@@ -362,8 +414,8 @@ def _gen_objective(cfg: Config, params: Params, state: State, batch, key, *, axi
         disc_loss, _ = _penalised_loss(cfg, disc, state, examples, k_logits, axis_name=axis_name)
         return -disc_loss, (extra, {})
     disc, disc_stats = state.params["disc"], state.extra["disc"]
-    _, fake_logits, _ = _logits(cfg, disc, disc_stats, examples, k_logits, axis_name)
-    return generator_loss(cfg.loss, fake_logits).mean(), (extra, {})
+    real_logits, fake_logits, _ = _logits(cfg, disc, disc_stats, examples, k_logits, axis_name)
+    return generator_loss(cfg.loss, fake_logits, real_logits).mean(), (extra, {})
 
 
 def _update_gen(cfg: Config, state: State, batch, key, axis_name):
@@ -436,8 +488,8 @@ def evaluate(cfg: Config, state: State, batch, key) -> dict[str, Logits]:
     """Returns D's logits of each example and of one fake per example, and whether D is right.
 
     Fakes are of G's average. There is no dropout, and BatchNorm uses its running
-    statistics. The Wasserstein loss gives only logits, because it has no threshold between
-    real and fake.
+    statistics. The Wasserstein and the relativistic loss give only logits, because they have no
+    threshold between real and fake.
     """
     x, label = preprocess(cfg, batch), batch.get("label") if cfg.classes else None
     fake = generate(cfg, generator_of(cfg, state), noise(cfg, key, x.shape[0]), label)
@@ -445,7 +497,7 @@ def evaluate(cfg: Config, state: State, batch, key) -> dict[str, Logits]:
     real_logit = discriminate(cfg, disc, x, label)
     fake_logit = discriminate(cfg, disc, fake, label)
     values = {"real_logit": real_logit, "fake_logit": fake_logit}
-    if cfg.loss != "wasserstein":
+    if cfg.loss not in ("wasserstein", "relativistic"):
         threshold = 0.5 if cfg.loss == "least_squares" else 0.0
         values["real_accuracy"] = (real_logit > threshold).astype(jnp.float32)
         values["fake_accuracy"] = (fake_logit < threshold).astype(jnp.float32)
@@ -467,7 +519,7 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
 
     step: n_critic updates of D on parts of the batch, then one of G. For n_critic = 1 both have the
         whole batch.
-    evaluate: `real_logit` and `fake_logit` per example. All losses but wasserstein add
+    evaluate: `real_logit` and `fake_logit` per example. Losses with a threshold add
         `real_accuracy` and `fake_accuracy`: 1 where D is right. If D is more accurate on
         training examples than on held-out ones, it has memorised them.
     sample(state, key, *, n, label=None): n samples of G's average. `label` is one class in

@@ -9,7 +9,9 @@ from typing import Literal
 from ..core import EMA, Optim, Optimizer, check_at_least, check_data, check_fields
 from .nets import NetConfig
 
-LossName = Literal["minimax", "non_saturating", "least_squares", "wasserstein", "hinge"]
+LossName = Literal[
+    "minimax", "non_saturating", "least_squares", "wasserstein", "hinge", "relativistic"
+]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Config:
     classes: int = 0  # number of labels that both nets take (CGAN); 0: unconditional
     condition: Literal["concat", "projection"] = "concat"  # how D takes labels; G concatenates them
     latent_dim: int = 100  # length of z
-    latent: Literal["normal", "uniform"] = "normal"  # z ~ N(0, I), or uniform in [0, 1) (CGAN)
+    # z ~ N(0, I); uniform in [0, 1) (CGAN); or uniform in [-sqrt 3, sqrt 3), of variance 1 (the
+    # code of GAN).
+    latent: Literal["normal", "uniform", "unit_uniform"] = "normal"
     gen: NetConfig = NetConfig(init="uniform", init_scale=0.05)
     disc: NetConfig = NetConfig(
         widths=(240, 240),
@@ -36,12 +40,17 @@ class Config:
     )
     output_bias: tuple[float, ...] = ()  # initial biases of G's last layer (mlp only); (): zeros
     loss: LossName = "non_saturating"  # see discriminator_loss and generator_loss
-    penalty: Literal["none", "gp", "r1", "clip"] = "none"  # on D: of WGAN-GP, R1, clipping (WGAN)
-    penalty_weight: float | None = None  # lambda, gamma or bound; None: 10 (gp, r1), 0.01 (clip)
+    # On D: that of WGAN-GP; R1 (at real examples); R1 and R2 (at fakes too); clipping (WGAN).
+    penalty: Literal["none", "gp", "r1", "r1_r2", "clip"] = "none"
+    penalty_weight: float | None = None  # lambda, gamma or bound; None: 10, or 0.01 (clip)
+    lazy: int | None = None  # steps from one penalty to the next, which counts as often; None: 1
     n_critic: int = 1  # updates of D per step, each on its own part of the batch
     # Update both nets from the parameters before the step, as the code of GAN and PacGAN does.
     # None, False: G is updated after D, through the updated D (GAN, algorithm 1).
     simultaneous: bool | None = None
+    # Change real and fake images before D sees them, differentiably (Zhao et al. 2020). diff: their
+    # colour, translation and cutout.
+    augment: Literal["diff"] | None = None
     packing: int = 1  # number of samples that D judges together (PacGAN)
     unrolled: int = 0  # updates of D that G's gradient looks ahead (Metz et al. 2017); 0: none
     ema: float = 0.0  # decay of the average of G's parameters and statistics; 0: no average
@@ -95,8 +104,20 @@ def _check_nets(cfg: Config) -> None:
                 f"model.{name}.widths {net.widths} halve H and W {halvings} times, "
                 f"which shape {cfg.shape} does not allow"
             )
-    if cfg.gen.norm == "spectral":
-        raise ValueError("model.gen.norm 'spectral' is for the discriminator: use none or batch")
+        # D's maps are half as high as the image, or less. The last map of a DCGAN is the image.
+        of_gen = range(net.kind == "dcgan", halvings)
+        levels = of_gen if name == "gen" else range(1, halvings + 1)
+        heights = [cfg.shape[0] >> i for i in levels]
+        if net.attention is not None and net.attention not in heights:
+            rule = f"must be a height of its maps ({', '.join(map(str, heights)) or 'none'})"
+            raise ValueError(f"model.{name}.attention {rule}; got {net.attention}")
+    if cfg.gen.norm not in ("none", "batch", "class_batch"):
+        norms = "none, batch or class_batch"
+        raise ValueError(f"model.gen.norm {cfg.gen.norm!r} is for the discriminator: use {norms}")
+    if cfg.disc.norm == "class_batch":
+        raise ValueError("model.disc.norm 'class_batch' is for the generator")
+    if cfg.gen.norm == "class_batch" and not cfg.classes:
+        raise ValueError("model.gen.norm 'class_batch' needs classes")
     if cfg.output_bias and (cfg.gen.kind != "mlp" or len(cfg.output_bias) != prod(cfg.shape)):
         needs = f"needs gen.kind mlp and {prod(cfg.shape)} values"
         raise ValueError(f"model.output_bias {needs}, got {len(cfg.output_bias)}")
@@ -105,16 +126,23 @@ def _check_nets(cfg: Config) -> None:
 
 
 def _check_objective(cfg: Config) -> None:
-    if cfg.disc.norm == "batch" and cfg.penalty in ("gp", "r1"):
+    if cfg.augment and len(cfg.shape) != 3:
+        raise ValueError(f"model.augment is for images, got shape {cfg.shape}")
+    if cfg.lazy is not None and (cfg.lazy < 1 or cfg.penalty not in ("gp", "r1", "r1_r2")):
+        raise ValueError(
+            f"model.lazy must be at least 1, for penalty gp, r1 or r1_r2; got {cfg.lazy} and "
+            f"{cfg.penalty}"
+        )
+    if cfg.disc.norm == "batch" and cfg.penalty in ("gp", "r1", "r1_r2"):
         raise ValueError(
             f"model.penalty {cfg.penalty!r} needs the gradient of each logit by its own example, "
             "but model.disc.norm 'batch' makes a logit depend on the whole batch "
-            "(Gulrajani et al. 2017, section 4): set disc.norm to none or spectral"
+            "(Gulrajani et al. 2017, section 4): set disc.norm to none, layer, instance or spectral"
         )
     if cfg.loss == "wasserstein" and cfg.penalty == "none" and cfg.disc.norm != "spectral":
         raise ValueError(
             "model.loss 'wasserstein' needs a Lipschitz constraint on the critic: "
-            "set penalty to gp, r1 or clip, or disc.norm to spectral"
+            "set penalty to gp, r1, r1_r2 or clip, or disc.norm to spectral"
         )
     if cfg.simultaneous and cfg.n_critic > 1:
         raise ValueError(

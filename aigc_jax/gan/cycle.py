@@ -47,6 +47,7 @@ from ..core import (
     finish,
     floats,
     pixels,
+    shard_rows,
     start,
 )
 from ..nn import MLP, ImageTranslator, PatchDiscriminator
@@ -64,9 +65,10 @@ ADAM = Optim(lr=2e-4, b1=0.5)
 class CycleConfig:
     """A CycleGAN: its data, nets, losses and optimizers.
 
-    The defaults are the paper's for 256 x 256 images. There the rate is 2e-4 for half of the
-    training, and falls linearly to 0 in the other half: see `Optim.hold`. Raises ValueError, which
-    names the field and its value, for a model that cannot work.
+    The defaults are those of the authors' PyTorch code for 256 x 256 images. There the rate is 2e-4
+    for half of the training, and falls linearly to 0 in the other half: see `Optim.hold`. Their
+    data are cropped at random and mirrored, which is left to the data here. Raises ValueError,
+    which names the field and its value, for a model that cannot work.
     """
 
     shape: tuple[int, ...] = (256, 256, 3)  # of both sets: (H, W, C) of images, (d,) of points
@@ -75,7 +77,7 @@ class CycleConfig:
     blocks: int = 9  # residual blocks of a generator; of no use for points
     disc_widths: tuple[int, ...] = (64, 128, 256, 512)  # all but the last halve H and W
     cycle_weight: float = 10.0  # lambda
-    identity_weight: float = 0.5  # times lambda; 0: no identity term
+    identity_weight: float = 0.5  # times lambda, so 0 without a cycle term; 0: no identity term
     paired_weight: float = 0.0  # of |G(a) - b| and |F(b) - a|, for aligned pairs only
     pool: int = 50  # fakes of each set that are kept for the critics; 0: none
     bfloat16: bool = False  # activations in bfloat16; parameters and losses in float32
@@ -105,10 +107,15 @@ class CycleConfig:
         """Raises ValueError if the data that `info` (a `data.Info`) describes does not fit."""
         if info.other is None:
             raise ValueError("CycleGAN needs two sets side by side: make them with data.pair")
+        if tuple(info.other) != tuple(info.shape):
+            sizes = f"the first has {tuple(info.shape)}, the other {tuple(info.other)}"
+            raise ValueError(f"both sets must have examples of the same shape; {sizes}")
         check_data(self, info)
-        if tuple(info.other) != tuple(self.shape):
-            sizes = f"those of the first are {tuple(info.shape)}, of the other {tuple(info.other)}"
-            raise ValueError(f"both sets must have images of the same shape; {sizes}")
+        if self.paired_weight and not info.aligned:
+            raise ValueError(
+                f"model.paired_weight {self.paired_weight} needs aligned pairs, and these are not: "
+                "make them with data.pair(..., aligned=True)"
+            )
 
 
 def _check_sizes(cfg: CycleConfig) -> None:
@@ -116,8 +123,8 @@ def _check_sizes(cfg: CycleConfig) -> None:
     sides, halvings = cfg.shape[:2], len(cfg.gen_widths) - 1
     if any(side % 2**halvings or side >> halvings < 2 or side < 4 for side in sides):
         raise ValueError(
-            f"model.gen_widths {cfg.gen_widths} halve H and W {halvings} times, to at least 2 "
-            f"pixels, which shape {cfg.shape} does not allow"
+            f"model.gen_widths {cfg.gen_widths} need sides of at least 4 pixels that can be halved "
+            f"{halvings} times to at least 2, got shape {cfg.shape}"
         )
     halvings = len(cfg.disc_widths) - 1
     least = 3 * 2**halvings  # the last two layers take 2 pixels, an instance norm needs 2
@@ -205,25 +212,37 @@ def _distance(x: Sample, y: Sample) -> Float[Array, "B"]:
     return jnp.abs(x - y).reshape(len(x), -1).mean(-1)
 
 
+def _translate_all(cfg: CycleConfig, params: Params, xs: list[Sample], to) -> list[Sample]:
+    """Returns the translation of each batch of xs, by one call of the net.
+
+    Rows of the batches alternate, so that the devices of a mesh keep their own.
+    """
+    x = jnp.stack(xs, 1)
+    out = translate(cfg, params, x.reshape(-1, *x.shape[2:]), to).reshape(x.shape)
+    return [out[:, i] for i in range(len(xs))]
+
+
 def generator_loss(cfg: CycleConfig, params: Params, state: State, batch, key):
     """The loss of both generators, and (extra, metrics), for `core.descend`."""
     a, b = preprocess(cfg, batch)
-    # An example is translated on its own, so both calls of a net are one.
-    fake_b, same_b = jnp.split(translate(cfg, params, jnp.concatenate([a, b]), "b"), 2)
-    fake_a, same_a = jnp.split(translate(cfg, params, jnp.concatenate([b, a]), "a"), 2)
-    back_a, back_b = translate(cfg, params, fake_b, "a"), translate(cfg, params, fake_a, "b")
+    identity = cfg.identity_weight * cfg.cycle_weight
+    fake_b, *same_b = _translate_all(cfg, params, [a, b] if identity else [a], "b")
+    fake_a, *same_a = _translate_all(cfg, params, [b, a] if identity else [b], "a")
     disc = state.params["disc"]
     metrics = {
         "adversarial": sum(
             jnp.square(judge(cfg, disc, fake, of) - 1).mean()
             for fake, of in ((fake_a, "a"), (fake_b, "b"))
         ),
-        "cycle": (_distance(back_a, a) + _distance(back_b, b)).mean(),
     }
-    loss = metrics["adversarial"] + cfg.cycle_weight * metrics["cycle"]
-    if cfg.identity_weight:
-        metrics["identity"] = (_distance(same_a, a) + _distance(same_b, b)).mean()
-        loss += cfg.identity_weight * cfg.cycle_weight * metrics["identity"]
+    loss = metrics["adversarial"]
+    if cfg.cycle_weight:
+        back_a, back_b = translate(cfg, params, fake_b, "a"), translate(cfg, params, fake_a, "b")
+        metrics["cycle"] = (_distance(back_a, a) + _distance(back_b, b)).mean()
+        loss += cfg.cycle_weight * metrics["cycle"]
+    if identity:
+        metrics["identity"] = (_distance(same_a[0], a) + _distance(same_b[0], b)).mean()
+        loss += identity * metrics["identity"]
     if cfg.paired_weight:
         metrics["paired"] = (_distance(fake_a, a) + _distance(fake_b, b)).mean()
         loss += cfg.paired_weight * metrics["paired"]
@@ -233,7 +252,7 @@ def generator_loss(cfg: CycleConfig, params: Params, state: State, batch, key):
 def critic_loss(cfg: CycleConfig, params: Params, state: State, examples, key):
     """The loss of both critics, and (extra, metrics). examples: {"a": (real, fake), "b": ...}.
 
-    It is halved, so that the critics learn more slowly than the generators (section 7.1).
+    It is halved (section 7.1). Under Adam, that hardly changes an update.
     """
     loss = 0.0
     for of, (real, fake) in examples.items():
@@ -260,8 +279,6 @@ def exchange(
     axis_name: the per-device view. The pool takes the fakes of all devices, in their order.
     """
     size, rows = len(pool), len(fakes)
-    if not size:
-        return fakes, pool, held
     k_swap, k_slot = jax.random.split(key)
     swap = jax.random.bernoulli(k_swap, 0.5, (rows,))
     slot = jax.random.randint(k_slot, (rows,), 0, size)
@@ -279,13 +296,13 @@ def exchange(
         return (pool, jnp.minimum(held + 1, size)), jnp.where(swap & full, old, fake)
 
     (pool, held), seen = jax.lax.scan(one, (pool, held), drawn)
-    if axis_name is not None:
-        first = jax.lax.axis_index(axis_name) * rows
-        seen = jax.lax.dynamic_slice_in_dim(seen, first, rows)
-    return seen, pool, held
+    if axis_name is None:
+        return shard_rows(seen), pool, held
+    first = jax.lax.axis_index(axis_name) * rows
+    return jax.lax.dynamic_slice_in_dim(seen, first, rows), pool, held
 
 
-def _seen(cfg: CycleConfig, extra: dict, fakes: dict, key, axis_name) -> tuple[dict, dict]:
+def _seen(extra: dict, fakes: dict, key, axis_name) -> tuple[dict, dict]:
     """Returns the fakes that the critics see, and `extra` with the pools after it."""
     seen, pools, held = {}, {}, extra["held"]
     for of, k in zip(("a", "b"), jax.random.split(key), strict=True):
@@ -298,7 +315,7 @@ def _seen(cfg: CycleConfig, extra: dict, fakes: dict, key, axis_name) -> tuple[d
 
 
 def init_state(cfg: CycleConfig, key: Key[Array, ""]) -> State:
-    """Returns the state before step 0. Its extra holds the pools, empty."""
+    """Returns the state before step 0. Its extra holds the pools, empty; None without pools."""
     k_gen, k_disc = jax.random.split(key)
     x = jnp.zeros((1, *cfg.shape), jnp.float32)
     params = {
@@ -311,14 +328,18 @@ def init_state(cfg: CycleConfig, key: Key[Array, ""]) -> State:
             ("disc", _critic(cfg), k_disc),
         )
     }
-    pools = {of: jnp.zeros((cfg.pool, *cfg.shape), jnp.float32) for of in ("a", "b")}
-    optims = {"gen": cfg.optim, "disc": cfg.disc_optim}
-    extra = {**pools, "held": jnp.zeros((), jnp.int32)}
+    optims, extra = {"gen": cfg.optim, "disc": cfg.disc_optim}, None
+    if cfg.pool:
+        pools = {of: jnp.zeros((cfg.pool, *cfg.shape), jnp.float32) for of in ("a", "b")}
+        extra = {**pools, "held": jnp.zeros((), jnp.int32)}
     return start(params, optims, extra=extra, ema=_ema(cfg))
 
 
 def step(cfg: CycleConfig, state: State, batch, key, *, axis_name: str | None = None):
-    """Updates both generators, then both critics on the fakes from before the update."""
+    """Updates both generators, then both critics on fakes from before that update.
+
+    XLA computes these fakes once, for both updates.
+    """
     k_gen, k_pool, k_disc = jax.random.split(key, 3)
     a, b = preprocess(cfg, batch)
     gen = state.params["gen"]
@@ -326,9 +347,10 @@ def step(cfg: CycleConfig, state: State, batch, key, *, axis_name: str | None = 
     update = partial(descend, axis_name=axis_name)
     loss = partial(generator_loss, cfg)
     state, gen_metrics = update(loss, cfg.optim, state, batch, k_gen, net="gen")
-    seen, extra = _seen(cfg, state.extra, fakes, k_pool, axis_name)
-    state = state._replace(extra=extra)
-    examples = {"a": (a, seen["a"]), "b": (b, seen["b"])}
+    if cfg.pool:
+        fakes, extra = _seen(state.extra, fakes, k_pool, axis_name)
+        state = state._replace(extra=extra)
+    examples = {"a": (a, fakes["a"]), "b": (b, fakes["b"])}
     loss = partial(critic_loss, cfg)
     state, disc_metrics = update(loss, cfg.disc_optim, state, examples, k_disc, net="disc")
     return finish(state, _ema(cfg)), {**disc_metrics, **gen_metrics}

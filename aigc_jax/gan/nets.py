@@ -40,13 +40,17 @@ class NetConfig:
     widths: tuple[int, ...] = (1200, 1200)
     activation: Literal["relu", "leaky_relu", "tanh", "maxout"] = "relu"  # leaky: slope 0.2
     pieces: int = 5  # linear pieces of a maxout unit (Goodfellow et al. 2013)
-    norm: Literal["none", "batch", "spectral"] = "none"
+    # G: none, batch, class_batch (scale and bias per class); D: none, batch, spectral, layer,
+    # instance.
+    norm: Literal["none", "batch", "class_batch", "spectral", "layer", "instance"] = "none"
     dropout: tuple[float, float] = (0.0, 0.0)  # mlp: of the input, of every hidden layer
     # Of kernels; biases begin at 0.
     init: Literal["lecun", "he", "normal", "uniform", "orthogonal"] = "lecun"
     init_scale: float = 1.0  # standard deviation of normal, bound of uniform, gain of orthogonal
     # Of activations. None: float32. Parameters are always float32.
     dtype: Literal["float32", "bfloat16"] | None = None
+    # dcgan, resnet: the height of the maps whose pixels attend to each other (SAGAN).
+    attention: int | None = None
     remat: bool | None = None  # recompute layers in the backward pass: less memory, more work
 
     def check(self, name: str) -> None:
@@ -62,6 +66,11 @@ class NetConfig:
             raise ValueError(f"model.{name}.init_scale must be positive, got {self.init_scale}")
         if self.kind != "mlp" and (self.activation == "maxout" or any(self.dropout)):
             raise ValueError(f"model.{name}: maxout and dropout are for kind mlp, not {self.kind}")
+        if self.kind == "mlp" and (self.attention or self.norm in ("instance", "class_batch")):
+            raise ValueError(
+                f"model.{name}: attention and the norms instance and class_batch are for kinds "
+                "dcgan and resnet, not mlp"
+            )
 
 
 def _options(net: NetConfig, axis_name: str | None) -> dict:
@@ -102,7 +111,8 @@ def Generator(
     """
     if net.kind == "mlp":
         return MLPGenerator(shape, _mlp(net, axis_name, True), output_bias)
-    return ConvGenerator(shape, residual=net.kind == "resnet", **_options(net, axis_name))
+    options = {**_options(net, axis_name), "attention": net.attention}
+    return ConvGenerator(shape, residual=net.kind == "resnet", **options)
 
 
 def Discriminator(
@@ -116,5 +126,5 @@ def Discriminator(
     """
     if net.kind == "mlp":
         return MLPDiscriminator(_mlp(net, axis_name, False), projection)
-    options = _options(net, axis_name)
+    options = {**_options(net, axis_name), "attention": net.attention}
     return ConvDiscriminator(residual=net.kind == "resnet", projection=projection, **options)

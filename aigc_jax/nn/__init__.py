@@ -19,14 +19,14 @@ caller passes an rng named dropout.
 
 from .attention import Attention
 from .autoencoder import ImageDecoder, ImageEncoder
-from .blocks import GroupNorm, Norm, NormAct, pixel_shuffle, pixel_unshuffle
+from .blocks import GroupNorm, Norm, NormAct, instance_norm, pixel_shuffle, pixel_unshuffle
 from .conv import ConvDiscriminator, ConvGenerator
 from .dit import DiT
 from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
 from .mlp import MLP, MLPDiscriminator, MLPGenerator, TimeMLP
 from .resnet import ResNet
 from .transformer import Block, Decoder, causal
-from .translation import ImageTranslator, PatchDiscriminator, instance_norm
+from .translation import ImageTranslator, PatchDiscriminator
 from .unet import ContextAttention, PixelAttention, ResBlock, UNet
 
 __all__ = [

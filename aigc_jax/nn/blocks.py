@@ -65,8 +65,23 @@ def recompute(function, on: bool | None):
     return nn.remat(function) if on else function
 
 
+def instance_norm(h: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns each channel of each image with mean 0 and variance 1 (Ulyanov et al. 2016).
+
+    It has no parameters, as in the PyTorch code of CycleGAN. Computed in float32.
+    """
+    x = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    x = x - x.mean((1, 2), keepdims=True)
+    return (x * jax.lax.rsqrt(jnp.square(x).mean((1, 2), keepdims=True) + 1e-5)).astype(h.dtype)
+
+
 class NormAct(nn.Module):
-    """BatchNorm if `norm` is "batch", then the activation. [..., C] -> [..., C] (maxout: fewer)."""
+    """A norm, then the activation. [B, ..., C] -> [B, ..., C] (maxout: fewer channels).
+
+    norm: "batch"; "class_batch", whose scale and bias depend on one-hot labels y [B, classes]
+        (Dumoulin et al. 2017); "layer", over all axes of an example; "instance", over the pixels of
+        a channel; "none" and "spectral" leave h as it is.
+    """
 
     norm: str = "none"
     activation: str = "relu"
@@ -75,11 +90,27 @@ class NormAct(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, h, train: bool):
-        if self.norm == "batch":
-            axis_name = self.axis_name if train else None
-            h = nn.BatchNorm(not train, momentum=0.9, axis_name=axis_name, dtype=self.dtype)(h)
+    def __call__(self, h, train: bool, y: Float[Array, "B classes"] | None = None):
+        if self.norm in ("batch", "class_batch"):
+            own = self.norm == "batch"
+            options = {"axis_name": self.axis_name if train else None, "dtype": self.dtype}
+            options |= {} if own else {"use_scale": False, "use_bias": False}
+            h = nn.BatchNorm(not train, momentum=0.9, **options)(h)
+            h = h if own else self._of_class(h, y)
+        elif self.norm == "layer":
+            axes = tuple(range(1, h.ndim))
+            options = {"reduction_axes": axes, "feature_axes": -1, "dtype": self.dtype}
+            h = nn.LayerNorm(epsilon=1e-5, **options)(h)
+        elif self.norm == "instance":
+            h = instance_norm(h)
         return activate(h, self.activation, self.pieces)
+
+    def _of_class(self, h, y):
+        """Returns h (1 + scale) + bias. Both depend on class and channel, and are 0 at first."""
+        options = {"use_bias": False, "kernel_init": nn.initializers.zeros, "dtype": self.dtype}
+        scale, bias = jnp.split(nn.Dense(2 * h.shape[-1], name="classes", **options)(y), 2, -1)
+        middle = (len(h), *(1,) * (h.ndim - 2), -1)
+        return h * (1 + scale.reshape(middle)) + bias.reshape(middle)
 
 
 def _mean(x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:

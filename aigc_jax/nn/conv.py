@@ -18,6 +18,17 @@ from .blocks import (
     recompute,
     upsample,
 )
+from .unet import PixelAttention
+
+
+def attend(h, height: int | None, dtype: Any):
+    """Applies self-attention to maps of this height (Zhang et al. 2019, "SAGAN"), and to no others.
+
+    It is the identity at first. Call it inside `nn.compact`.
+    """
+    if h.shape[1] != height:
+        return h
+    return PixelAttention(1, 1, dtype, name="attention")(h)
 
 
 class ConvGenerator(nn.Module):
@@ -32,7 +43,8 @@ class ConvGenerator(nn.Module):
     widths: tuple[int, ...]  # channels at H/2, H/4, ...; residual: at H, H/2, ...
     residual: bool = False
     activation: str = "relu"
-    norm: str = "batch"  # none | batch
+    norm: str = "batch"  # none | batch | class_batch
+    attention: int | None = None  # the height at which pixels attend to each other; None: nowhere
     kernel_init: Any = nn.initializers.lecun_normal()
     axis_name: str | None = None
     dtype: Any = jnp.float32
@@ -50,24 +62,25 @@ class ConvGenerator(nn.Module):
         if self.residual:
             layer, outs = ConvGenerator._res_block, tuple(reversed(self.widths))
         for i, out in enumerate(outs):
-            h = recompute(partial(layer, i=i, out=out, train=train), self.remat)(self, h)
+            h = recompute(partial(layer, i=i, out=out, train=train, y=y), self.remat)(self, h)
+            h = attend(h, self.attention, self.dtype)
         if self.residual:
-            h = self._conv(channels, 3)(self._act(2 * halvings, h, train))
+            h = self._conv(channels, 3)(self._act(2 * halvings, h, train, y))
         return nn.tanh(h.astype(jnp.float32))
 
     def _conv(self, channels: int, size: int) -> nn.Conv:
         return nn.Conv(channels, (size, size), kernel_init=self.kernel_init, dtype=self.dtype)
 
-    def _act(self, i: int, h, train: bool):
+    def _act(self, i: int, h, train: bool, y):
         options = {"axis_name": self.axis_name, "dtype": self.dtype}
-        return NormAct(self.norm, self.activation, **options, name=f"_Act_{i}")(h, train)
+        return NormAct(self.norm, self.activation, **options, name=f"_Act_{i}")(h, train, y)
 
-    def _layer(self, h, *, i: int, out: int, train: bool):
-        return pixel_shuffle(self._conv(4 * out, 3)(self._act(i, h, train)))
+    def _layer(self, h, *, i: int, out: int, train: bool, y):
+        return pixel_shuffle(self._conv(4 * out, 3)(self._act(i, h, train, y)))
 
-    def _res_block(self, h, *, i: int, out: int, train: bool):
-        branch = self._conv(out, 3)(upsample(self._act(2 * i, h, train)))
-        branch = self._conv(out, 3)(self._act(2 * i + 1, branch, train))
+    def _res_block(self, h, *, i: int, out: int, train: bool, y):
+        branch = self._conv(out, 3)(upsample(self._act(2 * i, h, train, y)))
+        branch = self._conv(out, 3)(self._act(2 * i + 1, branch, train, y))
         return branch + upsample(self._conv(out, 1)(h))
 
 
@@ -83,7 +96,8 @@ class ConvDiscriminator(nn.Module):
     residual: bool = False
     projection: bool = False  # how labels enter: as in `class_logits`; False: as planes beside x
     activation: str = "leaky_relu"
-    norm: str = "none"  # none | batch | spectral
+    norm: str = "none"  # none | batch | spectral | layer | instance
+    attention: int | None = None  # as in ConvGenerator
     kernel_init: Any = nn.initializers.lecun_normal()
     axis_name: str | None = None
     dtype: Any = jnp.float32
@@ -99,6 +113,7 @@ class ConvDiscriminator(nn.Module):
         layer = ConvDiscriminator._res_block if self.residual else ConvDiscriminator._layer
         for i, out in enumerate(self.widths):
             h = recompute(partial(layer, i=i, out=out, train=train), self.remat)(self, h)
+            h = attend(h, self.attention, self.dtype)
         if self.residual:
             h = self._act(2 * len(self.widths) - 1, h, train).sum((-3, -2))
         else:

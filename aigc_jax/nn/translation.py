@@ -5,22 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from .blocks import pixel_shuffle, recompute
-
-
-def instance_norm(h: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Returns each channel of each image with mean 0 and variance 1 (Ulyanov et al. 2016).
-
-    It has no parameters, as in the authors' code. Computed in float32.
-    """
-    x = h.astype(jnp.promote_types(h.dtype, jnp.float32))
-    x = x - x.mean((1, 2), keepdims=True)
-    return (x * jax.lax.rsqrt(jnp.square(x).mean((1, 2), keepdims=True) + 1e-5)).astype(h.dtype)
+from .blocks import instance_norm, pixel_shuffle, recompute
 
 
 class ImageTranslator(nn.Module):
@@ -28,7 +17,7 @@ class ImageTranslator(nn.Module):
 
     A 7 x 7 convolution, then a convolution of stride 2 per further width, residual blocks, and the
     same way back. A convolution and a pixel shuffle stand for the authors' transposed convolution.
-    Edges are padded by reflection.
+    Edges are padded by reflection, and by zeros where the stride is 2.
     """
 
     out: int  # channels

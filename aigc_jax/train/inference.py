@@ -220,7 +220,9 @@ def replay(
         "logged": next(lines, None),
     }
     if data.info.examples is not None:
-        facts["rows"] = order(data.info.examples, run.seed, step - 1, run.batch_size).tolist()
+        which = (run.seed, step - 1, run.batch_size)
+        rows = data.resident[1](*which) if data.resident else order(data.info.examples, *which)
+        facts["rows"] = rows.tolist()
     return values, facts
 
 
