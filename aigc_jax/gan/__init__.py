@@ -9,7 +9,7 @@ D's logits:
 Variants, as fields of `Config`:
     labels     conditional (Mirza & Osindero 2014, "CGAN"), projection (Miyato & Koyama 2018)
     nets       convolutional (Radford et al. 2016, "DCGAN"), residual with spectral normalisation
-               (Miyato et al. 2018, "SNGAN")
+               (Miyato et al. 2018, "SNGAN"), StyleGAN2 (Karras et al. 2020; its training: `style.py`)
     losses     least squares (Mao et al. 2017), hinge (SNGAN), Wasserstein (Arjovsky et al. 2017,
                "WGAN"), relativistic (Huang et al. 2024, "R3GAN")
     penalties  weight clipping (WGAN), gradient penalty (Gulrajani et al. 2017, "WGAN-GP"), R1
@@ -57,6 +57,7 @@ from ..core import (
     shard_rows,
     start,
 )
+from . import style
 from .augment import diff_augment
 from .config import Config, LossName
 from .cycle import CycleConfig, make_cycle
@@ -187,7 +188,9 @@ def _nets(cfg: Config, axis_name: str | None = None) -> dict[str, nn.Module]:
     """Returns G and D. With `axis_name`, BatchNorm averages over the devices of that axis."""
     projection = cfg.classes > 0 and cfg.condition == "projection"
     return {
-        "gen": Generator(cfg.gen, tuple(cfg.shape), tuple(cfg.output_bias), axis_name),
+        "gen": Generator(
+            cfg.gen, tuple(cfg.shape), tuple(cfg.output_bias), axis_name, cfg.latent_dim
+        ),
         "disc": Discriminator(cfg.disc, projection, axis_name),
     }
 
@@ -197,12 +200,19 @@ def generate(
     variables: Variables,
     z: Float[Array, "B Z"],
     label: Label = None,
+    *,
+    truncation: float = 1.0,
 ) -> Sample:
     """Returns G(z): images in [-1, 1], or points. BatchNorm uses its running statistics.
 
-    `generator_of(cfg, state)` gives the variables of a state.
+    `generator_of(cfg, state)` gives the variables of a state. truncation: of a generator of kind
+    style, how far its styles go from their mean; 0: the mean image, 1: as in training.
     """
     y = one_hot(label, cfg.classes, z.shape[:1])
+    if cfg.gen.kind == "style":
+        return _nets(cfg)["gen"].apply(variables, z, y, False, truncation)
+    if truncation != 1.0:
+        raise ValueError(f"truncation needs a generator of kind style, got {cfg.gen.kind}")
     return _nets(cfg)["gen"].apply(variables, z, y, False)
 
 
@@ -223,7 +233,15 @@ def discriminate(
 
 
 def noise(cfg: Config, key: Key[Array, ""], n: int) -> Float[Array, "n Z"]:
-    """Samples z for n examples."""
+    """Samples z for n examples. For kind style, N(0, 1) noise inputs follow the latents."""
+    if cfg.gen.kind != "style":
+        return _latents(cfg, key, n)
+    k_latents, k_inputs = jax.random.split(key)
+    inputs = jax.random.normal(k_inputs, (n, _nets(cfg)["gen"].noise_size))
+    return jnp.concatenate([_latents(cfg, k_latents, n), inputs], -1)
+
+
+def _latents(cfg: Config, key: Key[Array, ""], n: int) -> Float[Array, "n Z"]:
     shape = (n, cfg.latent_dim)
     if cfg.latent == "normal":
         return jax.random.normal(key, shape, jnp.float32)
@@ -292,6 +310,9 @@ def _fake_examples(cfg: Config, params: Params, stats: Stats, y: OneHot, key, ax
     """
     k_z, k_dropout = jax.random.split(key)
     z = shard_rows(noise(cfg, k_z, y.shape[0]))
+    if cfg.mixing:
+        ws, inputs, stats = _styles(cfg, params, stats, z, y, k_dropout, axis_name)
+        return _images(cfg, params, stats, ws, inputs), stats
     if cfg.packing == 1 or cfg.gen.norm not in ("batch", "class_batch"):
         return _apply(cfg, "gen", params, stats, z, y, k_dropout, axis_name)
     packs = len(z) // cfg.packing
@@ -303,6 +324,49 @@ def _fake_examples(cfg: Config, params: Params, stats: Stats, y: OneHot, key, ax
     x = jnp.stack([x for x, _ in found], 1)
     means = jax.tree.map(lambda *each: sum(each) / len(each), *(new for _, new in found))
     return x.reshape(-1, *x.shape[2:]), means
+
+
+def _styles(cfg: Config, params: Params, stats: Stats, z, y, key, axis_name):
+    """Returns mixed styles [B, layers, D], the noise inputs, and G's new statistics."""
+    net, (k_z, k_mix) = _nets(cfg, axis_name)["gen"], jax.random.split(key)
+    variables = {"params": params, "batch_stats": stats}
+    options = {"method": "styles", "mutable": ["batch_stats"]}
+    w, new = net.apply(variables, z, y, True, **options)
+    other = shard_rows(noise(cfg, k_z, len(z)))
+    other = net.apply(variables, other, y, False, method="styles")
+    ws = style.mixed(net, w, other, cfg.mixing or 0.0, k_mix)
+    return ws, z[:, cfg.latent_dim :], new["batch_stats"]
+
+
+def _images(cfg: Config, params: Params, stats: Stats, ws, inputs) -> Sample:
+    """Returns the images of styles and noise inputs."""
+    variables = {"params": params, "batch_stats": stats}
+    return _nets(cfg)["gen"].apply(variables, ws, inputs, method="images")
+
+
+def _path_penalty(cfg: Config, params: Params, state: State, y: OneHot, key, axis_name):
+    """Returns the penalty on path lengths, and the running mean of lengths; see `style`.
+
+    It is taken at every few steps, on half of the batch, and counts as many times as the steps
+    from one to the next.
+    """
+    stats, mean = state.extra["gen"], state.extra["path"]
+
+    k_z, k_mix, k_y = jax.random.split(key, 3)
+    labels = y[: max(1, len(y) // 2)]
+    z = shard_rows(noise(cfg, k_z, len(labels)))
+    ws, inputs, _ = _styles(cfg, params, stats, z, labels, k_mix, None)
+    directions = shard_rows(jax.random.normal(k_y, (len(labels), *cfg.shape)))
+
+    def penalty():
+        lengths = style.path_lengths(
+            lambda ws: _images(cfg, params, stats, ws, inputs), ws, directions
+        )
+        return style.path_penalty(lengths, mean, axis_name)
+
+    due = state.step % style.PATH_EVERY == 0
+    value, mean = jax.lax.cond(due, penalty, lambda: (jnp.zeros(()), mean))
+    return style.PATH_EVERY * cfg.path_length * value, mean
 
 
 def _logits(cfg: Config, params: Params, stats: Stats, examples, key, axis_name):
@@ -402,6 +466,8 @@ def _gen_objective(cfg: Config, params: Params, state: State, batch, key, *, axi
     updates (Metz et al. 2017, section 2.2), whatever `cfg.loss` is. The gradient through
     D's updates then vanishes where D is at its optimum.
     """
+    if cfg.path_length:
+        key, k_path = jax.random.split(key)
     k_fake, k_logits, k_unroll, *k_augment = jax.random.split(key, 4 if cfg.augment else 3)
     real, y = _real_examples(cfg, batch)
     fake, stats = _fake_examples(cfg, params, state.extra["gen"], y, k_fake, axis_name)
@@ -415,7 +481,11 @@ def _gen_objective(cfg: Config, params: Params, state: State, batch, key, *, axi
         return -disc_loss, (extra, {})
     disc, disc_stats = state.params["disc"], state.extra["disc"]
     real_logits, fake_logits, _ = _logits(cfg, disc, disc_stats, examples, k_logits, axis_name)
-    return generator_loss(cfg.loss, fake_logits, real_logits).mean(), (extra, {})
+    loss, metrics = generator_loss(cfg.loss, fake_logits, real_logits).mean(), {}
+    if cfg.path_length:
+        metrics["path"], extra["path"] = _path_penalty(cfg, params, state, y, k_path, axis_name)
+        loss += metrics["path"]
+    return loss, (extra, metrics)
 
 
 def _update_gen(cfg: Config, state: State, batch, key, axis_name):
@@ -427,8 +497,11 @@ def _update_gen(cfg: Config, state: State, batch, key, axis_name):
 
 def _with_gen_of(updated: State, state: State) -> State:
     """Returns `state` with G's parameters, optimizer state and statistics of `updated`."""
-    trees = ("params", "opt_state", "extra")
-    new = {tree: {**getattr(state, tree), "gen": getattr(updated, tree)["gen"]} for tree in trees}
+    own = ("gen", "path")  # path: of StyleGAN2, in extra
+    new = {}
+    for tree in ("params", "opt_state", "extra"):
+        moved = {name: x for name, x in getattr(updated, tree).items() if name in own}
+        new[tree] = {**getattr(state, tree), **moved}
     return state._replace(**new)
 
 
@@ -439,7 +512,8 @@ def init_state(cfg: Config, key: Key[Array, ""]) -> State:
     """Returns the state before step 0."""
     nets = _nets(cfg)
     k_gen, k_disc = jax.random.split(key)
-    z, y = (jnp.zeros((1, size), jnp.float32) for size in (cfg.latent_dim, cfg.classes))
+    latents = jax.eval_shape(lambda key: noise(cfg, key, 1), key).shape[-1]
+    z, y = (jnp.zeros((1, size), jnp.float32) for size in (latents, cfg.classes))
     x = jnp.zeros((1, *cfg.shape[:-1], cfg.shape[-1] * cfg.packing), jnp.float32)
     variables = {
         "gen": nets["gen"].init(k_gen, z, y, False),
@@ -448,6 +522,8 @@ def init_state(cfg: Config, key: Key[Array, ""]) -> State:
     params = {net: v["params"] for net, v in variables.items()}
     stats = {net: v.get("batch_stats", {}) for net, v in variables.items()}
     optims = {"gen": cfg.optim, "disc": cfg.disc_optim}
+    if cfg.path_length:
+        stats["path"] = jnp.zeros(())  # the running mean of path lengths
     return start(params, optims, extra=stats, ema=_ema(cfg))
 
 
@@ -504,11 +580,14 @@ def evaluate(cfg: Config, state: State, batch, key) -> dict[str, Logits]:
     return values
 
 
-def sample(cfg: Config, state: State, key, *, n: int, label: Label = None) -> Sample:
-    """Returns n samples of G: images in [0, 1], or points."""
+def sample(
+    cfg: Config, state: State, key, *, n: int, label: Label = None, truncation: float = 1.0
+) -> Sample:
+    """Returns n samples of G: images in [0, 1], or points. truncation: see `generate`."""
     label = labels(label, cfg.classes, (n,), in_turn=True)
-    x = generate(cfg, generator_of(cfg, state), noise(cfg, key, n), label)
-    return (x + 1) / 2 if len(cfg.shape) == 3 else x
+    z = noise(cfg, key, n)
+    x = generate(cfg, generator_of(cfg, state), z, label, truncation=truncation)
+    return ((x + 1) / 2).clip(0, 1) if len(cfg.shape) == 3 else x
 
 
 # ------------------------------------------------------------------------------- the family

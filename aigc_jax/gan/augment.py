@@ -41,8 +41,8 @@ def move(x: Images, key: Key[Array, ""], *, ratio: float = 1 / 8) -> Images:
     rows = jnp.arange(H)[None] + shift[:, :1]  # [B, H]: where each row comes from
     columns = jnp.arange(W)[None] + shift[:, 1:]  # [B, W]
     inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None]
-    each = jnp.arange(B)[:, None, None]
-    moved = x[each, rows.clip(0, H - 1)[:, :, None], columns.clip(0, W - 1)[:, None]]
+    moved = jnp.take_along_axis(x, rows.clip(0, H - 1)[:, :, None, None], 1)
+    moved = jnp.take_along_axis(moved, columns.clip(0, W - 1)[:, None, :, None], 2)
     return jnp.where(inside[..., None], moved, 0.0)
 
 

@@ -53,6 +53,10 @@ class Config:
     augment: Literal["diff"] | None = None
     packing: int = 1  # number of samples that D judges together (PacGAN)
     unrolled: int = 0  # updates of D that G's gradient looks ahead (Metz et al. 2017); 0: none
+    # Of a generator of kind style: the share of images that take the styles of two z ("mixing"),
+    # and the weight of the penalty on path lengths (StyleGAN2: 0.9 and 2). None: none.
+    mixing: float | None = None
+    path_length: float | None = None
     ema: float = 0.0  # decay of the average of G's parameters and statistics; 0: no average
     micro: int = 1  # micro-batches per update
     optim: Optimizer = Optim(lr=2e-4, b1=0.5)  # of G
@@ -65,6 +69,7 @@ class Config:
         _check_numbers(self)
         _check_nets(self)
         _check_objective(self)
+        _check_style(self)
 
     @property
     def weight(self) -> float:
@@ -98,7 +103,7 @@ def _check_nets(cfg: Config) -> None:
         net.check(name)
         if net.kind == "mlp":
             continue
-        halvings = len(net.widths)
+        halvings = len(net.widths) - (net.kind == "style")
         if len(cfg.shape) != 3 or any(side % 2**halvings for side in cfg.shape[:2]):
             raise ValueError(
                 f"model.{name}.widths {net.widths} halve H and W {halvings} times, "
@@ -123,6 +128,19 @@ def _check_nets(cfg: Config) -> None:
         raise ValueError(f"model.output_bias {needs}, got {len(cfg.output_bias)}")
     if cfg.condition == "projection" and not cfg.classes:
         raise ValueError("model.condition 'projection' needs classes")
+
+
+def _check_style(cfg: Config) -> None:
+    for field in ("mixing", "path_length"):
+        value = getattr(cfg, field)
+        if value is None:
+            continue
+        if cfg.gen.kind != "style":
+            raise ValueError(f"model.{field} needs gen.kind style, got {cfg.gen.kind}")
+        if value < 0 or (field == "mixing" and value > 1):
+            raise ValueError(f"model.{field} must be a share or a weight, at least 0, got {value}")
+    if (cfg.mixing or cfg.path_length) and (cfg.packing > 1 or cfg.unrolled):
+        raise ValueError("model.mixing and model.path_length go with neither packing nor unrolled")
 
 
 def _check_objective(cfg: Config) -> None:

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..core import check_at_least, check_fields
-from ..nn import MLP, ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
+from ..nn import (
+    MLP,
+    ConvDiscriminator,
+    ConvGenerator,
+    MLPDiscriminator,
+    MLPGenerator,
+    StyleDiscriminator,
+    StyleGenerator,
+)
 
 
 def _uniform(scale: float):
@@ -35,8 +43,9 @@ class NetConfig:
     A new field has the default None, so that a run recorded before it can be continued.
     """
 
-    kind: Literal["mlp", "dcgan", "resnet"] = "mlp"
-    # mlp: hidden layers from the input on; dcgan, resnet: channels at H/2, H/4, ...
+    kind: Literal["mlp", "dcgan", "resnet", "style"] = "mlp"
+    # mlp: hidden layers from the input on; dcgan, resnet: channels at H/2, H/4, ...; style:
+    # channels at H, H/2, ...
     widths: tuple[int, ...] = (1200, 1200)
     activation: Literal["relu", "leaky_relu", "tanh", "maxout"] = "relu"  # leaky: slope 0.2
     pieces: int = 5  # linear pieces of a maxout unit (Goodfellow et al. 2013)
@@ -51,6 +60,7 @@ class NetConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     # dcgan, resnet: the height of the maps whose pixels attend to each other (SAGAN).
     attention: int | None = None
+    mapping: int | None = None  # style: layers of G's mapping; None: 2
     remat: bool | None = None  # recompute layers in the backward pass: less memory, more work
 
     def check(self, name: str) -> None:
@@ -66,11 +76,26 @@ class NetConfig:
             raise ValueError(f"model.{name}.init_scale must be positive, got {self.init_scale}")
         if self.kind != "mlp" and (self.activation == "maxout" or any(self.dropout)):
             raise ValueError(f"model.{name}: maxout and dropout are for kind mlp, not {self.kind}")
+        if self.kind == "style":
+            _check_style(self, name)
+        elif self.mapping is not None:
+            raise ValueError(f"model.{name}.mapping is for kind style, not {self.kind}")
         if self.kind == "mlp" and (self.attention or self.norm in ("instance", "class_batch")):
             raise ValueError(
                 f"model.{name}: attention and the norms instance and class_batch are for kinds "
                 "dcgan and resnet, not mlp"
             )
+
+
+def _check_style(net: NetConfig, name: str) -> None:
+    """Raises ValueError for fields that the nets of StyleGAN2 do not have."""
+    default = NetConfig()
+    for field in ("activation", "norm", "init", "init_scale", "attention", "remat"):
+        if getattr(net, field) != getattr(default, field):
+            got = getattr(net, field)
+            raise ValueError(f"model.{name}.{field} is not for kind style, got {got}")
+    if net.mapping is not None and net.mapping < 1:
+        raise ValueError(f"model.{name}.mapping must be at least 1, got {net.mapping}")
 
 
 def _options(net: NetConfig, axis_name: str | None) -> dict:
@@ -104,11 +129,16 @@ def Generator(
     shape: tuple[int, ...],
     output_bias: tuple[float, ...] = (),
     axis_name: str | None = None,
+    latents: int = 0,
 ) -> nn.Module:
     """Returns the module G(z [B, Z], y [B, classes], train) -> samples [B, *shape].
 
-    output_bias: first biases of the last layer of an mlp; (): zeros.
+    output_bias: first biases of the last layer of an mlp; (): zeros. latents: how many numbers of z
+    enter the mapping of kind style; the others are its noise inputs.
     """
+    if net.kind == "style":
+        dtype = jnp.dtype(net.dtype or "float32")
+        return StyleGenerator(shape, latents, tuple(net.widths), net.mapping or 2, axis_name, dtype)
     if net.kind == "mlp":
         return MLPGenerator(shape, _mlp(net, axis_name, True), output_bias)
     options = {**_options(net, axis_name), "attention": net.attention}
@@ -126,5 +156,7 @@ def Discriminator(
     """
     if net.kind == "mlp":
         return MLPDiscriminator(_mlp(net, axis_name, False), projection)
+    if net.kind == "style":
+        return StyleDiscriminator(tuple(net.widths), jnp.dtype(net.dtype or "float32"))
     options = {**_options(net, axis_name), "attention": net.attention}
     return ConvDiscriminator(residual=net.kind == "resnet", projection=projection, **options)

@@ -9,6 +9,7 @@ resnet.py      a residual network that reads a picture
 unet.py        the U-Net of DDPM
 autoencoder.py the encoder and decoder of latent diffusion's first stage
 translation.py the generator and the patch discriminator of CycleGAN
+style.py       the generator and the discriminator of StyleGAN2
 transformer.py the transformer block and the decoder trunk
 dit.py         a transformer over patches
 
@@ -25,6 +26,7 @@ from .dit import DiT
 from .embeddings import Condition, adaln_zero, modulate, rotate, sinusoids
 from .mlp import MLP, MLPDiscriminator, MLPGenerator, TimeMLP
 from .resnet import ResNet
+from .style import StyleDiscriminator, StyleGenerator
 from .transformer import Block, Decoder, causal
 from .translation import ImageTranslator, PatchDiscriminator
 from .unet import ContextAttention, PixelAttention, ResBlock, UNet
@@ -51,6 +53,8 @@ __all__ = [
     "PixelAttention",
     "ResBlock",
     "ResNet",
+    "StyleDiscriminator",
+    "StyleGenerator",
     "TimeMLP",
     "UNet",
     "adaln_zero",
