@@ -9,7 +9,7 @@ D's logits:
 Variants, as fields of `Config`:
     labels     conditional (Mirza & Osindero 2014, "CGAN"), projection (Miyato & Koyama 2018)
     nets       convolutional (Radford et al. 2016, "DCGAN"), residual with spectral normalisation
-               (Miyato et al. 2018, "SNGAN"), StyleGAN2 (Karras et al. 2020; its training: `style.py`)
+               (Miyato et al. 2018, "SNGAN"), StyleGAN2 (Karras et al. 2020; see `style.py`)
     losses     least squares (Mao et al. 2017), hinge (SNGAN), Wasserstein (Arjovsky et al. 2017,
                "WGAN"), relativistic (Huang et al. 2024, "R3GAN")
     penalties  weight clipping (WGAN), gradient penalty (Gulrajani et al. 2017, "WGAN-GP"), R1
