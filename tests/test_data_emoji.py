@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import data, train, vae
-from aigc_jax.data import captions, emoji, tang
+from aigc_jax.data import captions, emoji, emoji_pair, tang
 from aigc_jax.data.tokenizer import split_words
 from experiments import _emoji
 
@@ -43,7 +43,8 @@ def test_the_package_data_names_every_file():
     setup.read(Path(__file__).parent.parent / "setup.cfg")
     patterns = setup["options.package_data"]["aigc_jax.data"].split(",")
     named = {path for pattern in patterns for path in emoji.NOTO.parent.glob(pattern.strip())}
-    assert named == {*emoji.NOTO.iterdir(), *tang.POEMS.parent.iterdir()}
+    folders = (emoji.NOTO, tang.POEMS.parent, emoji_pair.TWEMOJI)
+    assert named == {file for folder in folders for file in folder.iterdir()}
 
 
 def test_no_network_and_no_folder(monkeypatch):
