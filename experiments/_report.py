@@ -50,6 +50,16 @@ SUMMARIES = {
         ),
         "Correlated Gaussians of 20 dimensions, as in Poole et al. 2019; CPC has no such table.",
     ),
+    "cycle_toys": Summary(
+        "0832d3ea71d4",
+        "A closed cycle does not say which mode belongs to which.",
+        "points that come to their own mode (%): with the cycle term, with true pairs",
+        tuple(
+            f"{arm}: points that come to their own mode of B (%; +- s.e. over seeds; chance: 12.5)"
+            for arm in ("cycle", "true pairs")
+        ),
+        "8 Gaussians on a ring, turned and enlarged, with MLPs; the paper has photographs.",
+    ),
     "ddim_steps": Summary(
         "d0aeabbc31a6",
         "With few steps, DDIM at any eta is better than the larger noise sigma-hat.",
