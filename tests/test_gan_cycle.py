@@ -430,17 +430,14 @@ def test_remat_gives_the_same_update_and_bfloat16_a_near_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("paired", [False, True])
-def test_learns_a_shift(paired):
-    """B is A, moved. A is not symmetric, so the smooth map between them is the shift."""
-    draw = np.random.default_rng(0).gamma
-    a, b = (draw(1.0, size=(4096, 2)).astype(np.float32) for _ in range(2))
-    if paired:
-        b = a
-    both = data.pair(*(data.from_arrays({"points": x}) for x in (a, b + 2)), aligned=paired)
+def test_learns_a_shift_from_pairs():
+    """What unpaired points teach is measured by cycle_toys."""
+    a = np.random.default_rng(0).gamma(1.0, size=(4096, 2)).astype(np.float32)
+    sets = (data.from_arrays({"points": x}) for x in (a, a + 2))
     adam = Optim(lr=2e-3, b1=0.5)
     cfg = replace(POINTS, gen_widths=(32,), disc_widths=(64, 64), identity_weight=0.0, optim=adam)
-    cfg = replace(cfg, disc_optim=adam, pool=50, paired_weight=10.0 * paired, ema=0.99)
-    result = train.fit(gan.make_cycle, cfg, Run("", steps=1500, batch_size=64), both)
+    cfg = replace(cfg, disc_optim=adam, pool=50, paired_weight=10.0, ema=0.99)
+    run = Run("", steps=1500, batch_size=64)
+    result = train.fit(gan.make_cycle, cfg, run, data.pair(*sets, aligned=True))
     moved = cycle.translate(cfg, cycle.generators_of(cfg, result.state), a, "b")
-    assert np.abs(np.asarray(moved) - (a + 2)).mean() < (0.2 if paired else 0.5)
+    assert np.abs(np.asarray(moved) - (a + 2)).mean() < 0.2
