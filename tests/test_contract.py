@@ -208,7 +208,7 @@ ROWS = {
         gan.CycleConfig(
             shape=(8, 8, 1),
             levels=17,
-            gen_widths=(4, 4),
+            gen_widths=(4,),
             blocks=1,
             disc_widths=(4, 4),
             cycle_weight=0.5,
