@@ -43,6 +43,16 @@ def nearest_rows(fake: np.ndarray, seen: np.ndarray, real: np.ndarray) -> list[R
     return [Row(NEAR, near), Row(COPIES, copies)]
 
 
+def draw_levels(ax, result: train.Result, reach: float, **options) -> None:
+    """Draws level sets of a critic of points in the square of -reach .. reach."""
+    side = np.linspace(-reach, reach, 128, dtype=np.float32)
+    plane = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
+    critic = {"params": result.state.params["disc"]}
+    value = np.asarray(gan.discriminate(result.config, critic, plane)).reshape(128, 128)
+    ax.contour(side, side, value, 12, cmap="viridis", **options)
+    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+
+
 def draw_discriminator(ax, result: train.Result, title: str) -> None:
     """Draws D's accuracy, or its logit where it has none, on training images, held-out images and
     samples.

@@ -231,7 +231,8 @@ SUMMARIES = {
     ),
     "language_models": Summary(
         "6522b1becf09",
-        "n-grams, then the LSTM, then the transformer: each is better than the one before.",
+        "The LSTM is better than every n-gram, the transformer by 0.02 bits better than the LSTM. "
+        "The GRU is as good.",
         "bits per character on Shakespeare: Kneser-Ney 5-gram, LSTM, transformer",
         tuple(
             f"tiny_shakespeare: {model} (bits per character)"

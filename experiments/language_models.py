@@ -1,6 +1,6 @@
 """Counts, windows, states and attention: four generations of language models on the same text, in bits per character
 
-    python -m experiments.language_models   about 75 minutes on 2 cores; Tiny Shakespeare (1 MB)
+    python -m experiments.language_models   about 65 minutes on 2 cores; Tiny Shakespeare (1 MB)
 
 Downloads Tiny Shakespeare (--data.folder takes its file). The second text is the source of Python's
 own library. n-grams are smoothed by interpolated Kneser-Ney (Chen & Goodman 1999). The neural

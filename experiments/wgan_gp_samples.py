@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from aigc_jax import data, figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.data import points
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _gan
 from experiments._cli import Row, Scale
 
 NET = gan.NetConfig(widths=(512, 512, 512), init="he")
@@ -146,17 +145,13 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 def plot(setup: Setup, folder: Path, results: dict, samples: dict) -> None:
     """Draws real points, samples and level sets of the critic; then HQ samples against updates."""
     fig, axes = figures.figure(2, 3)
-    side = np.linspace(-2.5, 2.5, 128, dtype=np.float32)
-    plane = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2))
     for i, (name, ((source, options), *_)) in enumerate(SETS.items()):
         result, ax = results[name], axes[0, i]
         real = data.load(source, "train", **options).batch(1, 0, 1000)["points"]
-        critic = {"params": result.state.params["disc"]}
-        value = np.asarray(gan.discriminate(result.config, critic, plane)).reshape(128, 128)
-        ax.contour(side, side, value, 12, cmap="viridis", linewidths=0.7)
+        _gan.draw_levels(ax, result, 2.5, linewidths=0.7)
         ax.plot(*real.T, ".", color=figures.COLOURS[1], markersize=2, label="real")
         ax.plot(*samples[name][:1000].T, ".", color=figures.COLOURS[0], markersize=2, label="G")
-        ax.set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), aspect="equal", title=name)
+        ax.set(title=name)
         curve = {"samples": _cli.history(result.folder, "quality")}
         figures.curves(
             axes[1, i], curve, xlabel="updates of G", ylabel="HQ samples (%)", title=name

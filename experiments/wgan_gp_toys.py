@@ -27,7 +27,7 @@ from scipy.spatial.distance import cdist
 from aigc_jax import data, figures, gan, train
 from aigc_jax.core import EMA, Family, Optim, descend, finish
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _gan
 from experiments._cli import Row, Scale
 
 CRITIC = gan.NetConfig(widths=(256, 256, 256), activation="relu", init="he")
@@ -243,17 +243,11 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 def plot(setup: Setup, folder: Path, critics: dict, deep: dict) -> None:
     """Draws fig. 1a, level sets of the critics, and fig. 1b, gradients by layer and weights."""
     fig, axes = figures.figure(3, 3)
-    side = np.linspace(-3, 3, 128, dtype=np.float32)
-    plane = jnp.asarray(np.stack(np.meshgrid(side, side), -1).reshape(-1, 2))
     for column, (name, (source, options)) in enumerate(SETS.items()):
         real = data.load(source, "train", **options).batch(1, 0, 500)["points"]
         for ax, arm in zip(axes[:2, column], ("clip", "penalty"), strict=True):
-            result = critics[name, arm]
-            variables = {"params": result.state.params["disc"]}
-            value = np.asarray(gan.discriminate(result.config, variables, plane)).reshape(128, 128)
             figures.points(ax, real, title=f"{name}, {arm}")
-            ax.contour(side, side, value, 12, cmap="viridis", linewidths=0.9)
-            ax.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+            _gan.draw_levels(ax, critics[name, arm], 3, linewidths=0.9)
     norms = {name: (np.arange(1, len(each) + 1), each) for name, (each, _) in deep.items()}
     names = {"xlabel": "layer, from the input", "ylabel": "norm of the loss's gradient"}
     title = f"swiss roll, critics of {setup.depth} layers"

@@ -61,12 +61,12 @@ class Data(NamedTuple):
         - tokens int32 [B, T+1];
         - roll uint8 [B, T, 88].
         With image or points there may be `other`, the same of a second set. There may be label
-        int32 [B]; index int32 [B] for finite sets; and mask float32
-        [B, T] with tokens and roll, which is 1 where a position counts.
+        int32 [B]; index int32 [B] for finite sets; and mask float32 [B, T] with tokens and roll,
+        which is 1 where a position counts.
     resident: None, or (arrays, rows, take) for a set that fits in memory. `rows(seed, i, size)`
         returns on the host which examples make up a batch, int32 [size]; of two sets side by side
-        [size, 2]. `take(arrays, rows)`
-        returns the batch and can be jitted. `batch` is `take` applied to `rows`.
+        [size, 2]. `take(arrays, rows)` returns the batch and can be jitted. `batch` is `take`
+        applied to `rows`.
     """
 
     info: Info

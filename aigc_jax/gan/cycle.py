@@ -153,6 +153,12 @@ def _critic(cfg: CycleConfig):
     return PatchDiscriminator(cfg.disc_widths, dtype=dtype)
 
 
+def _apply(net, params: Params, x):
+    """Returns the net's output in float32, at least."""
+    out = net.apply({"params": params}, jnp.asarray(floats("x", x)))
+    return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+
+
 def translate(
     cfg: CycleConfig,
     params: Params,
@@ -163,8 +169,7 @@ def translate(
 
     x: images in [-1, 1], as `preprocess` makes them, or points.
     """
-    out = _generator(cfg).apply({"params": params[to]}, jnp.asarray(floats("x", x)))
-    return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    return _apply(_generator(cfg), params[to], x)
 
 
 def _ema(cfg: CycleConfig) -> EMA:
@@ -187,8 +192,7 @@ def judge(
 
     params: `state.params["disc"]`.
     """
-    out = _critic(cfg).apply({"params": params[of]}, jnp.asarray(floats("x", x)))
-    return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+    return _apply(_critic(cfg), params[of], x)
 
 
 def preprocess(cfg: CycleConfig, batch: dict) -> tuple[Sample, Sample]:
