@@ -309,6 +309,15 @@ ROWS = {
         dtype=jnp.int32,
         extended=True,
     ),
+    "tokens, flat weights": Row(
+        ddpm.make_tokens,
+        ddpm.TokenConfig(
+            vocab=12, context=9, layers=1, heads=2, width=16, micro=2, weighting="flat", std=0.2
+        ),
+        CROPS,
+        dtype=jnp.int32,
+        extended=True,
+    ),
     "tokens of a uniform process": Row(
         ddpm.make_tokens,
         ddpm.TokenConfig(

@@ -1,6 +1,7 @@
 """The network of `ddpm.token_model`, its given tokens and its guidance."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,52 @@ def test_given_tokens_neither_count_nor_change():
     nats, (_, metrics) = token_model.token_loss(cfg, params, state, batch, jax.random.key(0))
     np.testing.assert_allclose(nats, np.log(V), rtol=1e-6)
     assert metrics["weight"] == 12
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_flat_weights_count_each_masked_token_once(schedule):
+    """The loss of one draw is the sum of -log_softmax, by hand, over the masked tokens, per counted token."""
+    cfg = replace(CFG, weighting="flat", schedule=schedule, unlabelled=0.0)
+    batch = {"tokens": TOKENS, "mask": np.tile(MASK, (4, 1))}
+    params, state = shaken(cfg), ddpm.make_tokens(cfg).init(jax.random.key(0))
+    loss, (_, metrics) = token_model.token_loss(cfg, params, state, batch, jax.random.key(7))
+    nats, masked = ddpm.tokens.masked_cross_entropy(
+        token_model.token_logits_fn(cfg, params),
+        TOKENS,
+        jax.random.split(jax.random.key(7), 3)[0],
+        mask=token_model.counted(batch),
+        schedule=schedule,
+    )
+    assert not masked[:, :3].any() and masked.any()
+    np.testing.assert_array_equal(nats == 0, ~masked)
+    logits = logits_at(cfg, 0.5, np.where(masked, V, TOKENS))
+    own = -np.take_along_axis(jax.nn.log_softmax(logits), TOKENS[..., None], -1)[..., 0]
+    np.testing.assert_allclose(loss, own[masked].sum() / 12, rtol=1e-5)
+    assert metrics["weight"] == 12
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_flat_weights_in_the_mean(schedule):
+    """A net whose cost per token is k nats among k masks: the mean of k^2 is known in closed form."""
+    t = np.linspace(0, 1, 200_001)
+    share = t if schedule == "linear" else np.sin(np.pi / 2 * t)
+    expected = np.trapezoid(L * share * (1 - share) + (L * share) ** 2, t)
+
+    def logits_fn(x_t, t):  # token 0 has probability exp(-k), the others share the rest
+        k = (x_t == V).sum(-1)[:, None, None].astype(jnp.float32)
+        rest = jnp.log(-jnp.expm1(-k) / (V - 1))
+        return jnp.broadcast_to(jnp.where(jnp.arange(V) == 0, -k, rest), (*x_t.shape, V))
+
+    zeros = jnp.zeros((40_000, L), jnp.int32)
+    one = partial(ddpm.tokens.masked_cross_entropy, logits_fn, schedule=schedule)
+    nats, _ = jax.jit(one)(zeros, jax.random.key(0))
+    np.testing.assert_allclose(nats.sum(-1).mean(), expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("change", [{"process": "uniform"}, {"steps": 4}, {"std": 0.0}])
+def test_what_a_config_refuses(change):
+    with pytest.raises(ValueError, match="std must be positive|'flat' needs process absorbing"):
+        replace(CFG, weighting="flat", **change)
 
 
 @pytest.mark.parametrize("unlabelled", [0.0, 0.3])

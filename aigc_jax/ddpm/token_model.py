@@ -34,7 +34,7 @@ from ..core import (
 from ..nn import Decoder
 from ..nn.embeddings import Condition
 from .samplers import guide
-from .tokens import LogitsFn, log_evidence, sample_tokens, token_vlb
+from .tokens import LogitsFn, log_evidence, masked_cross_entropy, sample_tokens, token_vlb
 
 Params = Any
 
@@ -48,6 +48,8 @@ class TokenConfig:
     process: Literal["absorbing", "uniform"] = "absorbing"
     schedule: Literal["linear", "cosine"] = "linear"
     steps: int | None = None  # T of the bound; None: continuous time
+    # Training loss. "bound": the bound. "flat": without its weight, see `masked_cross_entropy`.
+    weighting: Literal["bound", "flat"] = "bound"
     terms: int = 4  # times t per text that `evaluate` draws
     # Share of the texts that train without their given tokens (batch "mask" 0), for guidance.
     unlabelled: float = 0.0
@@ -57,6 +59,7 @@ class TokenConfig:
     positions: Literal["learned", "rotary"] = "rotary"
     norm: Literal["layer", "rms"] = "layer"
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    std: float = 0.02  # of first kernels; those added to the stream: divided by sqrt(2 layers)
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
@@ -74,6 +77,11 @@ class TokenConfig:
         if self.positions == "rotary" and self.width // self.heads % 2:
             head = self.width // self.heads
             raise ValueError(f"rotary positions need heads of even width, got {head}")
+        if not self.std > 0:
+            raise ValueError(f"model.std must be positive, got {self.std}")
+        if self.weighting == "flat" and (self.process != "absorbing" or self.steps is not None):
+            asked = f"process {self.process!r} and steps {self.steps}"
+            raise ValueError(f"weighting 'flat' needs process absorbing, steps None; got {asked}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout must lie in [0, 1), got {self.dropout}")
         if not 0 <= self.unlabelled < 1:
@@ -101,7 +109,7 @@ class TokenNet(nn.Module):
     @nn.compact
     def __call__(self, x_t, t):
         cfg, (B, L) = self.cfg, x_t.shape
-        dtype, normal = jnp.dtype(cfg.dtype), nn.initializers.normal(0.02)
+        dtype, normal = jnp.dtype(cfg.dtype), nn.initializers.normal(cfg.std)
         wte = nn.Embed(cfg.vocab + 1, cfg.width, embedding_init=normal, dtype=dtype, name="wte")
         trunk = Decoder(
             layers=cfg.layers,
@@ -113,6 +121,7 @@ class TokenNet(nn.Module):
             norm=cfg.norm,
             activation=cfg.activation,
             dropout=cfg.dropout,
+            std=cfg.std,
             dtype=dtype,
             remat=cfg.remat,
             name="trunk",
@@ -176,7 +185,7 @@ def counted(batch: dict) -> Float[Array, "B L"]:
 
 
 def token_loss(cfg: TokenConfig, params: Params, state: State, batch: dict, key):
-    """Returns the bound in nats per counted token, from one t per text, and (extra, metrics).
+    """Returns the loss in nats per counted token, from one t per text, and (extra, metrics).
 
     Some texts train without their given tokens: there, these are masked.
     """
@@ -190,15 +199,11 @@ def token_loss(cfg: TokenConfig, params: Params, state: State, batch: dict, key)
         def logits_fn(x_t, t):
             return seeing(jnp.where(blind, cfg.vocab, x_t), t)
 
-    nats = token_vlb(
-        cfg.process,
-        logits_fn,
-        tokens,
-        k_bound,
-        steps=cfg.steps,
-        mask=mask,
-        schedule=cfg.schedule,
-    )
+    over = {"mask": mask, "schedule": cfg.schedule}
+    if cfg.weighting == "flat":
+        nats, _ = masked_cross_entropy(logits_fn, tokens, k_bound, **over)
+    else:
+        nats = token_vlb(cfg.process, logits_fn, tokens, k_bound, steps=cfg.steps, **over)
     count = mask.sum()
     return nats.sum() / jnp.maximum(count, 1.0), (state.extra, {"weight": count})
 
