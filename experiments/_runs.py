@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ def history(folder, name: str, kind: str = "valid") -> tuple[np.ndarray, np.ndar
     lines = [line for line in train.metrics(folder) if name in line.get(kind, {})]
     steps, values = ([line["step"] for line in lines], [line[kind][name] for line in lines])
     return np.array(steps), np.array(values, float)
+
+
+def clock(folder) -> Callable:
+    """Returns an `on_eval` that reports the minutes of the run, also those before a stop."""
+    _, before = history(folder, "minutes")
+    begin = time.monotonic() - 60 * max(before, default=0.0)
+    return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}
 
 
 def parameters(result: train.Result) -> int:

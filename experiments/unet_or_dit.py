@@ -9,7 +9,6 @@ are this machine's; a GPU would give others. No paper has numbers for this set, 
 criterion is that both learn.
 """
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,13 +51,6 @@ CRITERIA = {BITS[net]: "< 2.39, below the histogram (2.6 when it was run)" for n
 INVARIANTS = {BITS[net]: "< 4.1, log2 of 17 levels" for net in NETS}
 
 
-def clock(folder: str):
-    """Returns an `on_eval` that reports the minutes of the run, also those before a stop."""
-    _, before = _cli.history(folder, "minutes")
-    begin = time.monotonic() - 60 * max(before, default=0.0)
-    return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}
-
-
 def run(setup: Setup, folder: Path) -> list[Row]:
     """Trains both, bounds the test digits, measures samples."""
     training, held, test = _pictures.three(setup.data, setup.training, 1237)
@@ -70,7 +62,7 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     found, curves, samples = _cli.kept(), {}, {}
     for net, form in zip(NETS, (setup.model.net, setup.dit), strict=True):
         run = replace(setup.run, folder=str(folder / form.kind))
-        model, watch = replace(setup.model, net=form), clock(run.folder)
+        model, watch = replace(setup.model, net=form), _cli.clock(run.folder)
         result = train.fit(ddpm.make, model, run, training, valid=held, on_eval=watch)
         steps, bound = _cli.history(run.folder, "nll_bits_per_dim")
         _, minutes = _cli.history(run.folder, "minutes")
