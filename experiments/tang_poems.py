@@ -29,9 +29,10 @@ from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Scale, Source
 
-STEPS, VOCAB = 4000, 6882
-NET = {"layers": 6, "heads": 6, "width": 192, "positions": "rotary", "dropout": 0.1}
-OPTIM = Optim(lr=2e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=200, decay=STEPS - 200)
+STEPS, VOCAB = 2000, 6882
+# The kernels of a net this narrow need a larger std than GPT-2's 0.02: here 1 / sqrt(width).
+NET = {"layers": 4, "heads": 4, "width": 128, "positions": "rotary", "std": 0.088, "ema": 0.995}
+OPTIM = Optim(lr=3e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=100, decay=STEPS - 100)
 MODELS = ("autoregressive", "masked")
 
 
@@ -40,12 +41,12 @@ class Setup:
     """Flags of tang_poems."""
 
     autoregressive: transformer.Config = transformer.Config(
-        vocab=VOCAB, context=79, **NET, tied=False, ema=0.999, optim=OPTIM
+        vocab=VOCAB, context=79, **NET, tied=False, optim=OPTIM
     )
     masked: ddpm.TokenConfig = ddpm.TokenConfig(
-        vocab=VOCAB, context=80, **NET, terms=4, ema=0.999, optim=OPTIM
+        vocab=VOCAB, context=80, **NET, terms=4, weighting="flat", optim=OPTIM
     )
-    run: Run = Run("runs/tang_poems", STEPS, 32, eval_every=500, save_every=500, keep=1)
+    run: Run = Run("runs/tang_poems", STEPS, 32, eval_every=1000, save_every=500, keep=1)
     data: Source = Source("tang_poems")
     form: str = "all"  # 5x4, 7x4, 5x8, 7x8 or all
     samples: int = 256  # titles of held-out poems that are written on

@@ -479,7 +479,7 @@ def test_compare_takes_pictures_of_all_sizes_as_a_run_took_them(call, digits_run
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """small_run(kind) -> the folder of a run of two updates: points of 3 numbers, rolls, text."""
+    """small_run(kind) -> the folder of a run of two updates: points of 3 numbers, rolls, text, a StyleGAN."""
     root = tmp_path_factory.mktemp("small")
     rng = np.random.default_rng(0)
 
@@ -501,9 +501,15 @@ def small_run(tmp_path_factory):
         letters = transformer.Config(vocab=lines.info.levels, context=8, layers=1, heads=2, width=8)
         return transformer.make, letters, lines
 
+    def style():
+        nets = {"gen": gan.NetConfig("style", (4, 4)), "disc": gan.NetConfig("style", (4, 4))}
+        cfg = gan.Config(shape=(8, 8, 1), levels=17, latent_dim=4, **nets)
+        return gan.make, cfg, data.load("digits")
+
     @functools.cache
     def folder(kind):
-        make, cfg, training = {"points3": points3, "roll": roll, "text": text}[kind]()
+        kinds = {"points3": points3, "roll": roll, "text": text, "style": style}
+        make, cfg, training = kinds[kind]()
         train.fit(
             make,
             cfg,
@@ -655,9 +661,26 @@ def test_text_is_written_to_a_file_as_to_the_terminal(call, small_run, tmp_path)
     assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "y.txt").exists()
 
 
+@pytest.mark.slow
+def test_truncation_of_a_style_generator(call, small_run, tmp_path):
+    """0: all pictures show the mean style. 1: as without the flag."""
+    flags = ("sample", small_run("style"), "--n", 3)
+    for name, more in (("a", ()), ("b", ("--truncation", 1)), ("c", ("--truncation", 0))):
+        assert call("aigc_jax", *flags, *more, "--out", f"{name}.npy")[0] == 0
+    a, b, c = (np.load(tmp_path / f"{name}.npy") for name in "abc")
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - a[:1]).max() > 1e-3
+    np.testing.assert_allclose(c, np.tile(c[:1], (3, 1, 1, 1)), atol=0.02)  # noise inputs differ
+    for value in ("3", "nan"):
+        code, _, err = call("aigc_jax", *flags, "--truncation", value, "--out", "d.npy")
+        assert code == 2 and f"truncation must lie in -2..2, got {float(value)}" in err
+    assert not (tmp_path / "d.npy").exists()
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (["--truncation", "0.5"], "--truncation is for a GAN with model.gen.kind style"),
         (["--n", str(10**12)], "n must lie in 1..4194304 (1 GiB of samples), got 1000000000000"),
         (["--chunk", "0"], "at least 1, got n=None, chunk=0"),
         (["--seed", str(2**32)], "seed must lie in 0..2**32 - 1"),

@@ -101,6 +101,7 @@ def sample(
     seed: int = 0,
     chunk: int = 256,
     label: int | None = None,
+    truncation: float | None = None,
     text: TextOptions = TextOptions(),
     diffusion: DiffusionOptions = DiffusionOptions(),
     trust: Trust = (),
@@ -117,6 +118,7 @@ def sample(
         seed: of the samples, not of the run.
         chunk: how many at once; the samples depend on it.
         label: the class of all samples, for a conditional model; by default the classes in turn.
+        truncation: of a StyleGAN: how far styles go from their mean. 0: the mean, 1: as trained.
         text: of a language model, or of a model that draws from text.
         diffusion: of a diffusion model.
         trust: a module of your own that made the run and may be imported; can be given repeatedly.
@@ -129,6 +131,8 @@ def sample(
     kind, suffix = result.info.kind, out.suffix.lower() if out else ""
     if kind == "text" and label is not None:
         raise train.Refused(f"{run_folder} writes text: it takes no --label")
+    if truncation is not None:
+        _check_truncation(run_folder, result, truncation)
     if kind == "text" and (out is None or suffix == ".txt"):
         return _text_to(result, out, text, diffusion, 1 if n is None else n, seed)
     if kind == "text" and result.info.title_length is not None:
@@ -138,6 +142,8 @@ def sample(
     shape = _shape(result, options)
     if n > (most := max(1, MOST_BYTES // (4 * math.prod(shape)))):
         raise train.Refused(f"n must lie in 1..{most} (1 GiB of samples), got {n}")
+    if truncation is not None:
+        options["truncation"] = truncation
     if label is not None:  # else train.sample takes the classes in turn
         options["label"] = np.full(n, label)
     forms = _forms(kind, shape)
@@ -189,6 +195,15 @@ def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
         if not 0 <= label < classes:
             raise train.Refused(f"{run_folder}: labels lie in 0..{classes - 1}, got {label}")
     return options
+
+
+def _check_truncation(run_folder, result: train.Result, truncation: float) -> None:
+    """Raises Refused where the model has no styles, or for a truncation that is out of range."""
+    kind = getattr(getattr(result.config, "gen", None), "kind", None)
+    if kind != "style":
+        raise train.Refused(f"{run_folder}: --truncation is for a GAN with model.gen.kind style")
+    if not -2 <= truncation <= 2:
+        raise train.Refused(f"--truncation must lie in -2..2, got {truncation}")
 
 
 def _draws_texts(result: train.Result) -> bool:
