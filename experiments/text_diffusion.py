@@ -129,7 +129,7 @@ def config(setup: Setup, model: str, info: data.Info):
     """Returns the config of a model, and its make. Raises ValueError where the text does not fit."""
     cfg, make = replace(setup.autoregressive, vocab=info.levels), transformer.make
     if model != "autoregressive":
-        weighting = "flat" if model == "absorbing" else "bound"
+        weighting = "flat" if model == "absorbing" else None
         cfg = replace(setup.diffusion, vocab=info.levels, process=model, weighting=weighting)
         make = ddpm.make_tokens
     cfg.check(info)
@@ -273,7 +273,7 @@ def other_absorbing(setup: Setup, folder: Path, cfg, training, valid) -> tuple:
     updates = setup.longer * setup.run.steps
     slower = replace(cfg.optim, decay=cfg.optim.decay and updates - cfg.optim.warmup)
     arms = (
-        ("weighted", replace(cfg, weighting="bound"), setup.run.steps),
+        ("weighted", replace(cfg, weighting=None), setup.run.steps),
         ("longer", replace(cfg, optim=slower), updates),
     )
     curves = {}

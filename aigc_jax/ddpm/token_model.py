@@ -48,8 +48,8 @@ class TokenConfig:
     process: Literal["absorbing", "uniform"] = "absorbing"
     schedule: Literal["linear", "cosine"] = "linear"
     steps: int | None = None  # T of the bound; None: continuous time
-    # Training loss. "bound": the bound. "flat": without its weight, see `masked_cross_entropy`.
-    weighting: Literal["bound", "flat"] = "bound"
+    # Training loss. None: the bound. "flat": without its weight, see `masked_cross_entropy`.
+    weighting: Literal["flat"] | None = None
     terms: int = 4  # times t per text that `evaluate` draws
     # Share of the texts that train without their given tokens (batch "mask" 0), for guidance.
     unlabelled: float = 0.0
@@ -59,7 +59,7 @@ class TokenConfig:
     positions: Literal["learned", "rotary"] = "rotary"
     norm: Literal["layer", "rms"] = "layer"
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
-    std: float = 0.02  # of first kernels; those added to the stream: divided by sqrt(2 layers)
+    std: float | None = None  # of first kernels; None: 0.02. Added to the stream: / sqrt(2 layers)
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
@@ -77,7 +77,7 @@ class TokenConfig:
         if self.positions == "rotary" and self.width // self.heads % 2:
             head = self.width // self.heads
             raise ValueError(f"rotary positions need heads of even width, got {head}")
-        if not self.std > 0:
+        if self.std is not None and not self.std > 0:
             raise ValueError(f"model.std must be positive, got {self.std}")
         if self.weighting == "flat" and (self.process != "absorbing" or self.steps is not None):
             asked = f"process {self.process!r} and steps {self.steps}"
@@ -109,7 +109,8 @@ class TokenNet(nn.Module):
     @nn.compact
     def __call__(self, x_t, t):
         cfg, (B, L) = self.cfg, x_t.shape
-        dtype, normal = jnp.dtype(cfg.dtype), nn.initializers.normal(cfg.std)
+        std = 0.02 if cfg.std is None else cfg.std
+        dtype, normal = jnp.dtype(cfg.dtype), nn.initializers.normal(std)
         wte = nn.Embed(cfg.vocab + 1, cfg.width, embedding_init=normal, dtype=dtype, name="wte")
         trunk = Decoder(
             layers=cfg.layers,
@@ -121,7 +122,7 @@ class TokenNet(nn.Module):
             norm=cfg.norm,
             activation=cfg.activation,
             dropout=cfg.dropout,
-            std=cfg.std,
+            std=std,
             dtype=dtype,
             remat=cfg.remat,
             name="trunk",
