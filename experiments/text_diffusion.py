@@ -7,14 +7,15 @@ autoregressive, absorbing and uniform diffusion. Their nets are equal, but that 
 process has two more layers for the time. For a diffusion model the bits are an upper bound; for the
 autoregressive model they are exact. Held-out text is cut into windows. Every character
 but a window's first is scored once, and all models see the same window. The papers have text8 with
-nets a thousand times larger: 1.23 bits per character autoregressive, 1.37 absorbing (MD4), 1.61
+nets hundreds of times larger: 1.23 bits per character autoregressive, 1.37 absorbing (MD4), 1.61
 uniform (D3PM). Expect the same order here.
 
 The absorbing model learns more slowly: it has to predict from every part of a text, not only from
 what stands before. So its gap to the autoregressive model is measured after a part of the updates
 and after four times as many. It trains with flat weights, whose gradient has less noise than the
-bound's. One more run shows the difference. The cost of a character among k masks shows where its
-bits go.
+bound's. The uniform model trains on the bound. So the two processes are compared once more, with
+absorbing models that train on the bound. The cost of a character among k masks shows where its bits
+go.
 
 Fewer steps per sample make worse texts, as the autoregressive model judges them. A gap is filled
 from both sides, which the autoregressive model cannot do: it sees the left side only.
@@ -50,7 +51,7 @@ MODELS = ("autoregressive", "absorbing", "uniform")
 
 @dataclass(frozen=True)
 class Setup:
-    """Flags of text_diffusion. diffusion.process is set to each process in turn."""
+    """Flags of text_diffusion. diffusion.process and diffusion.weighting are set for each arm."""
 
     autoregressive: transformer.Config = AUTOREGRESSIVE
     diffusion: ddpm.TokenConfig = DIFFUSION
@@ -89,8 +90,11 @@ BITS = "{}: held-out text (bits per character; +- s.e. over seeds)"
 SIZE = "{}: parameters"
 GAP = "absorbing minus autoregressive (bits per character)"
 GAP_AT = "absorbing minus autoregressive after {} of the updates (bits per character)"
-GAP_LONGER = "absorbing with {} times the updates minus autoregressive (bits per character)"
-WEIGHTS = "absorbing: the bound's weights minus flat weights, same seed (bits per character)"
+LONGER = "absorbing, {} times the updates"
+GAP_LONGER = "absorbing, {} times the updates, minus autoregressive, same seed (bits per character)"
+WEIGHTED = "absorbing, trained on the bound"
+WEIGHTS = "absorbing: trained on the bound minus trained with flat weights (bits per character)"
+SAME_LOSS = "uniform minus absorbing, both trained on the bound (bits per character)"
 COST = "absorbing: a character among {} masks of {} (bits)"
 ORDER = "uniform minus absorbing (bits per character)"
 IN_STEPS = "absorbing: bound in T = {} steps minus continuous time (bits per character)"
@@ -98,10 +102,8 @@ QUALITY = "{}: bits per character under the autoregressive model"
 VARIETY = "{}: entropy of a text's characters (bits)"
 SAMPLES, HELD_OUT, OWN = "{} steps per sample", "held-out text", "autoregressive samples"
 WORSE = "samples in fewest minus in most steps (bits per character, autoregressive model)"
-BOTH, HALF = (
-    f"absorbing: a gap, {side} (bits per character)"
-    for side in ("both sides given", "right side hidden")
-)
+BOTH = "{}: a gap, both sides given (bits per character)"
+HALF = "absorbing: a gap, right side hidden (bits per character)"
 LEFT = "autoregressive: a gap, left side given (bits per character)"
 GAIN = (
     "a gap: autoregressive, left side given, minus absorbing, both sides given (bits per character)"
@@ -129,7 +131,7 @@ def config(setup: Setup, model: str, info: data.Info):
     """Returns the config of a model, and its make. Raises ValueError where the text does not fit."""
     cfg, make = replace(setup.autoregressive, vocab=info.levels), transformer.make
     if model != "autoregressive":
-        weighting = "flat" if model == "absorbing" else None
+        weighting = "flat" if model == "absorbing" else "bound"
         cfg = replace(setup.diffusion, vocab=info.levels, process=model, weighting=weighting)
         make = ddpm.make_tokens
     cfg.check(info)
@@ -238,10 +240,14 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         there = [np.interp(setup.run.steps / i, *curves[m]) for m in MODELS[:2]]
         rows.append(Row(GAP_AT.format(part), float(there[1] - there[0])))
     rows.append(Row(ORDER, bits["uniform"] - bits["absorbing"]))
-    weighted, longer = other_absorbing(setup, folder, configs["absorbing"][0], training, valid)
-    curves["absorbing, bound's weights"] = weighted
-    rows.append(Row(GAP_LONGER.format(setup.longer), longer - bits["autoregressive"]))
-    rows.append(Row(WEIGHTS, float(weighted[1][-1] - curves["absorbing"][1][-1])))
+    absorbing = configs["absorbing"][0]
+    curves[WEIGHTED], *found = on_the_bound(setup, folder, absorbing, training, valid)
+    rows.append(Row(BITS.format(WEIGHTED), found[0], error=found[1]))
+    rows.append(Row(WEIGHTS, found[0] - bits["absorbing"]))
+    rows.append(Row(SAME_LOSS, bits["uniform"] - found[0]))
+    longer, end = for_longer(setup, folder, absorbing, training, valid)
+    gap = end - float(curves["autoregressive"][1][-1])
+    rows.append(Row(GAP_LONGER.format(setup.longer), gap))
 
     held_out = valid.batch(0, 0, min(128, valid.info.examples))["tokens"]
     cost = cost_of_masks(first["absorbing"], held_out)
@@ -260,43 +266,51 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     gap = gap_of(setup, held_out)
     both, half = (gap_bits(first["absorbing"], held_out, gap, right) for right in (True, False))
     left = judged(first["autoregressive"], held_out, gap[:, 1:])
-    rows += [Row(BOTH, both), Row(HALF, half), Row(LEFT, left), Row(GAIN, left - both)]
-    plot(setup, folder, curves, excess, quality, texts, first["absorbing"], held_out)
+    rows += [Row(BOTH.format("absorbing"), both), Row(HALF, half), Row(LEFT, left)]
+    rows.append(Row(GAIN, left - both))
+    best = gap_bits(longer, held_out, gap, right=True)
+    rows.append(Row(BOTH.format(LONGER.format(setup.longer)), best))
+    plot(setup, folder, curves, excess, quality, texts, longer, held_out)
     return rows
 
 
-def other_absorbing(setup: Setup, folder: Path, cfg, training, valid) -> tuple:
-    """Trains two more absorbing models: with the bound's weights, and for longer.
+def on_the_bound(setup: Setup, folder: Path, cfg, training, valid) -> tuple:
+    """Trains absorbing models on the bound, with each seed.
 
-    Returns the curve of the first, and the bits of the second.
+    Returns the curve of the first, the mean of their bits, and its standard error.
     """
-    updates = setup.longer * setup.run.steps
-    slower = replace(cfg.optim, decay=cfg.optim.decay and updates - cfg.optim.warmup)
-    arms = (
-        ("weighted", replace(cfg, weighting=None), setup.run.steps),
-        ("longer", replace(cfg, optim=slower), updates),
-    )
-    curves = {}
-    for name, arm, steps in arms:
-        place = replace(setup.run, folder=str(folder / name), steps=steps)
-        train.fit(ddpm.make_tokens, arm, place, training, valid=valid)
-        curves[name] = _text.curve(place.folder, "nll_nats_per_token", 1 / log(2))
-    return curves["weighted"], float(curves["longer"][1][-1])
+    place = replace(setup.run, folder=str(folder / "weighted"))
+    runs, cfg = _cli.seeded(place, setup.seeds), replace(cfg, weighting="bound")
+    for each in runs:
+        train.fit(ddpm.make_tokens, cfg, each, training, valid=valid)
+    curves = [_text.curve(each.folder, "nll_nats_per_token", 1 / log(2)) for each in runs]
+    return curves[0], *_cli.mean_and_error([values[-1] for _, values in curves])
+
+
+def for_longer(setup: Setup, folder: Path, cfg, training, valid) -> tuple[train.Result, float]:
+    """Trains one absorbing model for more updates; returns it and its bits."""
+    steps, optim = setup.longer * setup.run.steps, cfg.optim
+    cfg = replace(cfg, optim=replace(optim, decay=optim.decay and steps - optim.warmup))
+    place = replace(setup.run, folder=str(folder / "longer"), steps=steps)
+    result = train.fit(ddpm.make_tokens, cfg, place, training, valid=valid)
+    _, values = _text.curve(place.folder, "nll_nats_per_token", 1 / log(2))
+    return result, float(values[-1])
 
 
 def drawn(setup: Setup, first: dict) -> dict[str, np.ndarray]:
     """Returns samples of the absorbing model by number of steps, and of the autoregressive one."""
     draw = partial(train.sample, n=setup.samples, chunk=setup.samples)
     key, absorbing = jax.random.key(1), first["absorbing"]
-    texts = {SAMPLES.format(T): draw(absorbing, key, steps=T) for T in setup.steps}
+    draws = partial(draw, absorbing, key, length=setup.length + 1)
+    texts = {SAMPLES.format(T): draws(steps=T) for T in setup.steps}
     start = texts[SAMPLES.format(setup.steps[-1])][:, :1]  # a first character for each
     new = draw(first["autoregressive"], key, prompt=start, max_new_tokens=setup.length)
     return {**texts, OWN: np.concatenate([start, new], 1)}
 
 
 @_cli.costs("text_diffusion.png")
-def plot(setup, folder: Path, curves, excess, quality, texts, absorbing, held_out) -> None:
-    """Draws bits against updates, the cost of few steps, and samples."""
+def plot(setup, folder: Path, curves, excess, quality, texts, longer, held_out) -> None:
+    """Draws bits against updates, the cost of few steps, and samples. `longer` fills the gap."""
     fig, axes = figures.figure(2, 3, size=(13, 7))
     labels = {"xlabel": "updates", "ylabel": "bits per character"}
     figures.curves(axes[0, 0], curves, **labels, title="held-out text")
@@ -311,11 +325,11 @@ def plot(setup, folder: Path, curves, excess, quality, texts, absorbing, held_ou
     )
     axes[0, 2].set_xscale("log", base=2)
     figures.level(axes[0, 2], quality[HELD_OUT], HELD_OUT)
-    decode = Tokenizer(absorbing.info.tokenizer).decode
+    decode = Tokenizer(longer.info.tokenizer).decode
     few, many = (SAMPLES.format(steps) for steps in (setup.steps[0], setup.steps[-1]))
     gap = gap_of(setup, held_out[:3]) > 0
     known = np.where(gap, -1, held_out[:3])
-    filled = train.sample(absorbing, jax.random.key(2), n=3, known=known)
+    filled = train.sample(longer, jax.random.key(2), n=3, known=known)
     left, right = np.flatnonzero(gap[0])[[0, -1]] + (0, 1)
     marked = [
         f"{decode(row[:left])}[{decode(row[left:right])}]{decode(row[right:])}" for row in filled

@@ -48,8 +48,8 @@ class TokenConfig:
     process: Literal["absorbing", "uniform"] = "absorbing"
     schedule: Literal["linear", "cosine"] = "linear"
     steps: int | None = None  # T of the bound; None: continuous time
-    # Training loss. None: the bound. "flat": without its weight, see `masked_cross_entropy`.
-    weighting: Literal["flat"] | None = None
+    # Training loss. "flat": the bound without its weight (`masked_cross_entropy`). None: "bound".
+    weighting: Literal["bound", "flat"] | None = None
     terms: int = 4  # times t per text that `evaluate` draws
     # Share of the texts that train without their given tokens (batch "mask" 0), for guidance.
     unlabelled: float = 0.0

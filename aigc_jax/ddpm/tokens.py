@@ -309,8 +309,9 @@ def masked_cross_entropy(
     """Returns -log p_hat of the tokens masked at a time t per row, 0 elsewhere; and which they are.
 
     It is `token_vlb` of "absorbing" without the weight -alpha' / (1 - alpha) (MaskGIT, Chang et al.
-    2022). No bound follows from it. Its gradient has less variance: with c_k the cost of a token
-    among k masks, the bound is the sum of all c_k, and for "linear" this is that of k c_k.
+    2022). No bound follows from it. Its gradient has less variance. Let c_k be the mean cost of a
+    token among k masks of L. The bound is the sum of c_k; this is, for "linear", the sum of
+    k c_k / (L + 1).
     """
     _check_process("absorbing", schedule)
     V = vocabulary(logits_fn, tokens.shape)
