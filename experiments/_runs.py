@@ -99,11 +99,25 @@ def history(folder, name: str, kind: str = "valid") -> tuple[np.ndarray, np.ndar
     return np.array(steps), np.array(values, float)
 
 
-def clock(folder) -> Callable:
-    """Returns an `on_eval` that reports the minutes of the run, also those before a stop."""
+def clock(folder, measure: Callable | None = None) -> Callable:
+    """Returns an `on_eval` that reports the minutes of the run, and what `measure` reports.
+
+    The minutes include compiling and validating, and those before a stop up to its last
+    measurement. The time that `measure` takes is left out.
+    """
     _, before = history(folder, "minutes")
     begin = time.monotonic() - 60 * max(before, default=0.0)
-    return lambda family, state, step: {"minutes": np.float32((time.monotonic() - begin) / 60)}
+    paused = 0.0
+
+    def on_eval(family, state, step):
+        nonlocal paused
+        now = time.monotonic()
+        found = measure(family, state, step) if measure else {}
+        minutes = np.float32((now - begin - paused) / 60)
+        paused += time.monotonic() - now
+        return {**found, "minutes": minutes}
+
+    return on_eval
 
 
 def parameters(result: train.Result) -> int:

@@ -1,14 +1,18 @@
 """What the GAN scripts compute beside training: kinds of stacks, arithmetic, mixing, random networks, and their refusals."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from aigc_jax import data, gan, metrics, train
-from experiments import _cli, dcgan_arithmetic, loss_zoo, stacked_digits, stylegan
+from experiments import _cli, _runs, dcgan_arithmetic, loss_zoo, stacked_digits, stylegan
 from experiments._cli import Source
 
 DIGITS = data.load("digits")
@@ -18,14 +22,39 @@ DIGITS = data.load("digits")
 
 
 def test_the_kind_of_a_stack_is_read_channel_by_channel():
-    """A stack of known digits has the number that the classifier reads in each of them."""
-    arrays = _cli.arrays(DIGITS)
+    """A stack has the number that the classifier reads in its digits, if it is sure of all three."""
+    rng, digits = np.random.default_rng(0), _cli.arrays(DIGITS)["image"] / 16.0
+    digits = np.concatenate([digits, (digits[:200] + digits[200:400]) / 2])  # and blends of two
     classifier = metrics.load_classifier("digits")
-    read = classifier.apply(arrays["image"] / 16.0)[0].argmax(-1)
-    rows = np.random.default_rng(0).integers(0, len(read), (50, 3))
-    stack = np.concatenate([arrays["image"][rows[:, c]] for c in range(3)], -1)
+    p = scipy.special.softmax(classifier.apply(digits)[0], -1)
+    read, sure = p.argmax(-1), p.max(-1) >= 0.9
+    rows = rng.integers(0, len(read), (300, 3))
+    rows[range(3), range(3)] = np.flatnonzero(~sure)[:3]  # a blend that it cannot read, by channel
+    stack = np.concatenate([digits[rows[:, c]] for c in range(3)], -1)
     expected = 100 * read[rows[:, 0]] + 10 * read[rows[:, 1]] + read[rows[:, 2]]
-    np.testing.assert_array_equal(stacked_digits.kinds(stack / 16.0, classifier), expected)
+    expected = np.where(sure[rows].all(-1), expected, -1)
+    assert (expected[:3] == -1).all() and (expected >= 0).mean() > 0.5
+    np.testing.assert_array_equal(stacked_digits.kinds(stack, classifier), expected)
+
+
+def test_noise_keeps_each_pixel_in_its_place():
+    """Digits whose pixel (y, x) has only the values 10 y + x and 100 more."""
+    plane = (10 * np.arange(8)[:, None] + np.arange(8))[None, :, :, None]
+    digits = np.concatenate([plane, plane + 100])
+    images = stacked_digits.noise(digits, 200, 0)
+    assert images.shape == (200, 8, 8, 3)
+    share = (images == plane + 100).mean(0)
+    assert ((images == plane) | (images == plane + 100)).all()
+    assert (np.abs(share - 0.5) < 0.2).all()
+    assert len(np.unique(images.reshape(200, -1), axis=0)) == 200
+
+
+def test_noise_has_fewer_kinds_than_real_stacks():
+    classifier, digits = metrics.load_classifier("digits"), _cli.arrays(DIGITS)["image"]
+    real = stacked_digits.scores(stacked_digits.stacked(digits, 3000, 0) / 16, classifier)
+    noise = stacked_digits.scores(stacked_digits.noise(digits, 3000, 0) / 16, classifier)
+    assert noise["modes"] < 0.5 * real["modes"] and noise["kl"] > 2 * real["kl"]
+    assert noise["sure"] < 50 < real["sure"]
 
 
 def test_stacks_are_made_of_whole_digits():
@@ -50,6 +79,10 @@ def test_scores_of_one_kind_and_of_all(monkeypatch):
         scores = stacked_digits.scores(np.zeros((2000, 8, 8, 3)), None)
         assert scores["modes"] == modes
         np.testing.assert_allclose(scores["kl"], kl, atol=1e-12)
+        assert scores["sure"] == 100
+    monkeypatch.setattr(stacked_digits, "kinds", lambda images, classifier: np.full(2000, -1))
+    none = stacked_digits.scores(np.zeros((2000, 8, 8, 3)), None)
+    assert none == {"modes": 0, "kl": float(np.log(1000)), "sure": 0.0}
 
 
 # ---------------------------------------------------------------------------- arithmetic
@@ -82,12 +115,35 @@ def test_means_are_of_three_latents_of_their_concept():
     b = found["class"]
     np.testing.assert_allclose(found["bold a"][:, 1], 1)
     np.testing.assert_allclose(found["thin a"][:, 1], 0)
-    np.testing.assert_allclose(found["thin b"][:, 0], b)
+    np.testing.assert_allclose(found["thin b"], np.stack([b, np.zeros(30)], -1))
+    np.testing.assert_allclose(found["bold b"], np.stack([b, np.ones(30)], -1))
     np.testing.assert_allclose(found["bold a"][:, 0], found["thin a"][:, 0])
     assert (found["bold a"][:, 0] != b).all()
     # With a linear G the arithmetic is exact: a bold b.
     result = found["bold a"] - found["thin a"] + found["thin b"]
     np.testing.assert_allclose(result, np.stack([b, np.ones(30)], -1))
+
+
+def test_arithmetic_is_exact_for_a_linear_generator(monkeypatch):
+    """An image is (class, ink): all results are bold samples of their class, no thin b is."""
+    linear(monkeypatch)
+
+    def classify(images):  # of class 0 .. 2, the nearest
+        return -np.square(images.reshape(-1, 2)[:, :1] - np.arange(3)), None
+
+    monkeypatch.setattr(dcgan_arithmetic, "ink", lambda x: x.reshape(-1, 2)[:, 1])
+    loaded = SimpleNamespace(apply=classify)
+    monkeypatch.setattr(dcgan_arithmetic.metrics, "load_classifier", lambda name: loaded)
+    setup = replace(dcgan_arithmetic.SCALES["smoke"].setup, pool=300, triples=40)
+    rng = np.random.default_rng(0)
+    z = np.stack([rng.integers(0, 3, 300), rng.random(300)], -1)
+    monkeypatch.setattr(dcgan_arithmetic.gan, "noise", lambda cfg, key, n: z)
+    rows, pictures = dcgan_arithmetic.arithmetic(setup, train.Result(None, None, None, None, None))
+    found = {row.quantity: (row.ours, row.oracle) for row in rows}
+    assert found[dcgan_arithmetic.SAME] == found[dcgan_arithmetic.JOINT] == (100, 100)
+    assert found[dcgan_arithmetic.THIN] == (0, None)
+    assert found[dcgan_arithmetic.RANDOM][0] < 60  # it leaves the class, or is thin
+    assert pictures.shape == (32, 2, 1, 1)
 
 
 def test_a_linear_generator_walks_in_equal_steps(monkeypatch):
@@ -144,11 +200,29 @@ def test_every_recipe_is_a_model_for_every_network():
             assert (cfg.loss, cfg.disc.widths) == (fields["loss"], net["widths"])
 
 
+def test_noise_is_no_success_and_real_digits_are():
+    """Black and white pixels have 60 % of the digits' classifier score, but are far from them."""
+    classify = metrics.load_classifier("digits").apply
+    digits = _cli.arrays(DIGITS)["image"] / 16.0
+    rng = np.random.default_rng(0)
+    scores = partial(loss_zoo.digit_scores, classify, classify(digits[:1000])[1])
+    real = scores(digits[1000:])
+    blends = scores((digits[:1000] + digits[rng.permutation(1000)]) / 2)
+    noise = scores(rng.integers(0, 2, (1000, 8, 8, 1)).astype(float))
+    assert noise["score"] > 0.55 * real["score"]
+    assert loss_zoo.succeeds(real, real, blends)
+    assert not loss_zoo.succeeds(noise, real, blends)
+    assert not loss_zoo.succeeds(blends, real, blends)
+
+
 def test_rank_correlation_of_the_critics_loss():
     """1 where the distance rises with minus the loss, -1 where it falls; their mean is 0."""
+    still = {"critic_loss": np.zeros(3), "fid": np.arange(3.0)}
+    assert loss_zoo.correlation([still]) is None
     rising = {"critic_loss": np.array([-1.0, -2.0, -4.0]), "fid": np.array([1.0, 10.0, 11.0])}
     falling = {**rising, "fid": rising["fid"][::-1]}
     np.testing.assert_allclose(loss_zoo.correlation([rising]), 1)
+    np.testing.assert_allclose(loss_zoo.correlation([rising, still]), 1)
     np.testing.assert_allclose(loss_zoo.correlation([rising, falling]), 0, atol=1e-12)
 
 
@@ -166,15 +240,40 @@ def test_toy_scores_of_points_at_the_modes():
         (loss_zoo, {"zoo": ("other",)}, "zoo must hold some of non-saturating, "),
         (loss_zoo, {"networks": 0}, "networks must be at least 1, got 0"),
         (stacked_digits, {"seeds": 0}, "seeds must be at least 1, got 0"),
-        (dcgan_arithmetic, {"data": Source("images:/tmp")}, "data.name mnist or digits"),
+        (dcgan_arithmetic, {"data": Source("emoji")}, "digits, fashion_mnist, mnist, got emoji"),
         (dcgan_arithmetic, {"pool": 9}, "pool must be at least 100, got 9"),
         (stylegan, {"samples": 9}, "samples must be at least 80, got 9"),
-        (stylegan, {"data": Source("images:/tmp")}, "fashion_mnist, mnist or digits"),
+        (stylegan, {"data": Source("images:/tmp")}, "fashion_mnist, mnist, got images:/tmp"),
+        (loss_zoo, {"run": replace(loss_zoo.Setup().run, eval_every=0)}, "at most run.steps / 5"),
     ],
 )
 def test_what_the_scripts_refuse(script, change, words):
     with pytest.raises(ValueError, match=words):
         replace(script.SCALES["cpu"].setup, **change)
+
+
+def test_a_diverged_run_does_not_end_the_zoo(monkeypatch):
+    def fit(*args, **options):
+        raise train.NonFinite("the loss is nan")
+
+    monkeypatch.setattr(train, "fit", fit)
+    setup = loss_zoo.SCALES["smoke"].setup
+    scores = {"score": 5.0, "fid": 10.0}
+    found = loss_zoo.on_digits(setup, "WGAN-GP", (DIGITS, None), lambda x: scores, Path("nowhere"))
+    rows = loss_zoo.rows_of(setup, "WGAN-GP", found, scores, scores)
+    values = {row.quantity: row.ours for row in rows}
+    assert values[loss_zoo.ENDED.format("WGAN-GP", 1)] == 1
+    assert values[loss_zoo.COUNT.format("WGAN-GP", 1)] == 0
+    assert loss_zoo.on_gaussians(setup, "WGAN-GP", Path("nowhere")) == [(0, 0.0)]
+
+
+def test_the_clock_leaves_out_what_is_measured(tmp_path, monkeypatch):
+    """60 s of training, 300 s of measuring, 60 s of training: 1 and 2 minutes."""
+    (tmp_path / "metrics.jsonl").touch()
+    now = iter([0.0, 60.0, 360.0, 420.0, 720.0])
+    monkeypatch.setattr(_runs.time, "monotonic", lambda: next(now))
+    watch = _cli.clock(tmp_path, lambda family, state, step: {"fid": 1.0})
+    assert [watch(None, None, i)["minutes"] for i in (1, 2)] == [1, 2]
 
 
 @pytest.mark.slow
