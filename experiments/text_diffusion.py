@@ -311,7 +311,7 @@ def drawn(setup: Setup, first: dict) -> dict[str, np.ndarray]:
 @_cli.costs("text_diffusion.png")
 def plot(setup, folder: Path, curves, excess, quality, texts, longer, held_out) -> None:
     """Draws bits against updates, the cost of few steps, and samples. `longer` fills the gap."""
-    fig, axes = figures.figure(2, 3, size=(13, 7))
+    fig, axes = figures.figure(2, 3, size=(13, 9))
     labels = {"xlabel": "updates", "ylabel": "bits per character"}
     figures.curves(axes[0, 0], curves, **labels, title="held-out text")
     lines = {"bound": (list(excess), list(excess.values()))}
@@ -334,11 +334,15 @@ def plot(setup, folder: Path, curves, excess, quality, texts, longer, held_out) 
     marked = [
         f"{decode(row[:left])}[{decode(row[left:right])}]{decode(row[right:])}" for row in filled
     ]
-    pages = {many: map(decode, texts[many][:3]), few: map(decode, texts[few][:3])}
-    pages["a gap [filled]"] = marked
+    pages = {many: map(decode, texts[many][:2]), few: map(decode, texts[few][:2])}
+    pages["a gap [filled]"] = marked[:2]
     for ax, (title, shown) in zip(axes[1], pages.items(), strict=True):
-        figures.page(ax, "\n---\n".join(shown), title=title, columns=34)
-    caption = f"{setup.run.steps:,} updates of {setup.run.batch_size} x {setup.length} characters"
+        figures.page(ax, "\n---\n".join(shown), title=title, columns=31)
+    figures.share_legend(fig)
+    caption = (
+        f"{setup.run.steps:,} updates of {setup.run.batch_size} x {setup.length} characters; "
+        f"the gap: {setup.longer} times as many"
+    )
     figures.save(fig, folder / "text_diffusion.png", caption)
 
 
