@@ -29,7 +29,7 @@ from aigc_jax.train import Run
 from experiments import _cli
 from experiments._cli import Row, Scale, Source
 
-STEPS, VOCAB = 2000, 6882
+STEPS, VOCAB = 6000, 6882
 # The kernels of a net this narrow need a larger std than GPT-2's 0.02: here 1 / sqrt(width).
 NET = {"layers": 4, "heads": 4, "width": 128, "positions": "rotary", "std": 0.088, "ema": 0.995}
 OPTIM = Optim(lr=3e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=100, decay=STEPS - 100)
