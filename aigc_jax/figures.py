@@ -6,6 +6,7 @@ WIDTH inches wide, a row holds at most MOST panels, and no text is smaller than 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -27,6 +28,7 @@ DASHES = ("-", "--", "-.", ":")
 PIXELS = 838  # the width at which a page shows a figure
 WIDTH = 8.38  # inches of every figure, so that at PIXELS an inch is 100 pixels
 MOST = 3  # panels in a row
+PLAIN_WEIGHTS = (400, 500, "normal", "regular", "medium", "book")  # of fonts for other scripts
 LEAST = 9  # pixels at PIXELS: no text is smaller
 SMALLEST = f"smallest text at {PIXELS} px"  # the key of a PNG's metadata
 STYLE = {
@@ -515,6 +517,8 @@ def _fonts(families: list[str], text: str) -> tuple[list[str], str]:
     for family in families:
         font = font_manager.FontProperties(family=[family])
         missing -= _code_points(str(font_manager.findfont(font)))
+    if missing:
+        _add_new_fonts()
     files = _plain_fonts()
     while missing:
         found = {name: len(missing & _code_points(file)) for name, file in sorted(files.items())}
@@ -525,19 +529,29 @@ def _fonts(families: list[str], text: str) -> tuple[list[str], str]:
     return families, "".join(map(chr, sorted(missing)))
 
 
+@functools.cache
+def _add_new_fonts() -> None:
+    """Adds fonts that were installed after Matplotlib had listed the machine's fonts."""
+    from matplotlib import font_manager
+
+    listed = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in sorted({*font_manager.findSystemFonts()} - listed):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # damaged, or of another form
+            font_manager.fontManager.addfont(path)
+
+
 def _plain_fonts() -> dict[str, str]:
-    """Returns {name: file} of the upright fonts of normal weight.
+    """Returns {name: file} of the upright fonts of normal or medium weight.
 
     Matplotlib's last resort is left out, because it has a box for every character. So are TeX's
     fonts, whose code points stand for other characters.
     """
     from matplotlib import font_manager
 
-    faces = (("normal", "normal", 400), ("normal", "normal", "normal"))
     files = {}
     for font in font_manager.fontManager.ttflist:
-        face = (font.style, font.stretch, font.weight)
-        if face in faces and not font.name.startswith(("Last Resort", "cm", "STIX")):
+        plain = font.style == font.stretch == "normal" and font.weight in PLAIN_WEIGHTS
+        if plain and not font.name.startswith(("Last Resort", "cm", "STIX")):
             files[font.name] = font.fname
     return files
 

@@ -227,14 +227,14 @@ def run(setup: Setup, folder: Path) -> list[Row]:
 @_cli.costs("tang_poems.png")
 def plot(setup: Setup, folder: Path, titles: list[str], shown: dict, filled: dict) -> None:
     """Draws learning curves and poems."""
-    fig, axes = figures.figure(2, 2, size=(12, 9))
+    fig, axes = figures.figure(2, 2, size=(12, 10))
     curves = {model: _cli.history(folder / model, "nll_nats_per_token") for model in MODELS}
     labels = {"xlabel": "updates", "ylabel": "nats per token"}
     figures.curves(axes[0, 0], curves, **labels, title="held-out bodies, padding included")
     pages = {
         f"{model}: poems on held-out titles": "\n\n".join(
             f"《{title}》\n{verse(body)}"
-            for title, body in zip(titles[:4], bodies[:4], strict=False)
+            for title, body in zip(titles[:3], bodies[:3], strict=False)
         )
         for model, bodies in shown.items()
     }
@@ -242,7 +242,7 @@ def plot(setup: Setup, folder: Path, titles: list[str], shown: dict, filled: dic
         f"{name}:\n{verse(body)}" for name, body in filled.items()
     )
     for ax, (title, text) in zip(axes.flat[1:], pages.items(), strict=True):
-        figures.page(ax, text, title=title, columns=60, rows=24, size=9)
+        figures.page(ax, text, title=title, columns=44, rows=22, size=9)
     caption = (
         f"{setup.run.steps:,} updates of {setup.run.batch_size} poems; the samples were not chosen"
     )

@@ -334,3 +334,19 @@ def test_every_picture_of_the_documents_can_be_read():
     assert not small
     silent = {name for name, about in found.items() if figures.SMALLEST not in about}
     assert silent == set(NOT_REDRAWN), "redraw what is new here; strike what was redrawn"
+
+
+def test_fonts_installed_later_are_found(tmp_path, monkeypatch):
+    """Matplotlib keeps its list of fonts. A damaged file among the new ones does no harm."""
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", list(manager.ttflist))
+    new, damaged = tmp_path / "new.ttf", tmp_path / "damaged.ttf"
+    new.write_bytes(Path(font_manager.findfont("DejaVu Sans")).read_bytes())
+    damaged.write_bytes(b"no font")
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(damaged), str(new)])
+    figures._add_new_fonts.__wrapped__()
+    assert str(new) in {font.fname for font in manager.ttflist}
+    assert str(damaged) not in {font.fname for font in manager.ttflist}
+    assert str(new) in figures._plain_fonts().values()
