@@ -1,6 +1,6 @@
 """Text by diffusion beside an autoregressive model, in the same bits: Austin et al. 2021 (D3PM), Shi et al. 2024 (MD4)
 
-    python -m experiments.text_diffusion    scale cpu was not run to its end yet; Tiny Shakespeare (1 MB)
+    python -m experiments.text_diffusion    about 55 minutes on 2 cores; Tiny Shakespeare (1 MB)
 
 Downloads Tiny Shakespeare (--data.folder names the folder that holds it). Three models with equally many updates:
 autoregressive, absorbing and uniform diffusion. Their nets are equal, but that of the uniform
@@ -8,17 +8,18 @@ process has two more layers for the time. For a diffusion model the bits are an 
 autoregressive model they are exact. Held-out text is cut into windows. Every character
 but a window's first is scored once, and all models see the same window. The papers have text8 with
 nets hundreds of times larger: 1.23 bits per character autoregressive, 1.37 absorbing (MD4), 1.61
-uniform (D3PM). Expect the same order here.
+uniform (D3PM). Expect 2.28, 3.06 and 3.26 here.
 
 The absorbing model learns more slowly: it has to predict from every part of a text, not only from
 what stands before. So its gap to the autoregressive model is measured after a part of the updates
-and after four times as many. It trains with flat weights, whose gradient has less noise than the
-bound's. The uniform model trains on the bound. So the two processes are compared once more, with
-absorbing models that train on the bound. The cost of a character among k masks shows where its bits
-go.
+and after four times as many: 0.79 bits, then 0.53, where we asked for 0.35. It trains with flat
+weights, whose gradient has less noise than the bound's. The uniform model trains on the bound. So
+the two processes are compared once more, with absorbing models that train on the bound. Then the
+uniform model is no worse. The cost of a character among k masks shows where its bits go.
 
 Fewer steps per sample make worse texts, as the autoregressive model judges them. A gap is filled
-from both sides, which the autoregressive model cannot do: it sees the left side only.
+from both sides, which the autoregressive model cannot do: it sees the left side only. Here its bits
+for the gap are still fewer.
 """
 
 from dataclasses import dataclass, replace
