@@ -21,7 +21,6 @@ from experiments import (
     guidance,
     progressive,
     schedules,
-    unet_or_dit,
     vdm_invariance,
 )
 from experiments import heartbeat_and_swiss_roll as known
@@ -259,5 +258,5 @@ def test_minutes_go_on_where_a_stopped_run_left_them(tmp_path):
         {"step": step, "valid": {"minutes": minutes}} for step, minutes in ((10, 1.5), (20, 3.0))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert unet_or_dit.clock(str(tmp_path))(None, None, 30)["minutes"] >= 3.0
-    assert unet_or_dit.clock(str(tmp_path / "new"))(None, None, 10)["minutes"] < 1.5
+    assert _cli.clock(str(tmp_path))(None, None, 30)["minutes"] >= 3.0
+    assert _cli.clock(str(tmp_path / "new"))(None, None, 10)["minutes"] < 1.5
