@@ -1,7 +1,10 @@
-"""What the GAN scripts share: distances to training images, and the discriminator while training."""
+"""What the GAN scripts share: models, samples while training, distances to training images, and figures of D."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import jax
 import numpy as np
 
 from aigc_jax import figures, gan, train
@@ -18,6 +21,26 @@ MOMENTUM = {"momentum": 0.5, "momentum_end": 0.7, "momentum_steps": 125_000}
 RECIPE = Optim("sgd", lr=0.1, **MOMENTUM, **CURVE)
 WHO = {"training images": "seen_real", "held-out images": "real", "samples": "fake"}
 COPIES = "smallest distance of a sample to a training image (pixels in [0, 1])"
+
+ADAM = Optim(lr=2e-4, b1=0.5)  # DCGAN's
+
+
+def dcgan(gen: tuple[int, ...], disc: tuple[int, ...], **fields) -> gan.Config:
+    """Returns a DCGAN with nets of these widths, with the paper's first weights and rates."""
+    net = partial(gan.NetConfig, "dcgan", norm="batch", init="normal", init_scale=0.02)
+    nets = {"gen": net(gen), "disc": net(disc, "leaky_relu")}
+    return gan.Config(**nets, optim=ADAM, disc_optim=ADAM, **fields)
+
+
+def drawing(cfg: gan.Config, n: int, chunk: int = 500) -> Callable:
+    """Returns draw(state, key) -> n samples, for an `on_eval`: `train.sample` needs a Result."""
+    draw = jax.jit(partial(gan.sample, cfg, n=chunk))
+
+    def draw_all(state, key) -> np.ndarray:
+        keys = jax.random.split(key, -(-n // chunk))
+        return np.concatenate([draw(state, k) for k in keys])[:n]
+
+    return draw_all
 
 
 def small(model: gan.Config) -> gan.Config:

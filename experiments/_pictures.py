@@ -263,20 +263,24 @@ def by_class(images: np.ndarray, label: np.ndarray, columns: int, *, most: int =
     return rows.reshape(-1, *images.shape[1:])
 
 
+def check_known(source: Source, script: str) -> None:
+    """Refuses a set of which we have no classifier."""
+    if source.name in metrics.CLASSIFIERS:
+        return
+    instead = "; for own pictures: python -m experiments.own_pictures" if source.pictures else ""
+    raise DataError(
+        f"{script} measures by our classifier of the set: data.name must be one of "
+        f"{', '.join(metrics.CLASSIFIERS)}{instead}"
+    )
+
+
 def check(setup, script: str, *, conditional: bool, own: bool = False) -> None:
     """Refuses flags with which the metrics after training could not be computed.
 
     own: whether the script can measure own pictures.
     """
-    known = [file.stem for file in sorted(metrics.WEIGHTS.glob("*.safetensors"))]
-    if setup.data.name not in known and not (own and setup.data.pictures):
-        instead = (
-            "; for own pictures: python -m experiments.own_pictures" if setup.data.pictures else ""
-        )
-        raise DataError(
-            f"{script} measures by our classifier of the set: data.name must be one of "
-            f"{', '.join(known)}{instead}"
-        )
+    if not (own and setup.data.pictures):
+        check_known(setup.data, script)
     if bool(setup.model.classes) != conditional:
         kind = "a conditional" if conditional else "an unconditional"
         raise DataError(

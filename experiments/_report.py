@@ -307,8 +307,8 @@ SUMMARIES = {
     ),
     "text_diffusion": Summary(
         "fbd71a4a2e17",
-        "The order is that of the papers. Masked diffusion learns slowly: its gap to the "
-        "autoregressive model is more than twice what we asked for.",
+        "Masked diffusion learns slowly: its gap to the autoregressive model is more than twice "
+        "what we asked for. It is better than the uniform process only with flat weights.",
         "bits per character: autoregressive, absorbing, uniform",
         tuple(
             f"{model}: held-out text (bits per character; +- s.e. over seeds)"

@@ -25,21 +25,12 @@ import jax
 import numpy as np
 
 from aigc_jax import data, figures, gan, metrics, train
-from aigc_jax.core import Optim
 from aigc_jax.train import Run
 from experiments import _cli, _gan, _pictures
 from experiments._cli import Row, Scale, Source
 
-ADAM = Optim(lr=2e-4, b1=0.5)
-INIT = {"kind": "dcgan", "init": "normal", "init_scale": 0.02}
-DCGAN = gan.Config(
-    gen=gan.NetConfig(widths=(32, 64), norm="batch", **INIT),
-    disc=gan.NetConfig(widths=(32, 64), activation="leaky_relu", norm="batch", **INIT),
-    optim=ADAM,
-    disc_optim=ADAM,
-    ema=0.99,
-)
-MLP = gan.Config(optim=ADAM, disc_optim=ADAM, ema=0.99)
+DCGAN = _gan.dcgan((32, 64), (32, 64), ema=0.99)
+MLP = gan.Config(optim=_gan.ADAM, disc_optim=_gan.ADAM, ema=0.99)
 ARMS = ("DCGAN without labels", "DCGAN", "MLP")
 
 
@@ -59,9 +50,7 @@ class Setup:
 
     def __post_init__(self):
         _cli.at_least(self, mlp_steps=1, training=1, samples=10, pool=100, triples=8)
-        if self.data.name not in metrics.CLASSIFIERS:
-            known = ", ".join(metrics.CLASSIFIERS)
-            raise ValueError(f"data.name must be one of {known}, got {self.data.name}")
+        _pictures.check_known(self.data, "dcgan_arithmetic")
 
 
 SMOKE = {"dcgan.shape": (8, 8, 1), "dcgan.levels": 17, "mlp": _gan.small(MLP)}

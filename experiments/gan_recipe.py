@@ -109,11 +109,10 @@ def trained(setup: Setup, folder: Path, sets: tuple, arm: str, changes: dict, st
     """
     training, seen, held, test = sets
     cfg = config(setup, seen, changes, steps)
-    draw = jax.jit(partial(gan.sample, cfg, n=500))
+    draw = _gan.drawing(cfg, setup.samples)
 
     def on_eval(family, state, step):
-        keys = jax.random.split(jax.random.key(step), -(-setup.samples // 500))
-        samples = np.concatenate([draw(state, k) for k in keys])[: setup.samples]
+        samples = draw(state, jax.random.key(step))
         nats, error, _ = metrics.parzen_log_likelihood(samples, validation=held, test=test)
         return {"parzen_nats": nats, "parzen_error": error}
 

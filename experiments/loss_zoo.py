@@ -207,16 +207,20 @@ def on_gaussians(setup: Setup, recipe: str, folder: Path) -> list[tuple[float, f
     return ends
 
 
-def rows_of(setup: Setup, recipe: str, found: list, digits: dict, blends: dict) -> list[Row]:
-    """Returns the rows of a recipe on digits, from the last measurements."""
-    runs = [each[0] for each in found if each]
-    ends = [{name: float(v[-1]) for name, v in each.items()} for each in runs]
+def ends_of(found: list) -> list[dict[str, float] | None]:
+    """Returns the last measurement of each training, None for one that ended in NaN."""
+    return [each and {name: float(v[-1]) for name, v in each[0].items()} for each in found]
+
+
+def rows_of(setup: Setup, recipe: str, found: list, count: int, digits: dict, blends: dict):
+    """Returns the rows of a recipe on digits, `count` of whose networks succeed."""
+    runs, ends = [each[0] for each in found if each], [end for end in ends_of(found) if end]
     reason = None if ends else "every training ended in NaN"
     score, fid = (
         float(np.median([each[name] for each in ends])) if ends else None
         for name in ("score", "fid")
     )
-    count, n = sum(succeeds(each, digits, blends) for each in ends), setup.networks
+    n = setup.networks
     tells = correlation(runs)
     return [
         Row(COUNT.format(recipe, n), count),
@@ -238,20 +242,15 @@ def run(setup: Setup, folder: Path) -> list[Row]:
     digits = scores(real)
     blends = scores((seen + seen[np.random.default_rng(0).permutation(len(seen))]) / 2)
     watched = jax.tree.map(jax.numpy.asarray, held.batch(0, 0, held.info.examples))
-    found, modes = {}, {}
+    found, good, modes = {}, {}, {}
     for recipe in setup.zoo:
         found[recipe] = on_digits(setup, recipe, (training, watched), scores, folder)
-        rows += rows_of(setup, recipe, found[recipe], digits, blends)
+        ends = ends_of(found[recipe])
+        good[recipe] = [bool(end) and succeeds(end, digits, blends) for end in ends]
+        rows += rows_of(setup, recipe, found[recipe], sum(good[recipe]), digits, blends)
         modes[recipe] = on_gaussians(setup, recipe, folder)
-        good = sum(bool(m >= 23 and q >= 0.5) for m, q in modes[recipe])
-        rows.append(Row(TOYS.format(recipe, setup.seeds), good))
-    good = {
-        recipe: [
-            bool(each) and succeeds({k: v[-1] for k, v in each[0].items()}, digits, blends)
-            for each in found[recipe]
-        ]
-        for recipe in found
-    }
+        whole = sum(bool(m >= 23 and q >= 0.5) for m, q in modes[recipe])
+        rows.append(Row(TOYS.format(recipe, setup.seeds), whole))
     if {"non-saturating", "WGAN-GP"} <= set(good):
         pairs = list(zip(good["non-saturating"], good["WGAN-GP"], strict=True))
         ways = {words: pairs.count(how) for words, how in WAYS.items()}
@@ -274,12 +273,12 @@ def plot(setup: Setup, folder: Path, counts, found, modes) -> None:
     axes[0, 1].barh(place, reached, color=figures.COLOURS[1])
     axes[0, 1].set(yticks=place, yticklabels=[], xlim=(0, 25))
     axes[0, 1].set(title="25 Gaussians", xlabel="modes, mean over seeds")
-    shown = [*names[:1], *names[-1:]] if "WGAN-GP" not in names else ["WGAN-GP", names[0]]
-    for ax, name in zip((axes[0, 2], axes[1, 0]), shown, strict=True):
+    shown = [name for name in ("WGAN-GP", "non-saturating") if name in names]
+    for ax, name in zip((axes[0, 2], axes[1, 0]), shown, strict=False):
         for each in filter(None, found[name]):
             ax.plot(-each[0]["critic_loss"], each[0]["fid"], ".-", linewidth=0.5, markersize=3)
         ax.set(title=name, xlabel="minus the critic's loss", ylabel="fid_digits", yscale="log")
-    for ax, name in zip(axes[1, 1:], shown, strict=True):
+    for ax, name in zip(axes[1, 1:], shown, strict=False):
         if result := next((each[1] for each in found[name] if each), None):
             images = train.sample(result, jax.random.key(0), n=25)
             figures.images(ax, images, 5, title=f"{name}: samples of a network")

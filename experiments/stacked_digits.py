@@ -14,7 +14,6 @@ digits are the oracle. As many images of noise, whose pixels have the digits' va
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,21 +21,11 @@ import numpy as np
 import scipy.special
 
 from aigc_jax import data, figures, gan, metrics, train
-from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli
+from experiments import _cli, _gan
 from experiments._cli import Row, Scale
 
-ADAM = Optim(lr=2e-4, b1=0.5)
-INIT = {"kind": "dcgan", "init": "normal", "init_scale": 0.02}
-MODEL = gan.Config(
-    shape=(8, 8, 3),
-    levels=17,
-    gen=gan.NetConfig(widths=(32, 64), norm="batch", **INIT),
-    disc=gan.NetConfig(widths=(16, 32), activation="leaky_relu", norm="batch", **INIT),
-    optim=ADAM,
-    disc_optim=ADAM,
-)
+MODEL = _gan.dcgan((32, 64), (16, 32), shape=(8, 8, 3), levels=17)
 ARMS = {"plain": 1, "Pac2": 2, "Pac4": 4}
 MEASURES = {
     "modes": "modes of 1,000",
@@ -125,12 +114,10 @@ def scores(images: np.ndarray, classifier: metrics.Pretrained) -> dict[str, floa
 def trained(setup: Setup, arm: str, training: data.Data, classifier, folder: Path) -> list:
     """Trains an arm with each seed. The scores are measured while it trains."""
     cfg = replace(setup.model, packing=ARMS[arm])
-    draw = jax.jit(partial(gan.sample, cfg, n=min(500, setup.samples)))
+    draw = _gan.drawing(cfg, setup.samples)
 
     def on_eval(family, state, step):
-        keys = jax.random.split(jax.random.key(step), -(-setup.samples // 500))
-        images = np.concatenate([draw(state, key) for key in keys])
-        return scores(images[: setup.samples], classifier)
+        return scores(draw(state, jax.random.key(step)), classifier)
 
     size = setup.run.batch_size * cfg.packing
     run = replace(setup.run, folder=str(folder / arm), batch_size=size)

@@ -16,7 +16,6 @@ number for these sets. The weight of R1 was not tuned.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,18 +25,10 @@ import numpy as np
 from aigc_jax import data, figures, gan, metrics, train
 from aigc_jax.core import Optim
 from aigc_jax.train import Run
-from experiments import _cli, _pictures
+from experiments import _cli, _gan, _pictures
 from experiments._cli import Row, Scale, Source
 
-INIT = {"kind": "dcgan", "init": "normal", "init_scale": 0.02}
-ADAM = Optim(lr=2e-4, b1=0.5)
-DCGAN = gan.Config(
-    gen=gan.NetConfig(widths=(32, 64), norm="batch", **INIT),
-    disc=gan.NetConfig(widths=(32, 64), activation="leaky_relu", norm="batch", **INIT),
-    optim=ADAM,
-    disc_optim=ADAM,
-    ema=0.998,
-)
+DCGAN = _gan.dcgan((32, 64), (32, 64), ema=0.998)
 WIDTHS = (16, 32, 64)  # at 28x28, 14x14 and 7x7
 STYLE_ADAM = Optim(lr=2e-3, b1=0.0, b2=0.99)
 STYLE = gan.Config(
@@ -74,9 +65,7 @@ class Setup:
 
     def __post_init__(self):
         _cli.at_least(self, dcgan_steps=1, r3gan_steps=1, emoji_steps=0, training=1, samples=80)
-        if self.data.name not in metrics.CLASSIFIERS:
-            known = ", ".join(metrics.CLASSIFIERS)
-            raise ValueError(f"data.name must be one of {known}, got {self.data.name}")
+        _pictures.check_known(self.data, "stylegan")
 
 
 SMOKE = {f"{model}.{net}.widths": (8, 8) for model in ("style", "r3gan") for net in ("gen", "disc")}
@@ -119,11 +108,10 @@ def trained(setup: Setup, model: str, training: data.Data, features, held, folde
     cfg = getattr(setup, MODELS[model])
     steps = setup.run.steps if model == "StyleGAN2" else getattr(setup, f"{MODELS[model]}_steps")
     run = replace(setup.run, folder=str(folder / MODELS[model]), steps=steps)
-    draw = jax.jit(partial(gan.sample, cfg, n=100))
+    draw = _gan.drawing(cfg, len(held), chunk=100)
 
     def measure(family, state, step):
-        keys = jax.random.split(jax.random.key(step), -(-len(held) // 100))
-        fake = np.concatenate([draw(state, key) for key in keys])[: len(held)]
+        fake = draw(state, jax.random.key(step))
         return {"fid": metrics.frechet_distance(features(fake), held)}
 
     watch = _cli.clock(run.folder, measure)
@@ -133,10 +121,7 @@ def trained(setup: Setup, model: str, training: data.Data, features, held, folde
 
 def truncated(result: train.Result, truncation: float, n: int, key) -> np.ndarray:
     """Returns n samples [n, H, W, C] in [0, 1]. Below 1, styles are moved towards their mean."""
-    cfg = result.config
-    draw = jax.jit(partial(gan.sample, cfg, n=100, truncation=truncation))
-    keys = jax.random.split(key, -(-n // 100))
-    return np.concatenate([draw(result.state, k) for k in keys])[:n]
+    return train.sample(result, key, n=n, chunk=100, truncation=truncation)
 
 
 def mixed(result: train.Result, rows: int, columns: int, key) -> np.ndarray:

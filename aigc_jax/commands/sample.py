@@ -129,21 +129,19 @@ def sample(
     result = load_run(run_folder, trust)
     check_samples(result)
     kind, suffix = result.info.kind, out.suffix.lower() if out else ""
-    if kind == "text" and label is not None:
-        raise train.Refused(f"{run_folder} writes text: it takes no --label")
-    if truncation is not None:
-        _check_truncation(run_folder, result, truncation)
+    for flag, value in (("label", label), ("truncation", truncation)):
+        if kind == "text" and value is not None:
+            raise train.Refused(f"{run_folder} writes text: it takes no --{flag}")
     if kind == "text" and (out is None or suffix == ".txt"):
         return _text_to(result, out, text, diffusion, 1 if n is None else n, seed)
     if kind == "text" and result.info.title_length is not None:
         raise train.Refused(f"{run_folder} writes on titles: --out must name a .txt file")
     n = n or (1 if kind == "roll" else 64)
     options = _options(run_folder, result, label, text, diffusion)
+    options |= _truncation(run_folder, result, truncation)
     shape = _shape(result, options)
     if n > (most := max(1, MOST_BYTES // (4 * math.prod(shape)))):
         raise train.Refused(f"n must lie in 1..{most} (1 GiB of samples), got {n}")
-    if truncation is not None:
-        options["truncation"] = truncation
     if label is not None:  # else train.sample takes the classes in turn
         options["label"] = np.full(n, label)
     forms = _forms(kind, shape)
@@ -197,13 +195,16 @@ def _options(run_folder, result: train.Result, label, text, diffusion) -> dict:
     return options
 
 
-def _check_truncation(run_folder, result: train.Result, truncation: float) -> None:
-    """Raises Refused where the model has no styles, or for a truncation that is out of range."""
+def _truncation(run_folder, result: train.Result, truncation: float | None) -> dict:
+    """What a StyleGAN's `sample` takes; raises Refused for other models and for values too far."""
+    if truncation is None:
+        return {}
     kind = getattr(getattr(result.config, "gen", None), "kind", None)
     if kind != "style":
         raise train.Refused(f"{run_folder}: --truncation is for a GAN with model.gen.kind style")
     if not -2 <= truncation <= 2:
         raise train.Refused(f"--truncation must lie in -2..2, got {truncation}")
+    return {"truncation": truncation}
 
 
 def _draws_texts(result: train.Result) -> bool:

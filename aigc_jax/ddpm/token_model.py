@@ -202,7 +202,7 @@ def token_loss(cfg: TokenConfig, params: Params, state: State, batch: dict, key)
 
     over = {"mask": mask, "schedule": cfg.schedule}
     if cfg.weighting == "flat":
-        nats, _ = masked_cross_entropy(logits_fn, tokens, k_bound, **over)
+        nats = masked_cross_entropy(logits_fn, tokens, k_bound, **over)
     else:
         nats = token_vlb(cfg.process, logits_fn, tokens, k_bound, steps=cfg.steps, **over)
     count = mask.sum()

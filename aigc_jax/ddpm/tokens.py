@@ -305,8 +305,8 @@ def masked_cross_entropy(
     *,
     mask: Any = None,
     schedule: MaskSchedule = "linear",
-) -> tuple[Nats, Bool[Array, "B L"]]:
-    """Returns -log p_hat of the tokens masked at a time t per row, 0 elsewhere; and which they are.
+) -> Nats:
+    """Returns -log p_hat of the tokens that are masked at a time t per row, and 0 elsewhere.
 
     It is `token_vlb` of "absorbing" without the weight -alpha' / (1 - alpha) (MaskGIT, Chang et al.
     2022). No bound follows from it. Its gradient has less variance. Let c_k be the mean cost of a
@@ -319,9 +319,8 @@ def masked_cross_entropy(
     k_t, k_x = jax.random.split(key)
     t = 1 - low_discrepancy(k_t, len(tokens))
     x_t = corrupt("absorbing", tokens, t, k_x, vocab=V, schedule=schedule, mask=mask)
-    masked = x_t == V
     nats = cross_entropy(at_least_float32(logits_fn(x_t, t)), tokens)
-    return jnp.where(masked, nats, 0.0), masked
+    return jnp.where(x_t == V, nats, 0.0)
 
 
 def _check_process(process: str, schedule: str) -> None:
