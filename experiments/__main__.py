@@ -44,7 +44,7 @@ def short_list() -> str:
             *lines,
             "",
             "minutes: of the run in results/, on its machine; +: it continued an earlier run; in "
-            "brackets: its scale",
+            "brackets: its scale, GPU",
             "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke "
             "tries it in a minute;",
             "python -m experiments list says more about each, table writes docs/reproduction.md",

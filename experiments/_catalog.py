@@ -45,14 +45,18 @@ def needs(name: str, doc: str) -> str:
 
 
 def minutes(name: str) -> str:
-    """Returns the minutes of the recorded run, with its scale where that is not cpu.
+    """Returns the minutes of the recorded run.
 
-    "+" marks a run that continued an earlier one.
+    "+" marks a run that continued an earlier one. In brackets: its scale where that is not cpu, and
+    GPU where it ran on one.
     """
     file = RESULTS / f"{name}.json"
     if not file.is_file():
         return "-"
     record = json.loads(file.read_text())
     taken = record["seconds"] / 60
-    scale = "" if record["scale"] == "cpu" else f" ({record['scale']})"
-    return f"{'under 1' if taken < 1 else round(taken)}{'+' if record['continued'] else ''}{scale}"
+    marks = [] if record["scale"] == "cpu" else [record["scale"]]
+    if "cpu" not in record["environment"]["device"].lower():
+        marks.append("GPU")
+    plus, marked = "+" if record["continued"] else "", f" ({', '.join(marks)})" if marks else ""
+    return f"{'under 1' if taken < 1 else round(taken)}{plus}{marked}"

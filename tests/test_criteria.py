@@ -83,14 +83,8 @@ def test_every_scripts_criteria_can_be_read(name):
         assert callable(_criteria.parse(criterion))
 
 
-# Scripts that follow another protocol than their record, which says so. They are to be run again.
-CHANGED = ("mode_collapse",)
-
-
 @pytest.mark.parametrize("name", experiments.names())
 def test_recorded_verdicts_are_those_of_the_criteria(name):
-    if name in CHANGED:
-        pytest.skip("the record is of an earlier protocol")
     file = _cli.RESULTS / f"{name}.json"
     if not file.exists():
         pytest.skip("not recorded")

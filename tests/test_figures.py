@@ -33,7 +33,6 @@ NOT_REDRAWN = {
     "induction_heads": 21,
     "iwae_table": 61,
     "jsb_chorales": 16,
-    "mode_collapse": 117,
     "parzen_table": 59,
     "progressive": 4,
     "schedules": 38,
