@@ -1,4 +1,4 @@
-"""`python -m aigc_jax sample | evaluate | export | info | replay | compare`: uses a run."""
+"""`python -m aigc_jax sample | evaluate | export | info | replay | plan | compare`: uses a run."""
 
 import os  # imported by Python itself already
 import sys
@@ -23,6 +23,7 @@ import tyro
 from . import train
 from .commands import shared
 from .commands.compare import compare
+from .commands.plan import plan
 from .commands.runs import evaluate, export, info, replay
 from .commands.sample import sample
 from .commands.shared import quiet_pipe, write_traceback
@@ -37,7 +38,7 @@ def main() -> None:
     """The command line: one line and exit code 2 for a user's mistake."""
     compilation_cache()
     try:
-        commands = [sample, evaluate, export, info, replay, compare]
+        commands = [sample, evaluate, export, info, replay, plan, compare]
         tyro.extras.subcommand_cli_from_dict(
             {command.__name__: command for command in commands},
             prog="python -m aigc_jax",

@@ -71,7 +71,7 @@ def _shipped_info(name: str) -> None:
 DataFolder = Annotated[str | None, tyro.conf.arg(name="data.folder")]
 
 
-def _source(
+def load_source(
     run_folder: Path, which: str, folder: str | None, split: str | None = None
 ) -> data.Data:
     """Loads the set that a run recorded; with `split` another part of it."""
@@ -141,7 +141,7 @@ def evaluate(
             f"{run_folder} was trained without a validation set: name a part of its data with "
             "--split"
         )
-    scored = _source(run_folder, "valid" if split is None else "data", data_folder, split)
+    scored = load_source(run_folder, "valid" if split is None else "data", data_folder, split)
     result = load_run(run_folder, trust)
     values = train.evaluate(result, scored, batch_size=batch_size, seed=seed)
     name, part = (scored.info.source[key] for key in ("name", "split"))
@@ -219,7 +219,7 @@ def replay(
         data_folder: where the set's original files lie, if it needs any.
         trust: as for sample.
     """
-    source = _source(run_folder, "data", data_folder)
+    source = load_source(run_folder, "data", data_folder)
     values, facts = train.replay(run_folder, source, step=step, trust=trusted(trust))
     print(f"update {step} of {run_folder}")
     for name, value in values.items():

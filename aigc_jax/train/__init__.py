@@ -14,6 +14,7 @@ from .engine import ReadFailed
 from .inference import evaluate, load, replay, sample
 from .log import metrics
 from .loop import fit
+from .planning import plan
 from .record import Refused
 from .shipping import ship
 from .weights import shipped
@@ -29,6 +30,7 @@ __all__ = [
     "fit",
     "load",
     "metrics",
+    "plan",
     "replay",
     "sample",
     "ship",

@@ -1,0 +1,225 @@
+"""What an update would need on devices that are not here: memory, operations, traffic.
+
+XLA compiles the update for a topology and says what the program needs. A TPU's topology needs the
+package libtpu, and no TPU. The numbers are bounds of a program, no measurement of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..core import step_key
+from .engine import shardings_of
+from .record import Refused
+
+
+class Chip(NamedTuple):
+    """What one chip has, by its maker's page (cloud.google.com/tpu/docs, 2026)."""
+
+    memory: float  # bytes
+    flops: float  # bfloat16 operations per second
+    bandwidth: float  # bytes per second of its memory
+    links: float  # bytes per second to all other chips, both directions together
+
+
+CHIPS = {
+    "v5e": Chip(16 * 2**30, 197e12, 819e9, 400e9),
+    "v5p": Chip(95 * 2**30, 459e12, 2765e9, 1200e9),
+    "v6e": Chip(32 * 2**30, 918e12, 1638e9, 800e9),
+}
+ONE_HOST = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}  # libtpu wants to know some host
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Plan(NamedTuple):
+    """What one update of a program needs. Bytes and `compiled_flops` are per device."""
+
+    devices: int
+    arguments: int  # the state, the batch and the key
+    temporaries: int
+    outputs: int  # the new state and the metrics
+    reused: int  # of the outputs, what lies where the arguments lay
+    flops: int  # products and convolutions of the whole update, by formula
+    compiled_flops: float  # as the compiler counts; a loop's body once
+    traffic: dict[str, tuple[int, int]]  # kind of collective: (how many, bytes); a loop's body once
+    accessed: float  # bytes of memory that are read and written, as the compiler counts
+
+    @property
+    def memory(self) -> int:
+        """The bytes that a device needs at once."""
+        return self.arguments + self.temporaries + self.outputs - self.reused
+
+    def bounds(self, chip: Chip) -> dict[str, float]:
+        """Returns the least seconds of an update by what limits it.
+
+        The chip would have to do nothing else meanwhile, at its peak rate, in bfloat16.
+        """
+        moved = sum(size for _, size in self.traffic.values())
+        return {
+            "products": self.flops / self.devices / chip.flops,
+            "memory": self.accessed / chip.bandwidth,
+            "links": moved / chip.links,
+        }
+
+
+def devices_of(topology: str) -> list:
+    """Returns the devices of a topology such as cpu:8 or v5e:4x4, none of which need be here."""
+    kind, _, shape = topology.partition(":")
+    if not re.fullmatch(r"cpu:[1-9]\d*|(v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2}", topology):
+        raise Refused(
+            f"topology must be cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC, as v5e:4x4 is; got {topology}"
+        )
+    if kind == "cpu":
+        return _virtual(int(shape))
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no server what machine this is
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", ONE_HOST[kind])
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as e:  # JAX names no class for a missing library or an unknown shape
+        why = " ".join(str(e).split())[:200]
+        raise Refused(
+            f"libtpu does not give the topology {topology}: pip install 'jax[tpu]' (no TPU is "
+            f"needed), or plan for cpu:{math.prod(map(int, shape.split('x')))} ({why})"
+        ) from e
+
+
+def _virtual(count: int) -> list:
+    if len(jax.devices("cpu")) < count:
+        raise Refused(
+            f"this process has {len(jax.devices('cpu'))} CPU devices, not {count}: set "
+            f"JAX_NUM_CPU_DEVICES={count}"
+        )
+    return jax.devices("cpu")[:count]
+
+
+def plan(make: Callable, cfg, batch: dict, devices: list) -> Plan:
+    """Compiles an update of make(cfg) for devices, its batch split over them, and returns its Plan.
+
+    batch: arrays, or what has a shape and a dtype. Raises Refused where it does not divide.
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    if size % len(devices):
+        raise Refused(f"a batch of {size} does not divide by {len(devices)} devices")
+    auto = (AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=auto, devices=devices)
+    family = make(cfg)
+    state = jax.eval_shape(family.init, jax.random.key(0))
+    key = jax.eval_shape(jax.random.key, 0)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
+
+    def update(state, batch, key):
+        return family.step(state, batch, step_key(key, state.step))
+
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    places = shardings_of(family, state, mesh)
+    compiled = jax.jit(
+        update,
+        donate_argnums=0,
+        in_shardings=(places, jax.tree.map(lambda _: rows, batch), whole),
+        out_shardings=(places, whole),
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = compiled.lower(state, batch, key).compile()
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    return Plan(
+        len(devices),
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        flops(update, state, batch, key),
+        cost.get("flops", math.nan),
+        traffic(program.as_text()),
+        cost.get("bytes accessed", math.nan),
+    )
+
+
+def flops(f: Callable, *args) -> int:
+    """Returns how many operations the products and convolutions of f(*args) take, by formula.
+
+    A product [M, K] x [K, N] takes 2 M K N. The body of a scan counts as often as it runs, that of
+    a `while` loop once, and of the branches of a `cond` the most expensive.
+    """
+    return _flops(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _flops(jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+        inner = [_flops(each) for each in _inner(eqn.params)]
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            total += _convolution(eqn)
+        elif eqn.primitive.name == "cond":
+            total += max(inner)
+        else:
+            total += eqn.params.get("length", 1) * sum(inner)
+    return total
+
+
+def _convolution(eqn) -> int:
+    """Returns the operations of a convolution: zeros of padding and dilation cost nothing."""
+    x, kernel = (var.aval.shape for var in eqn.invars)
+    out, p = eqn.outvars[0].aval.shape, eqn.params
+    x_spec, kernel_spec, out_spec = p["dimension_numbers"]
+    taps = 1  # pairs of an output and an input value, for one channel of each
+    for i, (low, _) in enumerate(p["padding"]):
+        o, k = np.ogrid[: out[out_spec[2 + i]], : kernel[kernel_spec[2 + i]]]
+        place = o * p["window_strides"][i] + k * p["rhs_dilation"][i] - low
+        gap = p["lhs_dilation"][i]
+        inside = (place >= 0) & (place <= (x[x_spec[2 + i]] - 1) * gap) & (place % gap == 0)
+        taps *= int(inside.sum())
+    return 2 * taps * out[out_spec[0]] * out[out_spec[1]] * kernel[kernel_spec[1]]
+
+
+def _inner(params: dict) -> list:
+    """Returns the programs within an equation, such as the body of a scan."""
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    return [getattr(x, "jaxpr", x) for x in leaves if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+
+
+def traffic(program: str) -> dict[str, tuple[int, int]]:
+    """Returns {kind: (how many, bytes)} of the collectives in a compiled program's text."""
+    found = {}
+    for kind in COLLECTIVES:
+        shapes = re.findall(rf"= (.+?) {kind}(?:-start)?\(", program)
+        if shapes:
+            found[kind] = (len(shapes), sum(map(_bytes, shapes)))
+    return found
+
+
+def _bytes(shape: str) -> int:
+    """Returns the bytes of a shape as XLA prints it: f32[8,16]{1,0}, or several in brackets."""
+    total = 0
+    for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape):
+        bits = int(re.sub(r"\D", "", dtype) or 8)  # pred has no number
+        total += math.prod(int(n) for n in sizes.split(",") if n) * max(bits, 8) // 8
+    return total
+
+
+def largest_batch(first: Plan, second: Plan, sizes: tuple[int, int], chip: Chip) -> int | None:
+    """Returns about how many examples fit, from the memory at two sizes, taken as a line.
+
+    It is a multiple of the number of devices, and 0 where not even one example fits each. None: the
+    memory does not grow from one size to the other, as of tiny nets.
+    """
+    per_example = (second.memory - first.memory) / (sizes[1] - sizes[0])
+    if per_example <= 0:
+        return None
+    fits = (chip.memory - first.memory) / per_example + sizes[0]
+    return max(0, int(fits // first.devices * first.devices))

@@ -1,0 +1,228 @@
+"""`train.plan`: operations by formula beside independent counts, memory, traffic between devices, the command."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aigc_jax import __main__ as commands
+from aigc_jax import data, ddpm, gan, train, transformer, vae
+from aigc_jax.commands.plan import _how_many as how_many
+from aigc_jax.train import planning
+
+DIGITS = data.load("digits")
+WIDE = gan.NetConfig(widths=(256, 256))
+STEPS = {  # (make, config, batch): wide enough that products are most of the work
+    "vae": (vae.make, vae.Config(shape=(8, 8, 1), levels=17, latent_dim=16, hidden=(256,)), 64),
+    "gan": (
+        gan.make,
+        gan.Config(shape=(8, 8, 1), levels=17, latent_dim=64, gen=WIDE, disc=WIDE),
+        64,
+    ),
+    "ddpm": (
+        ddpm.make,
+        ddpm.Config(shape=(8, 8, 1), levels=17, net=ddpm.NetConfig("mlp", widths=(256, 256))),
+        64,
+    ),
+    "transformer": (
+        transformer.make,
+        transformer.Config(vocab=128, context=32, layers=2, heads=4, width=128),
+        16,
+    ),
+}
+
+
+def batch_of(name, size):
+    if name == "transformer":
+        return {"tokens": np.zeros((size, 33), np.int32)}
+    return {"image": DIGITS.batch(0, 0, size)["image"]}  # labels that are not used are not sent
+
+
+def ones(*shape):
+    return jnp.ones(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 1), (4, 0, 2)])
+def test_a_product_takes_2mkn(shape):
+    m, k, n = shape
+    assert planning.flops(jnp.dot, ones(m, k), ones(k, n)) == 2 * m * k * n
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", [(2, 0), (1, 3)]])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("dilations", [((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 3), (2, 1))])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_counts_what_meets_a_value(padding, strides, dilations, groups):
+    """Independent: with all values 1, an output is the number of its multiplications."""
+    lhs, rhs = dilations
+    conv = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding if max(lhs) == 1 or isinstance(padding, list) else [(1, 1), (0, 2)],
+        lhs_dilation=lhs,
+        rhs_dilation=rhs,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+    x, kernel = ones(2, 7, 6, 4), ones(3, 2, 4 // groups, 6)
+    assert planning.flops(conv, x, kernel) == 2 * int(conv(x, kernel).sum()) > 0
+
+
+@pytest.mark.parametrize("argnum", [0, 1])
+def test_gradients_of_a_convolution_cost_as_much_as_itself(argnum):
+    """Each multiplication of the forward pass returns once in either gradient, strides and all."""
+
+    def conv(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=numbers)
+
+    x, kernel = ones(2, 9, 8, 3), ones(3, 3, 3, 5)
+    _, pull = jax.vjp(conv, x, kernel)
+    forward = planning.flops(conv, x, kernel)
+    both = planning.flops(pull, conv(x, kernel))
+    one = planning.flops(lambda y: pull(y)[argnum], conv(x, kernel))
+    assert forward > 0 and both == 2 * forward and one in (forward, both)  # unused ones may stay
+
+
+def test_loops_count_as_often_as_they_run_and_branches_once():
+    w = ones(4, 4)
+    once = planning.flops(jnp.dot, w, w)
+
+    def scanned(x):
+        return jax.lax.scan(lambda c, _: (jax.jit(jnp.dot)(c, w), None), x, None, length=7)[0]
+
+    def branched(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
+
+    def looped(x):
+        return jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c @ w, x)
+
+    assert planning.flops(scanned, w) == 7 * once
+    assert planning.flops(branched, w) == 2 * once
+    assert planning.flops(looped, w) == once
+    assert planning.flops(jax.checkpoint(jnp.dot), w, w) == once
+    assert planning.flops(jnp.sum, w) == 0
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def planned(request):
+    make, cfg, size = STEPS[request.param]
+    batch = batch_of(request.param, size)
+    plans = [train.plan(make, cfg, batch, jax.devices()[:n]) for n in (1, 8)]
+    return request.param, make, cfg, batch, *plans
+
+
+def test_operations_by_formula_are_near_what_the_compiler_counts(planned):
+    """The compiler counts elementwise work too, and merges a product that is written twice."""
+    name, *_, one, eight = planned
+    assert one.flops == eight.flops
+    # Of the VAE the compiler merges two evaluations of the encoder.
+    assert abs(one.flops / one.compiled_flops - 1) < (0.2 if name == "vae" else 0.1)
+    assert one.compiled_flops / 8 <= eight.compiled_flops < one.compiled_flops / 4
+
+
+def test_memory_is_the_state_and_a_part_of_the_batch_and_the_state_is_reused(planned):
+    _, make, cfg, batch, one, eight = planned
+    state = jax.eval_shape(make(cfg).init, jax.random.key(0))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    for plan in (one, eight):
+        part = sum(np.asarray(x).nbytes for x in jax.tree.leaves(batch)) / plan.devices
+        assert 0 <= plan.arguments - size - part <= 64  # and the key
+        assert plan.reused == size  # donated
+        assert plan.memory == plan.arguments + plan.temporaries + plan.outputs - plan.reused
+
+
+def test_devices_exchange_gradients_and_little_else(planned):
+    name, make, cfg, _, one, eight = planned
+    assert one.traffic == {}
+    params = jax.eval_shape(make(cfg).init, jax.random.key(0)).params
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    assert set(eight.traffic) == {"all-reduce"}  # no batch is gathered
+    assert size <= eight.traffic["all-reduce"][1] <= 2.2 * size, name
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("  %a = f32[8,16]{1,0} all-reduce(%x), to_apply=%add", {"all-reduce": (1, 512)}),
+        ("  a = (f32[2]{0}, bf16[3]{0}, pred[]) all-reduce(x, y, z)", {"all-reduce": (1, 15)}),
+        ("  a = f32[4,2]{1,0} all-gather-start(x)", {"all-gather": (1, 32)}),
+        ("  a = u8[5]{0} collective-permute(x)\n" * 2, {"collective-permute": (2, 10)}),
+        ("  a = f32[] add(all-reduce.1, y)", {}),
+    ],
+)
+def test_traffic_is_read_from_the_programs_text(line, found):
+    assert planning.traffic(line) == found
+
+
+def test_a_bound_is_the_time_of_a_chip_that_does_nothing_else():
+    plan = planning.Plan(4, 1, 1, 1, 1, 800, 0.0, {"all-reduce": (2, 30)}, 50.0)
+    chip = planning.Chip(100, 10.0, 5.0, 3.0)
+    assert plan.bounds(chip) == {"products": 20.0, "memory": 10.0, "links": 10.0}
+
+
+def test_the_largest_batch_lies_on_a_line():
+    def plan(memory):
+        return planning.Plan(4, memory, 0, 0, 0, 0, 0.0, {}, 0.0)
+
+    chip = planning.Chip(1000, 1.0, 1.0, 1.0)
+    assert planning.largest_batch(plan(200), plan(280), (8, 16), chip) == 88
+    assert planning.largest_batch(plan(5000), plan(9000), (8, 16), chip) == 0
+    assert planning.largest_batch(plan(200), plan(200), (8, 16), chip) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["", "v5e", "v4:2x2", "cpu:0", "cpu:2x2", "v5e:0x4", "v5e:4", "gpu:8"]
+)
+def test_unknown_topologies_are_refused(name):
+    with pytest.raises(train.Refused, match=rf"v5p:AxBxC.*got {re.escape(name)}$"):
+        planning.devices_of(name)
+
+
+def test_devices_that_are_missing_are_named():
+    assert planning.devices_of("cpu:8") == jax.devices()
+    with pytest.raises(train.Refused, match="has 8 CPU devices, not 9: set JAX_NUM_CPU_DEVICES=9"):
+        planning.devices_of("cpu:9")
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    make, cfg, _ = STEPS["vae"]
+    with pytest.raises(train.Refused, match="a batch of 12 does not divide by 8 devices"):
+        train.plan(make, cfg, batch_of("vae", 12), jax.devices())
+
+
+def test_how_many_fit_is_said_only_near_what_was_planned():
+    between = "by the memory of 8 and 16"
+    assert how_many(0, (8, 16)) == f"about 0 examples would fit, {between}"
+    assert how_many(16_000, (8, 16)) == f"about 16,000 examples would fit, {between}"
+    assert how_many(16_008, (8, 16)) == f"more than 16,000 examples would fit, {between}"
+    assert "unknown" in how_many(None, (8, 16))
+
+
+def test_the_command_prints_a_plan(tmp_path, monkeypatch, capsys):
+    points = data.load("ring")
+    cfg = gan.Config(shape=(2,), latent_dim=2)
+    train.fit(gan.make, cfg, train.Run(str(tmp_path / "run"), 1, 16, devices=1), points)
+    argv = ["aigc_jax", "plan", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", [*argv, "--topology", "cpu:8", "--batch-size", "64"])
+    commands.main()
+    said = capsys.readouterr().out
+    assert "8 of cpu:8, compiled by the CPU's compiler, not a TPU's; a batch of 64" in said
+    assert "traffic  all-reduce: " in said and "fits" not in said  # a virtual CPU has no size
+    monkeypatch.setattr("sys.argv", [*argv, "--topology", "cpu:7"])
+    with pytest.raises(SystemExit) as stopped:
+        commands.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: a batch of 16 does not divide by 7 devices\n"
+
+
+def test_without_libtpu_the_message_says_what_to_do():
+    try:
+        devices = planning.devices_of("v5e:2x2")
+    except train.Refused as e:
+        assert "pip install 'jax[tpu]'" in str(e) and "cpu:4" in str(e)
+    else:
+        assert len(devices) == 4
