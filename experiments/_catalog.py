@@ -47,8 +47,8 @@ def needs(name: str, doc: str) -> str:
 def minutes(name: str) -> str:
     """Returns the minutes of the recorded run.
 
-    "+" marks a run that continued an earlier one. In brackets: its scale where that is not cpu, and
-    GPU where it ran on one.
+    "+" marks a run that continued an earlier one, "-" one that only measured it. In brackets: its
+    scale where that is not cpu, and GPU where it ran on one.
     """
     file = RESULTS / f"{name}.json"
     if not file.is_file():
@@ -59,4 +59,6 @@ def minutes(name: str) -> str:
     if "cpu" not in record["environment"]["device"].lower():
         marks.append("GPU")
     plus, marked = "+" if record["continued"] else "", f" ({', '.join(marks)})" if marks else ""
+    if record["continued"] and taken < 1:  # what it continued took all the time
+        return f"-{marked}"
     return f"{'under 1' if taken < 1 else round(taken)}{plus}{marked}"

@@ -12,7 +12,15 @@ import pytest
 import scipy.special
 
 from aigc_jax import data, gan, metrics, train
-from experiments import _cli, _runs, dcgan_arithmetic, loss_zoo, stacked_digits, stylegan
+from experiments import (
+    _cli,
+    _runs,
+    dcgan_arithmetic,
+    loss_zoo,
+    mode_collapse,
+    stacked_digits,
+    stylegan,
+)
 from experiments._cli import Source
 
 DIGITS = data.load("digits")
@@ -291,3 +299,31 @@ def test_the_scripts_run_at_scale_smoke(script, tmp_path):
     rows = script.run(replace(setup, run=replace(setup.run, folder=str(tmp_path))), tmp_path)
     assert all(row.ours is None or np.isfinite(row.ours) for row in rows)
     assert list(tmp_path.glob("*.png"))
+
+
+# ---------------------------------------------------------------------------- seeds at once
+
+
+def test_seeds_at_once_are_those_that_train_alone():
+    """Each seed has its own first weights, its own part of the batch and its own noise."""
+    net = gan.NetConfig(widths=(8,), norm="batch")
+    cfg = gan.Config(shape=(2,), latent_dim=2, packing=2, gen=net, disc=gan.NetConfig(widths=(8,)))
+    alone, both = gan.make(cfg), mode_collapse.make_seeds(mode_collapse.Seeds(cfg, 2))
+    batch, key = data.load("ring").batch(0, 0, 16), jax.random.key
+    state = jax.jit(both.init)(key(1))
+    ends, values = jax.jit(both.step)(state, batch, key(3))
+    scores = jax.jit(both.evaluate)(ends, batch, key(5))
+    losses, each = [], []
+    for i in range(2):
+        first = jax.jit(alone.init)(jax.random.split(key(1))[i])
+        part = {"points": batch["points"][8 * i : 8 * i + 8]}
+        end, metric = jax.jit(alone.step)(first, part, jax.random.split(key(3))[i])
+        one = jax.tree.map(lambda x, i=i: x[i], ends._replace(step=jnp.stack([ends.step] * 2)))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(end), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        losses.append(metric["disc_loss"])
+        each.append(jax.jit(alone.evaluate)(end, batch, key(5)))
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(values["disc_loss"], np.mean(losses), rtol=1e-5)
+    for name, value in scores.items():
+        np.testing.assert_allclose(value, (each[0][name] + each[1][name]) / 2, atol=1e-5)

@@ -8,7 +8,7 @@ import jax
 
 from .. import train
 from ..train import folder as folders
-from ..train.planning import CHIPS, Plan, devices_of, largest_batch
+from ..train.planning import CHIPS, DoesNotFit, Plan, devices_of, largest_batch
 from ..train.record import model_of
 from .runs import DataFolder, load_source
 from .shared import Folder, Trust, trusted
@@ -29,7 +29,7 @@ def plan(
 
     Args:
         run_folder: what a training run wrote.
-        topology: cpu:N, or v5e:AxB, v6e:AxB, v5p:AxBxC. TPUs need the package libtpu, and no TPU.
+        topology: cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC. All but cpu need libtpu; none needs a TPU.
         batch_size: examples of an update, over all devices; by default the run's.
         data_folder: where the set's original files lie, if it needs any.
         trust: as for sample.
@@ -42,6 +42,8 @@ def plan(
     record = folders.read(run_folder)
     make, cfg = model_of(record, run_folder, trusted(trust))
     source = load_source(run_folder, "data", data_folder)
+    if record["run"].get("pmap"):
+        raise train.Refused(f"{run_folder} trains with run.pmap, which plan does not know")
     size = record["run"]["batch_size"] if batch_size is None else batch_size
     if size < 1:
         raise train.Refused(f"batch_size must be at least 1, got {size}")
@@ -50,9 +52,12 @@ def plan(
     if chip := CHIPS.get(kind):
         verdict = "fits" if first.memory <= chip.memory else "does not fit"
         print(f"chip     {verdict} into {chip.memory / 2**30:.0f} GiB")
-        second = train.plan(make, cfg, source.batch(0, 0, 2 * size), devices)
-        sizes = (size, 2 * size)
-        print(f"         {_how_many(largest_batch(first, second, sizes, chip), sizes)}")
+        try:
+            second = train.plan(make, cfg, source.batch(0, 0, 2 * size), devices)
+            sizes = (size, 2 * size)
+            print(f"         {_how_many(largest_batch(first, second, sizes, chip), sizes)}")
+        except DoesNotFit:
+            print(f"         twice as many examples, {2 * size}, do not fit")
         seconds = first.bounds(chip)
         limit = max(seconds, key=seconds.get)
         print(

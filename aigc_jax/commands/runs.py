@@ -80,7 +80,7 @@ def load_source(
     if source is None:
         raise train.Refused(
             f"{run_folder} was made with arrays, which no name brings back: give them to "
-            "train.replay or train.evaluate"
+            "train.replay, train.evaluate or train.plan"
         )
     if not isinstance(source, dict) or not all(
         isinstance(source.get(name), str) for name in ("name", "split")

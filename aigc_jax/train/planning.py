@@ -6,6 +6,7 @@ package libtpu, and no TPU. The numbers are bounds of a program, no measurement 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..core import step_key
-from .engine import shardings_of
+from .engine import compiler_options, shardings_of
 from .record import Refused
 
 
@@ -37,7 +38,19 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 918e12, 1638e9, 800e9),
 }
 ONE_HOST = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}  # libtpu wants to know some host
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+class DoesNotFit(Refused):
+    """The compiler found no way to hold the program in the memory of a chip."""
 
 
 class Plan(NamedTuple):
@@ -51,7 +64,6 @@ class Plan(NamedTuple):
     flops: int  # products and convolutions of the whole update, by formula
     compiled_flops: float  # as the compiler counts; a loop's body once
     traffic: dict[str, tuple[int, int]]  # kind of collective: (how many, bytes); a loop's body once
-    accessed: float  # bytes of memory that are read and written, as the compiler counts
 
     @property
     def memory(self) -> int:
@@ -61,12 +73,13 @@ class Plan(NamedTuple):
     def bounds(self, chip: Chip) -> dict[str, float]:
         """Returns the least seconds of an update by what limits it.
 
-        The chip would have to do nothing else meanwhile, at its peak rate, in bfloat16.
+        The products take their time at the peak rate of bfloat16. The memory reads the arguments
+        and writes the outputs, each once. The links carry the results of the collectives once.
         """
         moved = sum(size for _, size in self.traffic.values())
         return {
             "products": self.flops / self.devices / chip.flops,
-            "memory": self.accessed / chip.bandwidth,
+            "memory": (self.arguments + self.outputs) / chip.bandwidth,
             "links": moved / chip.links,
         }
 
@@ -74,7 +87,8 @@ class Plan(NamedTuple):
 def devices_of(topology: str) -> list:
     """Returns the devices of a topology such as cpu:8 or v5e:4x4, none of which need be here."""
     kind, _, shape = topology.partition(":")
-    if not re.fullmatch(r"cpu:[1-9]\d*|(v5e|v5p|v6e):[1-9]\d*(x[1-9]\d*){1,2}", topology):
+    n = r"[1-9]\d*"
+    if not re.fullmatch(rf"cpu:{n}|(v5e|v6e):{n}x{n}|v5p:{n}x{n}x{n}", topology):
         raise Refused(
             f"topology must be cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC, as v5e:4x4 is; got {topology}"
         )
@@ -85,14 +99,24 @@ def devices_of(topology: str) -> list:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", ONE_HOST[kind])
     from jax.experimental import topologies
 
+    count = math.prod(map(int, shape.split("x")))
+    if importlib.util.find_spec("libtpu") is None:
+        raise Refused(
+            f"{topology} needs libtpu: pip install 'jax[tpu]' (no TPU is needed), or plan for "
+            f"cpu:{count}"
+        )
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as e:  # JAX names no class for a missing library or an unknown shape
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **one_chip
+        ).devices
+    except Exception as e:  # JAX names no class for an unknown shape
         why = " ".join(str(e).split())[:200]
         raise Refused(
-            f"libtpu does not give the topology {topology}: pip install 'jax[tpu]' (no TPU is "
-            f"needed), or plan for cpu:{math.prod(map(int, shape.split('x')))} ({why})"
+            f"libtpu has no topology {topology}; take one chip, or even sides such as 2x2, 2x4 and "
+            f"4x4 ({why})"
         ) from e
+    return list(found)
 
 
 def _virtual(count: int) -> list:
@@ -107,11 +131,15 @@ def _virtual(count: int) -> list:
 def plan(make: Callable, cfg, batch: dict, devices: list) -> Plan:
     """Compiles an update of make(cfg) for devices, its batch split over them, and returns its Plan.
 
-    batch: arrays, or what has a shape and a dtype. Raises Refused where it does not divide.
+    batch: arrays, or what has a shape and a dtype. Raises Refused where it does not divide, and
+    DoesNotFit where the compiler says so.
     """
-    size = len(jax.tree.leaves(batch)[0])
+    size = np.shape(jax.tree.leaves(batch)[0])[0]
     if size % len(devices):
-        raise Refused(f"a batch of {size} does not divide by {len(devices)} devices")
+        more = -(-size // len(devices)) * len(devices)
+        raise Refused(
+            f"a batch of {size} does not divide by {len(devices)} devices; one of {more} does"
+        )
     auto = (AxisType.Auto,)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=auto, devices=devices)
     family = make(cfg)
@@ -129,9 +157,16 @@ def plan(make: Callable, cfg, batch: dict, devices: list) -> Plan:
         donate_argnums=0,
         in_shardings=(places, jax.tree.map(lambda _: rows, batch), whole),
         out_shardings=(places, whole),
+        compiler_options=compiler_options(devices[0]),
     )
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = compiled.lower(state, batch, key).compile()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            program = compiled.lower(state, batch, key).compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        why = " ".join(str(e).split())[:200]
+        raise DoesNotFit(f"a batch of {size} does not fit: {why}") from e
     memory, cost = program.memory_analysis(), program.cost_analysis()
     return Plan(
         len(devices),
@@ -142,7 +177,6 @@ def plan(make: Callable, cfg, batch: dict, devices: list) -> Plan:
         flops(update, state, batch, key),
         cost.get("flops", math.nan),
         traffic(program.as_text()),
-        cost.get("bytes accessed", math.nan),
     )
 
 
@@ -150,7 +184,8 @@ def flops(f: Callable, *args) -> int:
     """Returns how many operations the products and convolutions of f(*args) take, by formula.
 
     A product [M, K] x [K, N] takes 2 M K N. The body of a scan counts as often as it runs, that of
-    a `while` loop once, and of the branches of a `cond` the most expensive.
+    a `while` loop once, and of the branches of a `cond` the most expensive. Pallas kernels are not
+    counted, ragged products neither.
     """
     return _flops(jax.make_jaxpr(f)(*args).jaxpr)
 
@@ -167,7 +202,9 @@ def _flops(jaxpr) -> int:
             total += _convolution(eqn)
         elif eqn.primitive.name == "cond":
             total += max(inner)
-        else:
+        elif eqn.primitive.name == "shard_map":  # its body has the shapes of one device
+            total += eqn.params["mesh"].size * sum(inner)
+        elif eqn.primitive.name != "pallas_call":
             total += eqn.params.get("length", 1) * sum(inner)
     return total
 
@@ -197,17 +234,28 @@ def traffic(program: str) -> dict[str, tuple[int, int]]:
     """Returns {kind: (how many, bytes)} of the collectives in a compiled program's text."""
     found = {}
     for kind in COLLECTIVES:
-        shapes = re.findall(rf"= (.+?) {kind}(?:-start)?\(", program)
-        if shapes:
-            found[kind] = (len(shapes), sum(map(_bytes, shapes)))
+        calls = re.findall(rf"= (.+?) {kind}(-start)?\(", program)
+        if calls:
+            # A start other than all-reduce's names operands, then results, then counters.
+            sizes = (
+                _bytes(shape, results=start and kind != "all-reduce") for shape, start in calls
+            )
+            found[kind] = (len(calls), sum(sizes))
     return found
 
 
-def _bytes(shape: str) -> int:
-    """Returns the bytes of a shape as XLA prints it: f32[8,16]{1,0}, or several in brackets."""
+def _bytes(shape: str, *, results=False) -> int:
+    """Returns the bytes of a shape as XLA prints it: f32[8,16]{1,0}, or several in brackets.
+
+    results: of operands and as many results, count the results only.
+    """
+    arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape)
+    if results:
+        arrays = [each for each in arrays if each != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
     total = 0
-    for dtype, sizes in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shape):
-        bits = int(re.sub(r"\D", "", dtype) or 8)  # pred has no number
+    for dtype, sizes in arrays:
+        bits = int((re.findall(r"\d+", dtype) or [8])[0])  # pred has no number
         total += math.prod(int(n) for n in sizes.split(",") if n) * max(bits, 8) // 8
     return total
 
