@@ -612,7 +612,7 @@ def test_a_run_is_scored_again_with_the_tokenizer_that_it_keeps(own, tmp_path):
     folders.write(tmp_path, record, training.info)
     file.unlink()
     for which, source in (("data", training), ("valid", valid)):
-        assert runs._source(tmp_path, which, None).info.fingerprint == source.info.fingerprint
+        assert runs.load_source(tmp_path, which, None).info.fingerprint == source.info.fingerprint
 
 
 @pytest.mark.soak
