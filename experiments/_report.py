@@ -494,7 +494,8 @@ How to read it:
 - Scale *cpu* shows the effect of the paper at reduced scale. Only scale *paper* follows a
   published protocol. Each entry says how it differs from the paper.
 - Minutes are those of the recorded run on 2 CPU cores, or on an NVIDIA H100 where it says GPU. A
-  `+` means that the run continued an earlier one, whose time is not counted.
+  `+` means that the run continued an earlier one, whose time is not counted. A dash means that it
+  only measured what earlier processes had trained.
 - Numbers have four digits; `results/NAME.json` has all of them.
 """
 
