@@ -1,7 +1,7 @@
 """Modes that a GAN loses, and packing, which keeps them: Lin et al. 2018 (PacGAN), table 1
 
     python -m experiments.mode_collapse                   9 minutes on a GPU, 3 hours on 2 cores (estimate); downloads nothing
-    python -m experiments.mode_collapse --scale paper     the authors' protocol: an hour on a GPU, four days on 2 cores
+    python -m experiments.mode_collapse --scale paper     the authors' protocol: an hour on a GPU, four days on 2 cores (estimates)
 
 25 Gaussians in a grid and 8 on a ring, with the nets, rates and batches of the authors' code. A
 batch has 100 packs: D of Pac4 judges four points together, so that it sees 400 points. All samples
@@ -126,8 +126,8 @@ PAPER = {"run.folder": "runs/mode_collapse-paper", "run.steps": 400_000, "ring":
 PAPER |= {"last": (400_000,) * 3, "seeds": 10}
 DIFFERENCE = (
     "points are packed anew in every epoch (the authors: 100,000 packs, drawn once), all seeds share "
-    "the points and an epoch of them, D and G see different noise, the running averages of BatchNorm are of variances "
-    "with momentum 0.9 (of standard deviations with 0.95)"
+    "the points, each of an epoch goes to one seed, D and G see different noise, the running "
+    "averages of BatchNorm are of variances with momentum 0.9 (of standard deviations with 0.95)"
 )
 SCALES = {
     "smoke": Scale(_cli.change(Setup(), SMOKE), "narrow nets, 200 updates"),

@@ -55,7 +55,7 @@ def plan(
         try:
             second = train.plan(make, cfg, source.batch(0, 0, 2 * size), devices)
             sizes = (size, 2 * size)
-            print(f"         {_how_many(largest_batch(first, second, sizes, chip), sizes)}")
+            print(f"         {how_many(largest_batch(first, second, sizes, chip), sizes)}")
         except DoesNotFit:
             print(f"         twice as many examples, {2 * size}, do not fit")
         seconds = first.bounds(chip)
@@ -77,14 +77,14 @@ def show(topology: str, size: int, found: Plan) -> None:
         f"products {found.flops:.4g} operations per update by formula; the compiler counts "
         f"{found.compiled_flops * found.devices:.4g} of all kinds"
     )
-    for kind, (count, size) in found.traffic.items():
-        print(f"traffic  {kind}: {count} of {_bytes(size)} together, per device")
+    for kind, (count, moved) in found.traffic.items():
+        print(f"traffic  {kind}: {count} of {_bytes(moved)} together, per device")
     if not found.traffic:
         print("traffic  none between devices")
 
 
-def _how_many(most: int | None, sizes: tuple[int, int]) -> str:
-    """Says how many examples would fit, where the memory at two sizes tells it."""
+def how_many(most: int | None, sizes: tuple[int, int]) -> str:
+    """Returns in words how many examples would fit, from the memory at two sizes."""
     between = f"by the memory of {sizes[0]:,} and {sizes[1]:,}"
     if most is None:
         return f"how many examples would fit is unknown, {between}"

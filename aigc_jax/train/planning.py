@@ -1,7 +1,7 @@
 """What an update would need on devices that are not here: memory, operations, traffic.
 
 XLA compiles the update for a topology and says what the program needs. A TPU's topology needs the
-package libtpu, and no TPU. The numbers are bounds of a program, no measurement of a run.
+package libtpu, and no TPU. Nothing is run, so nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -94,23 +94,23 @@ def devices_of(topology: str) -> list:
         )
     if kind == "cpu":
         return _virtual(int(shape))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no server what machine this is
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", ONE_HOST[kind])
-    from jax.experimental import topologies
-
     count = math.prod(map(int, shape.split("x")))
     if importlib.util.find_spec("libtpu") is None:
         raise Refused(
             f"{topology} needs libtpu: pip install 'jax[tpu]' (no TPU is needed), or plan for "
             f"cpu:{count}"
         )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no server what machine this is
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", ONE_HOST[kind])
+    from jax.experimental import topologies
+
     one_chip = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **one_chip
         ).devices
-    except Exception as e:  # JAX names no class for an unknown shape
+    except RuntimeError as e:  # JAX's own error for an unknown shape is one
         why = " ".join(str(e).split())[:200]
         raise Refused(
             f"libtpu has no topology {topology}; take one chip, or even sides such as 2x2, 2x4 and "
