@@ -5,7 +5,8 @@
 36,430 poems of 4 or 8 lines of 5 or 7 characters come with the package. Training has 29,047 of
 them; the samples are written on titles of the 3,710 test poems. Both models see the title and learn
 the body, character by character (the masked one: Austin et al. 2021, "D3PM", and Shi et al. 2024,
-"MD4"). A sample is well formed if it is exactly such a poem: nobody tells the models the length or
+"MD4"). The masked model writes in two orders: at random, as it was trained, and the token first
+that it is most confident of. A sample is well formed if it is exactly such a poem: nobody tells the models the length or
 the place of the marks. Rhyme and tone pattern are checked with the Tang readings of Unicode's kTang
 (Stimson). A character of several readings, or of none, is taken in the poem's favour. Test poems
 stand beside the samples as oracle, in the mixture of forms that the samples have. Many are older in
@@ -34,6 +35,7 @@ STEPS, VOCAB = 6000, 6882
 NET = {"layers": 4, "heads": 4, "width": 128, "positions": "rotary", "std": 0.088, "ema": 0.995}
 OPTIM = Optim(lr=3e-3, b2=0.98, weight_decay=0.1, clip=1.0, warmup=100, decay=STEPS - 100)
 MODELS = ("autoregressive", "masked")
+CONFIDENT = "masked, most confident first"  # the masked model, in another order of revealing
 
 
 @dataclass(frozen=True)
@@ -127,17 +129,20 @@ def bodies_of(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
     return [tokenizer.decode(row[tang.TITLE :]).rstrip(tang.PAD) for row in tokens]
 
 
-def written(setup: Setup, model: str, result: train.Result, titles: np.ndarray) -> np.ndarray:
-    """Returns rows of tokens: titles, and the bodies that a model writes on them."""
+def written(setup: Setup, writer: str, result: train.Result, titles: np.ndarray) -> np.ndarray:
+    """Returns rows of tokens: titles, and the bodies that a model writes on them, token by token."""
     key, n, length = jax.random.key(setup.run.seed), len(titles), result.info.shape[0]
-    if model == "autoregressive":
+    if writer == "autoregressive":
         new = train.sample(
             result, key, n=n, chunk=64, prompt=titles, max_new_tokens=length - tang.TITLE
         )
         return np.concatenate([titles, new], 1)
     known = np.full((n, length), -1, np.int32)
     known[:, : tang.TITLE] = titles
-    return train.sample(result, key, n=n, chunk=64, known=known, steps=length - tang.TITLE)
+    order = "confidence" if writer == CONFIDENT else "random"
+    return train.sample(
+        result, key, n=n, chunk=64, known=known, steps=length - tang.TITLE, order=order
+    )
 
 
 def rows_of(model: str, bodies: list[str], poems: list[str], training: list[str]) -> list[Row]:
@@ -216,9 +221,10 @@ def run(setup: Setup, folder: Path) -> list[Row]:
         result = train.fit(make, cfg, place, parts["train"], valid=parts["validation"])
         nats = train.evaluate(result, parts["test"])["nll_nats_per_token"]
         rows.append(Row(BITS.format(model), nats * each / log(2)))
-        bodies = bodies_of(tokenizer, written(setup, model, result, titles))
-        rows += rows_of(model, bodies, held_out, training)
-        shown[model] = bodies
+        for writer in (model, CONFIDENT) if model == "masked" else (model,):
+            bodies = bodies_of(tokenizer, written(setup, writer, result, titles))
+            rows += rows_of(writer, bodies, held_out, training)
+            shown[writer] = bodies
     filled = completed(setup, result)
     plot(setup, folder, [poem.title for poem in poems], shown, filled)
     return rows
@@ -237,6 +243,7 @@ def plot(setup: Setup, folder: Path, titles: list[str], shown: dict, filled: dic
             for title, body in zip(titles[:3], bodies[:3], strict=False)
         )
         for model, bodies in shown.items()
+        if model in MODELS
     }
     pages["masked, with fixed characters"] = "\n\n".join(
         f"{name}:\n{verse(body)}" for name, body in filled.items()
