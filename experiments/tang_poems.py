@@ -6,11 +6,12 @@
 them; the samples are written on titles of the 3,710 test poems. Both models see the title and learn
 the body, character by character (the masked one: Austin et al. 2021, "D3PM", and Shi et al. 2024,
 "MD4"). The masked model writes in two orders: at random, as it was trained, and the token first
-that it is most confident of. A sample is well formed if it is exactly such a poem: nobody tells the models the length or
-the place of the marks. Rhyme and tone pattern are checked with the Tang readings of Unicode's kTang
-(Stimson). A character of several readings, or of none, is taken in the poem's favour. Test poems
-stand beside the samples as oracle, in the mixture of forms that the samples have. Many are older in
-style and break the tone pattern. No paper has these numbers: the criteria are ours.
+that it is most confident of. A sample is well formed if it is exactly such a poem: nobody tells the
+models the length or the place of the marks. Rhyme and tone pattern are checked with the Tang
+readings of Unicode's kTang (Stimson). A character of several readings, or of none, is taken in the
+poem's favour. Test poems stand beside the samples as oracle, in the mixture of forms that the
+samples have. Many are older in style and break the tone pattern. No paper has these numbers: the
+criteria are ours.
 """
 
 from collections import Counter, defaultdict
