@@ -1,5 +1,6 @@
 """`train.plan`: operations by formula beside independent counts, memory, traffic between devices, the command."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from aigc_jax import __main__ as commands
 from aigc_jax import data, ddpm, gan, train, transformer, vae
-from aigc_jax.commands.plan import how_many
-from aigc_jax.train import planning
+from aigc_jax.commands.plan import how_many, lighter, tensor_of
+from aigc_jax.train import engine, planning
 
 DIGITS = data.load("digits")
 WIDE = gan.NetConfig(widths=(256, 256))
@@ -165,6 +167,56 @@ def test_traffic_is_read_from_the_programs_text(line, found):
     assert planning.traffic(line) == found
 
 
+PROGRAM = """
+%body.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %a = f32[4]{0} all-reduce(%x), channel_id=3, to_apply=%add
+  %f = f32[4]{0} fusion(%a), kind=kOutput, calls=%fused
+}
+
+%fused (p: f32[4]) -> f32[4] {
+  %b = f32[16]{0} all-gather(%p), channel_id=9, dimensions={0}
+}
+
+%cond.1 (p: (s32[], f32[4])) -> pred[] {
+  %c = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]{0}) while(%t), condition=%cond.1, body=%body.1
+  %d = f32[8]{0} all-gather(%x), channel_id=4
+  %e = f32[8]{0} all-gather(%y), channel_id=4
+}
+"""
+
+
+def test_a_tpus_loops_say_their_length_in_the_condition_and_copies_count_once():
+    found = {"all-reduce": (12, 12 * 16), "all-gather": (13, 12 * 64 + 32)}
+    assert planning.traffic(PROGRAM) == found
+    known = PROGRAM.replace("body=%body.1", 'body=%body.1, x={"known_trip_count":{"n":"5"}}')
+    assert planning.traffic(known)["all-reduce"] == (5, 5 * 16)
+    unknown = PROGRAM.replace("direction=LT", "direction=NE")
+    assert planning.traffic(unknown)["all-reduce"] == (1, 16)
+
+
+def test_traffic_of_a_loop_counts_as_often_as_it_runs():
+    mesh = engine.mesh_of(jax.devices())
+    rows, whole = (jax.NamedSharding(mesh, spec) for spec in (P("data"), P()))
+
+    @partial(jax.jit, in_shardings=(rows, rows), out_shardings=whole)
+    def looped(x, w):  # w [5, 64, 64] is gathered as a whole; in each pass x w is summed
+        def body(c, w):
+            y = jax.lax.with_sharding_constraint((x * c).sum(0) @ w, whole)
+            return c + y[0], y
+
+        return jax.lax.scan(body, 0.0, jax.lax.with_sharding_constraint(w, whole))[1]
+
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 64), (8, 64, 64)))
+    found = planning.traffic(looped.lower(*shapes).compile().as_text())
+    assert found["all-reduce"] == (8, 8 * 64 * 4)
+    assert found["all-gather"] == (1, 8 * 64 * 64 * 4)
+
+
 def test_a_bound_is_the_time_of_a_chip_that_does_nothing_else():
     plan = planning.Plan(4, 30, 1, 20, 1, 800, 0.0, {"all-reduce": (2, 30)})
     chip = planning.Chip(100, 10.0, 5.0, 3.0)
@@ -220,7 +272,8 @@ def test_the_command_prints_a_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*argv, "--topology", "cpu:8", "--batch-size", "64"])
     commands.main()
     said = capsys.readouterr().out
-    assert "8 of cpu:8, compiled by the CPU's compiler, not a TPU's; a batch of 64" in said
+    assert "8 of cpu:8 as data=8, compiled by the CPU's compiler, not a TPU's\n" in said
+    assert "batch    64 examples over all devices" in said
     assert "traffic  all-reduce: " in said and "fits" not in said  # a virtual CPU has no size
     monkeypatch.setattr("sys.argv", [*argv, "--topology", "cpu:7"])
     with pytest.raises(SystemExit) as stopped:
@@ -231,30 +284,60 @@ def test_the_command_prints_a_plan(tmp_path, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("fits", ["both", "one", "none"])
+@pytest.mark.parametrize(
+    ("mesh", "devices", "tensor"),
+    [("data=4,model=2", 8, 2), ("model=2,data=4", 8, 2), ("data=8", 8, 1), ("model=8", 8, 8)],
+)
+def test_a_mesh_is_written_as_axes(mesh, devices, tensor):
+    assert tensor_of(mesh, devices) == tensor
+
+
+@pytest.mark.parametrize("mesh", ["data=4", "data=4,model=4", "data=8,model=0"])
+def test_a_mesh_that_is_not_the_topology_is_refused(mesh):
+    with pytest.raises(train.Refused, match=f"mesh {mesh} has .* devices, the topology 8"):
+        tensor_of(mesh, 8)
+    with pytest.raises(train.Refused, match="mesh must be such as data=8,model=2, got '4x2'"):
+        tensor_of("4x2", 8)
+
+
+def test_a_lighter_config_recomputes_and_then_takes_parts():
+    cfg = transformer.Config(vocab=8, context=4, layers=1, heads=1, width=4, micro=2)
+    (_, again), (words, parts) = lighter(cfg)
+    assert again == dataclasses.replace(cfg, remat=True)
+    assert parts == dataclasses.replace(cfg, remat=True, micro=8) and "8 micro-batches" in words
+    net = ddpm.Config(shape=(8, 8, 1), net=ddpm.NetConfig("mlp", widths=(4,)))
+    assert next(lighter(net))[1].net.remat is True
+    assert list(lighter(vae.Config()))[-1][1].micro == 4
+
+
+@pytest.mark.parametrize("fits", ["both", "one", "too large", "none"])
 def test_the_command_says_whether_it_fits(tmp_path, monkeypatch, capsys, fits):
     """A chip's compiler is not here: its answers are given."""
     run = train.Run(str(tmp_path / "run"), 1, 16, devices=1)
     train.fit(gan.make, gan.Config(shape=(2,), latent_dim=2), run, data.load("ring"))
 
-    def plan(make, cfg, batch, devices):
-        size = len(batch["points"])
+    def plan(make, cfg, batch, devices, *, tensor):
+        size = len(batch["points"]) // cfg.micro
         if fits == "none" or (fits == "one" and size > 16):
             raise planning.DoesNotFit(f"a batch of {size} does not fit: of 15.75G")
-        return planning.Plan(4, 2**33 + 2**28 * size, 0, 2**30, 2**30, 8, 8.0, {})
+        state = 2**33 + (2**33 - 2**29 if fits == "too large" else 0)
+        return planning.Plan(4, state + 2**28 * size, 0, 2**30, 2**30, 8, 8.0, {})
 
     monkeypatch.setattr(train, "plan", plan)
     monkeypatch.setattr("aigc_jax.commands.plan.devices_of", lambda topology: None)
     monkeypatch.setattr(
         "sys.argv", ["aigc_jax", "plan", str(tmp_path / "run"), "--topology", "v5e:2x2"]
     )
-    if fits == "none":
-        with pytest.raises(SystemExit):
-            commands.main()
-        assert capsys.readouterr().err == "error: a batch of 16 does not fit: of 15.75G\n"
-        return
     commands.main()
     said = capsys.readouterr().out
+    if fits == "none":
+        assert "chip     does not fit: a batch of 16 does not fit: of 15.75G\n" in said
+        assert "4 micro-batches (model.micro): does not fit (a batch of 4 does not" in said
+        return
+    if fits == "too large":  # 15.5 GiB, and 0.25 per example of a part
+        assert "chip     does not fit into 16 GiB: 3.5 GiB too much per device\n" in said
+        assert "4 micro-batches (model.micro): does not fit, 16.5 GiB per device\n" in said
+        return
     assert "chip     fits into 16 GiB\n" in said and "bound    at least" in said
     more = "about 32 examples would fit" if fits == "both" else "twice as many examples, 32, do not"
     assert more in said and "memory (no measurement)" in said

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass, replace
 
 import jax
 
 from .. import train
 from ..train import folder as folders
-from ..train.planning import CHIPS, DoesNotFit, Plan, devices_of, largest_batch
+from ..train.planning import CHIPS, Chip, DoesNotFit, Plan, devices_of, largest_batch
 from ..train.record import model_of
 from .runs import DataFolder, load_source
 from .shared import Folder, Trust, trusted
@@ -19,17 +22,21 @@ def plan(
     /,
     *,
     topology: str = "cpu:8",
+    mesh: str = "",
     batch_size: int | None = None,
     data_folder: DataFolder = None,
     trust: Trust = (),
 ) -> None:
     """Compiles an update of a run for devices that are not here, and prints what it needs.
 
-    The batch is split over the devices, and large parameters too. Nothing is trained.
+    The batch is split over the devices, and large parameters too. Nothing is trained. Where the
+    program does not fit, changes of the config are tried that take less memory.
 
     Args:
         run_folder: what a training run wrote.
         topology: cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC. All but cpu need libtpu; none needs a TPU.
+        mesh: such as data=8,model=2: groups of 2 devices share each layer, and 8 groups divide the
+            batch. By default as run.tensor says.
         batch_size: examples of an update, over all devices; by default the run's.
         data_folder: where the set's original files lie, if it needs any.
         trust: as for sample.
@@ -47,28 +54,86 @@ def plan(
     size = record["run"]["batch_size"] if batch_size is None else batch_size
     if size < 1:
         raise train.Refused(f"batch_size must be at least 1, got {size}")
-    first = train.plan(make, cfg, source.batch(0, 0, size), devices)
-    show(topology, size, first)
-    if chip := CHIPS.get(kind):
-        verdict = "fits" if first.memory <= chip.memory else "does not fit"
-        print(f"chip     {verdict} into {chip.memory / 2**30:.0f} GiB")
+    tensor = tensor_of(mesh, len(devices)) if mesh else record["run"].get("tensor", 1)
+    chip = CHIPS.get(kind)
+
+    def planned(cfg, size: int) -> Plan:
+        return train.plan(make, cfg, source.batch(0, 0, size), devices, tensor=tensor)
+
+    try:
+        first = planned(cfg, size)
+    except DoesNotFit as e:
+        print(f"chip     does not fit: {e}")
+        advise(planned, cfg, size, chip)
+        return
+    show(topology, size, first, tensor)
+    if chip:
+        show_chip(planned, cfg, size, first, chip)
+
+
+def tensor_of(mesh: str, devices: int) -> int:
+    """Returns how many devices share a layer in a mesh such as data=8,model=2."""
+    found = re.fullmatch(r"data=(\d+)(?:,model=(\d+))?|model=(\d+)(?:,data=(\d+))?", mesh)
+    if not found:
+        raise train.Refused(f"mesh must be such as data=8,model=2, got {mesh!r}")
+    rows, tensor = int(found[1] or found[4] or 1), int(found[2] or found[3] or 1)
+    if rows * tensor != devices:
+        raise train.Refused(f"mesh {mesh} has {rows * tensor} devices, the topology {devices}")
+    return tensor
+
+
+def show_chip(planned, cfg, size: int, first: Plan, chip: Chip) -> None:
+    """Prints whether a plan fits a chip, how many examples would, and the bound of its time."""
+    fits, room = first.memory <= chip.memory, chip.memory / 2**30
+    if fits:
+        print(f"chip     fits into {room:.0f} GiB")
         try:
-            second = train.plan(make, cfg, source.batch(0, 0, 2 * size), devices)
             sizes = (size, 2 * size)
+            second = planned(cfg, 2 * size)
             print(f"         {how_many(largest_batch(first, second, sizes, chip), sizes)}")
         except DoesNotFit:
             print(f"         twice as many examples, {2 * size}, do not fit")
-        seconds = first.bounds(chip)
-        limit = max(seconds, key=seconds.get)
-        print(
-            f"bound    at least {1e3 * seconds[limit]:.3g} ms per update: {limit} (no measurement)"
-        )
+    else:
+        over = _bytes(first.memory - chip.memory)
+        print(f"chip     does not fit into {room:.0f} GiB: {over} too much per device")
+        advise(planned, cfg, size, chip)
+    seconds = first.bounds(chip)
+    limit = max(seconds, key=seconds.get)
+    print(f"bound    at least {1e3 * seconds[limit]:.3g} ms per update: {limit} (no measurement)")
 
 
-def show(topology: str, size: int, found: Plan) -> None:
+def advise(planned, cfg, size: int, chip: Chip) -> None:
+    """Prints what changes of a config that does not fit would need."""
+    print("         Other ways: more chips, a smaller batch, or a larger axis model of --mesh.")
+    for words, changed in lighter(cfg):
+        try:
+            memory = planned(changed, size).memory
+            verdict = "fits" if memory <= chip.memory else "does not fit"
+            print(f"         {words}: {verdict}, {_bytes(memory)} per device")
+        except (DoesNotFit, ValueError) as e:  # ValueError: the batch has no so many parts
+            print(f"         {words}: does not fit ({e})")
+
+
+def lighter(cfg) -> Iterator[tuple[str, object]]:
+    """Yields (what changes, the changed config) where a config has fields that save memory."""
+    nets = [name for name in ("net", "gen", "disc") if is_dataclass(getattr(cfg, name, None))]
+    again = {name: replace(getattr(cfg, name), remat=True) for name in nets}
+    if getattr(cfg, "remat", True) is False:
+        again["remat"] = True
+    if again:
+        cfg = replace(cfg, **again)
+        yield "blocks recomputed in the backward pass (remat)", cfg
+    if hasattr(cfg, "micro"):
+        cfg = replace(cfg, micro=4 * cfg.micro)
+        yield f"and {cfg.micro} micro-batches (model.micro)", cfg
+
+
+def show(topology: str, size: int, found: Plan, tensor: int = 1) -> None:
     """Prints a plan; bytes are per device."""
     by = "the CPU's compiler, not a TPU's" if topology.startswith("cpu") else "libtpu"
-    print(f"devices  {found.devices} of {topology}, compiled by {by}; a batch of {size}")
+    mesh = f"data={found.devices // tensor}" + (f",model={tensor}" if tensor > 1 else "")
+    print(f"devices  {found.devices} of {topology} as {mesh}, compiled by {by}")
+    print(f"batch    {size} examples over all devices")
     print(
         f"memory   {_bytes(found.memory)} per device: {_bytes(found.arguments)} state and batch, "
         f"{_bytes(found.temporaries)} temporaries"

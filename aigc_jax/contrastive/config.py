@@ -63,7 +63,8 @@ class Config:
     scale: float | None = None  # first logit scale; None: 1 / 0.07 (CLIP), or 10 (SigLIP)
     bias: float = -10.0  # sigmoid: first bias of the logits
     bfloat16: bool = False  # both nets in bfloat16; features and loss in float32
-    remat: bool = False  # recompute blocks in the backward pass: less memory
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] = False
     ema: float = 0.0  # decay of the average of the parameters; 0: no average
     optim: Optimizer = Optim()
 

@@ -42,6 +42,7 @@ from ..core import (
     shard_rows,
     start,
 )
+from ..nn import sharding
 from . import importance, learned_schedule
 from .binomial import DiscreteConfig, make_discrete
 from .bounds import (
@@ -668,4 +669,5 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         options = {"sampler": sampler, "steps": steps, "eta": eta, "spacing": spacing}
         return generate(cfg, ema.read(state), key, n=n, **given, **options)
 
-    return Family(partial(init_state, cfg), step, partial(evaluate, cfg), sample)
+    rules = sharding.UNET if cfg.net.kind == "unet" else sharding.TRANSFORMER
+    return Family(partial(init_state, cfg), step, partial(evaluate, cfg), sample, rules)

@@ -34,7 +34,9 @@ class NetConfig:
     dropout: float = 0.1
     # Of activations. None: float32. Parameters are always float32.
     dtype: Literal["float32", "bfloat16"] | None = None
-    remat: bool | None = None  # recompute blocks in the backward pass: less memory, more work
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] | None = None
+    scan: bool | None = None  # dit: blocks as one lax.scan, which compiles in the time of one
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError where a field is wrong or does not fit samples of this shape."""
@@ -50,6 +52,8 @@ class NetConfig:
             raise ValueError(
                 f"model.net.kind {self.kind!r} is for images, shape is {shape}: use mlp",
             )
+        if self.scan and self.kind != "dit":
+            raise ValueError(f"model.net.scan is for equal blocks, so for dit, not {self.kind}")
         if self.kind == "unet":
             self._check_unet(shape)
         if self.kind == "dit":
@@ -81,7 +85,7 @@ class NetConfig:
 def _options(net: NetConfig) -> dict:
     """Returns the fields that all modules share."""
     dtype = jnp.dtype(net.dtype or "float32")
-    return {"dropout": net.dropout, "dtype": dtype, "remat": bool(net.remat)}
+    return {"dropout": net.dropout, "dtype": dtype, "remat": net.remat or False}
 
 
 def UNet(net: NetConfig, out: int, classes: int = 0) -> nn.Module:
@@ -101,7 +105,8 @@ def UNet(net: NetConfig, out: int, classes: int = 0) -> nn.Module:
 def DiT(net: NetConfig, out: int, classes: int = 0) -> nn.Module:
     """Returns the transformer over patches that `net` describes, with `out` channels."""
     layers, width = len(net.widths), net.widths[0]
-    return nets.DiT(out, classes, width, layers, net.heads, net.patch, **_options(net))
+    options = {**_options(net), "scan": bool(net.scan)}
+    return nets.DiT(out, classes, width, layers, net.heads, net.patch, **options)
 
 
 def MLP(net: NetConfig, out: int, classes: int = 0) -> nn.Module:

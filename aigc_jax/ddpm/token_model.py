@@ -31,7 +31,7 @@ from ..core import (
     start,
     target_mask,
 )
-from ..nn import Decoder
+from ..nn import Decoder, sharding
 from ..nn.embeddings import Condition
 from .samplers import guide
 from .tokens import LogitsFn, log_evidence, masked_cross_entropy, sample_tokens, token_vlb
@@ -62,7 +62,9 @@ class TokenConfig:
     std: float | None = None  # of first kernels; None: 0.02. Added to the stream: / sqrt(2 layers)
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
-    remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] = False
+    scan: bool | None = None  # blocks as one lax.scan: compiles in the time of one
     ema: float = 0.0
     micro: int = 1
     optim: Optimizer = Optim(lr=5e-4, b2=0.98, weight_decay=0.03, clip=1.0, warmup=100)
@@ -125,6 +127,7 @@ class TokenNet(nn.Module):
             std=std,
             dtype=dtype,
             remat=cfg.remat,
+            scan=bool(cfg.scan),
             name="trunk",
         )
         h = wte(x_t)
@@ -288,4 +291,5 @@ def make_tokens(cfg: TokenConfig, *, axis_name: str | None = None) -> Family:
 
     loss = partial(token_loss, cfg)
     step = make_step(loss, cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
-    return Family(init, step, partial(evaluate_tokens, cfg), partial(sample_texts, cfg))
+    sample = partial(sample_texts, cfg)
+    return Family(init, step, partial(evaluate_tokens, cfg), sample, sharding.TRANSFORMER)

@@ -81,7 +81,8 @@ class CycleConfig:
     paired_weight: float = 0.0  # of |G(a) - b| and |F(b) - a|, for aligned pairs only
     pool: int = 50  # fakes of each set that are kept for the critics; 0: none
     bfloat16: bool = False  # activations in bfloat16; parameters and losses in float32
-    remat: bool = False  # recompute blocks in the backward pass: less memory, more work
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] = False
     ema: float = 0.0  # decay of the average of the generators; 0: no average
     optim: Optimizer = ADAM  # of both generators
     disc_optim: Optimizer = ADAM  # of both critics

@@ -61,7 +61,8 @@ class NetConfig:
     # dcgan, resnet: the height of the maps whose pixels attend to each other (SAGAN).
     attention: int | None = None
     mapping: int | None = None  # style: layers of G's mapping; None: 2
-    remat: bool | None = None  # recompute layers in the backward pass: less memory, more work
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] | None = None
 
     def check(self, name: str) -> None:
         """Raises ValueError, naming the field `model.<name>.<field>`."""
@@ -107,7 +108,7 @@ def _options(net: NetConfig, axis_name: str | None) -> dict:
         "kernel_init": INITIALISERS[net.init](net.init_scale),
         "axis_name": axis_name,
         "dtype": jnp.dtype(net.dtype or "float32"),
-        "remat": bool(net.remat),
+        "remat": net.remat or False,
     }
 
 

@@ -12,10 +12,11 @@ translation.py the generator and the patch discriminator of CycleGAN
 style.py       the generator and the discriminator of StyleGAN2
 transformer.py the transformer block and the decoder trunk
 dit.py         a transformer over patches
+sharding.py    what a mesh splits of these nets
 
-Every net has `dtype` (of activations; parameters are float32) and `remat` (recompute blocks in the
-backward pass: less memory, about a third more work). Outputs are float32. Dropout is on where the
-caller passes an rng named dropout.
+Every net has `dtype` (of activations; parameters are float32) and `remat`: True recomputes blocks
+in the backward pass (less memory, about a third more work), "dots" keeps their products. Outputs
+are float32. Dropout is on where the caller passes an rng named dropout.
 """
 
 from .attention import Attention

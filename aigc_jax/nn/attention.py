@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from .blocks import FusedDense
 from .embeddings import rotate
+from .sharding import check_divides, constrain
 
 
 class Attention(nn.Module):
@@ -77,15 +79,19 @@ class Attention(nn.Module):
         D, H = x_BTD.shape[-1], self.heads
         if D % H:
             raise ValueError(f"{D} channels do not divide into {H} heads")
+        check_divides(H, "heads")
         if context_BSE is not None and (self.fused or self.rotary):
             raise ValueError("attention to a context needs fused=False and rotary=False")
         if self.fused:
-            each = jnp.split(self._dense(3 * D, "qkv", self.kernel_init)(x_BTD), 3, -1)
+            options = {"kernel_init": self.kernel_init, "dtype": self.dtype}
+            qkv = FusedDense(3, D, self.bias, **options, name="qkv")(x_BTD)
+            each = (qkv[:, :, i] for i in range(3))
         else:
             source = x_BTD if context_BSE is None else context_BSE
             inputs = {"q": x_BTD, "k": source, "v": source}
             each = (self._dense(D, name, self.kernel_init)(h) for name, h in inputs.items())
-        return tuple(h.reshape(*h.shape[:2], H, D // H).swapaxes(1, 2) for h in each)
+        heads = (h.reshape(*h.shape[:2], H, D // H).swapaxes(1, 2) for h in each)
+        return tuple(constrain(h, "data", "model") for h in heads)
 
     def _drop(self, weights):
         return nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(weights)

@@ -11,13 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from .blocks import GroupNorm, pixel_shuffle, pixel_unshuffle, upsample
+from .blocks import GroupNorm, pixel_shuffle, pixel_unshuffle, recompute, upsample
 from .unet import ResBlock
 
 
 def _res_blocks(module: nn.Module, h, width: int, name: str):
     """Applies the residual blocks of one resolution."""
-    block = nn.remat(ResBlock) if module.remat else ResBlock
+    block = recompute(ResBlock, module.remat)
     for i in range(module.blocks):
         h = block(width, module.groups, 0.0, module.dtype, name=f"{name}_{i}")(h)
     return h
@@ -37,7 +37,7 @@ class ImageEncoder(nn.Module):
     groups: int = 32  # of GroupNorm
     patch: int = 1  # patches of this size are the pixels of the first convolution
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x):
@@ -61,7 +61,7 @@ class ImageDecoder(nn.Module):
     groups: int = 32  # of GroupNorm
     patch: int = 1  # the last convolution makes patches of this size
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, z):

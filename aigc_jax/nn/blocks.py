@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from .sharding import constrain
+
 ACTIVATIONS = {
     "relu": nn.relu,
     "leaky_relu": lambda h: nn.leaky_relu(h, 0.2),  # DCGAN's slope
@@ -60,9 +62,56 @@ def class_logits(h, y, kernel_init: Any, norm: str, train: bool, dtype: Any) -> 
     return logits.astype(jnp.float32)
 
 
-def recompute(function, on: bool | None):
-    """Returns function(module, *arrays), recomputed in the backward pass where `on` is true."""
-    return nn.remat(function) if on else function
+def _is_product(primitive, *_, **params) -> bool:
+    """Whether this is a convolution, or a product without batch axes (so no attention score)."""
+    if primitive.name == "dot_general":
+        return not any(params["dimension_numbers"][1])
+    return primitive.name == "conv_general_dilated"
+
+
+def checkpointed(function, remat: bool | str | None):
+    """Returns a function of arrays that is recomputed in the backward pass, as `remat` says.
+
+    True: all of it. "dots": all but the results of products and convolutions, which are kept.
+    """
+    if not remat:
+        return function
+    return jax.checkpoint(function, policy=_is_product if remat == "dots" else None)
+
+
+def recompute(target, remat: bool | str | None):
+    """Does the same for a module's class, or for a function of a module and arrays."""
+    if not remat:
+        return target
+    return nn.remat(target, policy=_is_product if remat == "dots" else None)
+
+
+class FusedDense(nn.Module):
+    """Several linear maps of the same input as one product: [..., D] -> [..., parts, features].
+
+    The parameters are those of a Dense with parts * features outputs. Over a mesh with an axis
+    named model each map's outputs are split; in the kernel they do not lie side by side.
+    """
+
+    parts: int
+    features: int
+    bias: bool = True
+    kernel_init: Any = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... parts F"]:
+        shape = (self.parts, self.features)
+        kernel = self.param(
+            "kernel", self.kernel_init, (x.shape[-1], self.parts * self.features), jnp.float32
+        )
+        kernel = kernel.astype(self.dtype).reshape(-1, *shape)
+        kernel = constrain(kernel, None, None, "model")
+        h = jnp.tensordot(x.astype(self.dtype), kernel, 1)
+        if not self.bias:
+            return h
+        bias = self.param("bias", nn.initializers.zeros, (kernel[0].size,), jnp.float32)
+        return h + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + shape)
 
 
 def instance_norm(h: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -48,7 +48,7 @@ class ConvGenerator(nn.Module):
     kernel_init: Any = nn.initializers.lecun_normal()
     axis_name: str | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, z, y=None, train: bool = False):
@@ -101,7 +101,7 @@ class ConvDiscriminator(nn.Module):
     kernel_init: Any = nn.initializers.lecun_normal()
     axis_name: str | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x, y=None, train: bool = False):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from .attention import Attention
-from .blocks import Norm
+from .blocks import Norm, recompute
 from .embeddings import Condition, adaln_zero, modulate
-from .transformer import Block
+from .transformer import Block, scan_blocks
 
 
 class DiT(nn.Module):
@@ -32,7 +32,8 @@ class DiT(nn.Module):
     patch: int = 2  # side of a patch in pixels
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
+    scan: bool = False  # the blocks as one lax.scan (`scan_blocks`), where there is no context
 
     @nn.compact
     def __call__(self, x_t, t, label=None, context=None):
@@ -46,13 +47,18 @@ class DiT(nn.Module):
         h = h + self.param("positions", first, (1, T, D), jnp.float32).astype(self.dtype)
         everyone = jnp.ones((1, T, T), bool)
         positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-        block = nn.remat(Block) if self.remat else Block
+        block = recompute(Block, self.remat)
         options = {"dropout": self.dropout, "dtype": self.dtype}
-        for i in range(self.layers):
-            layer = block(self.heads, 4 * D, **options, name=f"block{i}")
-            h, _ = layer(h, everyone, positions, condition_BD=condition)
-            if context is not None:
-                h = h + self._look_at(context, h, f"block{i}_context")
+        if self.scan and context is None and not self.is_initializing():
+            alike = Block(self.heads, 4 * D, **options, parent=None)
+            names = [f"block{i}" for i in range(self.layers)]
+            h, _ = scan_blocks(self, alike, names, h, everyone, positions, condition)
+        else:
+            for i in range(self.layers):
+                layer = block(self.heads, 4 * D, **options, name=f"block{i}")
+                h, _ = layer(h, everyone, positions, condition_BD=condition)
+                if context is not None:
+                    h = h + self._look_at(context, h, f"block{i}_context")
         shift, scale = adaln_zero(condition, 2, self.dtype)
         h = modulate(Norm("layer", dtype=self.dtype, name="norm")(h), shift, scale)
         zeros = nn.initializers.zeros

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from .sharding import constrain
+
 
 def sinusoids(t: Float[Array, "B"], width: int) -> Float[Array, "B D"]:
     """Returns cos and sin of t at frequencies from 1 down to 1/10000 (Vaswani et al. 2017)."""
@@ -46,7 +48,7 @@ class Condition(nn.Module):
     @nn.compact
     def __call__(self, t, label, context=None):
         h = nn.Dense(self.width, dtype=self.dtype)(sinusoids(t, self.inner))
-        h = nn.Dense(self.width, dtype=self.dtype)(nn.silu(h))
+        h = nn.Dense(self.width, dtype=self.dtype)(nn.silu(constrain(h, "data")))
         if context is not None:
             h = h + nn.Dense(self.width, dtype=self.dtype, name="context")(context.mean(1))
         if self.classes:
@@ -74,4 +76,5 @@ def adaln_zero(condition_BD: Array, parts: int, dtype: Any = jnp.float32) -> lis
     """
     features, zeros = parts * condition_BD.shape[-1], nn.initializers.zeros
     dense = nn.Dense(features, kernel_init=zeros, dtype=dtype, name="modulation")
-    return jnp.split(dense(jax.nn.silu(condition_BD))[:, None], parts, -1)
+    h_BD = jax.nn.silu(constrain(condition_BD, "data"))
+    return jnp.split(constrain(dense(h_BD), "data")[:, None], parts, -1)

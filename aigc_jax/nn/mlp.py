@@ -37,7 +37,7 @@ class MLP(nn.Module):
     names: tuple[str, ...] = ()  # of the linear layers; (): Dense_0, Dense_1, ...
     axis_name: str | None = None
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(
@@ -129,7 +129,7 @@ class TimeMLP(nn.Module):
     widths: tuple[int, ...] = (128, 128, 128)
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x_t, t, label=None):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from .blocks import GroupNorm
+from .blocks import GroupNorm, recompute
 
 
 class _Residual(nn.Module):
@@ -37,11 +37,11 @@ class ResNet(nn.Module):
     blocks: int = 1  # residual blocks per width
     groups: int = 8  # of GroupNorm
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
-        block = nn.remat(_Residual) if self.remat else _Residual
+        block = recompute(_Residual, self.remat)
         for i, width in enumerate(self.widths):
             x = nn.Conv(width, (3, 3), 2, dtype=self.dtype, name=f"down{i}")(x)
             for j in range(self.blocks):

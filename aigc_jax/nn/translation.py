@@ -25,7 +25,7 @@ class ImageTranslator(nn.Module):
     blocks: int = 9
     kernel_init: Any = nn.initializers.normal(0.02)
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from .attention import Attention
-from .blocks import GroupNorm, upsample
+from .blocks import GroupNorm, recompute, upsample
 from .embeddings import Condition
+from .sharding import check_divides, constrain
 
 
 def zero_conv(features: int, name: str | None = None, dtype: Any = jnp.float32) -> nn.Conv:
@@ -27,10 +28,13 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, condition=None):
+        check_divides(self.width, "channels of a residual block")
+        x = constrain(x, "data")
         h = nn.silu(GroupNorm(self.groups)(x))
         h = nn.Conv(self.width, (3, 3), dtype=self.dtype)(h)
         if condition is not None:
-            h = h + nn.Dense(self.width, dtype=self.dtype)(nn.silu(condition))[:, None, None]
+            condition = nn.silu(constrain(condition, "data"))
+            h = h + nn.Dense(self.width, dtype=self.dtype)(condition)[:, None, None]
         h = nn.silu(GroupNorm(self.groups)(h))
         h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
         h = zero_conv(self.width, dtype=self.dtype)(h)
@@ -92,7 +96,7 @@ class UNet(nn.Module):
     groups: int = 32  # of GroupNorm
     dropout: float = 0.1
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x_t, t, label=None, context=None):
@@ -126,15 +130,15 @@ class UNet(nn.Module):
         return self._attend(h, context, name) if h.shape[1] in self.attention else h
 
     def _res_block(self, width: int, name: str) -> nn.Module:
-        block = nn.remat(ResBlock) if self.remat else ResBlock
+        block = recompute(ResBlock, self.remat)
         return block(width, self.groups, self.dropout, self.dtype, name=name)
 
     def _attend(self, h, context, name: str):
         """Pixels look at pixels, then at the tokens of the context."""
         options = (self.heads, self.groups, self.dtype)
-        pixels = nn.remat(PixelAttention) if self.remat else PixelAttention
+        pixels = recompute(PixelAttention, self.remat)
         h = pixels(*options, name=f"{name}_attention")(h)
         if context is None:
             return h
-        tokens = nn.remat(ContextAttention) if self.remat else ContextAttention
+        tokens = recompute(ContextAttention, self.remat)
         return tokens(*options, name=f"{name}_context")(h, context)

@@ -51,7 +51,12 @@ def check_devices(cfg, run: Run) -> None:
         raise Refused("run.pmap works in one process only: with several processes leave it off")
     if run.pmap and jax.config.jax_disable_jit:
         raise Refused("run.pmap does not work under jax.disable_jit: leave one of them out")
-    divisors = {"devices": run.devices or here}
+    devices = run.devices or here
+    if devices % run.tensor:
+        raise Refused(f"run.tensor is {run.tensor}, which does not divide {devices} devices")
+    if run.tensor > 1 and run.pmap:
+        raise Refused("run.tensor splits layers, run.pmap copies them: leave one of them out")
+    divisors = {"devices": devices // run.tensor}
     divisors |= getattr(cfg, "cuts", {"micro-batches": getattr(cfg, "micro", 1)})
     if run.batch_size % math.prod(divisors.values()):
         words = " x ".join(f"{n} {name}" for name, n in divisors.items())

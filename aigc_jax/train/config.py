@@ -34,6 +34,7 @@ class Run:
     best: str = ""  # a validation value, better when low: its lowest checkpoint is kept and loaded
     steps_per_call: int = 1  # updates per compiled call; 1 for convolutional nets on the CPU
     devices: int = 0  # 0: all
+    tensor: int = 1  # of these share each layer (tensor parallel); the others divide the batch
     pmap: bool = False  # each device computes its rows with its own noise (jax.shard_map)
     init: str = ""  # a run folder whose parameters this run starts from
 
@@ -43,7 +44,15 @@ class Run:
         check_fields(self, name="run")
         check_at_least(self, 0, "seed", "eval_every", "save_every", "devices", name="run")
         check_at_least(
-            self, 1, "steps", "batch_size", "log_every", "keep", "steps_per_call", name="run"
+            self,
+            1,
+            "steps",
+            "batch_size",
+            "log_every",
+            "keep",
+            "steps_per_call",
+            "tensor",
+            name="run",
         )
         if self.seed >= 2**32:
             raise ValueError(f"run.seed must be below 2**32, got {self.seed}")

@@ -64,34 +64,71 @@ def compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def mesh_of(devices: int) -> jax.sharding.Mesh:
-    """The first `devices` devices (0: all) along one axis named data."""
-    chosen = jax.devices()[: devices or None]
+def mesh_of(devices: list, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh of these devices with the axis data, and with tensor > 1 an axis model of that size.
+
+    Neighbours in the list share one position of data: they exchange the most.
+    """
+    shape, names = (len(devices),), ("data",)
+    if tensor > 1:
+        shape, names = (len(devices) // tensor, tensor), ("data", "model")
     # Auto: under make_mesh's default, Explicit, scans and gathers raise ShardingTypeError.
-    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
 def shardings_of(family: Family, template: State, mesh) -> State:
     """The sharding of each leaf.
 
-    The family's rules come first. Other large leaves are split along their largest axis that
-    divides by the number of devices.
+    The family's rules come first. They mean nothing for an axis that the mesh lacks, or that does
+    not divide. What is still large is split over the axis data too, along its largest free
+    dimension that divides (FSDP: Rajbhandari et al. 2020, "ZeRO", stage 3).
     """
 
-    def spec(path, leaf):
+    def sharding(path, leaf):
         name = jax.tree_util.keystr(path)
-        for pattern, rule in family.rules:
-            if re.search(pattern, name):
-                return rule
-        axes = [i for i, n in enumerate(leaf.shape) if n % mesh.size == 0]
-        if mesh.size == 1 or leaf.size < CUT_FROM or not axes:
-            return P()
-        axis = max(axes, key=lambda i: leaf.shape[i])
-        return P(*[None] * axis, "data")
+        rule = next((rule for pattern, rule in family.rules if re.search(pattern, name)), P())
+        return NamedSharding(mesh, _spec(rule, leaf.shape, dict(mesh.shape)))
 
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(path, leaf)), template
-    )
+    return jax.tree_util.tree_map_with_path(sharding, template)
+
+
+def _spec(rule: P, shape: tuple[int, ...], axes: dict[str, int]) -> P:
+    """The PartitionSpec of one leaf: what applies of its rule, then data on a large rest."""
+
+    def pieces(names) -> int:
+        return math.prod(axes.get(name, 0) for name in names)  # 0: the mesh lacks an axis
+
+    split = [names if isinstance(names, tuple) else (names,) if names else () for names in rule]
+    split = [*split, *[()] * (len(shape) - len(split))] if len(rule) <= len(shape) else []
+    split = [
+        names if pieces(names) and n % pieces(names) == 0 else ()
+        for names, n in zip(split or [()] * len(shape), shape, strict=True)
+    ]
+    rest = math.prod(shape) // math.prod(map(pieces, split))
+    used = "data" in (name for names in split for name in names)
+    free = [i for i, n in enumerate(shape) if not split[i] and n % axes["data"] == 0]
+    if rest >= CUT_FROM and axes["data"] > 1 and free and not used:
+        split[max(free, key=lambda i: shape[i])] = ("data",)
+    while split and not split[-1]:
+        split.pop()
+    return P(*(names[0] if len(names) == 1 else names or None for names in split))
+
+
+def global_update(family: Family, mesh):
+    """Returns update(state, batch, key), which sees the whole batch; XLA splits it over the mesh.
+
+    The key is that of all steps.
+    """
+
+    def update(state, batch, key):
+        # core.shard_rows and nn.sharding find the mesh here. Under jax.disable_jit it would refuse
+        # the arrays, which are concrete.
+        eager = jax.config.jax_disable_jit
+        abstract = mesh.abstract_mesh
+        with contextlib.nullcontext() if eager else jax.sharding.use_abstract_mesh(abstract):
+            return family.step(state, batch, step_key(key, state.step))
+
+    return update
 
 
 def ratios(total: dict[str, float], info: Info) -> dict[str, float]:
@@ -191,12 +228,14 @@ class Prefetcher:
 class Engine:
     """A family compiled for a mesh of devices: its first state, its updates, its scores.
 
+    With run.tensor > 1 the matrices of a layer are split too, as `Family.rules` say.
     With run.pmap every device runs the update on its own rows with its own noise (jax.shard_map),
     as jax.pmap did. Else one compiled update sees the whole batch, and XLA splits the work.
     """
 
     def __init__(self, make, cfg, run, data: Data):
-        self.run, self.mesh, self.family = run, mesh_of(run.devices), make(cfg)
+        devices = jax.devices()[: run.devices or None]
+        self.run, self.mesh, self.family = run, mesh_of(devices, run.tensor), make(cfg)
         k_init, self.k_step, self.k_eval, _ = jax.random.split(jax.random.key(run.seed), 4)
         self.feed = Feed(data, self.mesh)
         self._options = compiler_options(self.mesh.devices.flat[0])
@@ -239,18 +278,9 @@ class Engine:
         return update
 
     def _global(self):
-        """One update of the whole batch, which XLA splits over the mesh."""
-
-        def update(state, arrays, x, key):
-            # core.shard_rows finds the mesh here. Under jax.disable_jit it would refuse the
-            # arrays, which are concrete.
-            eager = jax.config.jax_disable_jit
-            mesh = self.mesh.abstract_mesh
-            with contextlib.nullcontext() if eager else jax.sharding.use_abstract_mesh(mesh):
-                batch = self.feed.sharded_batch(arrays, x)
-                return self.family.step(state, batch, step_key(key, state.step))
-
-        return update
+        """One update of the whole batch: rows x of `arrays`."""
+        update = global_update(self.family, self.mesh)
+        return lambda state, arrays, x, key: update(state, self.feed.sharded_batch(arrays, x), key)
 
     def _updates(self, update, state, arrays, xs, key, count):
         """`count` updates; batch i lies at index i of the first axis of xs.

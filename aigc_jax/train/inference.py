@@ -191,7 +191,9 @@ def replay(
     _family(make, cfg, folder)
     _check_replay(folder, run, info, data, step)
     folders.warn_of_environment(record, folders.environment())
-    run = replace(run, devices=min(run.devices, len(jax.devices())))
+    devices = min(run.devices, len(jax.devices()))
+    tensor = math.gcd(run.tensor, devices or len(jax.devices()))
+    run = replace(run, devices=devices, tensor=tensor)
     checkpoints = Checkpoints(folder, run.keep, folders.whose(record))
     try:
         engine = Engine(make, cfg, run, data)

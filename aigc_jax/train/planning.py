@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..core import step_key
-from .engine import compiler_options, shardings_of
+from .engine import compiler_options, global_update, mesh_of, shardings_of
 from .record import Refused
 
 
@@ -63,7 +62,7 @@ class Plan(NamedTuple):
     reused: int  # of the outputs, what lies where the arguments lay
     flops: int  # products and convolutions of the whole update, by formula
     compiled_flops: float  # as the compiler counts; a loop's body once
-    traffic: dict[str, tuple[int, int]]  # kind of collective: (how many, bytes); a loop's body once
+    traffic: dict[str, tuple[int, int]]  # kind of collective: (how many, bytes)
 
     @property
     def memory(self) -> int:
@@ -128,28 +127,27 @@ def _virtual(count: int) -> list:
     return jax.devices("cpu")[:count]
 
 
-def plan(make: Callable, cfg, batch: dict, devices: list) -> Plan:
-    """Compiles an update of make(cfg) for devices, its batch split over them, and returns its Plan.
+def plan(make: Callable, cfg, batch: dict, devices: list, *, tensor: int = 1) -> Plan:
+    """Compiles an update of make(cfg) for devices, and returns its Plan.
 
-    batch: arrays, or what has a shape and a dtype. Raises Refused where it does not divide, and
-    DoesNotFit where the compiler says so.
+    batch: arrays, or what has a shape and a dtype. The devices divide it.
+    tensor: so many devices share each layer, as `Run.tensor` says.
+
+    Raises Refused where something does not divide, and DoesNotFit where the compiler says so.
     """
-    size = np.shape(jax.tree.leaves(batch)[0])[0]
-    if size % len(devices):
-        more = -(-size // len(devices)) * len(devices)
+    size, count = np.shape(jax.tree.leaves(batch)[0])[0], len(devices) // tensor
+    if len(devices) % tensor:
+        raise Refused(f"{len(devices)} devices do not divide into groups of {tensor} (tensor)")
+    if size % count:
+        what = f"{count} devices" if tensor == 1 else f"{count} groups of {tensor} devices"
         raise Refused(
-            f"a batch of {size} does not divide by {len(devices)} devices; one of {more} does"
+            f"a batch of {size} does not divide by {what}; one of {-(-size // count) * count} does"
         )
-    auto = (AxisType.Auto,)
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=auto, devices=devices)
-    family = make(cfg)
+    mesh, family = mesh_of(devices, tensor), make(cfg)
     state = jax.eval_shape(family.init, jax.random.key(0))
     key = jax.eval_shape(jax.random.key, 0)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
-
-    def update(state, batch, key):
-        return family.step(state, batch, step_key(key, state.step))
-
+    update = global_update(family, mesh)
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     places = shardings_of(family, state, mesh)
     compiled = jax.jit(
@@ -160,8 +158,7 @@ def plan(make: Callable, cfg, batch: dict, devices: list) -> Plan:
         compiler_options=compiler_options(devices[0]),
     )
     try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            program = compiled.lower(state, batch, key).compile()
+        program = compiled.lower(state, batch, key).compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -231,17 +228,67 @@ def _inner(params: dict) -> list:
 
 
 def traffic(program: str) -> dict[str, tuple[int, int]]:
-    """Returns {kind: (how many, bytes)} of the collectives in a compiled program's text."""
+    """Returns {kind: (how many, bytes)} of the collectives in a compiled program's text.
+
+    The body of a loop counts as often as it runs, where the text says how often; else once. Copies
+    of one collective (a TPU's program has some that overlap with products) count once.
+    """
     found = {}
-    for kind in COLLECTIVES:
-        calls = re.findall(rf"= (.+?) {kind}(-start)?\(", program)
-        if calls:
+    for place, (line, times) in enumerate(_executed(program)):
+        call = COLLECTIVE.search(line)
+        if call:
+            channel = re.search(r"channel_id=(\d+)", line)
+            who = (call["kind"], channel[1] if channel else f"line {place}")
             # A start other than all-reduce's names operands, then results, then counters.
-            sizes = (
-                _bytes(shape, results=start and kind != "all-reduce") for shape, start in calls
-            )
-            found[kind] = (len(calls), sum(sizes))
-    return found
+            results = call["start"] and call["kind"] != "all-reduce"
+            size = times * _bytes(call["shape"], results=bool(results))
+            found[who] = max(found.get(who, (0, 0)), (times, size))
+    total = {}
+    for (kind, _), (times, size) in found.items():
+        count, sizes = total.get(kind, (0, 0))
+        total[kind] = (count + times, sizes + size)
+    return total
+
+
+COLLECTIVE = re.compile(rf"= (?P<shape>.+?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
+NAME = re.compile(r"[\w.\-]+")
+CALLED = re.compile(  # such as body=%name, or branch_computations={%one, %two}
+    r"(body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+
+
+def _executed(program: str) -> list[tuple[str, int]]:
+    """Returns (line, how often it runs) of a compiled program's text."""
+    parts, name, entry = {"": []}, "", ""
+    for line in program.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head:
+            name = head[2]
+            parts[name] = []
+            entry = name if head[1] else entry
+        else:
+            parts[name].append(line)
+
+    def walk(name: str, times: int) -> list:
+        found = [(line, times) for line in parts[name]]
+        for line in parts[name]:
+            called = [(how, n) for how, names in CALLED.findall(line) for n in NAME.findall(names)]
+            condition = next((n for how, n in called if how == "condition"), None)
+            for how, other in called:
+                often = _trips(line, parts.get(condition, [])) if how == "body" else 1
+                found += walk(other, times * often) if other in parts else []
+        return found
+
+    return walk(entry, 1)
+
+
+def _trips(loop: str, condition: list[str]) -> int:
+    """Returns how often a loop runs, by what the compiler wrote or by "i < N"; 1 if unknown."""
+    known = re.search(r"known_trip_count\D*(\d+)", loop)
+    limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", text := "\n".join(condition))
+    if known:
+        return int(known[1])
+    return int(limits[0]) if len(limits) == 1 and "direction=LT" in text else 1
 
 
 def _bytes(shape: str, *, results=False) -> int:

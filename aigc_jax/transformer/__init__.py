@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ..core import EMA, Family, State, make_step, start, target_mask
+from ..nn import sharding
 from .generation import Cache, beam_search, decode, generate, prefill
 from .gpt2 import load_gpt2, save_gpt2
 from .model import Config, Params, Transformer, apply, attention, backbone, init, nll
@@ -125,4 +126,5 @@ def make(cfg: Config, *, axis_name: str | None = None) -> Family:
         return start(init(cfg, key), cfg.optim, ema=ema)
 
     step = make_step(partial(loss, cfg), cfg.optim, ema=ema, micro=cfg.micro, axis_name=axis_name)
-    return Family(init_state, step, partial(evaluate, cfg), partial(sample, cfg))
+    rules = sharding.TRANSFORMER
+    return Family(init_state, step, partial(evaluate, cfg), partial(sample, cfg), rules)

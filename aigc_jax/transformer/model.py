@@ -5,7 +5,7 @@ Shapes stand in the names: B rows, T positions, D = width, V = vocab, H heads of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -41,7 +41,10 @@ class Config:
     dropout: float = 0.0  # of embeddings, attention weights and both branches
     std: float = 0.02  # of first kernels; those added to the stream: divided by sqrt(2 layers)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
-    remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] = False
+    # Blocks as one lax.scan: compiles in the time of one. The same parameters as unrolled.
+    scan: bool | None = None
     eos: tuple[int, ...] | None = None  # tokens that end a text if `Sampling.stop` is None
     bos: int | None = None  # the token before a text; only written by save_gpt2
     micro: int = 1  # micro-batches per update
@@ -112,6 +115,7 @@ class Transformer(nn.Module):
             std=cfg.std,
             dtype=dtype,
             remat=cfg.remat,
+            scan=bool(cfg.scan),
         )
         nn.share_scope(self, self.trunk)  # its parameters are this module's own
         if cfg.vocab and not cfg.tied:
@@ -206,7 +210,7 @@ def attention(
 ) -> Float[Array, "L B H T T"]:
     """Returns the attention weights of all layers and heads; row t sums to 1 over 0 .. t."""
     check_length(cfg, tokens_BT.shape[1])
-    model = Transformer(cfg)
+    model = Transformer(replace(cfg, scan=None))  # a scan sows nothing
     _, sown = model.apply({"params": params}, tokens_BT, mutable="intermediates")
     blocks = [sown["intermediates"][f"blocks_{i}"] for i in range(cfg.layers)]
     return jnp.stack([block["attention"][0] for block in blocks])

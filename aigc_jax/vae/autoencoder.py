@@ -81,7 +81,8 @@ class AutoencoderConfig:
     scale: float = 0.5  # of the likelihood, in units of [0, 1]: Laplace scale or standard deviation
     beta: float = 1e-6  # weight of the KL term in training; 1: the bound itself
     bfloat16: bool = False  # convolutions in bfloat16; parameters, latents and losses in float32
-    remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] = False
     ema: float = 0.0  # decay of the average of the parameters; 0: no average
     micro: int = 1  # micro-batches per update
     optim: Optimizer = Optim()

@@ -94,7 +94,8 @@ class VQConfig:
     likelihood: Literal["laplace", "gaussian"] = "gaussian"
     scale: float = 0.5  # of the likelihood, in units of [0, 1]: Laplace scale or standard deviation
     bfloat16: bool = False  # convolutions in bfloat16; parameters, codes and losses in float32
-    remat: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
+    remat: bool | Literal["dots"] = False
     ema: float = 0.0  # decay of the average of parameters and codes; 0: no average
     micro: int = 1  # micro-batches per update; each of them moves the codebook
     optim: Optimizer = Optim()
