@@ -34,12 +34,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from aigc_jax.__main__ import quiet_pipe, write_traceback
+from aigc_jax.train import Run, connect
 from aigc_jax.train.engine import compilation_cache
 from aigc_jax.train.folder import environment, write_json
 from experiments import _criteria
@@ -297,6 +299,8 @@ def main(name: str) -> None:
             commit = recordable(scale, flags)
     compilation_cache()
     with one_line_errors():
+        if isinstance(run := getattr(setup, "run", setup), Run):
+            connect(run)
         if not getattr(setup, "run", setup).folder:
             raise ValueError("an experiment needs a folder to write to (--run.folder, or --folder)")
         folder = Path(getattr(setup, "run", setup).folder)
@@ -308,6 +312,8 @@ def main(name: str) -> None:
         rows, failed = measured(script, setup, folder)
     except KeyboardInterrupt as e:
         raise SystemExit(_error("interrupted", 130)) from e
+    if jax.process_index():  # of several processes the first one reports
+        raise SystemExit(_error(why(failed), 1) if failed else 0)
     there = {row.quantity for row in rows}
     rows += [Row(quantity, None, reason=failed) for quantity in criteria if quantity not in there]
     verdicts = [verdict(row, criteria) for row in rows]
@@ -358,7 +364,16 @@ def describe(name: str, script, asked: Asked) -> dict:
     setup = asked.setup
     # Flags that change what is compared; the data set and the seeds have entries of their own.
     changed = without(
-        asked.flags, "--run.folder", "--folder", "--data.folder", "--data.name", "--seeds", "--ship"
+        asked.flags,
+        "--run.folder",
+        "--folder",
+        "--data.folder",
+        "--data.name",
+        "--seeds",
+        "--ship",
+        "--run.coordinator",
+        "--run.processes",
+        "--run.process",
     )
     return {
         "name": name,

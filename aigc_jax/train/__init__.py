@@ -15,6 +15,7 @@ from .inference import evaluate, load, replay, sample
 from .log import metrics
 from .loop import fit
 from .planning import plan
+from .processes import connect
 from .record import Refused
 from .shipping import ship
 from .weights import shipped
@@ -26,6 +27,7 @@ __all__ = [
     "Result",
     "Run",
     "SaveFailed",
+    "connect",
     "evaluate",
     "fit",
     "load",

@@ -15,6 +15,7 @@ from . import folder as folders
 from .checkpoints import difference, not_finite
 from .config import Run
 from .engine import ratios
+from .processes import check_connected
 from .record import Refused
 
 
@@ -44,6 +45,7 @@ def check_model_takes(cfg, info: Info) -> None:
 
 def check_devices(cfg, run: Run) -> None:
     """Raises Refused where the machine lacks devices, or the batch does not divide among them."""
+    check_connected(run)
     here = len(jax.devices())
     if run.devices > here:
         raise Refused(f"run.devices is {run.devices}, this machine has {here}")

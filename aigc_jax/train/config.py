@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,9 @@ class Run:
     steps_per_call: int = 1  # updates per compiled call; 1 for convolutional nets on the CPU
     devices: int = 0  # 0: all
     tensor: int = 1  # of these share each layer (tensor parallel); the others divide the batch
+    coordinator: str = ""  # of several processes: host:port of process 0, or auto (Slurm, TPU pods)
+    processes: int = 1  # how many processes train together, each started with the same flags
+    process: int = 0  # the number of this one, from 0
     pmap: bool = False  # each device computes its rows with its own noise (jax.shard_map)
     init: str = ""  # a run folder whose parameters this run starts from
 
@@ -54,8 +58,22 @@ class Run:
             "tensor",
             name="run",
         )
+        self._check_processes()
         if self.seed >= 2**32:
             raise ValueError(f"run.seed must be below 2**32, got {self.seed}")
+
+    def _check_processes(self) -> None:
+        check_at_least(self, 1, "processes", name="run")
+        if not 0 <= self.process < self.processes:
+            raise ValueError(
+                f"run.process must be in 0..{self.processes - 1} (run.processes is "
+                f"{self.processes}), got {self.process}"
+            )
+        if self.processes > 1 and not re.fullmatch(r"auto|.+:\d+", self.coordinator):
+            raise ValueError(
+                "several processes need run.coordinator, host:port of process 0 or auto, got "
+                f"{self.coordinator!r}"
+            )
 
 
 class Result(NamedTuple):

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -178,11 +179,30 @@ class Feed:
             return self.data.batch(seed, i, size)
         try:
             if self._prefetcher is None or not self._prefetcher.has(seed, i, size):
-                self._prefetcher = Prefetcher(self.data, seed, i, size, stop)
+                read = partial(self._read, seed, size)
+                self._prefetcher = Prefetcher(read, (seed, size), i, stop)
             return self._prefetcher.batch(i)
         except (OSError, ValueError) as e:
             self._prefetcher = None
             raise ReadFailed(str(e)) from e
+
+    def _read(self, seed: int, size: int, i: int) -> dict:
+        if not self.reads_part:
+            return self.data.batch(seed, i, size)
+        return self.data.part(seed, i, size, *self.rows_here(size))
+
+    @property
+    def reads_part(self) -> bool:
+        """Whether this process reads its own rows only: of several, of a set that is streamed."""
+        return self.data.part is not None and self.mesh.is_multi_process
+
+    def rows_here(self, size: int) -> tuple[int, int]:
+        """The rows first..last-1 of a batch that lie on this process's devices."""
+        sharding = NamedSharding(self.mesh, P("data"))
+        held = sharding.addressable_devices_indices_map((size,)).values()
+        return min(rows.indices(size)[0] for (rows,) in held), max(
+            rows.indices(size)[1] for (rows,) in held
+        )
 
     def place(self, x, axis: int = 0):
         """Puts host arrays on the mesh, with `axis` split over the devices."""
@@ -190,6 +210,25 @@ class Feed:
         return jax.tree.map(
             lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), x
         )
+
+    def place_batch(self, x, size: int, axis: int = 0):
+        """Does the same for what `from_host` gave of batches of `size` rows."""
+        if not self.reads_part:
+            return self.place(x, axis)
+        sharding, (first, _) = (
+            NamedSharding(self.mesh, P(*[None] * axis, "data")),
+            self.rows_here(size),
+        )
+
+        def put(a):
+            def piece(index):
+                start, stop, _ = index[axis].indices(size)
+                return a[(*index[:axis], slice(start - first, stop - first))]
+
+            shape = (*a.shape[:axis], size, *a.shape[axis + 1 :])
+            return jax.make_array_from_callback(shape, sharding, piece)
+
+        return jax.tree.map(put, x)
 
     def take(self, arrays, x):
         """Returns the batch: rows x of `arrays`, or x itself; runs in the compiled step."""
@@ -204,11 +243,12 @@ class Feed:
 class Prefetcher:
     """Reads the batches i, i + 1, ... of a set on disk in threads (grain), ahead of their use."""
 
-    def __init__(self, data: Data, seed: int, i: int, size: int, stop: int):
+    def __init__(self, read: Callable, asked: tuple[int, int], i: int, stop: int):
+        """read: `read(i)` returns batch i of the seed and size that `asked` holds."""
         import grain
 
-        self._asked, self._i = (seed, size), i
-        batches = grain.MapDataset.range(i, stop).map(lambda j: data.batch(seed, j, size))
+        self._asked, self._i = asked, i
+        batches = grain.MapDataset.range(i, stop).map(read)
         cores = os.cpu_count() or 1
         options = grain.ReadOptions(num_threads=cores, prefetch_buffer_size=2 * cores)
         self._left = iter(batches.to_iter_dataset(options))
@@ -233,8 +273,9 @@ class Engine:
     as jax.pmap did. Else one compiled update sees the whole batch, and XLA splits the work.
     """
 
-    def __init__(self, make, cfg, run, data: Data):
-        devices = jax.devices()[: run.devices or None]
+    def __init__(self, make, cfg, run, data: Data, *, devices: list | None = None):
+        """devices: by default the first run.devices of all processes."""
+        devices = devices or jax.devices()[: run.devices or None]
         self.run, self.mesh, self.family = run, mesh_of(devices, run.tensor), make(cfg)
         k_init, self.k_step, self.k_eval, _ = jax.random.split(jax.random.key(run.seed), 4)
         self.feed = Feed(data, self.mesh)
@@ -319,11 +360,12 @@ class Engine:
         """
         run, k = self.run, self.run.steps_per_call
         if k == 1:
-            x = self.feed.place(self.feed.from_host(run.seed, step, run.batch_size, run.steps))
+            x = self.feed.from_host(run.seed, step, run.batch_size, run.steps)
+            x = self.feed.place_batch(x, run.batch_size)
             return self._update(state, self.feed.arrays, x, self.k_step)
         steps = [step + min(i, count - 1) for i in range(k)]  # the loop reads the first `count`
         sent = [self.feed.from_host(run.seed, i, run.batch_size, run.steps) for i in steps]
-        xs = self.feed.place(jax.tree.map(lambda *x: np.stack(x), *sent), 1)
+        xs = self.feed.place_batch(jax.tree.map(lambda *x: np.stack(x), *sent), run.batch_size, 1)
         return self._update_many(state, self.feed.arrays, xs, self.k_step, count)
 
     def scorer(self, feed: Feed):
@@ -345,7 +387,7 @@ class Engine:
             for i in counted("evaluating", range(batches)):
                 # The last batch is filled up with examples of weight 0, which do not count.
                 weight = feed.place((i * size + np.arange(size) < n).astype(np.float32))
-                x = feed.place(feed.from_host(0, i, size, batches))
+                x = feed.place_batch(feed.from_host(0, i, size, batches), size)
                 key = jax.random.fold_in(self.k_eval, i)
                 for name, value in jax.device_get(sums(state, feed.arrays, x, weight, key)).items():
                     total[name] = total.get(name, 0.0) + float(value)

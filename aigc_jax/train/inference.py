@@ -62,7 +62,7 @@ def load(
     make, cfg, run, info, record = folders.rebuild(folder, trust)
     folders.unedited(folder, record)
     family, shapes = _family(make, cfg, folder)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes
     )
@@ -100,7 +100,7 @@ def sample(result: Result, key: jax.Array, *, n: int, chunk: int = 256, **option
     size = min(chunk, n)
     draw = jax.jit(
         partial(result.family.sample, n=size, **options),
-        compiler_options=compiler_options(jax.devices()[0]),
+        compiler_options=compiler_options(jax.local_devices()[0]),
     )
     pieces = []
     for i in counted("sampling", range(-(-n // size))):
@@ -167,7 +167,8 @@ def evaluate(
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise Refused(f"batch_size must be a whole number and at least 1, got {batch_size}")
     run = Run(batch_size=min(batch_size, data.info.examples), seed=seed, devices=1)
-    engine = Engine(lambda _: result.family, result.config, run, data)
+    here = jax.local_devices()[:1]  # each of several processes evaluates alone
+    engine = Engine(lambda _: result.family, result.config, run, data, devices=here)
     state = jax.device_put(result.state, engine.mesh.devices.flat[0])
     return engine.scorer(engine.feed)(state)
 

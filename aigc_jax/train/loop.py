@@ -18,6 +18,7 @@ from .checks import check_best, check_run, warm_start
 from .config import NonFinite, Result, Run
 from .engine import Engine, Feed, ReadFailed
 from .inference import load
+from .processes import ends_together, gathered
 from .progress import Progress
 from .run_folder import NoFolder, RunFolder
 
@@ -64,7 +65,7 @@ def fit(
                 kept.save(0, state)
         warm = None  # its optimizer's state is not kept in memory
         kept.open_log()
-        state = Loop(engine, kept, state, valid, on_eval).run()
+        state = gathered(Loop(engine, kept, state, valid, on_eval).run())
     return Result(engine.family, state, cfg, data.info, kept.path)
 
 
@@ -85,10 +86,11 @@ class Loop:
         with asked_to_stop() as signals, Progress(self.engine.run.steps, self.step) as progress:
             self.progress = progress
             try:
-                # An earlier process saved this step, and was killed before it validated.
-                if self.validation_missing():
-                    self.validate()
-                self.train(signals)
+                with ends_together():
+                    # An earlier process saved this step, and was killed before it validated.
+                    if self.validation_missing():
+                        self.validate()
+                    self.train(signals)
             except ReadFailed as e:  # raised before the state is donated: it still stands
                 self.rescue()
                 stands = self.kept.stands()
@@ -208,7 +210,7 @@ class Loop:
         try:
             values = self.score(self.state) if self.score else {}
             if self.on_eval:
-                more = self.on_eval(self.engine.family, self.state, self.step) or {}
+                more = self.on_eval(self.engine.family, gathered(self.state), self.step) or {}
                 values |= {name: float(v) for name, v in more.items()}
             return values
         except ReadFailed:
