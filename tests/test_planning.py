@@ -1,8 +1,12 @@
 """`train.plan`: operations by formula beside independent counts, memory, traffic between devices, the command."""
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -350,3 +354,24 @@ def test_without_libtpu_the_message_says_what_to_do():
         assert "pip install 'jax[tpu]'" in str(e) and "cpu:4" in str(e)
     else:
         assert len(devices) == 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_device_runs_and_counts_by_formula(tmp_path):
+    """A tiny GPT: a forward pass takes 2 L (12 D^2 + 2 T D) + 2 V D per token, an update three times that."""
+    out, script = tmp_path / "rows.json", Path(__file__).parents[1] / "benchmarks" / "device.py"
+    options = ["--tiny", "--nets", "gpt2", "dit", "--updates", "1", "--repeats", "1", "--out", str(out)]
+    said = subprocess.run(
+        [sys.executable, script, *options], capture_output=True, text=True, check=True
+    ).stdout
+    rows = {row["net"]: row for row in json.loads(out.read_text())}
+    assert list(rows) == ["gpt2", "dit"] and all(f"| {name} |" in said for name in rows)
+    L, D, T, V, tokens = 2, 32, 32, 64, 4 * 32
+    formula = 3 * tokens * (2 * L * (12 * D**2 + 2 * T * D) + 2 * V * D)
+    assert 1 <= rows["gpt2"]["operations_per_update"] / formula < 1.01  # and the norms' means
+    for row in rows.values():
+        rate = row["operations_per_update"] / (row["ms_per_update"] / 1e3)
+        np.testing.assert_allclose(row["operations_per_second"], rate)
+        assert row["mfu"] is None  # of a CPU no peak is listed
+    per_second = 4 * T / (rows["gpt2"]["ms_per_update"] / 1e3)
+    np.testing.assert_allclose(rows["gpt2"]["tokens_per_second"], per_second)
