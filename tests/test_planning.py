@@ -360,7 +360,18 @@ def test_without_libtpu_the_message_says_what_to_do():
 def test_the_benchmark_of_a_device_runs_and_counts_by_formula(tmp_path):
     """A tiny GPT: a forward pass takes 2 L (12 D^2 + 2 T D) + 2 V D per token, an update three times that."""
     out, script = tmp_path / "rows.json", Path(__file__).parents[1] / "benchmarks" / "device.py"
-    options = ["--tiny", "--nets", "gpt2", "dit", "--updates", "1", "--repeats", "1", "--out", str(out)]
+    options = [
+        "--tiny",
+        "--nets",
+        "gpt2",
+        "dit",
+        "--updates",
+        "1",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    ]
     said = subprocess.run(
         [sys.executable, script, *options], capture_output=True, text=True, check=True
     ).stdout

@@ -111,6 +111,8 @@ def devices_of(topology: str) -> list:
         ).devices
     except RuntimeError as e:  # JAX's own error for an unknown shape is one
         why = " ".join(str(e).split())[:200]
+        if "lockfile" in why:
+            raise Refused(f"another process uses libtpu: wait until it ends ({why})") from e
         raise Refused(
             f"libtpu has no topology {topology}; take one chip, or even sides such as 2x2, 2x4 and "
             f"4x4 ({why})"
