@@ -47,8 +47,8 @@ class Family(NamedTuple):
     evaluate(state, batch, key) -> {name: [B]}: one value per example
     sample(state, key, *, n, ...) -> [n, ...]: float32 in [0, 1] for images, data units for points,
         int32 tokens for text. None: the model draws nothing
-    rules: ((regex searched in a State leaf's path, PartitionSpec), ...); the first match decides
-        (`train.engine.shardings_of`)
+    rules: ((regex searched in a State leaf's path, PartitionSpec), ...); the first match counts.
+        What is still large is split over the axis data too (`train.engine.shardings_of`)
     """
 
     init: Callable

@@ -208,7 +208,7 @@ def test_traffic_of_a_loop_counts_as_often_as_it_runs():
     rows, whole = (jax.NamedSharding(mesh, spec) for spec in (P("data"), P()))
 
     @partial(jax.jit, in_shardings=(rows, rows), out_shardings=whole)
-    def looped(x, w):  # w [5, 64, 64] is gathered as a whole; in each pass x w is summed
+    def looped(x, w):  # w [8, 64, 64] is gathered as a whole; in each pass x w is summed
         def body(c, w):
             y = jax.lax.with_sharding_constraint((x * c).sum(0) @ w, whole)
             return c + y[0], y
@@ -312,6 +312,9 @@ def test_a_lighter_config_recomputes_and_then_takes_parts():
     net = ddpm.Config(shape=(8, 8, 1), net=ddpm.NetConfig("mlp", widths=(4,)))
     assert next(lighter(net))[1].net.remat is True
     assert list(lighter(vae.Config()))[-1][1].micro == 4
+    style = gan.NetConfig("style", widths=(4, 4))
+    pictures = gan.Config(shape=(8, 8, 1), gen=style, disc=style)
+    assert [words for words, _ in lighter(pictures)] == ["and 4 micro-batches (model.micro)"]
 
 
 @pytest.mark.parametrize("fits", ["both", "one", "too large", "none"])
@@ -332,7 +335,12 @@ def test_the_command_says_whether_it_fits(tmp_path, monkeypatch, capsys, fits):
     monkeypatch.setattr(
         "sys.argv", ["aigc_jax", "plan", str(tmp_path / "run"), "--topology", "v5e:2x2"]
     )
-    commands.main()
+    if fits in ("both", "one"):
+        commands.main()
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            commands.main()
+        assert stopped.value.code == 1
     said = capsys.readouterr().out
     if fits == "none":
         assert "chip     does not fit: a batch of 16 does not fit: of 15.75G\n" in said

@@ -30,7 +30,8 @@ def plan(
     """Compiles an update of a run for devices that are not here, and prints what it needs.
 
     The batch is split over the devices, and large parameters too. Nothing is trained. Where the
-    program does not fit, changes of the config are tried that take less memory.
+    program does not fit, changes of the config are tried that take less memory. The exit code is
+    then 1.
 
     Args:
         run_folder: what a training run wrote.
@@ -65,10 +66,10 @@ def plan(
     except DoesNotFit as e:
         print(f"chip     does not fit: {e}")
         advise(planned, cfg, size, chip)
-        return
+        raise SystemExit(1) from e
     show(topology, size, first, tensor)
-    if chip:
-        show_chip(planned, cfg, size, first, chip)
+    if chip and not show_chip(planned, cfg, size, first, chip):
+        raise SystemExit(1)
 
 
 def tensor_of(mesh: str, devices: int) -> int:
@@ -82,8 +83,11 @@ def tensor_of(mesh: str, devices: int) -> int:
     return tensor
 
 
-def show_chip(planned, cfg, size: int, first: Plan, chip: Chip) -> None:
-    """Prints whether a plan fits a chip, how many examples would, and the bound of its time."""
+def show_chip(planned, cfg, size: int, first: Plan, chip: Chip) -> bool:
+    """Prints whether a plan fits a chip, how many examples would, and the bound of its time.
+
+    Returns whether it fits.
+    """
     fits, room = first.memory <= chip.memory, chip.memory / 2**30
     if fits:
         print(f"chip     fits into {room:.0f} GiB")
@@ -100,6 +104,7 @@ def show_chip(planned, cfg, size: int, first: Plan, chip: Chip) -> None:
     seconds = first.bounds(chip)
     limit = max(seconds, key=seconds.get)
     print(f"bound    at least {1e3 * seconds[limit]:.3g} ms per update: {limit} (no measurement)")
+    return fits
 
 
 def advise(planned, cfg, size: int, chip: Chip) -> None:
@@ -108,20 +113,31 @@ def advise(planned, cfg, size: int, chip: Chip) -> None:
     for words, changed in lighter(cfg):
         try:
             memory = planned(changed, size).memory
+        except DoesNotFit as e:
+            print(f"         {words}: does not fit ({e})")
+        except ValueError as e:  # such as a batch that has not so many parts
+            print(f"         {words}: cannot be ({e})")
+        else:
             verdict = "fits" if memory <= chip.memory else "does not fit"
             print(f"         {words}: {verdict}, {_bytes(memory)} per device")
-        except (DoesNotFit, ValueError) as e:  # ValueError: the batch has no so many parts
-            print(f"         {words}: does not fit ({e})")
 
 
 def lighter(cfg) -> Iterator[tuple[str, object]]:
     """Yields (what changes, the changed config) where a config has fields that save memory."""
-    nets = [name for name in ("net", "gen", "disc") if is_dataclass(getattr(cfg, name, None))]
-    again = {name: replace(getattr(cfg, name), remat=True) for name in nets}
-    if getattr(cfg, "remat", True) is False:
+    nets = {name: getattr(cfg, name, None) for name in ("net", "gen", "disc")}
+    again = {
+        name: replace(net, remat=True)
+        for name, net in nets.items()
+        if is_dataclass(net) and getattr(net, "remat", True) is not True
+    }
+    if getattr(cfg, "remat", True) is not True:
         again["remat"] = True
+    try:
+        changed = replace(cfg, **again)
+    except ValueError:  # a net that cannot recompute, such as StyleGAN2's
+        again = {}
     if again:
-        cfg = replace(cfg, **again)
+        cfg = changed
         yield "blocks recomputed in the backward pass (remat)", cfg
     if hasattr(cfg, "micro"):
         cfg = replace(cfg, micro=4 * cfg.micro)

@@ -63,8 +63,8 @@ class Data(NamedTuple):
         With image or points there may be `other`, the same of a second set. There may be label
         int32 [B]; index int32 [B] for finite sets; and mask float32 [B, T] with tokens and roll,
         which is 1 where a position counts.
-    part: None, or `part(seed, i, size, start, stop)`, which returns the rows start..stop-1 of that
-        batch and reads no others: each of several processes reads its own.
+    part: None, or `part(seed, i, size, rows)`, which returns these rows of that batch and reads no
+        others: each of several processes reads its own.
     resident: None, or (arrays, rows, take) for a set that fits in memory. `rows(seed, i, size)`
         returns on the host which examples make up a batch, int32 [size]; of two sets side by side
         [size, 2]. `take(arrays, rows)` returns the batch and can be jitted. `batch` is `take`
@@ -74,7 +74,7 @@ class Data(NamedTuple):
     info: Info
     batch: Callable[[int, int, int], dict]
     resident: tuple | None = None
-    part: Callable[[int, int, int, int, int], dict] | None = None
+    part: Callable[[int, int, int, np.ndarray], dict] | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -462,15 +462,12 @@ def from_source(
         some = read(np.linspace(0, n - 1, min(n, 64)).astype(int))
         fingerprint = hashlib.sha256(f"{n} {_digest(some, info.tokenizer)}".encode()).hexdigest()
 
-    def part(seed, i, size, start, stop):
-        rows = order(n, seed, i, size)[start:stop]
-        return {**read(rows), "index": rows}
-
-    def batch(seed, i, size):
-        return part(seed, i, size, 0, size)
+    def part(seed, i, size, rows):
+        index = order(n, seed, i, size)[rows]
+        return {**read(index), "index": index}
 
     info = replace(info, examples=n, source=source, fingerprint=fingerprint)
-    return Data(info, batch, part=part)
+    return Data(info, lambda *which: part(*which, slice(None)), part=part)
 
 
 def _read_examples(examples, shapes: dict[str, tuple[int, ...]], rows) -> dict:

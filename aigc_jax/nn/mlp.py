@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from .blocks import NormAct, class_logits, inputs_per_unit, linear, recompute
+from .blocks import FusedDense, NormAct, class_logits, inputs_per_unit, linear, recompute
 from .embeddings import Condition
 
 HIDDEN = "_MLP_0"  # the name that saved parameters of G and D have
@@ -55,6 +55,8 @@ class MLP(nn.Module):
         return self._dense(len(self.widths), self.out, self.out_init)(h) if self.out else h
 
     def _layer(self, h, condition, *, i: int, train: bool | None):
+        if self.activation == "swiglu" and self.norm == "none" and condition is None:
+            return self._drop_hidden(self._swiglu(h, i), train)
         width = self.widths[i] * inputs_per_unit(self.activation, self.pieces)
         h = linear(self._dense(i, width, self.kernel_init), h, self.norm, bool(train))
         if condition is not None:
@@ -63,6 +65,16 @@ class MLP(nn.Module):
         options = {"pieces": self.pieces, "axis_name": self.axis_name, "dtype": self.dtype}
         # Saved statistics have the name _Act_.
         h = NormAct(norm, self.activation, **options, name=f"_Act_{i}")(h, bool(train))
+        return self._drop_hidden(h, train)
+
+    def _swiglu(self, h, i: int):
+        """Returns silu(gate) * up; over a mesh each device has the same units of both."""
+        name = self.names[i] if self.names else f"Dense_{i}"
+        options = {"kernel_init": self.kernel_init, "dtype": self.dtype, "name": name}
+        both = FusedDense(2, self.widths[i], self.bias, **options)(h)
+        return nn.silu(both[..., 0, :]) * both[..., 1, :]
+
+    def _drop_hidden(self, h, train: bool | None):
         return h if self.dropout is None else self._drop(h, self.dropout, train)
 
     def _dense(self, i: int, width: int, init: Any) -> nn.Dense:

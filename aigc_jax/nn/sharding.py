@@ -50,7 +50,6 @@ def check_divides(n: int, what: str) -> None:
     mesh = jax.sharding.get_abstract_mesh()
     size = mesh.shape["model"] if "model" in mesh.auto_axes else 1
     if n % size:
-        fits = ", ".join(str(m) for m in range(1, n) if n % m == 0)
         raise ValueError(
-            f"{n} {what} do not divide over {size} devices (the axis model): {fits} or {n} would do"
+            f"{size} devices (the axis model) cannot share {n} {what}: take a multiple of {size}"
         )

@@ -14,7 +14,7 @@ from ..data import Data, Info
 from . import folder as folders
 from .checkpoints import difference, not_finite
 from .config import Run
-from .engine import ratios
+from .engine import global_update, mesh_of, ratios, shardings_of
 from .processes import check_connected
 from .record import Refused
 
@@ -26,6 +26,7 @@ def check_run(
     for info in (data.info, *([valid.info] if valid else [])):
         check_model_takes(cfg, info)
     check_devices(cfg, run)
+    check_tensor(make, cfg, run, data)
     check_validation(make, cfg, run, data, valid, on_eval)
     if run.init and Path(run.init).resolve() == Path(run.folder or ".").resolve():
         raise Refused("run.init and run.folder are the same folder")
@@ -58,11 +59,36 @@ def check_devices(cfg, run: Run) -> None:
         raise Refused(f"run.tensor is {run.tensor}, which does not divide {devices} devices")
     if run.tensor > 1 and run.pmap:
         raise Refused("run.tensor splits layers, run.pmap copies them: leave one of them out")
-    divisors = {"devices": devices // run.tensor}
+    name = "devices" if run.tensor == 1 else f"groups of {run.tensor} devices"
+    divisors = {name: devices // run.tensor}
     divisors |= getattr(cfg, "cuts", {"micro-batches": getattr(cfg, "micro", 1)})
     if run.batch_size % math.prod(divisors.values()):
         words = " x ".join(f"{n} {name}" for name, n in divisors.items())
         raise Refused(f"run.batch_size {run.batch_size} does not divide by {words}")
+
+
+def check_tensor(make: Callable, cfg, run: Run, data: Data) -> None:
+    """Raises Refused where the devices of run.tensor cannot share the layers of this model."""
+    if run.tensor == 1:
+        return
+    family, mesh = make(cfg), mesh_of(jax.devices()[: run.devices or None], run.tensor)
+    key = jax.random.key(0)
+    state = jax.eval_shape(family.init, key)
+    if not any(
+        "model" in place.spec for place in jax.tree.leaves(shardings_of(family, state, mesh))
+    ):
+        raise Refused(
+            f"run.tensor is {run.tensor}, but this model has no layers to share: rules split "
+            "transformer, DiT and U-Net (leave it at 1)"
+        )
+    batch = {
+        name: jax.ShapeDtypeStruct((run.batch_size, *x.shape[1:]), x.dtype)
+        for name, x in data.batch(run.seed, 0, 1).items()  # reads one example
+    }
+    try:
+        jax.eval_shape(global_update(family, mesh), state, batch, key)
+    except ValueError as e:
+        raise Refused(str(e)) from e
 
 
 def check_validation(

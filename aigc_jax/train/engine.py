@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,13 +69,14 @@ def compilation_cache() -> None:
 def mesh_of(devices: list, tensor: int = 1) -> jax.sharding.Mesh:
     """A mesh of these devices with the axis data, and with tensor > 1 an axis model of that size.
 
-    Neighbours in the list share one position of data: they exchange the most.
+    On a TPU the axes follow its links, where that can be.
     """
     shape, names = (len(devices),), ("data",)
     if tensor > 1:
         shape, names = (len(devices) // tensor, tensor), ("data", "model")
-    # Auto: under make_mesh's default, Explicit, scans and gathers raise ShardingTypeError.
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+    places = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # Auto: under the default, Explicit, scans and gathers raise ShardingTypeError.
+    return jax.sharding.Mesh(places, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def shardings_of(family: Family, template: State, mesh) -> State:
@@ -189,20 +191,18 @@ class Feed:
     def _read(self, seed: int, size: int, i: int) -> dict:
         if not self.reads_part:
             return self.data.batch(seed, i, size)
-        return self.data.part(seed, i, size, *self.rows_here(size))
+        return self.data.part(seed, i, size, self.rows_here(size))
 
     @property
     def reads_part(self) -> bool:
         """Whether this process reads its own rows only: of several, of a set that is streamed."""
         return self.data.part is not None and self.mesh.is_multi_process
 
-    def rows_here(self, size: int) -> tuple[int, int]:
-        """The rows first..last-1 of a batch that lie on this process's devices."""
+    def rows_here(self, size: int) -> np.ndarray:
+        """The rows of a batch that lie on this process's devices, in ascending order."""
         sharding = NamedSharding(self.mesh, P("data"))
         held = sharding.addressable_devices_indices_map((size,)).values()
-        return min(rows.indices(size)[0] for (rows,) in held), max(
-            rows.indices(size)[1] for (rows,) in held
-        )
+        return np.unique(np.concatenate([np.arange(size)[rows] for (rows,) in held]))
 
     def place(self, x, axis: int = 0):
         """Puts host arrays on the mesh, with `axis` split over the devices."""
@@ -215,15 +215,13 @@ class Feed:
         """Does the same for what `from_host` gave of batches of `size` rows."""
         if not self.reads_part:
             return self.place(x, axis)
-        sharding, (first, _) = (
-            NamedSharding(self.mesh, P(*[None] * axis, "data")),
-            self.rows_here(size),
-        )
+        sharding = NamedSharding(self.mesh, P(*[None] * axis, "data"))
+        rows = self.rows_here(size)
 
         def put(a):
             def piece(index):
-                start, stop, _ = index[axis].indices(size)
-                return a[(*index[:axis], slice(start - first, stop - first))]
+                wanted = np.arange(size)[index[axis]]
+                return np.take(a[index[:axis]], np.searchsorted(rows, wanted), axis)
 
             shape = (*a.shape[:axis], size, *a.shape[axis + 1 :])
             return jax.make_array_from_callback(shape, sharding, piece)

@@ -18,7 +18,7 @@ from .checks import check_best, check_run, warm_start
 from .config import NonFinite, Result, Run
 from .engine import Engine, Feed, ReadFailed
 from .inference import load
-from .processes import ends_together, gathered
+from .processes import agreed_to_stop, gathered, together
 from .progress import Progress
 from .run_folder import NoFolder, RunFolder
 
@@ -49,7 +49,7 @@ def fit(
     Ctrl-C.
     """
     record = check_run(make, cfg, run, data, valid, on_eval, params)
-    with RunFolder(run, record, data.info) if run.folder else NoFolder() as kept:
+    with together(), RunFolder(run, record, data.info) if run.folder else NoFolder() as kept:
         warm = None
         if not kept.has_checkpoints():  # refused before anything is written
             warm = warm_start(make(cfg), run, params, load)
@@ -86,11 +86,10 @@ class Loop:
         with asked_to_stop() as signals, Progress(self.engine.run.steps, self.step) as progress:
             self.progress = progress
             try:
-                with ends_together():
-                    # An earlier process saved this step, and was killed before it validated.
-                    if self.validation_missing():
-                        self.validate()
-                    self.train(signals)
+                # An earlier process saved this step, and was killed before it validated.
+                if self.validation_missing():
+                    self.validate()
+                self.train(signals)
             except ReadFailed as e:  # raised before the state is donated: it still stands
                 self.rescue()
                 stands = self.kept.stands()
@@ -118,6 +117,7 @@ class Loop:
             if self.step < run.steps and stop_now(signals, self.step):
                 self.save()
                 self.kept.wait()
+                agreed_to_stop()
                 name = signals[0] if signals else "preemption"
                 raise SystemExit(f"stopped by {name} at step {self.step}: {self.kept.stopped()}")
         self.report()

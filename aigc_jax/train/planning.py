@@ -233,7 +233,8 @@ def traffic(program: str) -> dict[str, tuple[int, int]]:
     """Returns {kind: (how many, bytes)} of the collectives in a compiled program's text.
 
     The body of a loop counts as often as it runs, where the text says how often; else once. Copies
-    of one collective (a TPU's program has some that overlap with products) count once.
+    of one collective (a TPU's program has some that overlap with products) count once, and every
+    branch of a conditional does.
     """
     found = {}
     for place, (line, times) in enumerate(_executed(program)):
