@@ -186,10 +186,8 @@ class Decoder(nn.Module):
         x_BTD = x_BTD.astype(self.dtype)
         x_BTD = self.drop(x_BTD, deterministic=not self.has_rng("dropout"))
         if self.scan and past is None and not self.is_initializing():
-            names, block = (
-                [f"blocks_{i}" for i in range(self.layers)],
-                Block(**self._form(), parent=None),
-            )
+            names = [f"blocks_{i}" for i in range(self.layers)]
+            block = Block(**self._form(), parent=None)
             x_BTD, (keys, values) = scan_blocks(self, block, names, x_BTD, mask_BTS, positions_BT)
             keys_values = list(zip(keys, values, strict=True))
         else:
