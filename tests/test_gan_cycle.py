@@ -399,6 +399,7 @@ def test_data_that_do_not_fit_are_refused_before_training(sets, words):
         train.fit(gan.make_cycle, IMAGES, Run("", steps=1, batch_size=4), sets())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [0, 2])
 def test_resume_is_exact_with_the_pools(tmp_path, pool):
     cfg = replace(IMAGES, pool=pool)
@@ -413,6 +414,7 @@ def test_resume_is_exact_with_the_pools(tmp_path, pool):
     jax.tree.map(np.testing.assert_array_equal, whole.state.params, loaded.state.params)
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_update_and_bfloat16_a_near_one():
     batch = DIGITS.batch(0, 0, 8)
     sgd = Optim("sgd", lr=0.1)

@@ -172,6 +172,7 @@ def test_a_step_moves_the_mean_style_and_the_mean_path():
     assert float(again.extra["path"]) == float(new.extra["path"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simultaneous", [None, True])
 def test_resume_is_exact(tmp_path, simultaneous):
     cfg = replace(CFG, simultaneous=simultaneous)

@@ -92,9 +92,7 @@ def assert_near(found, wanted, atol):
         pytest.param(name, mesh, id=f"{name}-{mesh[0]}x{mesh[1]}", marks=marks)
         for name in MODELS
         for mesh in MESHES
-        for marks in (
-            [] if name == "transformer" or (name, mesh) == ("dit", (4, 2)) else [pytest.mark.slow],
-        )
+        for marks in ([] if name == "transformer" else [pytest.mark.slow],)
     ],
 )
 def test_a_mesh_has_the_numbers_of_one_device(name, mesh):
@@ -203,6 +201,7 @@ def texts():
     return data.from_arrays({"tokens": rows}, levels=16)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_over_another_mesh_and_is_loaded_on_one_device(tmp_path):
     text = texts()
     run = train.Run(str(tmp_path / "run"), steps=4, batch_size=8, save_every=2, tensor=2)
@@ -246,8 +245,14 @@ SCANS = {
 }
 
 
-@pytest.mark.parametrize("remat", [False, True, "dots"])
-@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        pytest.param(name, remat, marks=[] if name == "transformer" else [pytest.mark.slow])
+        for name in SCANS
+        for remat in (False, True, "dots")
+    ],
+)
 def test_scanned_layers_have_the_same_numbers_and_parameters(name, remat):
     make, cfg = MODELS[name]
     cfg = SCANS[name](cfg)

@@ -55,7 +55,7 @@ class MLP(nn.Module):
         return self._dense(len(self.widths), self.out, self.out_init)(h) if self.out else h
 
     def _layer(self, h, condition, *, i: int, train: bool | None):
-        if self.activation == "swiglu" and self.norm == "none" and condition is None:
+        if self.activation == "swiglu" and self.names:  # as in a transformer's block
             return self._drop_hidden(self._swiglu(h, i), train)
         width = self.widths[i] * inputs_per_unit(self.activation, self.pieces)
         h = linear(self._dense(i, width, self.kernel_init), h, self.norm, bool(train))
@@ -69,8 +69,7 @@ class MLP(nn.Module):
 
     def _swiglu(self, h, i: int):
         """Returns silu(gate) * up; over a mesh each device has the same units of both."""
-        name = self.names[i] if self.names else f"Dense_{i}"
-        options = {"kernel_init": self.kernel_init, "dtype": self.dtype, "name": name}
+        options = {"kernel_init": self.kernel_init, "dtype": self.dtype, "name": self.names[i]}
         both = FusedDense(2, self.widths[i], self.bias, **options)(h)
         return nn.silu(both[..., 0, :]) * both[..., 1, :]
 
