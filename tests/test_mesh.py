@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from aigc_jax import core, data, ddpm, train, transformer
+from aigc_jax import core, data, ddpm, train, transformer, vae
 from aigc_jax.nn import sharding
 from aigc_jax.train import engine
 
@@ -211,6 +211,14 @@ def test_a_run_goes_on_over_another_mesh_and_is_loaded_on_one_device(tmp_path):
     assert_near(jax.device_get(on.state.params), jax.device_get(plain.state.params), atol=1e-6)
     again = train.load(tmp_path / "run")
     assert_near(jax.device_get(again.state), jax.device_get(on.state), atol=0)
+
+
+def test_a_model_without_layers_to_share_is_refused():
+    cfg = vae.Config(shape=(8, 8, 1), levels=17, latent_dim=2, hidden=(8,))
+    with pytest.raises(
+        train.Refused, match="run.tensor is 2, but this model has no layers to share"
+    ):
+        train.fit(vae.make, cfg, train.Run(batch_size=8, tensor=2), data.load("digits"))
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def _spec(rule: P, shape: tuple[int, ...], axes: dict[str, int]) -> P:
 def global_update(family: Family, mesh):
     """Returns update(state, batch, key), which sees the whole batch; XLA splits it over the mesh.
 
-    The key is that of all steps.
+    key: the run's; each step derives its own from it.
     """
 
     def update(state, batch, key):
