@@ -10,7 +10,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Small models compile longer than they run: LLVM without optimization takes 40 % off the contract suite. Tests in
 # processes of their own (kills, command line, README) run what users run.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_parallel_codegen_split_count=1"  # two workers have two cores: threads only cost
 )
 
 import jax
@@ -28,10 +29,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-# A shell ignores Ctrl-C in what it starts in the background, and children inherit that: the tests
-# that send it would wait for nothing.
+# A shell ignores Ctrl-C in what it starts in the background, nohup ignores SIGHUP, and children
+# inherit that: the tests that send them would wait for nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MEMORY = Path("/proc/self/statm")  # of Linux; elsewhere nothing is freed early
 LIMIT = 3 * 2**29  # bytes: 1.5 GiB

@@ -24,7 +24,7 @@ T = jnp.arange(6) * 3
 def model(request):
     """A config, and parameters none of which are 0, so that every branch of the net acts."""
     cfg = dataclasses.replace(CFG, net={"unet": UNET, "dit": DIT}[request.param])
-    params = ddpm.make(cfg).init(jax.random.key(0)).params
+    params = jax.jit(ddpm.make(cfg).init)(jax.random.key(0)).params
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), len(leaves))
     noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -73,7 +73,7 @@ def test_guidance_leads_away_from_no_context_or_from_a_negative_one(model):
 
 def test_guidance_by_a_context_alone_of_a_model_that_also_has_classes():
     cfg = dataclasses.replace(CFG, classes=3)
-    params = jax.tree.map(lambda x: x + 0.1, ddpm.make(cfg).init(jax.random.key(0)).params)
+    params = jax.tree.map(lambda x: x + 0.1, jax.jit(ddpm.make(cfg).init)(jax.random.key(0)).params)
     fn = jax.jit(ddpm.predict_fn_of(cfg, params, context=CONTEXT, w=1.0)[0])
     given, none = (ddpm.predict(cfg, params, X, T, context=c)[0] for c in (CONTEXT, None))
     np.testing.assert_allclose(fn(X, T), 2 * given - none, rtol=1e-4, atol=1e-4)
@@ -92,7 +92,7 @@ def test_labels_and_contexts_are_withheld_together_at_the_share_that_is_asked_fo
 
 def test_training_reads_the_context_of_the_batch(model):
     cfg, params = model
-    state = ddpm.make(cfg).init(jax.random.key(0))
+    state = jax.jit(ddpm.make(cfg).init)(jax.random.key(0))
     whole = dataclasses.replace(cfg, unlabelled=0.0)
 
     @jax.jit
@@ -111,7 +111,7 @@ def test_training_reads_the_context_of_the_batch(model):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver", "heun"])
 def test_samples_are_floats_that_are_not_clipped(model, sampler):
     cfg, params = model
-    state = ddpm.make(cfg).init(jax.random.key(0))._replace(params=params)
+    state = jax.jit(ddpm.make(cfg).init)(jax.random.key(0))._replace(params=params)
     options = {"n": 6, "sampler": sampler, "steps": 5}
     sample = jax.jit(partial(ddpm.make(cfg).sample, **options))
     got = sample(state, jax.random.key(1), context=3 * CONTEXT, w=2.0, negative=-CONTEXT)
@@ -211,8 +211,8 @@ def test_latents_and_contexts_are_a_data_set():
 
 def test_one_context_serves_all_samples_of_train_sample():
     family = ddpm.make(CFG)
-    params = jax.tree.map(lambda x: x + 0.1, family.init(jax.random.key(0)).params)
-    state = family.init(jax.random.key(1))._replace(params=params)
+    params = jax.tree.map(lambda x: x + 0.1, jax.jit(family.init)(jax.random.key(0)).params)
+    state = jax.jit(family.init)(jax.random.key(1))._replace(params=params)
     result = train.Result(
         family, state, CFG, data.from_arrays({"points": np.asarray(X)}).info, None
     )

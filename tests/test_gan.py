@@ -632,7 +632,7 @@ def test_packed_discriminator_judges_neighbours_together():
 def test_batch_norm_of_a_packed_generator_sees_one_sample_of_each_pack():
     """The i-th samples of all packs are normalised together; statistics are the mean over i."""
     cfg = replace(SMALL, packing=2, disc=gan.NetConfig(widths=(12,)))
-    state = gan.make(cfg).init(key(0))
+    state = jax.jit(gan.make(cfg).init)(key(0))
     params, stats = state.params["gen"], state.extra["gen"]
     y = jnp.zeros((6, 0))
     x, new = gan._fake_examples(cfg, params, stats, y, key(1), None)

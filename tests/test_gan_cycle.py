@@ -236,7 +236,7 @@ def test_generators_and_critics_are_updated_from_their_own_losses():
     """The critics see fakes of the generators before the update; each loss moves its own nets."""
     cfg = replace(POINTS, pool=0, disc_optim=Optim("sgd", lr=0.2))
     family = gan.make_cycle(cfg)
-    state = family.init(key(0))
+    state = jax.jit(family.init)(key(0))
     batch = {name: x for name, x in zip(("points", "other"), _both(), strict=True)}
     new, metrics = jax.jit(family.step)(state, batch, key(1))
     grad = jax.grad(lambda p: cycle.generator_loss(cfg, p, state, batch, key(1))[0])
@@ -374,7 +374,7 @@ def test_a_paired_term_needs_aligned_pairs():
 def test_the_smallest_images_that_are_allowed_work():
     cfg = replace(IMAGES, shape=(6, 6, 1), gen_widths=(4, 4), disc_widths=(4, 4))
     family = gan.make_cycle(cfg)
-    state = family.init(key(0))
+    state = jax.jit(family.init)(key(0))
     x = np.random.default_rng(0).integers(0, 17, (2, 6, 6, 1), np.uint8)
     new, metrics = jax.jit(family.step)(state, {"image": x, "other": x[::-1]}, key(1))
     assert np.isfinite(metrics["gen_loss"]) and np.isfinite(metrics["disc_loss"])

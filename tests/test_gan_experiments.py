@@ -292,8 +292,15 @@ def test_the_clock_leaves_out_what_is_measured(tmp_path, monkeypatch):
     assert [watch(None, None, i)["minutes"] for i in (1, 2)] == [1, 2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", [loss_zoo, stacked_digits, dcgan_arithmetic, stylegan])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(loss_zoo, marks=pytest.mark.slow),
+        pytest.param(stacked_digits, marks=pytest.mark.slow),
+        pytest.param(dcgan_arithmetic, marks=pytest.mark.soak),
+        pytest.param(stylegan, marks=pytest.mark.soak),
+    ],
+)
 def test_the_scripts_run_at_scale_smoke(script, tmp_path):
     setup = script.SCALES["smoke"].setup
     rows = script.run(replace(setup, run=replace(setup.run, folder=str(tmp_path))), tmp_path)

@@ -172,8 +172,10 @@ def test_a_step_moves_the_mean_style_and_the_mean_path():
     assert float(again.extra["path"]) == float(new.extra["path"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("simultaneous", [None, True])
+@pytest.mark.parametrize(
+    "simultaneous",
+    [pytest.param(None, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.soak)],
+)
 def test_resume_is_exact(tmp_path, simultaneous):
     cfg = replace(CFG, simultaneous=simultaneous)
     run = Run(str(tmp_path / "whole"), steps=6, batch_size=8, save_every=3)
@@ -205,6 +207,6 @@ def test_configs_that_cannot_work_are_refused(change, words):
 
 def test_truncation_needs_a_style_generator():
     cfg = gan.Config(shape=(8, 8, 1), levels=17, latent_dim=4)
-    state = gan.make(cfg).init(key(0))
+    state = jax.jit(gan.make(cfg).init)(key(0))
     with pytest.raises(ValueError, match="truncation needs a generator of kind style, got mlp"):
         gan.sample(cfg, state, key(1), n=2, truncation=0.7)

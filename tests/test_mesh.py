@@ -86,13 +86,20 @@ def assert_near(found, wanted, atol):
 # ------------------------------------------------------------------------------------------ meshes
 
 
+def how_often(name, mesh):
+    """Marks a case that takes a minute to compile: `make test-all` takes some, `make soak` all."""
+    if name == "transformer":
+        return []
+    return [pytest.mark.slow if mesh in ((4, 2), (1, 8)) else pytest.mark.soak]
+
+
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
         pytest.param(name, mesh, id=f"{name}-{mesh[0]}x{mesh[1]}", marks=marks)
         for name in MODELS
         for mesh in MESHES
-        for marks in ([] if name == "transformer" else [pytest.mark.slow],)
+        for marks in (how_often(name, mesh),)
     ],
 )
 def test_a_mesh_has_the_numbers_of_one_device(name, mesh):
