@@ -1,4 +1,4 @@
-"""`python -m experiments` lists the scripts in short, `list` in full; `table` writes docs/reproduction.md anew."""
+"""`python -m experiments` lists the scripts in short, `list` in full; `table` writes docs/reproduction.md, `plan` plans."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 
 from aigc_jax.__main__ import quiet_pipe
 
-from . import _cli
+from . import _cli, _plan
 from ._catalog import FAMILIES, families, minutes, names, needs, parsed
 
-USAGE = "python -m experiments [list | table]; a script runs as python -m experiments.NAME"
+USAGE = (
+    "python -m experiments [list | table | plan NAME]; a script runs as python -m experiments.NAME"
+)
 
 
 def short_list() -> str:
@@ -47,7 +49,8 @@ def short_list() -> str:
             "brackets: its scale, GPU",
             "python -m experiments.NAME runs one, with --help shows its flags, with --scale smoke "
             "tries it in a minute;",
-            "python -m experiments list says more about each, table writes docs/reproduction.md",
+            "python -m experiments list says more about each, table writes docs/reproduction.md,",
+            "plan NAME --scale paper --topology v5e:4x4 says whether its models fit such devices",
         ]
     )
 
@@ -65,13 +68,15 @@ def main() -> None:
     elif command == ["table"]:
         _cli.write_table()
         print(f"wrote {_cli.TABLE.relative_to(_cli.ROOT)}")
+    elif command[0] == "plan":
+        _plan.main(command[1:])
     elif command[0] in ("-h", "--help"):
         print(f"usage: {USAGE}\n\n{short_list()}")
     elif command[0] in names():
         print(f"error: a script runs as python -m experiments.{' '.join(command)}", file=sys.stderr)
         raise SystemExit(2)
     else:
-        near = difflib.get_close_matches(command[0], ["list", "table", *names()])
+        near = difflib.get_close_matches(command[0], ["list", "plan", "table", *names()])
         meant = f"; did you mean {' or '.join(near)}?" if near else ""
         print(f"error: usage: {USAGE}; there is no {' '.join(command)}{meant}", file=sys.stderr)
         raise SystemExit(2)

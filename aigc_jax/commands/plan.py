@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass, replace
 
 import jax
@@ -42,34 +42,62 @@ def plan(
         data_folder: where the set's original files lie, if it needs any.
         trust: as for sample.
     """
-    kind, _, count = topology.partition(":")
-    if kind == "cpu" and count.isdecimal() and int(count):
-        with contextlib.suppress(RuntimeError):  # JAX has its devices already
-            jax.config.update("jax_num_cpu_devices", int(count))
-    devices = devices_of(topology)
+    devices = devices_for(topology)
     record = folders.read(run_folder)
     make, cfg = model_of(record, run_folder, trusted(trust))
     source = load_source(run_folder, "data", data_folder)
     if record["run"].get("pmap"):
         raise train.Refused(f"{run_folder} trains with run.pmap, which plan does not know")
     size = record["run"]["batch_size"] if batch_size is None else batch_size
+    tensor = tensor_of(mesh, len(devices)) if mesh else record["run"].get("tensor", 1)
+
+    def batch(size: int) -> dict:
+        return source.batch(0, 0, size)
+
+    if not report(make, cfg, batch, size, topology, devices, tensor):
+        raise SystemExit(1)
+
+
+def devices_for(topology: str) -> list:
+    """Returns the devices of a topology; call it before JAX looks for devices of its own."""
+    kind, _, count = topology.partition(":")
+    if kind == "cpu" and count.isdecimal() and int(count):
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", int(count))
+    return devices_of(topology)
+
+
+def report(
+    make: Callable,
+    cfg,
+    batch: Callable[[int], dict],
+    size: int,
+    topology: str,
+    devices: list,
+    tensor: int,
+) -> bool:
+    """Prints the plan of an update of make(cfg), and what to change where it does not fit.
+
+    batch: gives a batch of so many examples: arrays, or what has a shape and a dtype.
+    tensor: so many devices share each layer.
+
+    Returns whether the program fits; True for CPUs, whose memory is not known.
+    """
     if size < 1:
         raise train.Refused(f"batch_size must be at least 1, got {size}")
-    tensor = tensor_of(mesh, len(devices)) if mesh else record["run"].get("tensor", 1)
-    chip = CHIPS.get(kind)
+    chip = CHIPS.get(topology.partition(":")[0])
 
     def planned(cfg, size: int) -> Plan:
-        return train.plan(make, cfg, source.batch(0, 0, size), devices, tensor=tensor)
+        return train.plan(make, cfg, batch(size), devices, tensor=tensor)
 
     try:
         first = planned(cfg, size)
     except DoesNotFit as e:
         print(f"chip     does not fit: {e}")
         advise(planned, cfg, size, chip)
-        raise SystemExit(1) from e
+        return False
     show(topology, size, first, tensor)
-    if chip and not show_chip(planned, cfg, size, first, chip):
-        raise SystemExit(1)
+    return chip is None or show_chip(planned, cfg, size, first, chip)
 
 
 def tensor_of(mesh: str, devices: int) -> int:

@@ -74,13 +74,7 @@ def check_tensor(make: Callable, cfg, run: Run, data: Data) -> None:
     family, mesh = make(cfg), mesh_of(jax.devices()[: run.devices or None], run.tensor)
     key = jax.random.key(0)
     state = jax.eval_shape(family.init, key)
-    if not any(
-        "model" in place.spec for place in jax.tree.leaves(shardings_of(family, state, mesh))
-    ):
-        raise Refused(
-            f"run.tensor is {run.tensor}, but this model has no layers to share: rules split "
-            "transformer, DiT and U-Net (leave it at 1)"
-        )
+    check_shared(shardings_of(family, state, mesh), run.tensor)
     batch = {
         name: jax.ShapeDtypeStruct((run.batch_size, *x.shape[1:]), x.dtype)
         for name, x in data.batch(run.seed, 0, 1).items()  # reads one example
@@ -89,6 +83,15 @@ def check_tensor(make: Callable, cfg, run: Run, data: Data) -> None:
         jax.eval_shape(global_update(family, mesh), state, batch, key)
     except ValueError as e:
         raise Refused(str(e)) from e
+
+
+def check_shared(places: State, tensor: int) -> None:
+    """Raises Refused where groups of devices would share no leaf of a state."""
+    if tensor > 1 and not any("model" in place.spec for place in jax.tree.leaves(places)):
+        raise Refused(
+            f"run.tensor (the axis model of a mesh) is {tensor}, but this model has no layers to "
+            "share: rules split transformer, DiT and U-Net (leave it at 1)"
+        )
 
 
 def check_validation(

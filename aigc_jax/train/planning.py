@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .checks import check_shared
 from .engine import compiler_options, global_update, mesh_of, shardings_of
 from .record import Refused
 
@@ -152,6 +153,7 @@ def plan(make: Callable, cfg, batch: dict, devices: list, *, tensor: int = 1) ->
     update = global_update(family, mesh)
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     places = shardings_of(family, state, mesh)
+    check_shared(places, tensor)
     compiled = jax.jit(
         update,
         donate_argnums=0,

@@ -1,0 +1,123 @@
+"""`python -m experiments plan NAME`: what the models of a script would need on devices that are not here
+
+Only the configs of a scale are read. No data set is needed and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from aigc_jax import contrastive, ddpm, gan, train, transformer, vae
+from aigc_jax.commands.plan import devices_for, report, tensor_of
+
+from ._catalog import names
+
+# The configs whose batch can be told from their fields alone, and what makes a family of each. The
+# rows of a recurrent net are as long as the data says.
+MAKES: dict[type, Callable] = {
+    vae.Config: vae.make,
+    vae.AutoencoderConfig: vae.make_autoencoder,
+    vae.VQConfig: vae.make_vq,
+    gan.Config: gan.make,
+    gan.CycleConfig: gan.make_cycle,
+    ddpm.Config: ddpm.make,
+    ddpm.TokenConfig: ddpm.make_tokens,
+    transformer.Config: transformer.make,
+    contrastive.Config: contrastive.make,
+}
+
+
+def batch_of(cfg, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of a batch of so many examples, as `data.Data.batch` gives them."""
+
+    def rows(dtype, *shape):
+        return jax.ShapeDtypeStruct((size, *shape), np.dtype(dtype))
+
+    if isinstance(cfg, transformer.Config):
+        return {"tokens": rows("int32", cfg.context + 1)}
+    if isinstance(cfg, ddpm.TokenConfig):
+        return {"tokens": rows("int32", cfg.context)}
+    images = len(cfg.shape) == 3 and getattr(cfg, "levels", None) is not None
+    batch = {"image" if images else "points": rows("uint8" if images else "float32", *cfg.shape)}
+    if isinstance(cfg, contrastive.Config):
+        batch["tokens"] = rows("int32", cfg.text.context)
+    if isinstance(cfg, gan.CycleConfig):
+        batch["other"] = next(iter(batch.values()))
+    if getattr(cfg, "context", None) is not None:
+        batch["context"] = rows("float32", *cfg.context)
+    if getattr(cfg, "classes", 0):
+        batch["label"] = rows("int32")
+    if getattr(cfg, "binarisation", None) == "static":
+        batch["index"] = rows("int32")
+    return batch
+
+
+def models(setup) -> dict[str, object]:
+    """Returns {flag: config} of the models that a setup names."""
+    fields = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}
+    return {
+        name: cfg
+        for name, cfg in fields.items()
+        if type(cfg) in MAKES and getattr(cfg, "vocab", 1)  # 0: no tokens, a model of numbers
+    }
+
+
+def plan(
+    name: Annotated[str, tyro.conf.Positional],
+    scale: str = "cpu",
+    topology: str = "cpu:8",
+    mesh: str = "",
+    batch_size: int | None = None,
+) -> None:
+    """Compiles an update of each model of a script for devices that are not here.
+
+    The exit code is 1 if a model does not fit.
+
+    Args:
+        name: a script, such as ddpm_cifar10.
+        scale: smoke, cpu, or paper where the script has it.
+        topology: cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC. All but cpu need libtpu; none needs a TPU.
+        mesh: such as data=8,model=2: groups of 2 devices share each layer.
+        batch_size: examples of an update, over all devices; by default the script's.
+    """
+    if name not in names():
+        raise train.Refused(f"there is no script {name}: python -m experiments lists all")
+    scales = getattr(importlib.import_module(f"experiments.{name}"), "SCALES", {})
+    if scale not in scales:
+        raise train.Refused(f"{name} has no scale {scale}, only {', '.join(scales)}")
+    setup = scales[scale].setup
+    found = models(setup)
+    if not found:
+        raise train.Refused(
+            f"{name} builds its models while it runs: run it at --scale smoke, then "
+            "python -m aigc_jax plan RUN with the run folders that it writes"
+        )
+    devices, fits = devices_for(topology), True
+    tensor = tensor_of(mesh, len(devices)) if mesh else setup.run.tensor
+    size = setup.run.batch_size if batch_size is None else batch_size
+    for flag, cfg in found.items():
+        print(f"model    {flag} of {name}, scale {scale}")
+
+        def batch(size, cfg=cfg):
+            return batch_of(cfg, size)
+
+        fits &= report(MAKES[type(cfg)], cfg, batch, size, topology, devices, tensor)
+    if not fits:
+        raise SystemExit(1)
+
+
+def main(command: list[str]) -> None:
+    """The command line: one line and exit code 2 for a user's mistake."""
+    try:
+        tyro.cli(plan, args=command, prog="python -m experiments plan")
+    except (train.Refused, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from e
