@@ -39,11 +39,9 @@ PEAKS = {  # dense bfloat16 operations per second, by the makers' pages; the fir
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
-    "TPU v6": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
     "TPU v4": 275e12,
 }
+TPUS = {"TPU v6": "v6e", "TPU v5 lite": "v5e", "TPU v5": "v5p"}  # names in train.planning.CHIPS
 
 
 def nets(tiny: bool) -> dict:
@@ -75,7 +73,10 @@ def nets(tiny: bool) -> dict:
 
 def peak(kind: str) -> float | None:
     """Returns the peak rate of a device by its name; None if it is not listed."""
-    return next((rate for name, rate in PEAKS.items() if name in kind), None)
+    from aigc_jax.train.planning import CHIPS
+
+    rates = PEAKS | {name: CHIPS[chip].flops for name, chip in TPUS.items()}
+    return next((rate for name, rate in rates.items() if name in kind), None)
 
 
 def seconds(run: Callable[[], None], repeats: int) -> float:
