@@ -399,8 +399,9 @@ def test_data_that_do_not_fit_are_refused_before_training(sets, words):
         train.fit(gan.make_cycle, IMAGES, Run("", steps=1, batch_size=4), sets())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pool", [0, 2])
+@pytest.mark.parametrize(
+    "pool", [pytest.param(0, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_resume_is_exact_with_the_pools(tmp_path, pool):
     cfg = replace(IMAGES, pool=pool)
     run = Run(str(tmp_path / "whole"), steps=6, batch_size=8, save_every=2)

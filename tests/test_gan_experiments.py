@@ -295,7 +295,7 @@ def test_the_clock_leaves_out_what_is_measured(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(loss_zoo, marks=pytest.mark.slow),
+        pytest.param(loss_zoo, marks=pytest.mark.soak),
         pytest.param(stacked_digits, marks=pytest.mark.slow),
         pytest.param(dcgan_arithmetic, marks=pytest.mark.soak),
         pytest.param(stylegan, marks=pytest.mark.soak),

@@ -239,7 +239,7 @@ def steps(folder):
     return [row["step"] for row in map(json.loads, lines) if "train" in row]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_script_resumes_at_the_stage_that_was_stopped_and_meets_its_invariants(tmp_path):
     run = dataclasses.replace(SETUP.run, devices=1, folder=str(tmp_path), log_every=5)
     file = tmp_path / "model.safetensors"

@@ -151,8 +151,15 @@ def test_a_copy_is_found_by_its_phrases():
     assert found == [100, 50, 75, 0, 0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", [markov_text, language_models, text_diffusion, tang_poems])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(markov_text, marks=pytest.mark.slow),
+        pytest.param(language_models, marks=pytest.mark.soak),
+        pytest.param(text_diffusion, marks=pytest.mark.soak),
+        pytest.param(tang_poems, marks=pytest.mark.slow),
+    ],
+)
 def test_scripts_meet_their_invariants_at_scale_smoke(script, tmp_path):
     setup = script.SCALES["smoke"].setup
     setup = replace(setup, run=replace(setup.run, devices=1, folder=str(tmp_path)))
