@@ -1,4 +1,4 @@
-"""`python -m experiments` lists the scripts in short, `list` in full; `table` writes docs/reproduction.md, `plan` plans."""
+"""`python -m experiments` lists the scripts; `list` says more, `table` writes docs/reproduction.md, `plan NAME` plans."""
 
 from __future__ import annotations
 

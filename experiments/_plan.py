@@ -90,15 +90,15 @@ def plan(
     """
     if name not in names():
         raise train.Refused(f"there is no script {name}: python -m experiments lists all")
-    scales = getattr(importlib.import_module(f"experiments.{name}"), "SCALES", {})
+    scales = importlib.import_module(f"experiments.{name}").SCALES
     if scale not in scales:
         raise train.Refused(f"{name} has no scale {scale}, only {', '.join(scales)}")
     setup = scales[scale].setup
     found = models(setup)
     if not found:
         raise train.Refused(
-            f"{name} builds its models while it runs: run it at --scale smoke, then "
-            "python -m aigc_jax plan RUN with the run folders that it writes"
+            f"the configs of {name} do not tell the batches of its models: run it at --scale smoke, "
+            "then python -m aigc_jax plan RUN with the run folders that it writes"
         )
     devices, fits = devices_for(topology), True
     tensor = tensor_of(mesh, len(devices)) if mesh else setup.run.tensor
@@ -110,6 +110,9 @@ def plan(
             return batch_of(cfg, size)
 
         fits &= report(MAKES[type(cfg)], cfg, batch, size, topology, devices, tensor)
+    for field in dataclasses.fields(setup):
+        if hasattr(getattr(setup, field.name), "optim") and field.name not in found:
+            print(f"model    {field.name} of {name} is not planned: its config tells no batch")
     if not fits:
         raise SystemExit(1)
 

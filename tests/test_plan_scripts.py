@@ -13,10 +13,6 @@ from experiments import _catalog, _plan
 PICTURE = {"shape": (8, 8, 1), "levels": 17}
 
 
-def scale(name, which):
-    return importlib.import_module(f"experiments.{name}").SCALES[which].setup
-
-
 @pytest.mark.parametrize(
     ("cfg", "source"),
     [
@@ -69,9 +65,7 @@ QUICK = ("vae_digits", "cycle_toys", "ddpm_digits", "tang_poems", "emoji_clip", 
     ],
 )
 def test_the_step_of_every_scripts_models_takes_such_a_batch(name):
-    if not hasattr(importlib.import_module(f"experiments.{name}"), "SCALES"):
-        pytest.skip("it has no scales")
-    setup = scale(name, "smoke")
+    setup = importlib.import_module(f"experiments.{name}").SCALES["smoke"].setup
     for cfg in _plan.models(setup).values():
         family = _plan.MAKES[type(cfg)](cfg)
         state = jax.eval_shape(family.init, jax.random.key(0))
@@ -88,12 +82,20 @@ def test_the_command_prints_a_plan(capsys):
     assert said[2] == "batch    100 examples over all devices"
 
 
+def test_a_model_whose_batch_is_not_told_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(_plan, "report", lambda *_: True)  # what is planned is tested above
+    _plan.main(["language_models", "--scale", "smoke"])
+    said = capsys.readouterr().out
+    assert "model    transformer of language_models, scale smoke" in said
+    assert "model    lstm of language_models is not planned: its config tells no batch" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("no_such", "there is no script no_such"),
         ("vae_digits --scale paper", "vae_digits has no scale paper, only smoke, cpu"),
-        ("iwae_table", "iwae_table builds its models while it runs"),
+        ("iwae_table", "the configs of iwae_table do not tell the batches"),
         ("vae_digits --topology tpu", "topology must be cpu:N"),
         ("vae_digits --batch-size 7", "a batch of 7 does not divide by 8 devices; one of 8 does"),
         ("vae_digits --batch-size 0", "batch_size must be at least 1, got 0"),
