@@ -331,7 +331,7 @@ def test_the_command_says_whether_it_fits(tmp_path, monkeypatch, capsys, fits):
         return planning.Plan(4, state + 2**28 * size, 0, 2**30, 2**30, 8, 8.0, {})
 
     monkeypatch.setattr(train, "plan", plan)
-    monkeypatch.setattr("aigc_jax.commands.plan.devices_of", lambda topology: None)
+    monkeypatch.setattr("aigc_jax.commands.plan.devices_of", lambda topology: [])
     monkeypatch.setattr(
         "sys.argv", ["aigc_jax", "plan", str(tmp_path / "run"), "--topology", "v5e:2x2"]
     )
