@@ -62,6 +62,7 @@ def digits_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_smoke_run_draws_and_measures(digits_run):
     result = json.loads((digits_run / "rows.json").read_text())
     bound, marginal = result["rows"][:2]
@@ -591,6 +592,7 @@ def test_samples_are_written_whole_or_not_at_all(call, digits_run, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_no_picture_can_show_is_written_as_numbers(call, small_run, tmp_path):
     run = small_run("points3")
     assert call("aigc_jax", "sample", run, "--n", 4)[0] == 0

@@ -789,6 +789,7 @@ def test_the_step_exports_for_cpu_gpu_and_tpu(row):
     assert "custom_call" not in program.mlir_module()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "transformer"])
 def test_a_program_that_was_written_and_read_gives_the_same_numbers(name):
     row = ROWS[name]

@@ -122,6 +122,7 @@ def test_losses_are_those_of_a_loop(B, chosen):
         assert float(info_nce(a, b, 5.0)[0]) == 0.0
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences():
     """By both features, the scale and the bias, of losses with weights of their own per pair."""
     weight = np.random.default_rng(3).random(5)
@@ -245,6 +246,7 @@ def params():
 TOKENS = np.array([[3, 1, 4, 0, 0], [5, 0, 0, 0, 0], [2, 7, 1, 8, 2], [0, 0, 0, 0, 0]], np.int32)
 
 
+@pytest.mark.slow
 def test_features_have_length_one(params):
     image = np.random.default_rng(0).random((3, 8, 8, 3)).astype(np.float32)
     a = contrastive.encode_image(TINY, params, image)

@@ -102,6 +102,7 @@ def test_no_script_imports_another():
             assert not set(re.findall(r"\w+", line)) & set(experiments.names()), (name, line)
 
 
+@pytest.mark.slow
 def test_the_page_on_ones_own_experiment_runs(tmp_path, monkeypatch, capfd):
     """Its script as it stands there, at scale smoke: the rows, the figure, the invariant."""
     [code] = re.findall(

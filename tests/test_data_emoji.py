@@ -134,6 +134,7 @@ def test_groups_are_joined_through_a_chain_of_equal_pictures(monkeypatch):
     assert emoji._groups() == {"a": "a", "b": "a", "c": "a", "d": "d", "e": "e"}
 
 
+@pytest.mark.slow
 def test_slices_and_sums():
     whole = data.load("emoji").resident[0]
     first, rest = data.load("emoji", "train[:100]"), data.load("emoji", "train[100:]")
@@ -237,6 +238,7 @@ def test_captions_are_plain_and_say_the_tone():
     assert max(len(split_words(one.caption)) for one in table) == 15 < emoji.LENGTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_tokens_are_the_captions(split):
     loaded = data.load("emoji", split)

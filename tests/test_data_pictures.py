@@ -637,7 +637,7 @@ def test_streamed_batches_are_the_resident_ones(folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("k", [1, 3])
 def test_streamed_training_ends_with_the_resident_bits(folder, tmp_path, k):
     """Read ahead in threads, stopped, resumed: the bits of an unbroken run, the parameters of one in memory."""
     cfg = dataclasses.replace(CFG, shape=(4, 6, 1), levels=256)
@@ -696,6 +696,7 @@ class Source:
         return {"image": image, "label": i % 3} | {name: f(i) for name, f in self.fields.items()}
 
 
+@pytest.mark.slow
 def test_a_source_of_ones_own_is_read_in_the_order_of_arrays():
     source = Source()
     streamed = data.from_source(source, levels=17, classes=3)
@@ -738,6 +739,7 @@ def test_sources_that_do_not_fit_are_refused(source, options, words):
         data.from_source(source, **{"levels": 17, **options})
 
 
+@pytest.mark.slow
 def test_a_read_that_fails_is_said_and_what_was_trained_is_kept(tmp_path):
     """Example 29 breaks at first; once it is mended the run goes on, and ends with the bits of an unbroken one."""
 
@@ -765,6 +767,7 @@ def test_a_read_that_fails_is_said_and_what_was_trained_is_kept(tmp_path):
     assert fingerprint(again) == fingerprint(unbroken)
 
 
+@pytest.mark.slow
 def test_a_validation_reads_no_further_than_its_end():
     source = Source()
     reads = []

@@ -16,6 +16,7 @@ def everything(form="all"):
     return [p for split in ("train", "validation", "test") for p in tang.poems(split, form=form)]
 
 
+@pytest.mark.slow
 def test_every_poem_is_in_one_split():
     found = everything()
     assert len(found) == len({poem.body for poem in found}) == 36_430
@@ -35,6 +36,7 @@ def test_variants_share_half_of_their_phrases():
     assert tang.first_variants(["", "一二。", a]) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_no_variant_of_a_training_poem_is_held_out():
     having = collections.defaultdict(set)
     training = [set(tang.phrases(poem.body)) for poem in tang.poems("train")]
@@ -105,6 +107,7 @@ def test_rules_of_regulated_verse():
         assert not tang.tones_hold(REGULATED[:i] + other + REGULATED[i + 1 :]), i
 
 
+@pytest.mark.slow
 def test_poets_keep_the_rules_and_shuffled_poems_do_not():
     found = tang.poems("train", form="7x4")[:300]
     letters = np.array([char for poem in found for char in poem.body if char not in tang.MARKS])

@@ -136,6 +136,7 @@ def test_only_step_0_has_the_variance_of_step_1():
     )
 
 
+@pytest.mark.slow
 def test_parallel_noises_are_mixed_in_a_line():
     a = normal(0, 4, 3)
     np.testing.assert_allclose(ddpm.slerp(a, 1.0001 * a, 0.5), a, rtol=2e-4)
@@ -381,6 +382,7 @@ def test_predictions_are_one_another(given, wanted, name):
 # --------------------------------------------------------------------------------------------------------- the bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mean", "sigma"), [(0.1, 0.05), (0.93, 0.01), (-3.0, 0.1), (0.0, 2.0), (1.0, 0.003)]
 )
@@ -466,6 +468,7 @@ def test_the_bound_on_a_straight_path_is_the_entropy_where_the_chain_is_right(sc
     assert abs(got.mean() - entropy) < 4 * got.std() / 200 and got.std() / 200 < 0.02
 
 
+@pytest.mark.slow
 def test_the_bound_is_tight_where_the_chain_is_right():
     """For data N(0, I) the reversed chain is Gaussian with variance beta: any number of steps costs nothing."""
     x_0 = normal(0, 40_000, 1)
@@ -548,6 +551,7 @@ def test_the_bound_in_continuous_time_depends_on_the_ends_alone():
     assert steps.mean() > continuous.mean() - 4 * steps.std() / 20_000**0.5
 
 
+@pytest.mark.slow
 def test_grey_levels_in_continuous_time():
     """One level in 5, exact denoiser: the prior's KL, and a decoder that knows it as well as the first noise allows."""
     x_0 = jnp.full((5000, 1), 0.5)
@@ -597,6 +601,7 @@ def test_the_flow_gives_the_density():
 # -------------------------------------------------------------------------------------------------------- the samplers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_ancestral_samples_have_the_variance_of_their_chain(name):
     schedule, s2 = SHORT[name], 0.3
@@ -813,6 +818,7 @@ def test_a_mixture_is_sampled_with_its_weights():
     assert (distance.min(1) < 3 * 0.15).mean() > 0.97
 
 
+@pytest.mark.slow
 def test_guidance_is_the_score_of_the_tilted_density():
     """grad log p(x | c)^(1 + w) / p(x)^w, by automatic differentiation of log densities."""
     t, x, w, s = jnp.full(5, 300), normal(0, 5, 2), 1.7, 0.15
@@ -854,6 +860,7 @@ def test_inpainting_keeps_what_is_known_and_fits_the_rest_to_it():
         ddpm.inpaint(few, eps_fn, known, key(1), known=known, mask=mask, repeats=0)
 
 
+@pytest.mark.slow
 def test_interpolation_between_images():
     a, b, shares = normal(0, 3, 2), normal(1, 3, 2), jnp.array([0.0, 0.25, 1.0])
     eps_fn = exact_eps(LINEAR, 0.3)
@@ -1082,6 +1089,7 @@ def test_objectives_agree_where_they_are_one(prediction, schedule):
     )
 
 
+@pytest.mark.slow
 def test_velocity_on_a_straight_path_has_the_loss_of_flow_matching():
     """|net(x_t, t) - (eps - x_0)|^2 at x_t = (1 - u) x_0 + u eps, at u = 1/T and u = 1 too."""
     cfg = dataclasses.replace(POINTS, schedule="straight", prediction="velocity", T=5)
@@ -1102,6 +1110,7 @@ def test_velocity_on_a_straight_path_has_the_loss_of_flow_matching():
         assert np.isfinite(each).all(), objective
 
 
+@pytest.mark.slow
 def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
     cfg = dataclasses.replace(DENSE, variance="learned", objective="hybrid")
     params, x_0, label = shaken(cfg).params, ddpm.preprocess(cfg, images(6)), jnp.zeros(6, int)
@@ -1134,6 +1143,7 @@ def test_a_learned_variance_lies_between_and_leaves_the_mean_alone():
     assert np.abs(bound[0]).max() > 0 and not simple[1].any()
 
 
+@pytest.mark.slow
 def test_evaluation_from_a_few_terms_is_unbiased():
     cfg, batch = dataclasses.replace(DENSE, classes=0), images(8)
     state = shaken(cfg)
@@ -1172,6 +1182,7 @@ def test_evaluation_from_a_few_terms_counts_what_is_left_of_x_0(monkeypatch):
     assert (np.abs(few.mean(0) - every.mean(0)) < 4.5 * error).all() and (error < 0.2 * last).all()
 
 
+@pytest.mark.slow
 def test_uniform_times_reach_both_ends():
     """Far data and a net that says 0 to v: the loss at t is the mean square of v, known at each of two t."""
     cfg = dataclasses.replace(POINTS, T=2, schedule="cosine", prediction="v")
@@ -1185,6 +1196,7 @@ def test_uniform_times_reach_both_ends():
     assert np.ptp(each) > 0.4 * each.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_a_share_of_labels_is_withheld(share):
     """A net that says x_0 by the label's embedding alone: its squared error counts the labels withheld."""
@@ -1224,6 +1236,7 @@ def test_a_share_of_labels_is_withheld(share):
         np.testing.assert_allclose(found, share, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mirror", [False, True])
 def test_half_of_the_images_are_mirrored(mirror):
     """A net that says 0 to x_0: one step of SGD leaves in its last bias the mean of what it was trained on."""
@@ -1320,13 +1333,9 @@ def test_a_learned_schedule_rises_between_its_ends_and_learns_each_part_its_own_
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "path",
-    [
-        {},
-        pytest.param({"schedule": "straight", "prediction": "velocity"}, marks=pytest.mark.slow),
-    ],
-    ids=["linear", "straight"],
+    "path", [{}, {"schedule": "straight", "prediction": "velocity"}], ids=["linear", "straight"]
 )
 def test_a_small_model_learns_points_and_samples_them(path):
     """Two points, far apart: every sampler ends near one of them, and the bound falls below a normal's."""
@@ -1444,6 +1453,7 @@ def test_a_respaced_learned_variance_is_that_of_the_levels_visited(w):
         assert np.abs(one - fixed).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_learned_variance_asks_the_net_once_a_step():
     cfg = dataclasses.replace(
         TINY,
@@ -1497,6 +1507,7 @@ def exact_eps_traced(schedule, s2):
     return eps_fn
 
 
+@pytest.mark.slow
 def test_samples_are_in_range_and_eta_is_passed_on():
     cfg = dataclasses.replace(TINY, T=21, ema=0.0, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))
     family, state = ddpm.make(cfg), shaken(cfg)
@@ -1509,6 +1520,7 @@ def test_samples_are_in_range_and_eta_is_passed_on():
         assert x.min() >= 0 and x.max() <= 1
 
 
+@pytest.mark.slow
 def test_interpolants_of_one_image_share_their_noise():
     """a = b at step T/2: all shares start from one x_t, and without a net to speak of end within its noise."""
     a = 0.3 * jnp.ones((2, 3))

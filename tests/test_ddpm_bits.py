@@ -96,6 +96,7 @@ def test_the_bound_of_one_bit_is_its_entropy():
     assert abs(got.mean() - due) < 4 * got.std() / 200 and got.std() / 200 < 0.01
 
 
+@pytest.mark.slow
 def test_no_bound_lies_below_the_entropy_and_the_exact_net_is_best():
     x_0 = jnp.asarray(WORDS[np.random.default_rng(0).choice(8, 20_000, p=SHARES)], jnp.float32)
     found = {}

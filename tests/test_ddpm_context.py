@@ -37,6 +37,7 @@ def predicted(model, context, x=X, t=T):
     return np.asarray(net(context))
 
 
+@pytest.mark.slow
 def test_each_row_sees_its_own_context(model):
     base = predicted(model, CONTEXT)
     changed = predicted(model, CONTEXT.at[2].add(1.0))
@@ -44,10 +45,12 @@ def test_each_row_sees_its_own_context(model):
     assert moved[2] > 1e-2 and (np.delete(moved, 2) < 1e-5).all()
 
 
+@pytest.mark.slow
 def test_no_context_is_a_context_of_zeros(model):
     np.testing.assert_array_equal(predicted(model, None), predicted(model, jnp.zeros((6, 3, 5))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 5), (1, 3, 5)])
 def test_one_context_serves_all_rows(model, shape):
     one = CONTEXT[:1].reshape(shape)
@@ -56,6 +59,7 @@ def test_one_context_serves_all_rows(model, shape):
     )
 
 
+@pytest.mark.slow
 def test_a_context_is_a_set(model):
     """Its L vectors may come in any order: positions are the text encoder's affair."""
     np.testing.assert_allclose(
@@ -63,6 +67,7 @@ def test_a_context_is_a_set(model):
     )
 
 
+@pytest.mark.slow
 def test_guidance_leads_away_from_no_context_or_from_a_negative_one(model):
     negative = CONTEXT[::-1]
     for away, given in ((None, {}), (negative, {"negative": negative})):
@@ -71,6 +76,7 @@ def test_guidance_leads_away_from_no_context_or_from_a_negative_one(model):
         np.testing.assert_allclose(jax.jit(fn)(X, T), expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_guidance_by_a_context_alone_of_a_model_that_also_has_classes():
     cfg = dataclasses.replace(CFG, classes=3)
     params = jax.tree.map(lambda x: x + 0.1, jax.jit(ddpm.make(cfg).init)(jax.random.key(0)).params)
@@ -90,6 +96,7 @@ def test_labels_and_contexts_are_withheld_together_at_the_share_that_is_asked_fo
     assert abs(withheld.mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / n)
 
 
+@pytest.mark.slow
 def test_training_reads_the_context_of_the_batch(model):
     cfg, params = model
     state = jax.jit(ddpm.make(cfg).init)(jax.random.key(0))
@@ -132,6 +139,7 @@ def test_configs_that_cannot_work_are_refused(change, words):
         dataclasses.replace(CFG, **change)
 
 
+@pytest.mark.slow
 def test_contexts_that_do_not_fit_are_refused(model):
     cfg, params = model
     for bad in (CONTEXT[:, :2], CONTEXT[..., :4], CONTEXT[:5], CONTEXT[None]):
@@ -146,6 +154,7 @@ def test_contexts_that_do_not_fit_are_refused(model):
         ddpm.predict(plain, ddpm.make(plain).init(jax.random.key(0)).params, X, T, context=CONTEXT)
 
 
+@pytest.mark.slow
 def test_the_latent_bound_and_the_decoder_give_the_known_likelihood():
     """Linear-Gaussian data x = W z + s e, its exact encoder and an exact denoiser of z ~ N(0, I).
 
@@ -209,6 +218,7 @@ def test_latents_and_contexts_are_a_data_set():
         data.from_arrays({"image": np.zeros((6, 4, 4, 1), np.uint8), "context": arrays["context"]})
 
 
+@pytest.mark.slow
 def test_one_context_serves_all_samples_of_train_sample():
     family = ddpm.make(CFG)
     params = jax.tree.map(lambda x: x + 0.1, jax.jit(family.init)(jax.random.key(0)).params)

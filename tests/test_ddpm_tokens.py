@@ -196,6 +196,7 @@ def test_one_absorbing_step_costs_the_sum_of_marginal_entropies():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_absorbing_bound_falls_with_steps_to_the_entropy(schedule):
     with jax.enable_x64(True):
@@ -268,6 +269,7 @@ def test_uniform_bound_is_that_of_bayes(schedule, steps):
     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_uniform_bound_falls_with_steps_to_the_entropy(schedule):
     with jax.enable_x64(True):
@@ -276,6 +278,7 @@ def test_uniform_bound_falls_with_steps_to_the_entropy(schedule):
     np.testing.assert_allclose(bounds[-1], entropy(chain(3)[1]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["absorbing", "uniform"])
 def test_rate_is_the_limit_of_steps(process):
     with jax.enable_x64(True):
@@ -309,6 +312,7 @@ def test_uniform_rate_in_float32_is_that_in_float64(schedule, vocab, t):
     assert jnp.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [None, 1, 3])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("process", ["absorbing", "uniform"])
@@ -348,6 +352,7 @@ def test_given_tokens_stay_and_do_not_count():
     assert found[1] == 0 and (found[jnp.array([0, 2])] > 0).all()
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_a_token_is_impossible():
     logits = jnp.array([[[0.0, -1e9, -200.0]] * 4])
     tokens, x_t = jnp.array([[0, 0, 2, 0]]), jnp.array([[0, 1, 2, 0]])
@@ -390,6 +395,7 @@ def drawn(process, L, steps, n=20_000, fn=None, **options):
     )(jax.random.key(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"schedule": "cosine"}, {"block": 2}, {"block": 1}, {"block": 4}]
 )
@@ -414,6 +420,7 @@ def law_of_sets(sets, L):
     return p.ravel()
 
 
+@pytest.mark.slow
 def test_fewer_steps_have_the_known_wrong_law():
     L, truth = 4, chain(4)[1]
     one = drawn("absorbing", L, 1)
@@ -438,6 +445,7 @@ def test_ancestral_steps_have_their_known_law(schedule):
     assert p_value(samples, truth, 2) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_uniform_steps_have_their_known_law(schedule):
     L, S = 2, 3
@@ -488,6 +496,7 @@ def order_of(steps, confidence, n=3, **options):
     return np.asarray(found)
 
 
+@pytest.mark.slow
 def test_confidence_reveals_the_surest_token_first():
     sure = np.array([3.0, 9.0, 1.0, 7.0])
     assert (order_of(4, sure, order="confidence") == [2, 0, 3, 1]).all()

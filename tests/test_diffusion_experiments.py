@@ -28,6 +28,7 @@ from experiments import heartbeat_and_swiss_roll as known
 CENTRES = np.array([[0.5, -1.0], [1.0, 1.0], [-1.2, 0.3]])
 
 
+@pytest.mark.slow
 def test_the_exact_denoiser_is_the_slope_of_the_log_density():
     """eps_hat = -noise times the slope of log q(x_t), by autodiff of the mixture's own density."""
     schedule = ddpm.cosine_schedule(50)
@@ -52,6 +53,7 @@ def test_the_mixtures_density_is_that_of_its_normals():
     np.testing.assert_allclose(_diffusion.mixture_nll(x, CENTRES, 0.3), -np.log(p), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_rolls_density_integrates_to_one_and_its_variance_is_one():
     side = np.linspace(-3.2, 3.2, 161)
     at = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
@@ -76,6 +78,7 @@ def test_the_rolls_levels_reach_from_its_width_to_noise():
     )
 
 
+@pytest.mark.slow
 def test_the_roll_learns_mean_and_variance():
     """No net yet: v = 0 and raw = 0, so the variance is the geometric mean of beta and beta-tilde."""
     cfg = replace(known.ROLL, T=10, width=0.2, net=ddpm.NetConfig("mlp", (8,), dropout=0.0))
@@ -167,6 +170,7 @@ def untrained(seed=0):
     return Result(Family(*family), jax.jit(family.init)(jax.random.key(seed)), TINY, info, None)
 
 
+@pytest.mark.slow
 def test_bits_sent_and_the_decoders_make_the_bound():
     """Rate after the last step plus the decoder's bits is the bound, by its own function with the same noise."""
     result, x_0, label = (
@@ -197,6 +201,7 @@ def test_interpolants_end_at_pixels_or_forget(t):
         assert np.abs(got - other).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_decodings_share_their_start_and_not_their_noise():
     result, x_0 = untrained(), np.zeros((2, 4, 4, 1), np.float32)
     few = progressive.decodings(result, x_0, np.array([0, 1]), jax.random.key(0), t=2, times=3)

@@ -53,6 +53,7 @@ def moved(batch, key):
     }
 
 
+@pytest.mark.slow
 def test_sleep_trains_the_encoder_on_dreams_alone():
     """Other images, same key: the encoder's update is the same, the decoder's is not."""
     _, a = moved(DIGITS.batch(0, 0, 16), jax.random.key(1))
@@ -65,6 +66,7 @@ def test_sleep_trains_the_encoder_on_dreams_alone():
     assert max(np.abs(x).max() for x in jax.tree.leaves(a["encoder"])) > 1e-3
 
 
+@pytest.mark.slow
 def test_wake_trains_the_decoder_on_the_encoders_codes_alone():
     batch = DIGITS.batch(0, 0, 16)
     params, update = moved(batch, jax.random.key(1))
@@ -185,6 +187,7 @@ def test_curves_and_samples_are_drawn(tmp_path, script):
     ).stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_slopes_of_a_critic_are_those_of_its_gradients():
     cfg = replace(wgan_gp_toys.CLIP, disc=replace(wgan_gp_toys.CRITIC, widths=(5, 4, 3)))
     params = jax.jit(wgan_gp_toys.make_critic(cfg).init)(jax.random.key(0)).params["disc"]
@@ -210,13 +213,7 @@ def test_slopes_of_a_critic_are_those_of_its_gradients():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        pytest.param(
-            {"loss": "wasserstein", "penalty": "gp", "condition": "concat"}, marks=pytest.mark.slow
-        ),
-    ],
+    "flags", [{}, {"loss": "wasserstein", "penalty": "gp", "condition": "concat"}]
 )
 def test_a_gan_is_trained_and_measured(tmp_path, flags):
     run = replace(

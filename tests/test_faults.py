@@ -242,14 +242,15 @@ def handlers():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at, number",
     [
         ("update", signal.SIGTERM),
-        pytest.param("update", signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param("update", signal.SIGHUP, marks=pytest.mark.slow),
+        ("update", signal.SIGINT),
+        ("update", signal.SIGHUP),
         ("validation", signal.SIGTERM),
-        pytest.param("last", signal.SIGTERM, marks=pytest.mark.slow),
+        ("last", signal.SIGTERM),
     ],
 )
 def test_asked_to_stop_at_any_moment_it_leaves(tmp_path, handlers, at, number):
@@ -452,6 +453,7 @@ def test_odd_lines_in_the_log_are_dropped(tmp_path, finished):
     assert [line["step"] for line in train.metrics(folder)] == [20, 30]
 
 
+@pytest.mark.slow
 def test_a_start_that_was_killed_at_once_starts_again(tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -631,6 +633,7 @@ def test_no_folder_for_a_checkpoint(tmp_path, after, monkeypatch):
     assert not threads()
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_says_what_stands(tmp_path, monkeypatch):
     def full(self, step, kind, values):
         if step >= at:
@@ -747,7 +750,8 @@ def test_full_disk_in_an_experiment_is_one_line(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- not finite
 
 
-@pytest.mark.parametrize("k", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 5])
 def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, monkeypatch, capsys, k):
     run = train.Run(
         folder=str(tmp_path / "run"),
@@ -773,6 +777,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_replays(tmp_path, monkeypat
     assert "<- not finite" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_replay_repeats_the_logged_numbers(tmp_path, monkeypatch, capsys):
     run = train.Run(
         folder=str(tmp_path / "run"),
@@ -825,11 +830,12 @@ def test_replay_compares_itself_with_the_log(tmp_path, monkeypatch, capsys):
     assert f"NOT as in metrics.jsonl: loss was None and is {loss!r}" in said(8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, leaf",
     [("make_nan_params", "params."), ("make_inf_ema", "ema."), ("make_nan_moments", "opt_state.")],
 )
-@pytest.mark.parametrize("steps", [8, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [8, 12])
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, make, leaf, steps):
     """Loss and gradient of update 8 are finite, its state is not; at keep = 1 nothing finite is lost."""
     run = train.Run(
@@ -921,6 +927,7 @@ def tiny(folder, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [FileNotFoundError(2, "no such file"), RuntimeError("odd"), SystemExit(3)]
 )
@@ -958,6 +965,7 @@ def test_the_lock_is_held_until_the_last_save_is_written(tmp_path, monkeypatch):
     assert len(held) == 1 and "another process is training" in held[0]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     for seed in (0, 1):
         train.fit(vae.make, TINY, tiny(tmp_path / str(seed), seed=seed), FEW)
@@ -982,6 +990,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     assert int(train.load(tmp_path / "1").state.step) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # lost tasks of Orbax, see _hush

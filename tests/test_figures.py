@@ -86,6 +86,7 @@ def saved(tmp_path, draw, columns=1, caption="a caption", **options):
     return fig, axes[0], opened(tmp_path / "figure.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLOTS)
 def test_no_text_is_too_small_to_read(tmp_path, name):
     fig, axes, png = saved(tmp_path, PLOTS[name], 3)
@@ -132,6 +133,7 @@ def test_ticks_of_a_hidden_axis_are_not_text():
     assert figures.smallest_text(fig) == np.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "across"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (6, 3), (7, 3), (8, 3)]
 )
@@ -150,6 +152,7 @@ def test_more_than_three_panels_wrap(columns, across):
     assert fig.get_figheight() == pytest.approx(len(rows) * panel)
 
 
+@pytest.mark.slow
 def test_long_titles_and_captions_are_broken_within_their_panels(tmp_path):
     words = "test images in rows 1, 3 and 5, and below each of them its reconstruction by the model"
 
@@ -168,6 +171,7 @@ def test_long_titles_and_captions_are_broken_within_their_panels(tmp_path):
     assert 1 < fig._supxlabel.get_text().count("\n") + 1 < 6
 
 
+@pytest.mark.slow
 def test_one_style_on_the_whole_figure(tmp_path):
     """Also where a script calls matplotlib itself, outside of our functions."""
 
@@ -214,6 +218,7 @@ def test_whole_numbers_have_whole_ticks():
     figures.curves(other, {"a": (X, X)}, xlabel="updates", ylabel="y")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, 2, 3])
 def test_numbers_of_updates_do_not_touch(tmp_path, columns):
     updates = 80 * X  # 80 .. 15,920
@@ -292,6 +297,7 @@ def test_ten_classes_have_ten_colours_and_their_numbers():
 # ------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 def test_a_png_is_small_and_looks_the_same(tmp_path):
     """256 colours where that cannot be seen; all of them where it can."""
 
@@ -309,6 +315,7 @@ def test_a_png_is_small_and_looks_the_same(tmp_path):
         assert (tmp_path / "figure.png").stat().st_size < (tmp_path / "all.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_other_formats_and_names_without_a_suffix(tmp_path):
     fig, _ = figures.figure(1, 1)
     figures.save(fig, tmp_path / "a.svg", "caption")

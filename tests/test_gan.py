@@ -151,6 +151,7 @@ def test_penalty_of_a_flat_critic_has_a_slope():
     assert penalty(0.0) == 1 and jax.grad(penalty)(0.0) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "best"), [("gp", 1 + 0.8 / 10), ("r1", 0.8 / 5)])
 def test_wasserstein_critic_reaches_its_exact_optimum(kind, best):
     """Real points at 0, fake ones at distance a: of all linear critics -w.x the best under lambda (|w| - 1)^2 has
@@ -172,6 +173,7 @@ def test_wasserstein_critic_reaches_its_exact_optimum(kind, best):
     np.testing.assert_allclose(metrics["real_logit"] - metrics["fake_logit"], a * best, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_both_nets_are_averaged():
     """A generator without noise: two halves of the batch, one after another, give the step of the whole."""
     batch = {"points": np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)}
@@ -223,6 +225,7 @@ def test_no_gradient_reaches_the_other_optimizer():
     assert not same(steep.opt_state["gen"], flat.opt_state["gen"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unrolled", [0, 2])
 def test_a_simultaneous_step_updates_both_nets_from_the_parameters_before_it(unrolled):
     """G moves as if D rested, D as if G rested."""
@@ -250,6 +253,7 @@ def test_a_simultaneous_step_updates_both_nets_from_the_parameters_before_it(unr
             assert same(getattr(both, tree)["gen"], getattr(d_rests, tree)["gen"])
 
 
+@pytest.mark.slow
 def test_statistics_of_the_discriminator_come_from_real_then_fake():
     """One update with all weights held still, G a constant grey: the running mean is .9 (.9 0 + .1 real) + .1 fake."""
     disc = gan.NetConfig(widths=(12, 12), activation="leaky_relu", norm="batch")
@@ -277,6 +281,7 @@ def test_statistics_of_the_discriminator_come_from_real_then_fake():
     )  # G's update saw D too, and left no trace
 
 
+@pytest.mark.slow
 def test_critic_updates_take_the_parts_of_the_batch_in_turn():
     cfg = replace(LINEAR, n_critic=3, disc_optim=STILL, loss="hinge")
     family = gan.make(cfg)
@@ -434,17 +439,14 @@ def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packin
     np.testing.assert_allclose(theta_of(new), objective(c)[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss, penalty",
     [
         ("minimax", "none"),
-        *(
-            pytest.param(loss, "none", marks=pytest.mark.slow)
-            for loss in SEPARATE
-            if loss not in ("minimax", "wasserstein")
-        ),
+        *((loss, "none") for loss in SEPARATE if loss not in ("minimax", "wasserstein")),
         ("wasserstein", "gp"),
-        pytest.param("hinge", "r1", marks=pytest.mark.slow),
+        ("hinge", "r1"),
     ],
 )
 def test_the_unrolled_generator_rests_on_the_data(loss, penalty):
@@ -462,6 +464,7 @@ def test_the_unrolled_generator_rests_on_the_data(loss, penalty):
     np.testing.assert_allclose(metrics["gen_loss"], -metrics["disc_loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_clipping_bounds_every_weight_of_the_critic_only():
     cfg = replace(SMALL, loss="wasserstein", penalty="clip", penalty_weight=0.01)
     family = gan.make(cfg)
@@ -473,6 +476,7 @@ def test_clipping_bounds_every_weight_of_the_critic_only():
 # ---------------------------------------------------------------------------------------------------------- the nets
 
 
+@pytest.mark.slow
 def test_maxout_and_the_first_discriminator_by_hand():
     """Both maxout layers and the sigmoid's logit of GAN's D, in numpy, on pixels taken back to [0, 1]."""
     cfg = gan.Config(
@@ -494,6 +498,7 @@ def test_maxout_and_the_first_discriminator_by_hand():
     np.testing.assert_allclose(got, logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
     cfg = replace(
         LINEAR,
@@ -516,14 +521,8 @@ def test_dropout_keeps_the_mean_of_a_linear_net_and_rests_outside_training():
     np.testing.assert_allclose(values["real_logit"], w.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "mlp",
-        pytest.param("dcgan", marks=pytest.mark.slow),
-        pytest.param("resnet", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mlp", "dcgan", "resnet"])
 def test_spectral_norm_makes_every_layer_no_steeper_than_one(kind):
     """Held still, the power iteration converges to the singular values that numpy finds."""
     disc = gan.NetConfig(kind, (6,), "leaky_relu", norm="spectral")
@@ -560,15 +559,9 @@ def test_spectral_norm_of_one_linear_layer_is_slope_one():
     np.testing.assert_allclose(jnp.sqrt((slope**2).sum()), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("condition", ["concat", "projection"])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "mlp",
-        pytest.param("dcgan", marks=pytest.mark.slow),
-        pytest.param("resnet", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("kind", ["mlp", "dcgan", "resnet"])
 def test_both_nets_listen_to_the_label(kind, condition):
     nets = {
         "gen": gan.NetConfig(kind, (4, 4), norm="batch"),
@@ -610,6 +603,7 @@ def test_projection_is_an_inner_product_with_the_label():
     np.testing.assert_allclose(one - two, phi @ (v[2] - v[7]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_discriminator_judges_neighbours_together():
     cfg = replace(SMALL, packing=3, disc=gan.NetConfig("dcgan", (4,), "leaky_relu"), classes=10)
     params = jax.jit(gan.make(cfg).init)(key(0)).params["disc"]
@@ -629,6 +623,7 @@ def test_packed_discriminator_judges_neighbours_together():
     np.testing.assert_array_equal(gan._pack(cfg, points)[0], points[:3].reshape(-1))
 
 
+@pytest.mark.slow
 def test_batch_norm_of_a_packed_generator_sees_one_sample_of_each_pack():
     """The i-th samples of all packs are normalised together; statistics are the mean over i."""
     cfg = replace(SMALL, packing=2, disc=gan.NetConfig(widths=(12,)))
@@ -764,6 +759,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_compiles(
         )
 
 
+@pytest.mark.slow
 def test_divergence_names_the_nets_and_the_step():
     """D explodes; G's gradient through it overflows first, so the message shows D's numbers beside it."""
     cfg = replace(LINEAR, loss="least_squares", disc_optim=Optim("sgd", lr=1e3), optim=STILL)
@@ -776,6 +772,7 @@ def test_divergence_names_the_nets_and_the_step():
     assert said and float(said[1]) > 1e6, str(e.value)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_statistics_and_both_optimizers(tmp_path):
     cfg = replace(
         SMALL,

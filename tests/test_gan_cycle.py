@@ -218,6 +218,7 @@ def test_terms_of_weight_0_are_left_out(off, monkeypatch):
     assert "identity" not in rest and ("cycle" in rest) == (off != "cycle_weight")
 
 
+@pytest.mark.slow
 def test_scores_are_in_units_of_pixels():
     """Cycle distances of images are halved: pixels lie in [0, 1], the nets' values in [-1, 1]."""
     state = jax.jit(gan.make_cycle(IMAGES).init)(key(0))
@@ -232,6 +233,7 @@ def test_scores_are_in_units_of_pixels():
     assert set(scores) == {"cycle_a", "cycle_b", "fake_a", "fake_b"}
 
 
+@pytest.mark.slow
 def test_generators_and_critics_are_updated_from_their_own_losses():
     """The critics see fakes of the generators before the update; each loss moves its own nets."""
     cfg = replace(POINTS, pool=0, disc_optim=Optim("sgd", lr=0.2))
@@ -320,6 +322,7 @@ def test_instance_norm_is_per_image_and_channel():
     assert low.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("remat", [False, True])
 def test_nets_keep_the_shape_and_return_float32(dtype, remat):
@@ -371,6 +374,7 @@ def test_a_paired_term_needs_aligned_pairs():
         replace(IMAGES, paired_weight=1.0).check(DIGITS.info)
 
 
+@pytest.mark.slow
 def test_the_smallest_images_that_are_allowed_work():
     cfg = replace(IMAGES, shape=(6, 6, 1), gen_widths=(4, 4), disc_widths=(4, 4))
     family = gan.make_cycle(cfg)

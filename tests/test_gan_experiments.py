@@ -165,6 +165,7 @@ def test_a_linear_generator_walks_in_equal_steps(monkeypatch):
 # ---------------------------------------------------------------------------- StyleGAN
 
 
+@pytest.mark.slow
 def test_mixing_with_itself_changes_nothing_and_truncation_0_is_the_mean():
     """The first row and column of the figure are G's own pictures, and the corner is empty."""
     cfg = gan.Config(
@@ -311,6 +312,7 @@ def test_the_scripts_run_at_scale_smoke(script, tmp_path):
 # ---------------------------------------------------------------------------- seeds at once
 
 
+@pytest.mark.slow
 def test_seeds_at_once_are_those_that_train_alone():
     """Each seed has its own first weights, its own part of the batch and its own noise."""
     net = gan.NetConfig(widths=(8,), norm="batch")

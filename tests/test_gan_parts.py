@@ -41,6 +41,7 @@ def test_layer_norm_of_a_critic_is_over_a_whole_example():
     assert variables["params"]["LayerNorm_0"]["scale"].shape == (3,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["layer", "instance"])
 @pytest.mark.parametrize("kind", ["dcgan", "resnet"])
 def test_a_logit_depends_on_its_own_example_only(norm, kind):
@@ -58,6 +59,7 @@ def test_a_logit_depends_on_its_own_example_only(norm, kind):
     assert np.isfinite(metrics["penalty"]) and int(new.step) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dcgan", "resnet"])
 def test_batch_norm_by_class(kind):
     """At first all classes have scale 1 and bias 0. Later each has its own; moments are shared."""
@@ -91,6 +93,7 @@ def test_batch_norm_by_class(kind):
 # -------------------------------------------------------------------------------------------- attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dcgan", "resnet"])
 def test_attention_is_the_identity_at_first_and_learns(kind):
     gen, disc = replace(CFG.gen, kind=kind, attention=4), replace(CONV, kind=kind, attention=4)
@@ -178,6 +181,7 @@ def test_augmentation_is_differentiable_and_each_image_has_its_own():
     assert not np.allclose(y[0], y[1]) and not np.allclose(y[1], y[2])
 
 
+@pytest.mark.slow
 def test_both_nets_train_on_augmented_images():
     """With D at rest and linear, G's loss is D's logit of the augmented fakes."""
     still = Optim("sgd", lr=0.0)

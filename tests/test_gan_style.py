@@ -82,6 +82,7 @@ def test_enlarged_images_are_linear_between_pixels():
     np.testing.assert_allclose(y[1:-1], [0.25, 0.75, 1.25, 1.75, 2.25, 2.75], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 8, 1), (16, 8, 3)])
 def test_noise_inputs_and_layers_are_counted(shape):
     net = nn.StyleGenerator(shape, 6, (4, 8, 8))
@@ -143,6 +144,7 @@ def test_path_penalty_is_the_spread_around_a_running_mean():
     np.testing.assert_allclose(value, ((1 - 0.02) ** 2 + (3 - 0.02) ** 2) / 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_truncation_goes_to_the_mean_style():
     state = state_of()
     z = gan.noise(CFG, key(1), 4)
@@ -160,6 +162,7 @@ def test_truncation_goes_to_the_mean_style():
     np.testing.assert_allclose(gan.generate(CFG, variables, z, truncation=0.5), half, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_mean_style_and_the_mean_path():
     state, family = state_of(), gan.make(CFG)
     step = jax.jit(family.step)

@@ -94,6 +94,7 @@ def test_import_is_light():
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_command_line_imports_no_more_than_it_needs():
     code = "import sys, aigc_jax.__main__; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["orbax", "scipy", "sklearn", "grain", "matplotlib", "tokenizers", "PIL", "mido"]

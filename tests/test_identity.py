@@ -370,13 +370,8 @@ def with_changed(value, at, new):
     return changed
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "transformer",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "gan", "ddpm")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vae", "gan", "ddpm", "transformer"])
 def test_an_edited_record_is_loaded_or_refused_in_one_line(tmp_path, family):
     """Every field in turn is made something else; nothing but Refused comes out, and nothing large is made."""
     make, cfg, source = CONFIGS[family]
@@ -691,6 +686,7 @@ def test_export_is_whole_or_one_line(tmp_path, monkeypatch, capfd):
     assert record == folders.read(tmp_path / "r") and not list(tmp_path.glob(".x*"))
 
 
+@pytest.mark.slow
 def test_export_on_a_full_disk_is_one_line(tmp_path):
     """The limit on a file's size stands for the disk; what the file held before stays."""
     recorded(tmp_path / "r")
@@ -740,6 +736,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
         train.replay("~/runs/r", data.load("digits", "test"), step=1)
 
 
+@pytest.mark.slow
 def test_modules_are_there_when_they_are_asked_for():
     code = (
         "import sys, aigc_jax; assert 'aigc_jax.train' not in sys.modules and 'train' in dir(aigc_jax)\n"
@@ -777,15 +774,10 @@ def make_toy(cfg: ToyConfig, *, axis_name=None) -> core.Family:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [
-        {"devices": 1},
-        *(
-            pytest.param({"devices": 2, **k}, marks=pytest.mark.slow)
-            for k in ({}, {"steps_per_call": 3})
-        ),
-    ],
+    [{"devices": 1}, {"devices": 2}, {"devices": 2, "steps_per_call": 3}],
     ids=str,
 )
 def test_training_without_jit_gives_what_training_with_it_gives(tmp_path, options):

@@ -101,6 +101,7 @@ def test_samples_of_no_class_are_refused(families, label, words):
         without.sample(state, key(1), n=4, label=label)
 
 
+@pytest.mark.slow
 def test_one_class_is_that_of_all_samples(families):
     family, state = families[0]
     one, each, turn, default = (
@@ -112,6 +113,7 @@ def test_one_class_is_that_of_all_samples(families):
     assert (one[:2] != turn[:2]).any() and np.isfinite(one).all()
 
 
+@pytest.mark.slow
 def test_batches_of_bad_labels_or_pixels_are_refused(families):
     """By type and shape where they are traced, by value where they are not."""
     image = batch()["image"]
@@ -288,6 +290,7 @@ def test_evaluation_looks_at_the_labels():
         train.evaluate(trained, source, batch_size=0)
 
 
+@pytest.mark.slow
 def test_predictions_of_diffusion_refuse_labels_that_are_no_class():
     cfg = ROWS["ddpm"][1](classes=3)
     params = jax.jit(ddpm.make(cfg).init)(key(0)).params

@@ -113,6 +113,7 @@ def model(kind, **options):
     return cfg, params
 
 
+@pytest.mark.slow
 def test_nplm_is_its_equation():
     cfg, params = model("nplm", order=3)
     tokens = np.array([[2, 0, 1, 3]])
@@ -179,6 +180,7 @@ def test_gru_is_its_equations():
     np.testing.assert_allclose(h_T[0], h, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nplm", "lstm", "gru"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_memory_carries_a_text_on(kind, layers):
@@ -190,6 +192,7 @@ def test_memory_carries_a_text_on(kind, layers):
     np.testing.assert_allclose(jnp.concatenate([first, rest], 1), whole, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nplm", "lstm", "gru"])
 def test_samples_have_the_models_rates_and_continue_a_prompt(kind):
     cfg, params = model(kind)

@@ -93,6 +93,7 @@ def how_often(name, mesh):
     return [pytest.mark.slow if mesh == (4, 2) else pytest.mark.soak]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
@@ -126,6 +127,7 @@ PAIRS = {  # which kernels, embeddings and biases the axis model splits; written
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_device_holds_its_share_of_every_leaf(name, mesh):
@@ -180,6 +182,7 @@ def traced(make, cfg, batch, tensor):
     return jax.eval_shape(engine.global_update(family, mesh), state, batch, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_heads_and_widths_that_cannot_be_shared_are_named():
     narrow = replace(UNET, widths=(12, 32), groups=4, heads=4)
     for make, cfg, name, words in (
@@ -258,14 +261,9 @@ SCANS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "remat"),
-    [
-        pytest.param(name, remat, marks=[] if name == "transformer" else [pytest.mark.slow])
-        for name in SCANS
-        for remat in (False, True, "dots")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True, "dots"])
+@pytest.mark.parametrize("name", SCANS)
 def test_scanned_layers_have_the_same_numbers_and_parameters(name, remat):
     make, cfg = MODELS[name]
     cfg = SCANS[name](cfg)
@@ -281,6 +279,7 @@ def test_scanned_layers_have_the_same_numbers_and_parameters(name, remat):
     assert ("checkpoint" in text or "remat" in text) == bool(remat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [None, "dots"])
 def test_scanned_layers_have_the_same_numbers_on_a_mesh(remat):
     cfg = replace(TEXT, scan=True, remat=remat or False)
@@ -288,6 +287,7 @@ def test_scanned_layers_have_the_same_numbers_on_a_mesh(remat):
     assert_near(jax.device_get(state), alone("transformer"), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_mesh_is_as_near_as_on_one_device():
     cfg = replace(TEXT, dtype="bfloat16")
     found = [
@@ -303,6 +303,7 @@ def test_bfloat16_on_a_mesh_is_as_near_as_on_one_device():
     assert 0 < away[1] < 2 * away[0] < 0.02
 
 
+@pytest.mark.slow
 def test_scanned_layers_write_the_same_text_and_have_the_same_attention():
     params, key = first_state(transformer.make, TEXT).params, jax.random.key(2)
     scanned = replace(TEXT, scan=True)
@@ -315,6 +316,7 @@ def test_scanned_layers_write_the_same_text_and_have_the_same_attention():
     np.testing.assert_array_equal(*weights)
 
 
+@pytest.mark.slow
 def test_scanned_layers_drop_by_the_same_law_and_each_its_own():
     """With dropout the mean over keys is near the unrolled one's, and layers draw different masks."""
     cfg = replace(TEXT, dropout=0.3, layers=2)
@@ -343,6 +345,7 @@ def test_a_scan_is_for_equal_blocks():
         replace(PICTURE, net=replace(UNET, scan=True))
 
 
+@pytest.mark.slow
 def test_dots_keeps_products_and_recomputes_the_rest():
     """Counted in the gradient's program: "dots" repeats no product of a kernel, True repeats all."""
 

@@ -141,6 +141,7 @@ def test_kernel_distance_by_hand():
     np.testing.assert_allclose(ours, (np.mean(values), abs(values[0] - values[1]) / 2), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_kernel_distance_is_unbiased():
     """The kernel of one dimension compares three moments: 3 dm_1^2 + 3 dm_2^2 + dm_3^2."""
     draws = [
@@ -488,6 +489,7 @@ def scored(name, split, images=None):
     return found, (logits.argmax(1) == arrays["label"]).mean(), features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOOR)
 def test_weights_are_what_they_say(name):
     found = metrics.load_classifier(name)

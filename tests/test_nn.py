@@ -127,13 +127,8 @@ def trained(module, variables, train):
     return jax.value_and_grad(scalar, has_aux=True)
 
 
-QUICK = ("mlp", "mlp generator")  # to compile
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NETS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETS)
 def test_every_net_has_bfloat16_and_remat(name):
     make, args, shape = NETS[name]
     arrays = [x for x in args if x is not True]
@@ -261,6 +256,7 @@ def test_attention_is_a_softmax(given, fused):
         assert not np.where(mask[:, None], 0, weights).any()
 
 
+@pytest.mark.slow
 def test_a_mask_of_ones_is_no_mask():
     attention = nn.Attention(HEADS, fused=False)
     variables = shaken(attention.init(key(0), X))
@@ -312,6 +308,7 @@ def test_a_decoder_is_causal_and_its_cache_gives_the_same(rotary):
         np.testing.assert_allclose(out[:, 0], full[:, t], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_condition_leaves_a_block_the_identity_at_first():
     block, x, (mask, positions) = nn.Block(2, 12), normal(0, 2, 5, 8), CAUSAL
     condition = normal(1, 2, 8)
@@ -327,6 +324,7 @@ def test_a_condition_leaves_a_block_the_identity_at_first():
 # ---------------------------------------------------------------------------- against Flax's
 
 
+@pytest.mark.slow
 def test_group_norm_is_that_of_flax():
     x = 3 * normal(0, 4, 6, 6, 16) + 1
     ours, theirs = nn.GroupNorm(4), linen.GroupNorm(4)

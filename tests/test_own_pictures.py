@@ -322,6 +322,7 @@ def smallest(family, source, tmp_path, **change):
     return own_pictures.run(replace(setup, run=run, data=source, samples=12, **change), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [

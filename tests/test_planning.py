@@ -119,6 +119,7 @@ def planned(request):
     return request.param, make, cfg, batch, *plans
 
 
+@pytest.mark.slow
 def test_operations_by_formula_are_near_what_the_compiler_counts(planned):
     """The compiler counts elementwise work too, and merges a product that is written twice."""
     *_, one, eight = planned
@@ -268,6 +269,7 @@ def test_how_many_fit_is_said_only_near_what_was_planned():
     assert "unknown" in how_many(None, (8, 16))
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_plan(tmp_path, monkeypatch, capsys):
     points = data.load("ring")
     cfg = gan.Config(shape=(2,), latent_dim=2)

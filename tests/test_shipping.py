@@ -57,6 +57,7 @@ def trained(tmp_path, monkeypatch):
     return fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_shipped_model_samples_as_the_model_rounded_to_float16(trained, tmp_path, name):
     make, result = trained(name)

@@ -271,6 +271,7 @@ def test_windows_count_every_token_but_the_first_once(n, length, stride):
     assert ((place >= length - stride) | first | (batch["mask"] == 0)).all()
 
 
+@pytest.mark.slow
 def test_strided_evaluation_is_a_loop_over_the_tokens():
     cfg = transformer.Config(vocab=9, context=6, layers=1, heads=2, width=8)
     tokens = np.random.default_rng(0).integers(0, 9, 40).astype(np.int32)
@@ -511,6 +512,7 @@ def call(*words):
     return out.returncode, out.stdout, out.stderr
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer_and_reports_bits(run_folder):
     tokenizer = Tokenizer.load(run_folder / "tokenizer.json")
     assert (
@@ -698,6 +700,7 @@ def test_another_tokenizer_than_trainings_is_refused(run_folder, tmp_path):
     assert np.isfinite(train.evaluate(result, fits)["nll_nats_per_token"])
 
 
+@pytest.mark.slow
 def test_tokens_without_a_tokenizer_are_not_written(tmp_path, capsys, monkeypatch):
     from aigc_jax import __main__
 

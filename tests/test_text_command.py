@@ -71,6 +71,7 @@ def sample(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_poem_is_written_on_a_title(runs, sample):
     """It is the model's own: title and body as in training, up to the first padding."""
     folder = runs("poems")
@@ -88,6 +89,7 @@ def test_a_poem_is_written_on_a_title(runs, sample):
     assert body == wanted.partition(tang.PAD)[0] and len(body) <= 24
 
 
+@pytest.mark.slow
 def test_gaps_of_a_poem_are_filled_and_the_rest_stays(runs, sample):
     folder = runs("masked")
     verse = "床前__光，疑是地上霜。举头望明月，低头思__。"
@@ -121,6 +123,7 @@ def test_new_says_how_much_follows_a_given_beginning(runs, sample):
     assert lengths == [24, 7, 11, 14]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -185,6 +188,7 @@ def test_blanks_are_tokens_of_their_own():
         assert _decode(tokenizer, np.where(tokens < 0, beyond, tokens), "?") == "a??b?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["story", "noisy"])
 def test_text_grows_on_a_terminal(runs, sample, monkeypatch, kind):
     """Each step is shown: the blanks become fewer, one by one. Noise beyond the tokens is blank."""

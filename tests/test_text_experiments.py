@@ -93,6 +93,7 @@ def test_equations_are_right_and_split_without_overlap():
     np.testing.assert_array_equal(batch["mask"], np.tile([0, 0, 0, 1], (4, 1)))
 
 
+@pytest.mark.slow
 def test_predictions_come_before_their_answers():
     """Through gradients: prediction k feels y_1 .. y_(k-1) and x_1 .. x_k, and nothing later."""
     cfg = in_context_regression.Config(
@@ -128,6 +129,7 @@ def test_baselines_of_regression_are_what_they_say():
     )
 
 
+@pytest.mark.slow
 def test_induction_is_seen_where_it_is(monkeypatch):
     """A model whose only head looks where induction heads look scores 1, one that looks at itself 0."""
     cfg = induction_heads.MODEL
@@ -320,6 +322,7 @@ def test_gpt2_and_finetune_run_on_a_small_model(tmp_path):
     np.testing.assert_allclose(more[finetune.BEFORE], found[finetune.AFTER], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_scripts_refuse_what_they_could_not_do(tmp_path):
     for script, change, words in (
         (decoding, {"new": 300}, "prompt \\+ new = 340 must not exceed the length"),

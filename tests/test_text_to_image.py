@@ -89,6 +89,7 @@ def test_rows_of_true_pictures_are_perfect(monkeypatch):
     assert rows[text_to_image.ASKED].ours == rows[text_to_image.NEAREST].ours == 0
 
 
+@pytest.mark.slow
 def test_captions_of_the_figure():
     train_captions = {one.caption for one in emoji.examples("train")}
     assert {caption for pair in text_to_image.PAIRS for caption in pair} <= train_captions

@@ -32,6 +32,7 @@ def logits_at(cfg, time, x_t=TOKENS):
     return fn(jnp.asarray(x_t), jnp.full(len(x_t), time, jnp.float32))
 
 
+@pytest.mark.slow
 def test_only_the_uniform_process_sees_the_time():
     """Beside the time's own layers, the nets of both processes have the same parameters."""
     np.testing.assert_array_equal(logits_at(CFG, 0.1), logits_at(CFG, 0.9))
@@ -52,6 +53,7 @@ def test_every_token_sees_all_others():
     assert (differs > 1e-6).all()
 
 
+@pytest.mark.slow
 def test_given_tokens_neither_count_nor_change():
     """One step masks all that is not given: the bound is that many times log V at zero logits."""
     cfg = replace(CFG, steps=1)
@@ -68,6 +70,7 @@ def test_given_tokens_neither_count_nor_change():
     assert metrics["weight"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_flat_weights_count_each_masked_token_once(schedule):
     """The loss of one draw is the sum of -log_softmax, by hand, over the masked tokens, per counted token."""
@@ -122,6 +125,7 @@ def test_what_a_config_refuses(change, words):
         replace(CFG, weighting="flat", **change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlabelled", [0.0, 0.3])
 def test_a_share_of_texts_trains_without_what_is_given(monkeypatch, unlabelled):
     cfg, seen = replace(CFG, steps=2, unlabelled=unlabelled), []
@@ -154,6 +158,7 @@ def key():
     return jax.random.key(7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w", [0.0, 1.5])
 @pytest.mark.parametrize("cfg", [CFG, UNIFORM])
 def test_guidance_is_its_formula(cfg, w):

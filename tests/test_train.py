@@ -57,7 +57,8 @@ def test_fit_is_the_contract_in_a_loop():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 8])
 def test_a_longer_run_on_an_old_folder_is_an_unbroken_one(tmp_path, k):
     unbroken = fit(vae.make, CFG, run(steps=31, steps_per_call=k), DIGITS).state
     for steps in (10, 23, 31):
@@ -76,6 +77,7 @@ def test_host_batches_train_like_resident_ones():
             np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat():
     a, b, again = (fit(vae.make, CFG, run(seed=s), DIGITS).state for s in (0, 1, 0))
     assert same_bits(a, again) and not same_bits(a, b)
@@ -84,6 +86,7 @@ def test_seeds_differ_and_repeat():
 # ---------------------------------------------------------------------------------------------------------------- mesh
 
 
+@pytest.mark.slow
 def test_the_batch_lies_on_eight_devices_an_eighth_each():
     seen = []
 
@@ -136,6 +139,7 @@ def test_pmap_agrees_with_one_device_where_no_noise_is_drawn(k):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_under_pmap_every_device_has_its_rows_and_its_own_noise():
     seen = []
 
@@ -207,7 +211,7 @@ def test_pmap_saves_validates_resumes_and_replays_one_state(tmp_path, k):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first, then", [(1, 8), pytest.param(8, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, then", [(1, 8), (8, 2)])
 def test_resuming_on_another_number_of_devices(tmp_path, first, then):
     fit(vae.make, SGD, run(tmp_path / "r", 10, devices=first), DIGITS)
     state = fit(vae.make, SGD, run(tmp_path / "r", 20, devices=then), DIGITS).state
@@ -305,6 +309,7 @@ def test_two_processes_train_one_model(tmp_path, two_processes):
 # ---------------------------------------------------------------------------------------------- validation, best, logs
 
 
+@pytest.mark.slow
 def test_validation_counts_every_example_once():
     """50 examples in batches of 16: the last is padded, and no example counts twice."""
     result = fit(vae.make, CFG, run(), DIGITS)
@@ -320,6 +325,7 @@ def test_validation_counts_every_example_once():
     np.testing.assert_allclose(got["nll_nats"], np.mean(values), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["token", "frame"])
 def test_likelihood_per_token_is_sum_over_sum(per):
     """Examples of unequal length, a ragged last batch: neither a mean of ratios nor of batches."""
@@ -336,6 +342,7 @@ def test_likelihood_per_token_is_sum_over_sum(per):
     np.testing.assert_allclose(got["nll_nats"], nll.mean(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_last_k_and_best_are_kept(tmp_path):
     """on_eval reports a value whose lowest point is known."""
     folder = tmp_path / "r"
@@ -359,6 +366,7 @@ def test_last_k_and_best_are_kept(tmp_path):
     assert same_bits(load(folder).state, unbroken)
 
 
+@pytest.mark.slow
 def test_best_survives_a_resume(tmp_path):
     def dip(family, state, step):
         return {"dip": abs(step - 8)}
@@ -377,14 +385,8 @@ def cut(path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[-3:]))
 
 
-@pytest.mark.parametrize(
-    "lose",
-    [
-        empty,
-        pytest.param(cut, marks=pytest.mark.slow),
-        pytest.param(Path.unlink, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lose", [empty, cut, Path.unlink])
 def test_best_does_not_hang_on_the_log(tmp_path, lose):
     """What a validation reported stays with its checkpoint: load chooses as before, and fit keeps what was best."""
 
@@ -427,6 +429,7 @@ def test_best_of_an_older_version_comes_from_the_log(tmp_path):
     assert int(load(folder).state.step) == 12
 
 
+@pytest.mark.slow
 def test_logs_are_those_of_an_unbroken_run(tmp_path):
     """Saved at 10, stopped at 14, started again: nothing is said twice, and the numbers are the same."""
 
@@ -446,6 +449,7 @@ def test_logs_are_those_of_an_unbroken_run(tmp_path):
     assert steps == [3, 6, 9, 12, 15, 18, 20]
 
 
+@pytest.mark.slow
 def test_tensorboard_events_hold_the_metrics(tmp_path):
     import struct
 
@@ -501,6 +505,7 @@ def edited(folder, **changes):
     (folder / "run.json").write_text(json.dumps({**record, **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -576,6 +581,7 @@ def test_what_was_edited_by_hand_is_refused_by_name(tmp_path):
         load(folder)
 
 
+@pytest.mark.slow
 def test_an_edited_tokenizer_is_refused(tmp_path):
     info = dataclasses.replace(CROPS.info, tokenizer="x" * 20)
     folder = tmp_path / "r"
@@ -629,6 +635,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- warm start
 
 
+@pytest.mark.slow
 def test_warm_start_takes_parameters_and_nothing_else(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "a", 15), DIGITS)
     source = load(tmp_path / "a").state
@@ -643,6 +650,7 @@ def test_warm_start_takes_parameters_and_nothing_else(tmp_path):
     assert np.isfinite(values["loss"])
 
 
+@pytest.mark.slow
 def test_warm_start_never_falls_back_to_the_seed(tmp_path):
     """All checkpoints damaged: the run starts again from the other run's parameters, not from random ones."""
     fit(vae.make, CFG, run(tmp_path / "a", 6), DIGITS)
@@ -671,6 +679,7 @@ def test_warm_start_refuses_another_shape(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ the door
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cfg, options, source, words",
     [
@@ -698,6 +707,7 @@ def test_another_identity_is_refused_both_values_named(tmp_path, cfg, options, s
     )
 
 
+@pytest.mark.slow
 def test_saving_and_logging_are_no_identity(tmp_path):
     fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
     options = {"save_every": 3, "log_every": 2, "keep": 5, "steps_per_call": 2, "eval_every": 4}
@@ -887,6 +897,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     assert held == [8]
 
 
+@pytest.mark.slow
 def test_another_environment_is_warned_of(tmp_path, capfd):
     fit(vae.make, CFG, run(tmp_path / "r", 4), DIGITS)
     record = json.loads((tmp_path / "r" / "run.json").read_text())

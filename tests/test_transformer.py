@@ -123,6 +123,7 @@ def test_logits_are_those_of_the_equations(model):
         np.testing.assert_allclose(logits, plain(cfg, params, row), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "heads", "width", "count"),
     [
@@ -142,6 +143,7 @@ def test_gpt2_has_its_number_of_parameters(layers, heads, width, count):
     )
 
 
+@pytest.mark.slow
 def test_no_position_sees_a_later_one(model):
     """Through gradients by the embeddings: exactly zero after t, not zero up to t."""
     cfg, params = model
@@ -151,6 +153,7 @@ def test_no_position_sees_a_later_one(model):
     assert (reach[np.triu_indices(7, 1)] == 0).all() and (reach[np.tril_indices(7)] > 1e-6).all()
 
 
+@pytest.mark.slow
 def test_rows_do_not_see_each_other(model):
     cfg, params = model
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
@@ -158,6 +161,7 @@ def test_rows_do_not_see_each_other(model):
     assert not grad[1].any() and grad[0].any()
 
 
+@pytest.mark.slow
 def test_attention_weights_are_rows_of_probabilities_over_the_past(model):
     cfg, params = model
     weights = jax.jit(partial(transformer.attention, cfg))(params, tokens(3, 6))
@@ -200,6 +204,7 @@ def test_initial_kernels_have_their_spread():
     assert abs(nll - math.log(500)) < 0.1  # it begins as the uniform distribution
 
 
+@pytest.mark.slow
 def test_weight_decay_is_for_matrices_only():
     optim = Optim(weight_decay=1.0)
     params = parameters(SMALL)
@@ -209,6 +214,7 @@ def test_weight_decay_is_for_matrices_only():
         assert bool(x.any()) == (x.ndim == 2), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key():
     cfg = dataclasses.replace(SMALL, dropout=0.2, layers=1)
     params, x = parameters(cfg, scale=0.05), tokens(1, 4)
@@ -226,6 +232,7 @@ def test_dropout_needs_a_key():
     assert first.std(0).max() > 0
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(model):
     cfg, params = model
 
@@ -289,6 +296,7 @@ def test_sequences_beyond_the_context_are_refused():
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
+@pytest.mark.slow
 def test_cached_logits_are_those_without_a_cache_at_every_position(model):
     """Prompts of unequal lengths side by side, in a cache larger than needed."""
     cfg, params = model
@@ -311,6 +319,7 @@ def greedy_without_cache(cfg, params, row, new):
     return row[-new:]
 
 
+@pytest.mark.slow
 def test_temperature_zero_takes_the_most_likely_token(model):
     cfg, params = model
     x, lengths = tokens(3, 5), jnp.array([5, 2, 3])
@@ -332,6 +341,7 @@ def probabilities(cfg, params, prompt, new, temperature):
     return found
 
 
+@pytest.mark.slow
 def test_samples_have_the_models_distribution():
     cfg = dataclasses.replace(SMALL, vocab=4)
     params, n = parameters(cfg), 4000
@@ -347,6 +357,7 @@ def test_samples_have_the_models_distribution():
     assert stats.chisquare([*seen, n - sum(seen) + 1e-9], [*due, n - sum(due) + 1e-9]).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_after_a_stop_token_come_only_stop_tokens():
     cfg = dataclasses.replace(SMALL, vocab=4)
     params = parameters(cfg)
@@ -400,6 +411,7 @@ def test_damaged_weights_give_no_plausible_token():
         assert (generate(params, tokens(2, 3), key(0), sampling=sampling) == -1).all()
 
 
+@pytest.mark.slow
 def test_another_temperature_does_not_compile_again():
     params, traces = parameters(SMALL), []
 
@@ -415,6 +427,7 @@ def test_another_temperature_does_not_compile_again():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_repetition_penalty_of_what_occurred():
     """Greedy with a huge penalty repeats nothing of the prompt or of itself where all logits are positive."""
     params = parameters(SMALL)
@@ -535,6 +548,7 @@ def search(cfg, params, prompt, lengths, stop, penalty, *, beams, early, size):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(len(small.SEEDS)))
 def test_greedy_tokens_are_those_of_transformers(tmp_path, seed):
     recorded = RECORDED["deterministic"][seed]
@@ -580,9 +594,8 @@ def test_beams_and_scores_are_those_of_transformers(tmp_path, seed):
             np.testing.assert_allclose(value.reshape(-1), scores, rtol=1e-4, err_msg=str(how))
 
 
-@pytest.mark.parametrize(
-    "case", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(small.SAMPLES)))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(small.SAMPLES)))
 def test_the_law_of_a_drawn_token_is_that_of_transformers(tmp_path, case):
     """Along texts that it drew: which tokens can be drawn, and how likely each is."""
     how, recorded = small.SAMPLES[case], RECORDED["drawn"][case]
@@ -640,6 +653,7 @@ def test_transformers_itself_agrees_on_new_models(tmp_path):
             assert [cut(row, 3) for row in got.reshape(-1, got.shape[-1]).tolist()] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 9, 40])
 def test_an_ngram_is_banned_where_it_would_occur_again(size):
     rng = np.random.default_rng(size)
@@ -972,6 +986,7 @@ def test_filters_act_in_turn_and_row_by_row():
     np.testing.assert_array_equal(only, logits == logits.max(-1, keepdims=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [3, 256, 257, 5000])
 def test_draws_have_their_probabilities_and_never_what_was_filtered(vocab):
     rng = np.random.default_rng(vocab)
@@ -1000,6 +1015,7 @@ def test_a_draw_survives_the_largest_uniform_number(monkeypatch):
             assert np.isfinite(logits[int(token)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampling", "left"),
     [
@@ -1097,6 +1113,7 @@ def test_a_family_samples_n_rows_whatever_the_prompt():
         family.sample(state, key(1), n=2, prompt=three)
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_a_repeating_text():
     """Every third token is the one three before: the loss falls to nothing but for the first three."""
     cfg = dataclasses.replace(SMALL, optim=Optim(lr=1e-2))
@@ -1120,6 +1137,7 @@ GOLDEN = (
 )  # written by tests/golden/make_gpt2.py, with transformers
 
 
+@pytest.mark.slow
 def test_gpt2_gives_the_logits_of_transformers():
     cfg, params = transformer.load_gpt2(GOLDEN)
     golden = np.load(GOLDEN / "golden.npz")
@@ -1498,6 +1516,7 @@ def test_parameters_of_another_model_are_not_written(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 900, 30_000])
 def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, room):
     """In a process whose files may not grow past `room` bytes: a new folder is not made, an old one stays whole."""

@@ -69,6 +69,7 @@ def test_bernoulli_likelihood_in_float64_and_at_extreme_logits():
     assert value == -3200 and jnp.isfinite(slope).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_bernoulli_gradient_is_x_minus_the_probability(dtype):
     """At logit 0, at -0, and as far as floats and infinity go; likewise its own derivative by x."""
@@ -176,6 +177,7 @@ def test_iwae_bound_reaches_the_evidence_by_quadrature():
     np.testing.assert_allclose(bound, evidence, atol=0.02)
 
 
+@pytest.mark.slow
 def test_exact_posterior_gives_constant_weights_and_a_wrong_one_does_not(tmp_path):
     """The oracle of the experiment, at smoke scale: every criterion holds."""
     rows = {r.quantity: r.ours for r in ppca_exact.run(ppca_exact.SCALES["smoke"].setup, tmp_path)}
@@ -287,6 +289,7 @@ def test_manifold_is_the_grid_of_the_paper():
         vae.manifold(CFG, params_of(CFG))
 
 
+@pytest.mark.slow
 def test_interpolation_ends_at_the_reconstructions():
     params, a, b = params_of(CFG), images(2), images(2, seed=5)
     line = vae.interpolate(CFG, params, a, b, steps=7)
@@ -302,6 +305,7 @@ def test_wild_inputs_stay_finite():
     assert jnp.isfinite(terms["kl"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", ["bernoulli", "logistic", "gaussian"])
 @pytest.mark.parametrize("dtype", [bool, np.int32, np.uint8])
 def test_binarised_images_may_be_bool_or_whole_numbers(likelihood, dtype):
@@ -331,6 +335,7 @@ def test_binarised_images_may_be_bool_or_whole_numbers(likelihood, dtype):
             vae.encode(cfg, params, same)
 
 
+@pytest.mark.slow
 def test_images_beyond_0_and_1_are_refused():
     """With pixels up to 255 the cross-entropy of bernoulli is no bound: it was +137 nats."""
     params = params_of(CFG)

@@ -54,6 +54,7 @@ def test_likelihood_is_scipys(likelihood):
     np.testing.assert_allclose(autoencoder.log_likelihood(cfg, x, x_hat), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_bound_is_its_terms_and_the_kl_is_the_closed_form():
     params, x = shaken(), pictures()
     mu, logvar = (np.float64(a) for a in encode(CFG, params, x))
@@ -68,6 +69,7 @@ def test_the_bound_is_its_terms_and_the_kl_is_the_closed_form():
     np.testing.assert_allclose(terms["reconstruction"], likelihood, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_weighs_the_kl_by_beta_and_the_metrics_do_not():
     cfg = dataclasses.replace(CFG, beta=0.3)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (4, *CFG.shape), np.uint8)}
@@ -105,6 +107,7 @@ def ppca():
     return params, jnp.asarray(x.reshape(6, 2, 2, 1), jnp.float32), log_p
 
 
+@pytest.mark.slow
 def test_a_linear_autoencoder_is_ppca():
     """With the exact posterior every weight p(x, z) / q(z|x) is p(x), and the bound is tight."""
     params, x, log_p = ppca()
@@ -135,6 +138,7 @@ def test_psnr_of_an_image_that_is_reproduced_exactly_is_100_db():
 # ------------------------------------------------------------------------- latents of unit variance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampled", [False, True])
 def test_measured_latents_have_mean_0_and_variance_1(sampled):
     """A number of images that the chunks do not divide, each image once."""
@@ -156,6 +160,7 @@ def test_measured_latents_have_mean_0_and_variance_1(sampled):
     jax.tree.map(np.testing.assert_array_equal, params["encoder"], measured["encoder"])
 
 
+@pytest.mark.slow
 def test_images_undoes_the_scale_of_latents():
     params, x = shaken(), pictures()
     measured = autoencoder.measure(CFG, params, x)
@@ -166,6 +171,7 @@ def test_images_undoes_the_scale_of_latents():
     np.testing.assert_allclose(reconstruct(CFG, measured, x), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sampled_latents_follow_the_posterior():
     params = autoencoder.measure(CFG, shaken(), pictures())
     x = jnp.tile(pictures(1), (4000, 1, 1, 1))
@@ -198,6 +204,7 @@ def test_a_run_folder_keeps_the_scale_and_training_does_not_move_it(tmp_path):
     np.testing.assert_allclose(np.var(z, (0, 1, 2)), 1, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_neither_weight_decay_nor_the_average_moves_the_scale(ema):
     """Measured after two updates, then trained on. Samples and errors are those of the new scale."""
@@ -234,6 +241,7 @@ def _largest_move(a, b):
 # ------------------------------------------------------------------------------ options and refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "shape"),
     [
@@ -270,6 +278,7 @@ def test_latents_keep_the_places_of_what_they_describe():
     assert moved[:2, :2].mean() > 4 * moved[2:, 3:].mean()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_gives_float32():
     params, x = shaken(), pictures()
     low = dataclasses.replace(CFG, bfloat16=True)

@@ -101,6 +101,7 @@ def test_bits_per_dim_of_a_gaussian_come_near_the_logistics_probabilities():
     np.testing.assert_allclose(density, -np.log2(upper - lower).mean((1, 2, 3)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bits_are_reported_where_the_likelihood_is_one_of_the_images():
     cfg = dataclasses.replace(CFG, likelihood="logistic")
     batch = {
@@ -210,7 +211,7 @@ def batch_of(cfg, n=8):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", ["iwae", "dreg"])
 def test_training_logs_the_bound_that_it_trains(objective):
     cfg = dataclasses.replace(CFG, objective=objective, k=7)
     family, batch = vae.make(cfg), batch_of(cfg)
@@ -269,7 +270,7 @@ def test_gradients_are_the_papers_sums(cfg, beta):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["iwae", pytest.param("dreg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", ["iwae", "dreg"])
 def test_step_takes_the_gradient_of_the_bound(objective):
     """One SGD step of rate 1, averaged over the batch, against the bound's own gradient on the same draws."""
     cfg = dataclasses.replace(MLP, objective=objective, k=4, optim=vae.Optim("sgd", lr=1.0))
@@ -354,6 +355,7 @@ def test_elbo_over_more_draws_is_the_same_bound_with_less_noise():
     np.testing.assert_allclose(one.var(0) / ten.var(0), 10, rtol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step, weight", [(0, 0.0), (5, 1.0), (10, 2.0), (99, 2.0)])
 def test_kl_weight_rises_and_stays(step, weight):
     cfg = dataclasses.replace(CFG, beta=2.0, kl_warmup=10)
@@ -368,6 +370,7 @@ def test_kl_weight_rises_and_stays(step, weight):
 # -------------------------------------------------------------------------------------------------------- active units
 
 
+@pytest.mark.slow
 def test_activity_of_a_linear_encoder_is_known():
     cfg = dataclasses.replace(CFG, hidden=(), latent_dim=2, upper_dim=3, upper_hidden=())
     params, x = params_of(cfg), images(40)
@@ -379,6 +382,7 @@ def test_activity_of_a_linear_encoder_is_known():
     np.testing.assert_allclose(second, (mu @ np.asarray(upper)).var(0), rtol=0.1, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_noise_does_not_count_as_activity():
     """An encoder that ignores its image: mean over keys 0, though each E_q[z_2] is a mean of few noisy draws."""
     cfg = dataclasses.replace(CFG, hidden=(), latent_dim=2, upper_dim=3, upper_hidden=())
@@ -398,6 +402,7 @@ def test_noise_does_not_count_as_activity():
 LABELLED = dataclasses.replace(CFG, classes=3)
 
 
+@pytest.mark.slow
 def test_labels_reach_encoder_and_decoder_of_their_own_image_only():
     params, x, label = params_of(LABELLED), images(3), jnp.asarray([0, 1, 2])
 
@@ -410,6 +415,7 @@ def test_labels_reach_encoder_and_decoder_of_their_own_image_only():
         assert changed.tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 def test_labels_of_many_draws_are_those_of_the_images():
     params, x, label = params_of(LABELLED), images(3), jnp.asarray([2, 0, 1])
     z = vae.draw(LABELLED, params, x, key(), k=4, label=label)[0]
@@ -462,6 +468,7 @@ def test_labels_that_are_missing_are_refused():
 CONV = dataclasses.replace(CFG, shape=(8, 12, 2), channels=(3, 5), hidden=(7,), classes=2)
 
 
+@pytest.mark.slow
 def test_convolutional_net_takes_any_leading_axes_and_sees_all_pixels():
     params = params_of(CONV)
     label = jnp.asarray([0, 1, 1])
@@ -478,6 +485,7 @@ def test_convolutional_net_takes_any_leading_axes_and_sees_all_pixels():
     assert (np.abs(turned).max((0, -2, -1)) > 0).all()
 
 
+@pytest.mark.slow
 def test_convolution_doubles_the_picture_pixel_by_pixel():
     """One layer by loops: low-resolution pixel (i, j), phase (a, b) -> pixel (2i + a, 2j + b)."""
     cfg = dataclasses.replace(CFG, shape=(4, 6, 2), channels=(3,), hidden=(), activation="tanh")
@@ -550,6 +558,7 @@ def test_no_draws_are_refused_by_every_bound():
         vae.iwae_bound(CFG, params, x, key(), k=5, chunk=0)
 
 
+@pytest.mark.slow
 def test_wild_decoders_stay_finite():
     """Raw log scales of any size: the likelihood and its gradient stay in float32."""
     for likelihood in ("gaussian", "logistic"):

@@ -103,6 +103,7 @@ def test_gradients_by_hand():
     assert (slope == 0).all()  # the codebook moves by its average alone
 
 
+@pytest.mark.slow
 def test_the_loss_is_its_terms():
     batch, state = batch_of(), state_of()
     x, codes = vq.preprocess(CFG, batch), state.extra["codes"]
@@ -125,6 +126,7 @@ def test_the_loss_is_its_terms():
 # ------------------------------------------------------------------------------------- the codebook
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_numpys():
     """Ten updates with offsets, and one code far away that nothing ever chooses."""
     cfg = dataclasses.replace(CFG, decay=0.8)
@@ -247,6 +249,7 @@ def test_dead_codes_move_to_vectors_of_the_batch():
 # ----------------------------------------------------------------------------- devices, parts, dtypes
 
 
+@pytest.mark.slow
 def test_eight_devices_keep_one_codebook():
     """Counts and sums are those of all devices; restarts draw from all of them."""
     z = normal(0, 16, 2, 4, 3)
@@ -297,6 +300,7 @@ def test_a_mesh_of_eight_devices_restarts_the_same_codes():
     assert not [s for s in gathered if s and np.prod([int(d) for d in s.split(",")]) >= 4096]
 
 
+@pytest.mark.slow
 def test_bfloat16_convolutions_leave_codes_and_losses_in_float32():
     batch, state = batch_of(), state_of()
     for cfg in (CFG, dataclasses.replace(CFG, bfloat16=True)):
