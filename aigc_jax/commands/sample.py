@@ -148,14 +148,20 @@ def sample(
     also = (".txt",) if kind == "text" and result.info.tokenizer else ()
     places = _places(run_folder, (*also, *forms), kind, out)
     key = jax.random.split(jax.random.key(seed), 4)[3]
+    samples = _draw(result, key, n, chunk, options)
+    single = forms[0] if kind == "image" else ".npy"
+    _write(places, forms, single, samples, f"{run_folder}, step {int(result.state.step)}")
+    _say_where(result, n, places)
+
+
+def _draw(result: train.Result, key, n: int, chunk: int, options: dict) -> np.ndarray:
+    """Returns n samples. Refused: values that are not finite."""
     samples = train.sample(result, key, n=n, chunk=chunk, **options)
     if bad := int((~np.isfinite(samples.reshape(n, -1))).any(1).sum()):
         raise train.Refused(
             f"{bad} of {n} samples hold values that are not finite: nothing was written"
         )
-    single = forms[0] if kind == "image" else ".npy"
-    _write(places, forms, single, samples, f"{run_folder}, step {int(result.state.step)}")
-    _say_where(result, n, places)
+    return samples
 
 
 def _say_where(result: train.Result, n: int, places: list[Path]) -> None:
