@@ -3,8 +3,8 @@
     python -m experiments.loss_zoo    scale cpu was not run to its end yet; downloads nothing
 
 The paper draws 200 networks at random and trains each by the first GAN's loss and by WGAN-GP on
-32x32 ImageNet. It counts how many reach an Inception score: of 5, no network by the GAN alone, 147
-by WGAN-GP alone, 42 by both, 11 by neither. Here it is 10 random MLPs on digits of 8x8, for ten
+32x32 ImageNet. It counts the networks whose Inception score reaches 5. By WGAN-GP alone 147 do, by
+the GAN alone none, by both 42, by neither 11. Here it is 10 random MLPs on digits of 8x8, for ten
 recipes. A recipe succeeds if the score of our classifier is at least 60 % of that of real digits,
 and if the samples are nearer to the digits than blends of two digits are. The second condition
 matters: noise of black and white pixels has 62 % of the score. A run that ends in NaN fails.
@@ -40,7 +40,8 @@ CLIPPED = {"loss": "wasserstein", "penalty": "clip", "n_critic": 5, "optim": RMS
 SLOW = Optim(lr=1e-4, b1=0.0, b2=0.9)
 WGAN_GP = {"loss": "wasserstein", "penalty": "gp", "n_critic": 5, "optim": SLOW, "disc_optim": SLOW}
 R1 = {"penalty_weight": 1.0, **ADAM}
-# Name: the loss with its optimizers and penalty, and the norm of D. Rates are those of the papers.
+# Name: (loss, penalty and optimizers; the norm of D). WGAN and WGAN-GP have the rates of their
+# papers, all others DCGAN's Adam. The weight 1 of R1 is ours.
 ZOO: dict[str, tuple[dict, str]] = {
     "non-saturating": ({"loss": "non_saturating", **ADAM}, "none"),
     "non-saturating, R1": ({"loss": "non_saturating", "penalty": "r1", **R1}, "none"),
@@ -73,10 +74,10 @@ class Setup:
     def __post_init__(self):
         _cli.at_least(self, networks=1, seeds=1, toy_steps=1, width=1, samples=100)
         if not 5 * self.run.eval_every <= self.run.steps or not self.run.eval_every:
-            steps = f"{self.run.eval_every} and {self.run.steps}"
-            raise ValueError(f"run.eval_every must be at most run.steps / 5, got {steps}")
+            rule = f"run.eval_every must lie in 1..{self.run.steps // 5} (run.steps / 5)"
+            raise ValueError(f"{rule}, got {self.run.eval_every}")
         if not self.zoo or not set(self.zoo) <= set(ZOO):
-            raise ValueError(f"zoo must hold some of {', '.join(ZOO)}; got {self.zoo}")
+            raise ValueError(f"zoo must hold some of {list(ZOO)}; got {list(self.zoo)}")
 
 
 SMOKE = {"run.folder": "runs/loss_zoo-smoke", "run.steps": 50, "toy_steps": 50, "networks": 1}
@@ -131,10 +132,10 @@ def config(base: gan.Config, recipe: str, net: dict) -> gan.Config:
 
 
 def trained(setup: Setup, cfg: gan.Config, sets: tuple, place: Path, scores: Callable, **change):
-    """Trains a model. Returns {score: values of all measurements} and the result.
+    """Trains a model. Returns ({score: values of all measurements}, result), None if it ends in NaN.
 
     sets: data of training, and as a batch those on which the critic's loss is measured.
-    scores: maps samples to a dict. Returns None for a training that ends in NaN.
+    scores: maps samples to a dict.
     """
     training, held = sets
     sample = jax.jit(partial(gan.sample, cfg, n=setup.samples))

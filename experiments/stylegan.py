@@ -4,17 +4,17 @@
 
 Downloads Fashion-MNIST, or takes Debian's package of it (--data.folder names another folder). Three
 GANs without labels are trained for about as many minutes each: DCGAN; StyleGAN2 with mixing, lazy
-R1 and path lengths; the same nets with R3GAN's relativistic loss and its penalties R1 and R2. All
-average G's weights. Their samples are compared by the Frechet distance of our own classifier's
-features, against the minutes of training and at equal updates. Only distances of this project
-compare with it. One update of StyleGAN2 takes as long as a dozen of DCGAN's.
+R1 and path lengths; the same nets and mixing, with R3GAN's relativistic loss and its penalties R1
+and R2. All average G's weights. Their samples are compared by the Frechet distance of our own
+classifier's features, at equal minutes and at equal updates. Only distances of this project compare
+with it. One update of StyleGAN2 takes as long as a dozen of DCGAN's.
 
 Truncation moves the styles towards their mean. Samples become more typical and less diverse, so
 precision rises and recall falls. In the figure of mixing, a picture has the coarse styles of its
 row, and those of its column at full size. StyleGAN2 then learns emoji of 32x32. There is no
-classifier of emoji, so these are to be looked at. The papers have photographs of 1024x1024 and no
-number for these sets. The weight of R1 is that of the authors' code for 32x32 (Karras et al. 2020,
-"Training GANs with limited data", configuration cifar). R3GAN has the same.
+classifier of emoji, so these are to be looked at. StyleGAN2's paper has photographs of 1024x1024,
+and no paper has numbers for these sets. The weight of R1 is that of the authors' code for CIFAR-10
+(Karras et al. 2020, "Training GANs with limited data"). The run of R3GAN uses the same.
 """
 
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ STYLE = gan.Config(
     ema=0.998,
 )
 R3GAN = replace(STYLE, loss="relativistic", penalty="r1_r2", lazy=None, path_length=None)
-EVERY = {"eval_every": 500, "save_every": 500, "log_every": 100}
+EVERY = {"eval_every": 500, "save_every": 500, "log_every": 80}  # a multiple of lazy
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ INVARIANTS = {SELF: "< 1e-4"}
 
 
 def shuffled(source: data.Data, n: int) -> np.ndarray:
-    """Returns n images of a set in [0, 1], in random order: its first ones are by a few writers."""
+    """Returns n images [n, H, W, C] of a set in [0, 1], drawn at random."""
     images = _pictures.pixels(source)
     return images[np.random.default_rng(0).permutation(len(images))[:n]]
 
@@ -131,8 +131,9 @@ def truncated(result: train.Result, truncation: float, n: int, key) -> np.ndarra
 def mixed(result: train.Result, rows: int, columns: int, key) -> np.ndarray:
     """Returns pictures [(rows + 1) * (columns + 1), H, W, C] of mixed styles, in [0, 1].
 
-    The first row and column show the sources; the corner is empty. A picture has the coarse styles
-    of its row, and those of its column at the highest resolution.
+    The first row and column show the sources; the corner is empty. The two layers and the image of
+    the highest resolution, and the image of the one before it, have the style of the column. All
+    others have that of the row.
     """
     cfg, variables = result.config, gan.generator_of(result.config, result.state)
     net = gan.Generator(cfg.gen, tuple(cfg.shape), latents=cfg.latent_dim)
@@ -220,7 +221,7 @@ def truncation_rows(result: train.Result, features, real, seen) -> list[Row]:
 
 
 def changed_by_itself(result: train.Result) -> float:
-    """Returns how far the first row and column of the figure of mixing are from G's pictures."""
+    """Returns the largest difference of G's pictures from the sources in a 2 x 2 grid of `mixed`."""
     cfg, z = result.config, gan.noise(result.config, jax.random.key(3), 4)
     z = jnp.concatenate([z[:, : cfg.latent_dim], jnp.tile(z[:1, cfg.latent_dim :], (4, 1))], -1)
     own = (gan.generate(cfg, gan.generator_of(cfg, result.state), z) + 1) / 2

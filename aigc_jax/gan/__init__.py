@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from ..core import (
     EMA,
@@ -87,7 +87,8 @@ __all__ = [
 Net = NetConfig  # its former name
 
 Params = dict[str, Any]
-Stats = dict[str, Any]  # Flax's "batch_stats": running means of BatchNorm, vectors of SpectralNorm
+# Flax's "batch_stats": running means of BatchNorm, vectors of SpectralNorm, StyleGAN2's mean style.
+Stats = dict[str, Any]
 Variables = dict[str, Any]  # {"params": Params, "batch_stats": Stats} of one net
 Sample = Float[Array, "B ..."]  # images [B, H, W, C] in [-1, 1], or points [B, d]
 OneHot = Float[Array, "B classes"]
@@ -103,7 +104,7 @@ def discriminator_loss(name: LossName, real_logits: Logits, fake_logits: Logits)
 
     minimax, non_saturating: -log D(x) - log(1 - D(G(z))), D = sigmoid(logit) (GAN eq. 1)
     least_squares: ((r - 1)^2 + f^2) / 2 (Mao et al. 2017, eq. 9)
-    wasserstein: f - r (WGAN eq. 2); needs a Lipschitz constraint
+    wasserstein: f - r (WGAN eq. 3); needs a Lipschitz constraint
     hinge: max(0, 1 - r) + max(0, 1 + f) (SNGAN eq. 16)
     relativistic: -log sigmoid(r - f), a pair is judged as one (Huang et al. 2024, "R3GAN")
     """
@@ -222,9 +223,10 @@ def discriminate(
     x: Shaped[Array | np.ndarray, "B ..."],
     label: Label = None,
 ) -> Logits:
-    """Returns D's logits of samples. BatchNorm uses its running statistics.
+    """Returns D's logits [B] of images in [-1, 1], or of points. BatchNorm uses running statistics.
 
-    A packed D judges each sample together with the packing - 1 samples that follow it in the batch.
+    Images of `Family.sample` lie in [0, 1]: give 2 x - 1. A packed D judges each sample together
+    with the packing - 1 samples that follow it in the batch.
     """
     x = floats("x", x)
     y = one_hot(label, cfg.classes, x.shape[:1])
@@ -261,21 +263,21 @@ def preprocess(cfg: Config, batch: dict) -> Sample:
 
 
 def _real_examples(cfg: Config, batch: dict) -> tuple[Sample, OneHot]:
-    """Returns the examples of a batch and their one-hot labels [B, classes], [B, 0] without."""
+    """Returns examples and one-hot labels [B, classes]; [B, 0] for a model without classes."""
     x = preprocess(cfg, batch)
     return x, one_hot(batch.get("label") if cfg.classes else None, cfg.classes, x.shape[:1])
 
 
-def _augmented(cfg: Config, real: Sample, fake: Sample, keys) -> tuple[Sample, Sample]:
+def _augmented(cfg: Config, real: Sample, fake: Sample, key) -> tuple[Sample, Sample]:
     """Returns what D sees of real and fake images: each changed by draws of its own."""
     if not cfg.augment:
         return real, fake
-    k_real, k_fake = jax.random.split(keys[0])
+    k_real, k_fake = jax.random.split(key)
     return diff_augment(real, k_real), diff_augment(fake, k_fake)
 
 
 def _pack(cfg: Config, x):
-    """Puts p neighbours, all real or all fake, into one example (PacGAN, section 3).
+    """Puts p neighbours, all real or all fake, into one example (PacGAN, section 2).
 
     [B, ..., C] -> [B / p, ..., p C]. Raises ValueError if p does not divide B.
     """
@@ -345,18 +347,17 @@ def _images(cfg: Config, params: Params, stats: Stats, ws, inputs) -> Sample:
 
 
 def _path_penalty(cfg: Config, params: Params, state: State, y: OneHot, key, axis_name):
-    """Returns the penalty on path lengths, and the running mean of lengths; see `style`.
+    """Returns the path penalty and the new running mean of path lengths; see `style`.
 
-    It is taken at every few steps, on half of the batch, and counts as many times as the steps
-    from one to the next.
+    It is computed at every PATH_EVERY-th step, on half of the batch. In other steps it is 0.
     """
     stats, mean = state.extra["gen"], state.extra["path"]
 
     k_z, k_mix, k_y = jax.random.split(key, 3)
-    labels = y[: max(1, len(y) // 2)]
-    z = shard_rows(noise(cfg, k_z, len(labels)))
-    ws, inputs, _ = _styles(cfg, params, stats, z, labels, k_mix, None)
-    directions = shard_rows(jax.random.normal(k_y, (len(labels), *cfg.shape)))
+    y_half = y[: max(1, len(y) // 2)]
+    z = shard_rows(noise(cfg, k_z, len(y_half)))
+    ws, inputs, _ = _styles(cfg, params, stats, z, y_half, k_mix, None)
+    directions = shard_rows(jax.random.normal(k_y, (len(y_half), *cfg.shape)))
 
     def penalty():
         lengths = style.path_lengths(
@@ -364,9 +365,15 @@ def _path_penalty(cfg: Config, params: Params, state: State, y: OneHot, key, axi
         )
         return style.path_penalty(lengths, mean, axis_name)
 
-    due = state.step % style.PATH_EVERY == 0
-    value, mean = jax.lax.cond(due, penalty, lambda: (jnp.zeros(()), mean))
-    return style.PATH_EVERY * cfg.path_length * value, mean
+    return jax.lax.cond(_is_due(state, style.PATH_EVERY), penalty, lambda: (jnp.zeros(()), mean))
+
+
+def _is_due(state: State, every: int) -> Bool[Array, ""]:
+    """Returns whether a lazy penalty is computed: in the last of `every` updates.
+
+    The log has updates whose number, counted from 1, is a multiple of `run.log_every`.
+    """
+    return (state.step + 1) % every == 0
 
 
 def _logits(cfg: Config, params: Params, stats: Stats, examples, key, axis_name):
@@ -407,11 +414,11 @@ def _penalised_loss(cfg: Config, params: Params, state: State, examples, key, *,
         return sum(r1_penalty(critic, x).mean() for x in both)
 
     if cfg.penalty in ("gp", "r1", "r1_r2"):
-        every = cfg.lazy or 1  # StyleGAN2: at every `lazy`-th step, with the weight times `lazy`
+        every = cfg.lazy or 1  # StyleGAN2: in every `lazy`-th update, with the weight times `lazy`
         metrics["penalty"] = (
             penalty()
             if every == 1
-            else jax.lax.cond(state.step % every == 0, penalty, lambda: jnp.zeros(()))
+            else jax.lax.cond(_is_due(state, every), penalty, lambda: jnp.zeros(()))
         )
         half = 1.0 if cfg.penalty == "gp" else 0.5
         loss += half * every * cfg.weight * metrics["penalty"]
@@ -420,7 +427,7 @@ def _penalised_loss(cfg: Config, params: Params, state: State, examples, key, *,
 
 def _disc_objective(cfg: Config, params: Params, state: State, batch, key, *, axis_name=None):
     """D's loss on a batch and as many new fakes. G's parameters and statistics stay as they are."""
-    k_fake, k_loss, *k_augment = jax.random.split(key, 3 if cfg.augment else 2)
+    k_fake, k_loss, k_augment = jax.random.split(key, 3)
     real, y = _real_examples(cfg, batch)
     gen, stats = state.params["gen"], state.extra["gen"]
     fake, _ = _fake_examples(cfg, gen, stats, y, k_fake, axis_name)
@@ -468,7 +475,7 @@ def _gen_objective(cfg: Config, params: Params, state: State, batch, key, *, axi
     """
     if cfg.path_length:
         key, k_path = jax.random.split(key)
-    k_fake, k_logits, k_unroll, *k_augment = jax.random.split(key, 4 if cfg.augment else 3)
+    k_fake, k_logits, k_unroll, k_augment = jax.random.split(key, 4)
     real, y = _real_examples(cfg, batch)
     fake, stats = _fake_examples(cfg, params, state.extra["gen"], y, k_fake, axis_name)
     real, fake = _augmented(cfg, real, fake, k_augment)
@@ -484,7 +491,7 @@ def _gen_objective(cfg: Config, params: Params, state: State, batch, key, *, axi
     loss, metrics = generator_loss(cfg.loss, fake_logits, real_logits).mean(), {}
     if cfg.path_length:
         metrics["path"], extra["path"] = _path_penalty(cfg, params, state, y, k_path, axis_name)
-        loss += metrics["path"]
+        loss += style.PATH_EVERY * cfg.path_length * metrics["path"]
     return loss, (extra, metrics)
 
 
@@ -596,13 +603,16 @@ def sample(
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     """Returns the GAN as a Family. Its params, opt_state and extra are {"gen": ..., "disc": ...}.
 
+    With path_length, extra also has "path", the running mean of path lengths.
+
     step: n_critic updates of D on parts of the batch, then one of G. For n_critic = 1 both have the
         whole batch.
     evaluate: `real_logit` and `fake_logit` per example. Losses with a threshold add
         `real_accuracy` and `fake_accuracy`: 1 where D is right. If D is more accurate on
         training examples than on held-out ones, it has memorised them.
-    sample(state, key, *, n, label=None): n samples of G's average. `label` is one class in
-        0..classes-1, or [n] classes. A conditional model without `label` takes the classes in turn.
+    sample(state, key, *, n, label=None, truncation=1.0): n samples of G's average. `label` is one
+        class in 0..classes-1, or [n] classes. A conditional model without `label` takes the classes
+        in turn. truncation: see `generate`.
     axis_name: the axis of devices in the per-device view (pmap, vmap, shard_map).
     """
     return Family(

@@ -43,7 +43,7 @@ class Config:
     # On D: that of WGAN-GP; R1 (at real examples); R1 and R2 (at fakes too); clipping (WGAN).
     penalty: Literal["none", "gp", "r1", "r1_r2", "clip"] = "none"
     penalty_weight: float | None = None  # lambda, gamma or bound; None: 10, or 0.01 (clip)
-    lazy: int | None = None  # steps from one penalty to the next, which counts as often; None: 1
+    lazy: int | None = None  # compute the penalty in every lazy-th update, times lazy; None: 1
     n_critic: int = 1  # updates of D per step, each on its own part of the batch
     # Update both nets from the parameters before the step, as the code of GAN and PacGAN does.
     # None, False: G is updated after D, through the updated D (GAN, algorithm 1).

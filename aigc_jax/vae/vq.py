@@ -14,7 +14,7 @@ exponential moving average of the vectors that chose it (appendix A.1). The code
 With a uniform prior over codes, log p(x) >= log p(x|z_q) - h w log K.
 
 One addition to the paper, and one numerical choice. A code that too few vectors choose can be moved
-to a vector of the batch (`restart`; Dhariwal et al. 2020, "Jukebox", appendix B). Distances are
+to a vector of the batch (`restart`; Dhariwal et al. 2020, "Jukebox", section 3.1). Distances are
 sums of squared differences: the usual |z|^2 + |e|^2 - 2 z e loses small distances where vectors are
 long.
 
