@@ -39,7 +39,11 @@ def needs(name: str, doc: str) -> str:
     """Returns what a script needs beside Python, read from the line of its docstring that shows its
     command.
     """
-    flags, _, after = re.search(rf"python -m experiments\.{name}\b(.*)", doc)[1].partition(";")
+    command = re.search(rf"python -m experiments\.{name}\b(.*)", doc)
+    if not command:
+        rule = f"the docstring must show the command, python -m experiments.{name}"
+        raise ValueError(f"experiments/{name}.py: {rule}")
+    flags, _, after = command[1].partition(";")
     given = re.search(r"--\w+ [A-Z]+", flags)
     return after.replace("downloads nothing", "nothing").strip() or (given[0] if given else "")
 

@@ -20,8 +20,8 @@ from aigc_jax.commands.plan import devices_for, report, tensor_of
 
 from ._catalog import names
 
-# The configs whose batch can be told from their fields alone, and what makes a family of each. The
-# rows of a recurrent net are as long as the data says.
+# The configs whose fields tell the shapes of a batch, and the function that makes each family.
+# language.Config is missing: the length of its rows depends on the data.
 MAKES: dict[type, Callable] = {
     vae.Config: vae.make,
     vae.AutoencoderConfig: vae.make_autoencoder,
@@ -36,7 +36,7 @@ MAKES: dict[type, Callable] = {
 
 
 def batch_of(cfg, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and dtypes of a batch of so many examples, as `data.Data.batch` gives them."""
+    """Returns shapes and dtypes of what a step reads of a batch of `size` examples."""
 
     def rows(dtype, *shape):
         return jax.ShapeDtypeStruct((size, *shape), np.dtype(dtype))
@@ -73,7 +73,7 @@ def models(setup) -> dict[str, object]:
 def plan(
     name: Annotated[str, tyro.conf.Positional],
     scale: str = "cpu",
-    topology: str = "cpu:8",
+    topology: str = "cpu:4",
     mesh: str = "",
     batch_size: int | None = None,
 ) -> None:
@@ -86,7 +86,8 @@ def plan(
         scale: smoke, cpu, or paper where the script has it.
         topology: cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC. All but cpu need libtpu; none needs a TPU.
         mesh: such as data=8,model=2: groups of 2 devices share each layer.
-        batch_size: examples of an update, over all devices; by default the script's.
+        batch_size: examples of an update, over all devices; by default the script's run.batch_size.
+            A script that trains a model with another batch needs this flag.
     """
     if name not in names():
         raise train.Refused(f"there is no script {name}: python -m experiments lists all")

@@ -97,10 +97,13 @@ def test_a_model_whose_batch_is_not_told_is_named(capsys, monkeypatch):
         ("vae_digits --scale paper", "vae_digits has no scale paper, only smoke, cpu"),
         ("iwae_table", "the configs of iwae_table do not tell the batches"),
         ("vae_digits --topology tpu", "topology must be cpu:N"),
-        ("vae_digits --batch-size 7", "a batch of 7 does not divide by 8 devices; one of 8 does"),
+        (
+            "vae_digits --batch-size 7",
+            "a batch of 7 does not divide by 4 devices; one of 8 (batch_size) does",
+        ),
         ("vae_digits --batch-size 0", "batch_size must be at least 1, got 0"),
-        ("vae_digits --mesh data=3", "mesh data=3 has 3 devices, the topology 8"),
-        ("vae_digits --mesh data=4,model=2", "this model has no layers to share"),
+        ("vae_digits --mesh data=3", "mesh data=3 has 3 devices, the topology 4"),
+        ("vae_digits --mesh data=2,model=2", "this model has no layers to share"),
     ],
 )
 def test_mistakes_are_one_line(flags, words, capsys, monkeypatch):

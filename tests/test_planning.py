@@ -256,7 +256,8 @@ def test_devices_that_are_missing_are_named():
 def test_a_batch_that_does_not_divide_is_refused():
     make, cfg, _ = STEPS["vae"]
     with pytest.raises(
-        train.Refused, match="a batch of 12 does not divide by 8 devices; one of 16 does"
+        train.Refused,
+        match="a batch of 12 does not divide by 8 devices; one of 16 .batch_size. does",
     ):
         train.plan(make, cfg, batch_of("vae", 12), jax.devices())
 
@@ -286,7 +287,7 @@ def test_the_command_prints_a_plan(tmp_path, monkeypatch, capsys):
         commands.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
-        "error: a batch of 16 does not divide by 7 devices; one of 21 does\n"
+        "error: a batch of 16 does not divide by 7 devices; one of 21 (batch_size) does\n"
     )
 
 
@@ -316,7 +317,7 @@ def test_a_lighter_config_recomputes_and_then_takes_parts():
     assert list(lighter(vae.Config()))[-1][1].micro == 4
     style = gan.NetConfig("style", widths=(4, 4))
     pictures = gan.Config(shape=(8, 8, 1), gen=style, disc=style)
-    assert [words for words, _ in lighter(pictures)] == ["and 4 micro-batches (model.micro)"]
+    assert [words for words, _ in lighter(pictures)] == ["4 micro-batches (model.micro)"]
 
 
 @pytest.mark.parametrize("fits", ["both", "one", "too large", "none"])

@@ -21,7 +21,7 @@ def plan(
     run_folder: Folder,
     /,
     *,
-    topology: str = "cpu:8",
+    topology: str = "cpu:4",
     mesh: str = "",
     batch_size: int | None = None,
     data_folder: DataFolder = None,
@@ -40,7 +40,7 @@ def plan(
             batch. By default as run.tensor says.
         batch_size: examples of an update, over all devices; by default the run's.
         data_folder: where the set's original files lie, if it needs any.
-        trust: as for sample.
+        trust: a module of your own that made the run and may be imported; can be given repeatedly.
     """
     devices = devices_for(topology)
     record = folders.read(run_folder)
@@ -78,8 +78,8 @@ def report(
 ) -> bool:
     """Prints the plan of an update of make(cfg), and what to change where it does not fit.
 
-    batch: gives a batch of so many examples: arrays, or what has a shape and a dtype.
-    tensor: so many devices share each layer.
+    batch: batch(n) returns n examples, as arrays or as jax.ShapeDtypeStruct.
+    tensor: the number of devices that share each layer.
 
     Returns whether the program fits; True for CPUs, whose memory is not known.
     """
@@ -137,7 +137,7 @@ def show_chip(planned, cfg, size: int, first: Plan, chip: Chip) -> bool:
 
 def advise(planned, cfg, size: int, chip: Chip) -> None:
     """Prints what changes of a config that does not fit would need."""
-    print("         Other ways: more chips, a smaller batch, or a larger axis model of --mesh.")
+    print("         Other ways: more chips, a smaller batch, or model=N in --mesh to share layers.")
     for words, changed in lighter(cfg):
         try:
             memory = planned(changed, size).memory
@@ -169,7 +169,7 @@ def lighter(cfg) -> Iterator[tuple[str, object]]:
         yield "blocks recomputed in the backward pass (remat)", cfg
     if hasattr(cfg, "micro"):
         cfg = replace(cfg, micro=4 * cfg.micro)
-        yield f"and {cfg.micro} micro-batches (model.micro)", cfg
+        yield f"{'remat and ' if again else ''}{cfg.micro} micro-batches (model.micro)", cfg
 
 
 def show(topology: str, size: int, found: Plan, tensor: int = 1) -> None:

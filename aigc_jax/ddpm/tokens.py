@@ -123,11 +123,13 @@ def step_log_probs(
 ) -> Logits:
     """Returns log p(x_s | x_t) of the uniform process for all V values of x_s.
 
-    q(x_s = y | x_t = x, x_0 = z) = q(x | y) q(y | z) / q(x | z), by Bayes, with
-        q(x | y) = a_ts [x = y] + u_ts,  q(y | z) = a_s [y = z] + u_s,  q(x | z) = a_t [x = z] + u_t
-    where a is the probability to keep a token and u that to draw a certain one anew. Summed over z:
-        p(y) = q(x | y) (a_s p_hat(y) / q(x | y') + u_s C),  C = sum over z of p_hat(z) / q(x | z)
-    where q(x | y') is q(x_t = x | x_0 = y).
+    By Bayes, q(x_s = y | x_t = x, x_0 = z) = q_ts(x | y) q_s(y | z) / q_t(x | z), with
+        q_ts(x | y) = a_ts [x = y] + u_ts    from s to t
+        q_s(y | z) = a_s [y = z] + u_s       from 0 to s
+        q_t(x | z) = a_t [x = z] + u_t       from 0 to t
+    Here a is the probability that a token is kept, and u = (1 - a) / V. The sum over z is
+        p(y) = q_ts(x | y) (a_s p_hat(y) / q_t(x | y) + u_s C)
+    with C = sum over z of p_hat(z) / q_t(x | z).
     """
     V = logits.shape[-1]
     log_p_hat = jax.nn.log_softmax(logits)
@@ -309,9 +311,9 @@ def masked_cross_entropy(
     """Returns -log p_hat of the tokens that are masked at a time t per row, and 0 elsewhere.
 
     It is `token_vlb` of "absorbing" without the weight -alpha' / (1 - alpha) (MaskGIT, Chang et al.
-    2022). No bound follows from it. Its gradient has less variance. Let c_k be the mean cost of a
-    token among k masks of L. The bound is the sum of c_k; this is, for "linear", the sum of
-    k c_k / (L + 1).
+    2022). It is no bound, but its gradient has less variance. Let c_k be the expected cross entropy
+    of one masked token where k of L tokens are masked. The bound is the sum of c_k over k = 1..L.
+    The expected sum of a row [L] of this function is the sum of k c_k / (L + 1), for "linear".
     """
     _check_process("absorbing", schedule)
     V = vocabulary(logits_fn, tokens.shape)
@@ -371,8 +373,9 @@ def sample_tokens(
     order: Order = "random",
     block: int = 0,
 ) -> Int[Array, "B L"]:
-    """Samples B texts of L tokens in a number of steps.
+    """Samples B texts of L tokens.
 
+    steps: 1..L for the orders "random" and "confidence", else at least 1.
     known: int32 [L] or [B, L], -1 where a token is free. The others stay fixed: a prompt, or both
         sides of a gap. For "uniform" the samples have the conditional law only if the model was
         trained with these tokens given (see `token_vlb`, mask). Else it takes them for noise.
@@ -417,7 +420,7 @@ def sampling_steps(
     order: Order = "random",
     block: int = 0,
 ) -> tuple[Int[Array, "B L"], Step]:
-    """Returns x_1 and step(x, i), i = 0 .. steps - 1, the steps of `sample_tokens` one by one."""
+    """Returns the text at t = 1, and step(x, i) of `sample_tokens` for i = 0 .. steps - 1."""
     _check_process(process, schedule)
     if not isinstance(temperature, jax.core.Tracer) and not np.min(temperature) >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -474,7 +477,7 @@ def _reveal_step(logits_fn, key, x, vocab: int, steps: int, temperature, schedul
     per_block = steps // (L // block)
     random = jax.random.uniform(k_order, x.shape)
 
-    def left(i, free):  # masked tokens of a row after i of `steps` steps
+    def left(i):  # masked tokens of each row [B] that remain after i steps
         done, within = i // per_block, i % per_block
         full = jnp.maximum(L // block - done - 1, 0)  # blocks that have not begun
         share = one_minus_alpha(schedule, (per_block - within) / per_block)
@@ -488,7 +491,7 @@ def _reveal_step(logits_fn, key, x, vocab: int, steps: int, temperature, schedul
         logits = logits_fn(x, time_of(schedule, share.astype(jnp.float32)))
         drawn = draw_tokens(logits, jax.random.fold_in(k_draw, i), temperature)
         score = -cross_entropy(at_least_float32(logits), drawn) if order == "confidence" else random
-        count = masked.sum(-1) - left(i + 1, free)
+        count = masked.sum(-1) - left(i + 1)
         return jnp.where(_revealed(masked, score, count, block), drawn, x)
 
     return step

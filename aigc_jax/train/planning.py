@@ -144,7 +144,8 @@ def plan(make: Callable, cfg, batch: dict, devices: list, *, tensor: int = 1) ->
     if size % count:
         what = f"{count} devices" if tensor == 1 else f"{count} groups of {tensor} devices"
         raise Refused(
-            f"a batch of {size} does not divide by {what}; one of {-(-size // count) * count} does"
+            f"a batch of {size} does not divide by {what}; one of {-(-size // count) * count} "
+            "(batch_size) does"
         )
     mesh, family = mesh_of(devices, tensor), make(cfg)
     state = jax.eval_shape(family.init, jax.random.key(0))
