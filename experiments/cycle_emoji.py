@@ -6,7 +6,7 @@
 good a translation is. R@1 is the share of translations whose nearest true picture, in squared
 pixels, shows the same emoji. The picture itself, not translated, has 34.7 % and 44.7 %. A domain
 classifier says how many translations look like the other vendor's. Three models: with the identity
-term, without it, and on true pairs (the L1 term of pix2pix) as an upper bound. The paper has other
+term, without it, and on true pairs (the L1 term of pix2pix) for comparison. The paper has other
 sets: the criteria are ours.
 
     python -m experiments.cycle_emoji --data.name images:A --data.other images:B --data.size 32
@@ -58,9 +58,9 @@ class TwoSets(Source):
                 f"got {self.name} and {self.other}"
             )
         if self.folder or self.tokenizer or (self.size and not folders):
-            raise ValueError(
-                "data.size is for two folders; data.folder and data.tokenizer for none"
-            )
+            rule = "data.size needs two folders; data.folder and data.tokenizer have no use here"
+            got = f"{self.size}, {self.folder} and {self.tokenizer!r}"
+            raise ValueError(f"{rule}; got {got}")
 
     def parts(self) -> tuple[data.Data, data.Data]:
         """Returns a training set and a held-out one. Folders are cut as for other scripts."""

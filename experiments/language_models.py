@@ -9,7 +9,7 @@ probabilistic language model (Bengio et al. 2003) sees a window. LSTM (Hochreite
 its context. The trained ones have about equally many parameters, and see equally many characters.
 Every held-out character is scored once, with at least half a window before it. On both texts,
 expect an LSTM better than every n-gram, and a transformer a little better than the LSTM. On
-Shakespeare, the 5-gram has 2.24 bits per character, the best n-gram 2.20, the LSTM 2.10 and the
+Shakespeare, the 5-gram has 2.24 bits per character, the best n-gram 2.20, the LSTM 2.09 and the
 transformer 2.08. The GRU is as good as the transformer (2.06). The neural probabilistic model sees
 9 characters. It lies between the 3-gram and the 4-gram. The papers have other texts: the criteria
 are ours.

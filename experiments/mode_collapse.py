@@ -4,9 +4,10 @@
     python -m experiments.mode_collapse --scale paper     the authors' protocol: an hour on a GPU, four days on 2 cores (estimates)
 
 25 Gaussians in a grid and 8 on a ring, with the nets, rates and batches of the authors' code. A
-batch has 100 packs: D of Pac4 judges four points together, so that it sees 400 points. All samples
-are drawn from 100,000 fixed points. The authors train for 400 epochs, which are 400,000 updates.
-Expect the plain GAN to lose modes of the grid, Pac2 fewer, and Pac4 none.
+batch has 100 packs: D of Pac4 judges four points together, so that it sees 400 points. The training
+points are 100,000 fixed ones. The authors train for 400 epochs, which are 400,000 updates. In the
+paper the plain GAN loses modes of the grid, Pac2 fewer, and Pac4 almost none. Our one seed reaches
+21, 19 and 23 of 25 modes after 100,000 updates.
 
 Rows without "full length" compare all arms after the same updates. The paper's numbers stand
 beside them, and beside those of the full length.
@@ -35,7 +36,8 @@ from experiments import _cli
 from experiments._cli import Row, Scale
 
 NORMAL = {"init": "normal", "init_scale": 0.02}
-ADAM = Optim(lr=1e-4, b1=0.8)  # taking beta1 of their Blocks for the decay, as it is since 2017
+# The authors' Adam is that of the library Blocks. We read its beta1 as the decay of the first moment.
+ADAM = Optim(lr=1e-4, b1=0.8)
 MODEL = gan.Config(
     shape=(2,),
     latent_dim=2,

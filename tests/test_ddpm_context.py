@@ -154,6 +154,39 @@ def test_contexts_that_do_not_fit_are_refused(model):
         ddpm.predict(plain, ddpm.make(plain).init(jax.random.key(0)).params, X, T, context=CONTEXT)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"label": 1}, "model.classes is 0: it takes no labels"),
+        ({"context": CONTEXT}, "model.context is None, leave context out"),
+        ({"label": 1, "negative": CONTEXT, "classes": 3}, "None, leave negative out"),
+    ],
+)
+def test_guidance_by_what_the_model_does_not_take_is_refused(options, words):
+    classes = options.pop("classes", 0)
+    cfg = ddpm.Config(shape=(2,), levels=None, classes=classes, net=ddpm.NetConfig("mlp", (4,)))
+    params = ddpm.make(cfg).init(jax.random.key(0)).params
+    with pytest.raises(ValueError, match=words):
+        ddpm.predict_fn_of(cfg, params, w=1.0, **options)
+
+
+def test_a_batch_of_another_shape_is_refused():
+    cfg = ddpm.Config(shape=(2,), levels=None, net=ddpm.NetConfig("mlp", (4,)))
+    with pytest.raises(ValueError, match=r"model.shape is \(2,\), the batch has points of shape"):
+        ddpm.preprocess(cfg, {"points": jnp.zeros((4, 3))})
+
+
+def test_whole_numbers_are_neither_inverted_nor_interpolated():
+    pixels = jnp.zeros((2, 4, 4, 1), jnp.uint8)
+    schedule = ddpm.cosine_schedule(10)
+    with pytest.raises(ValueError, match="x_0 must be floats"):
+        ddpm.ddim_invert(schedule, lambda x, t: x, pixels, steps=2)
+    with pytest.raises(ValueError, match="a must be floats"):
+        ddpm.interpolate(
+            schedule, lambda x, t: x, pixels, pixels, jax.random.key(0), t=2, shares=np.ones(1)
+        )
+
+
 @pytest.mark.slow
 def test_the_latent_bound_and_the_decoder_give_the_known_likelihood():
     """Linear-Gaussian data x = W z + s e, its exact encoder and an exact denoiser of z ~ N(0, I).

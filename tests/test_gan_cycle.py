@@ -263,6 +263,14 @@ def _both():
 # ------------------------------------------------------------------------------------------------------ pool
 
 
+def test_only_sets_a_and_b_are_known():
+    cfg = gan.CycleConfig(shape=(2,))
+    with pytest.raises(ValueError, match="to must be 'a' or 'b', got 'B'"):
+        cycle.translate(cfg, {}, jnp.zeros((1, 2)), "B")
+    with pytest.raises(ValueError, match="of must be 'a' or 'b', got 'A'"):
+        cycle.judge(cfg, {}, jnp.zeros((1, 2)), "A")
+
+
 def test_pool_is_that_of_a_plain_loop():
     """The same draws, one fake after another, as the authors' code does."""
     size, rows = 3, 5

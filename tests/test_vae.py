@@ -335,6 +335,16 @@ def test_binarised_images_may_be_bool_or_whole_numbers(likelihood, dtype):
             vae.encode(cfg, params, same)
 
 
+def test_batches_and_images_of_another_form_are_refused():
+    static = dataclasses.replace(CFG, binarisation="static")
+    with pytest.raises(ValueError, match="takes 'index' in a batch, got image"):
+        vae.preprocess(static, {"image": np.zeros((2, 4, 4, 1), np.uint8)}, key())
+    with pytest.raises(ValueError, match="takes 'image' in a batch, got picture"):
+        vae.preprocess(CFG, {"picture": np.zeros((2, 4, 4, 1), np.uint8)}, key())
+    with pytest.raises(ValueError, match=r"images must be \[..., 4, 4, 1\], got \(2, 3, 4, 1\)"):
+        vae.encode(CFG, params_of(CFG), images()[:2, :3])
+
+
 @pytest.mark.slow
 def test_images_beyond_0_and_1_are_refused():
     """With pixels up to 255 the cross-entropy of bernoulli is no bound: it was +137 nats."""

@@ -37,7 +37,7 @@ def emoji_pair(split: str, *, aligned: Any = None) -> Data:
 
     aligned: whether row i of both shows the same emoji. By default they do in validation, and not
         in train. Aligned training pairs are Twitter's 645 training pictures and Google's pictures
-        of the same emoji. They serve as an upper bound. Two of Google's are in its own train too.
+        of the same emoji, for comparison. Two of Google's are in its own train too.
     """
     if aligned not in (None, True, False):
         raise ValueError(f"aligned must be True, False or None, got {aligned!r}")

@@ -188,6 +188,8 @@ def preprocess(cfg: Config, batch: dict) -> Sample:
     kind = "image" if cfg.is_image else "points"
     if kind not in batch:
         raise ValueError(f"this model takes {kind!r} in a batch, got {', '.join(batch)}")
+    if (got := tuple(batch[kind].shape[1:])) != tuple(cfg.shape):
+        raise ValueError(f"model.shape is {tuple(cfg.shape)}, the batch has {kind} of shape {got}")
     if kind == "image":
         return pixels(batch["image"], cfg.levels) * (2 / (cfg.levels - 1)) - 1
     return jnp.asarray(batch["points"], jnp.float32)
@@ -302,10 +304,14 @@ def predict_fn_of(
     """
     schedule = schedule_of(cfg, params)
     guided = _is_guided(w)
+    if label is not None and not cfg.classes:
+        raise ValueError("model.classes is 0: it takes no labels, leave label out")
+    for name, given in (("context", context), ("negative", negative)):
+        if given is not None and cfg.context is None:
+            words = f"this model takes no context: model.context is None, leave {name} out"
+            raise ValueError(words)
     if guided and label is None and context is None:
         raise ValueError("guidance (w) needs a label or a context to lead to")
-    if context is not None and not cfg.context:
-        raise ValueError("this model takes no context: model.context is not set")
     if negative is not None and not guided:
         raise ValueError("a negative context acts through guidance: give w")
 

@@ -25,6 +25,8 @@ Objective = Literal["simple", "vlb", "hybrid", "snr", "truncated_snr", "min_snr"
 class Config:
     """A diffusion model. The defaults are DDPM's for CIFAR-10 (section 4 and appendix B).
 
+    DDPM also mirrors half of the images (`mirror`).
+
     Flow matching is schedule "straight", prediction "velocity" and objective "simple".
     Raises ValueError, which names the field and its value, for a model that cannot work.
     """

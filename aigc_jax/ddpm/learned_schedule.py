@@ -19,7 +19,7 @@ Params = Any
 
 
 def init_gamma(key: Key[Array, ""], *, levels: int = 256) -> Params:
-    """Returns the parameters of `gamma`, nearly a straight line from 2 log(2 / 6(levels - 1)) to 5.
+    """Returns parameters of `gamma`, nearly straight from 2 log(2 / (6 (levels - 1))) to 5.
 
     At the lower end the noise is a sixth of the distance between grey levels. For 256 levels that
     is VDM's -13.3 (section 6).

@@ -61,12 +61,13 @@ class NetConfig:
 
     def _check_unet(self, shape: tuple[int, ...]) -> None:
         if self.widths[0] < 2:
-            raise ValueError(
-                "model.net.widths of a unet begin with at least 2: a cosine and a sine of the time",
-            )
+            rule = "model.net.widths[0] of a unet must be at least 2, for sines of the time"
+            raise ValueError(f"{rule}; got {self.widths}")
         halvings = len(self.widths) - 1
         if any(side % 2**halvings for side in shape[:2]):
-            words = f"halve H and W {halvings} times, which shape {shape} does not allow"
+            words = (
+                f"halve H and W {halvings} times, which shape {shape} does not allow: give fewer"
+            )
             raise ValueError(f"model.net.widths {self.widths} {words}")
         if odd := [w for w in self.widths if w % self.groups or w % self.heads]:
             words = f"does not divide into {self.groups} groups and {self.heads} heads"

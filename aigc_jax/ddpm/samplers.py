@@ -36,7 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
+from ..core import floats
 from .process import (
+    Given,
     check_eps,
     learned_variance,
     q_posterior,
@@ -255,7 +257,7 @@ def sample_ddim(
 def ddim_invert(
     schedule: Schedule,
     eps_fn: EpsFn,
-    x_0: Sample,
+    x_0: Given,
     *,
     steps: int,
     spacing: str = "uniform",
@@ -267,7 +269,7 @@ def ddim_invert(
     It does so up to the error of a finite number of steps. Each step takes eps_hat at the level
     that it leaves. The first one, from x_0 itself, takes it at the first level.
     """
-    respaced = respace(schedule, steps, spacing)
+    x_0, respaced = floats("x_0", x_0), respace(schedule, steps, spacing)
 
     def one(x, step):
         i = jnp.full(len(x), jnp.maximum(step - 1, 0))
@@ -444,6 +446,7 @@ def inpaint(
 def slerp(a: Sample, b: Sample, share) -> Sample:
     """Interpolates between two noises along their sphere (DDIM eq. 67): `share` 0 is a, 1 is b.
 
+    share: a number, or an array that broadcasts against a, such as [B, 1, 1, 1].
     Opposite noises have no shortest path on the sphere; they are mixed in a line.
     """
     dtype, axes = jnp.result_type(a, b), tuple(range(1, a.ndim))
@@ -468,8 +471,8 @@ def slerp(a: Sample, b: Sample, share) -> Sample:
 def interpolate(
     schedule: Schedule,
     eps_fn: EpsFn,
-    a: Sample,
-    b: Sample,
+    a: Given,
+    b: Given,
     key: Key[Array, ""],
     *,
     t: int,
@@ -481,11 +484,13 @@ def interpolate(
     """Interpolates between images through their noisy versions (DDPM, section 4.4 and figure 8).
 
     Both images get t steps of the same noise, are mixed in a line, and are denoised. t = 0 mixes
-    the pixels. The paper prints x_0 where it means x_t.
+    the pixels. The paper prints x_0 where it means x_t. eps_fn is called with K B samples, those of
+    the first share first.
     """
     if not 0 <= t <= len(schedule.t):
         raise ValueError(f"t counts steps taken, 0..{len(schedule.t)}, got {t}")
     k_eps, k_back = jax.random.split(key)
+    a, b = floats("a", a), floats("b", b)
     dtype, shape = jnp.result_type(a, b), a.shape
     a, b = at_least_float32(a), at_least_float32(b)
     if t:

@@ -59,7 +59,9 @@ class TokenConfig:
     positions: Literal["learned", "rotary"] = "rotary"
     norm: Literal["layer", "rms"] = "layer"
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
-    std: float | None = None  # of first kernels; None: 0.02. Added to the stream: / sqrt(2 layers)
+    # Of the initial kernels; None: 0.02. Kernels whose output is added to the stream have
+    # std / sqrt(2 layers).
+    std: float | None = None
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
@@ -213,9 +215,10 @@ def token_loss(cfg: TokenConfig, params: Params, state: State, batch: dict, key)
 
 
 def evaluate_tokens(cfg: TokenConfig, state: State, batch: dict, key) -> dict[str, Array]:
-    """Returns `nll_nats` [B], an upper bound on -log p of each text, and `tokens` [B], its length.
+    """Returns `nll_nats` [B], an upper bound on -log p of each text, and `tokens` [B].
 
-    The first token is given, as it is for an autoregressive model of the same batch.
+    `tokens` is how many of a text's tokens count. The first token is given, as it
+    is for an autoregressive model of the same batch.
     """
     mask = counted(batch).at[:, 0].set(0.0)
     nats = token_vlb(

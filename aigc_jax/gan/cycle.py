@@ -164,13 +164,19 @@ def translate(
     cfg: CycleConfig,
     params: Params,
     x: Shaped[Array | np.ndarray, "B ..."],
-    to: Literal["a", "b"],
+    to: str,
 ) -> Sample:
     """Returns G(x), for `to` "b", or F(x), for "a". params: `generators_of(cfg, state)`.
 
     x: images in [-1, 1], as `preprocess` makes them, or points.
     """
+    _check_set("to", to)
     return _apply(_generator(cfg), params[to], x)
+
+
+def _check_set(name: str, value: str) -> None:
+    if value not in ("a", "b"):
+        raise ValueError(f"{name} must be 'a' or 'b', got {value!r}")
 
 
 def _ema(cfg: CycleConfig) -> EMA:
@@ -187,12 +193,14 @@ def judge(
     cfg: CycleConfig,
     params: Params,
     x: Shaped[Array | np.ndarray, "B ..."],
-    of: Literal["a", "b"],
+    of: str,
 ) -> Logits:
     """Returns the values of D_A or D_B: [B, h, w] of patches, [B, 1] of points. 1 means real.
 
+    of: "a" or "b".
     params: `state.params["disc"]`.
     """
+    _check_set("of", of)
     return _apply(_critic(cfg), params[of], x)
 
 

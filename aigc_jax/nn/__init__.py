@@ -14,9 +14,10 @@ transformer.py the transformer block and the decoder trunk
 dit.py         a transformer over patches
 sharding.py    what a mesh splits of these nets
 
-Every net has `dtype` (of activations; parameters are float32) and `remat`: True recomputes blocks
-in the backward pass (less memory, about a third more work), "dots" keeps their products. Outputs
-are float32. Dropout is on where the caller passes an rng named dropout.
+Every net has `dtype` (of activations; parameters are float32). All but PatchDiscriminator and the
+nets of StyleGAN2 have `remat`: True recomputes blocks in the backward pass (less memory, about a
+third more work), "dots" keeps their products. Outputs are float32; those of MLP, Block and Decoder
+have `dtype`. Dropout is on where the caller passes an rng named dropout.
 """
 
 from .attention import Attention

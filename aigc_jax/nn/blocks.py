@@ -40,7 +40,7 @@ def inputs_per_unit(activation: str, pieces: int = 5) -> int:
 
 
 def linear(layer: nn.Module, h: Array, norm: str, train: bool) -> Array:
-    """Applies a Dense or Conv, by its kernel / the largest singular value if norm is "spectral".
+    """Applies a Dense or Conv. If norm is "spectral", its kernel has largest singular value 1.
 
     Training makes one power iteration per call (SNGAN, algorithm 1). The kernel of a
     convolution counts as a matrix [h w c_in, c_out]. Call it inside `nn.compact`.
@@ -80,7 +80,7 @@ def checkpointed(function, remat: bool | str | None):
 
 
 def recompute(target, remat: bool | str | None):
-    """Does the same for a module's class, or for a function of a module and arrays."""
+    """Returns a module's class, or a function of module and arrays, recomputed as `remat` says."""
     if not remat:
         return target
     return nn.remat(target, policy=_is_product if remat == "dots" else None)

@@ -95,7 +95,10 @@ def enlarge(h: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 
 
 class StyleLayer(nn.Module):
-    """A modulated 3 x 3 convolution, noise, bias and a leaky ReLU. h, w [B, W], noise [B, H, W]."""
+    """A modulated 3 x 3 convolution, noise, bias and a leaky ReLU.
+
+    h [B, H, W, C], w [B, latents]; noise [B, height, width of the output].
+    """
 
     out: int
     up: bool = False
@@ -139,7 +142,7 @@ class StyleGenerator(nn.Module):
     row of each layer (`noise_size`). Every resolution adds to the image of the one before it ("skip
     outputs"). `styles` and `images` are the two halves: one w per layer may come from another z.
 
-    Where this differs from the paper: the mapping has `mapping_layers` layers for 8. Its mean w,
+    Where this differs from the paper: the mapping has `mapping_layers` layers, not 8. Its mean w,
     for truncation, is the running mean of training.
     """
 

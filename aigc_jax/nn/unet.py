@@ -81,8 +81,8 @@ class UNet(nn.Module):
     """x_t [B, H, W, C], time [B] in 0 .. 1000, label [B] -> [B, H, W, out], float32, 0 at first.
 
     It may have a context [B, L, E], such as the features of a text's tokens. The context's mean is
-    added to the time (Nichol et al. 2021, "GLIDE"). Each attention of pixels to pixels is followed
-    by one of pixels to tokens.
+    added to the time; GLIDE (Nichol et al. 2021) adds the last token's vector. Each attention of
+    pixels to pixels is followed by one of pixels to tokens.
 
     Where it halves the resolution it pads both sides; the authors pad below and to the right.
     """

@@ -115,6 +115,9 @@ def preprocess(cfg: Config, batch: dict, key: Key[Array, ""]) -> Image:
 
     Raises ValueError for pixels that are floats, or beyond levels - 1.
     """
+    needed = ("image", "index") if cfg.binarisation == "static" else ("image",)
+    if missing := [name for name in needed if name not in batch]:
+        raise ValueError(f"this model takes {missing[0]!r} in a batch, got {', '.join(batch)}")
     x = pixels(batch["image"], cfg.levels) / (cfg.levels - 1)
     if cfg.binarisation == "none":
         return x

@@ -15,7 +15,8 @@ patch discriminator, which make sharper pictures at a larger squared error. LDM 
 by one number, measured on one batch; here each channel has its own mean and standard deviation,
 measured on all images.
 
-    family = make_autoencoder(AutoencoderConfig(widths=(32, 64, 128), groups=8))
+    cfg = AutoencoderConfig(widths=(32, 64, 128), groups=8)
+    family = make_autoencoder(cfg)
     ...                                                    # train
     params = measure(cfg, weights(cfg, state), training_images)
     z = latents(cfg, params, x)                            # [B, H/f, W/f, Z], unit variance
@@ -166,6 +167,8 @@ def weights(cfg: AutoencoderConfig, state: State) -> Params:
 
 def preprocess(cfg, batch: dict) -> Image:
     """Returns a batch's pixels 0..levels-1 as floats in [0, 1]; raises ValueError for others."""
+    if "image" not in batch:
+        raise ValueError(f"this model takes 'image' in a batch, got {', '.join(batch)}")
     return pixels(batch["image"], cfg.levels) / (cfg.levels - 1)
 
 
@@ -201,7 +204,7 @@ def decode(cfg: AutoencoderConfig, params: Params, z: Latents) -> Image:
 
 
 def log_likelihood(cfg, x: Image, x_hat: Image) -> Nats:
-    """Returns log p(x|z) in nats, summed over pixels and channels: a density in [0, 1].
+    """Returns log p(x|z) in nats, summed over pixels and channels. Pixels lie in [0, 1].
 
     laplace: -|x - x_hat| / b - log(2 b). gaussian: log N(x; x_hat, sigma^2). `cfg.scale` is b or
     sigma.

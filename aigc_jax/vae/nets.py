@@ -33,9 +33,12 @@ def _at_least_float32(x):
 def check_images(cfg: Config, x):
     """Returns images as floats of at least 32 bits. Binary images may be bool.
 
-    Raises ValueError for whole-number pixels. It does so for values outside [0, 1] too, if they are
-    not traced and the likelihood is not gaussian, whose density exists everywhere.
+    Raises ValueError for another shape and for whole-number pixels. It does so for values outside
+    [0, 1] too, if they are not traced and the likelihood is not gaussian, whose density exists
+    everywhere.
     """
+    if x.shape[-3:] != tuple(cfg.shape):
+        raise ValueError(f"images must be [..., {', '.join(map(str, cfg.shape))}], got {x.shape}")
     interval = None if cfg.likelihood == "gaussian" else (0, 1)
     x = _at_least_float32(x) if x.dtype == bool else x
     return _at_least_float32(floats("image", x, within=interval))
