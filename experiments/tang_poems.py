@@ -176,26 +176,26 @@ def all_phrases(bodies: list[str]) -> list[str]:
 
 
 def completed(setup: Setup, result: train.Result) -> dict[str, str]:
-    """Returns poems of the masked model with some characters fixed."""
+    """Returns poems of the masked model with some characters fixed. It chooses their form itself.
+
+    With the padding of a short form fixed too, it writes padding only: in training, a text whose
+    padding is all visible has few masked characters.
+    """
     tokenizer, length = Tokenizer(result.info.tokenizer), result.info.shape[0]
 
-    def poem(title: str, at: dict[int, str], form: tuple[int, int]) -> str:
+    def poem(title: str, fixed: dict[int, str]) -> str:
         known = np.full((1, length), -1, np.int32)
         known[0, : tang.TITLE] = tokenizer.encode(tang.place(title, tang.TITLE))
-        known[0, tang.TITLE + tang.body_length(form) :] = 0
-        for i, char in at.items():
+        for i, char in fixed.items():
             known[0, tang.TITLE + i] = tokenizer.encode(char)[0]
         options = {"n": 1, "known": known, "steps": length}
         return bodies_of(tokenizer, train.sample(result, jax.random.key(3), **options))[0]
 
     line = dict(enumerate(setup.first_line))
     heads = {8 * i: char for i, char in enumerate(setup.acrostic)}
-    forms = {
-        "first line given": ("静夜思", line, (5, 4)),
-        "first characters given": ("四时", heads, (7, 4)),
-    }
+    poems = {"first line given": ("静夜思", line), "first characters given": ("四时", heads)}
     room = length - tang.TITLE
-    return {name: poem(*how) for name, how in forms.items() if tang.body_length(how[2]) <= room}
+    return {name: poem(*how) for name, how in poems.items() if max(how[1]) < room}
 
 
 def run(setup: Setup, folder: Path) -> list[Row]:
