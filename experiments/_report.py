@@ -344,7 +344,7 @@ SUMMARIES = {
         "Scored on 200 batches of crops (nanoGPT: 20). The second model is ours.",
     ),
     "tang_poems": Summary(
-        "301187a0d1c5",
+        "15dbcb9635d8",
         "The autoregressive model learns the form of the poems, the masked one less well. Neither "
         "learns to rhyme.",
         "well-formed samples (%): autoregressive, masked",

@@ -1,6 +1,6 @@
 """Tang poems from their titles: an autoregressive and a masked model, judged by the rules of regulated verse
 
-    python -m experiments.tang_poems        6 minutes on a GPU, two hours on 2 cores (estimate); downloads nothing
+    python -m experiments.tang_poems        6 minutes on a GPU, two hours on 2 cores; downloads nothing
 
 36,430 poems of 4 or 8 lines of 5 or 7 characters come with the package. Training has 29,047 of
 them. Samples are written on the titles of the first 256 of 3,710 test poems. Both models see the
