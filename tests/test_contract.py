@@ -582,6 +582,7 @@ def mesh_of(devices):
     )
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one_noise_included(row):
     past, mesh = history(row, sgd(row.cfg)), mesh_of(8)
     state = jax.device_put(past.states[0], NamedSharding(mesh, P()))

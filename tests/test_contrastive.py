@@ -273,6 +273,7 @@ def test_unit_of_short_floats_is_computed_in_float32():
         assert contrastive.unit(jnp.ones(3, jnp.float64)).dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(params):
     """Fewer columns of padding give the same features, of each token too."""
     short, long = TOKENS[:2, :3], TOKENS[:2]
@@ -289,6 +290,7 @@ def test_padding_changes_nothing(params):
     assert (np.asarray(f_long)[~np.asarray(mask_long)] == 0).all()
 
 
+@pytest.mark.slow
 def test_sequence_begins_with_a_token_that_every_caption_has(params):
     f, mask = contrastive.encode_text_sequence(TINY, params, TOKENS)
     assert f.shape == (4, 6, 8) and mask.shape == (4, 6)

@@ -565,15 +565,8 @@ X64 = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[] if name in ("vae", "gan", "ddpm", "transformer") else pytest.mark.slow
-        )
-        for name in X64
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", X64)
 def test_x64_changes_no_dtype_of_a_state_or_a_sample(name):
     family, key = X64[name](), jax.random.key(0)
     batch = {"image": np.zeros((4, 4, 4, 1), np.uint8), "label": np.zeros(4, np.uint8)}

@@ -51,6 +51,7 @@ def test_no_variant_of_a_training_poem_is_held_out():
                 assert 2 * shared < min(len(own), len(training[i])), poem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [*SIZES, "all"])
 def test_tokens_are_title_and_body(form):
     found, poems = (

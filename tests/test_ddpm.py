@@ -626,6 +626,7 @@ def some_velocity(x, t):
     return jnp.sin(3 * x) + 0.1 * x[:, ::-1] - 0.002 * t[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "spacing"), [(1, "uniform"), (5, "log_snr"), (12, "uniform")])
 def test_ddim_on_a_straight_path_is_eulers_method_and_heun_heuns(steps, spacing):
     """x + (u' - u) velocity from level to level, the last one to u = 0; of any velocity at all."""

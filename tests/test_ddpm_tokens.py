@@ -293,6 +293,7 @@ def test_rate_is_the_limit_of_steps(process):
             np.testing.assert_allclose(step / d, rate, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [1e-14, 6e-8, 1e-5, 1e-3, 0.5, 0.999])
 @pytest.mark.parametrize("vocab", [3, 65, 6882])
 @pytest.mark.parametrize("schedule", SCHEDULES)

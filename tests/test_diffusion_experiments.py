@@ -236,7 +236,7 @@ def test_decodings_share_their_start_and_not_their_noise():
         (
             vdm_invariance,
             {"steps": (8,)},
-            r"steps must be two numbers above 1, or more, got \(8,\)",
+            r"steps must be two or more rising numbers above 1, got \(8,\)",
         ),
     ],
 )

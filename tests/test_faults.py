@@ -131,11 +131,12 @@ def test_killed_between_steps(tmp_path, unbroken, start, until, flags):
     check_resume(start, folder, unbroken, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, cfg, options",
     [
         (vae.make, trainee.ACCUMULATING, {"steps_per_call": 4}),
-        pytest.param(gan.make, trainee.GAN, {"steps_per_call": 2}, marks=pytest.mark.slow),
+        (gan.make, trainee.GAN, {"steps_per_call": 2}),
     ],
 )
 def test_cut_off_between_saves(tmp_path, make, cfg, options):

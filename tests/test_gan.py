@@ -200,6 +200,7 @@ def test_penalties_begin_with_the_weights_of_their_papers():
 # ------------------------------------------------------------------------------------------------------------ updates
 
 
+@pytest.mark.slow
 def test_each_update_leaves_the_other_net_alone():
     for still, moving in (("gen", "disc"), ("disc", "gen")):
         optims = {"gen": SMALL.optim, "disc": SMALL.disc_optim, still: STILL}
@@ -385,18 +386,16 @@ def theta_of(state):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss, unrolled, optim, packing, n_critic",
     [
-        *(pytest.param(loss, 2, adam(0.1), 1, 1, marks=pytest.mark.slow) for loss in SEPARATE),
-        *(
-            pytest.param(loss, 1, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow)
-            for loss in SEPARATE
-        ),
+        *((loss, 2, adam(0.1), 1, 1) for loss in SEPARATE),
+        *((loss, 1, Optim("sgd", lr=0.3), 1, 1) for loss in SEPARATE),
         ("non_saturating", 0, adam(0.1), 1, 1),
-        pytest.param("minimax", 0, Optim("sgd", lr=0.3), 1, 1, marks=pytest.mark.slow),
+        ("minimax", 0, Optim("sgd", lr=0.3), 1, 1),
         ("minimax", 3, adam(0.1), 2, 2),
-        pytest.param("least_squares", 2, Optim("sgd", lr=0.3), 4, 3, marks=pytest.mark.slow),
+        ("least_squares", 2, Optim("sgd", lr=0.3), 4, 3),
     ],
 )
 def test_unrolled_gradient_is_the_whole_derivative(loss, unrolled, optim, packing, n_critic):

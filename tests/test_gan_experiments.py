@@ -261,7 +261,11 @@ def test_toy_scores_of_points_at_the_modes():
             {"data": Source("images:/tmp")},
             "mnist; for own pictures: python -m experiments.own_pictures",
         ),
-        (loss_zoo, {"run": replace(loss_zoo.Setup().run, eval_every=0)}, "eval_every must lie in 1..400"),
+        (
+            loss_zoo,
+            {"run": replace(loss_zoo.Setup().run, eval_every=0)},
+            "eval_every must lie in 1..400",
+        ),
     ],
 )
 def test_what_the_scripts_refuse(script, change, words):

@@ -57,13 +57,8 @@ def test_batches_of_pairs_contexts_and_texts():
 QUICK = ("vae_digits", "cycle_toys", "ddpm_digits", "tang_poems", "emoji_clip", "gan_digits")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
-        for name in _catalog.names()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _catalog.names())
 def test_the_step_of_every_scripts_models_takes_such_a_batch(name):
     setup = importlib.import_module(f"experiments.{name}").SCALES["smoke"].setup
     for cfg in _plan.models(setup).values():

@@ -128,6 +128,7 @@ def test_operations_by_formula_are_near_what_the_compiler_counts(planned):
     assert one.compiled_flops / 8 <= eight.compiled_flops < one.compiled_flops / 4
 
 
+@pytest.mark.slow
 def test_memory_is_the_state_and_a_part_of_the_batch_and_the_state_is_reused(planned):
     _, make, cfg, batch, one, eight = planned
     state = jax.eval_shape(make(cfg).init, jax.random.key(0))
@@ -320,6 +321,7 @@ def test_a_lighter_config_recomputes_and_then_takes_parts():
     assert [words for words, _ in lighter(pictures)] == ["4 micro-batches (model.micro)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", ["both", "one", "too large", "none"])
 def test_the_command_says_whether_it_fits(tmp_path, monkeypatch, capsys, fits):
     """A chip's compiler is not here: its answers are given."""

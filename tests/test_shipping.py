@@ -78,6 +78,7 @@ def test_a_shipped_model_samples_as_the_model_rounded_to_float16(trained, tmp_pa
     assert weights.header(tmp_path / "small.safetensors")["command"] == "make it"
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_a_shipped_model(trained, tmp_path):
     make, result = trained("an average")
     train.ship(result, make, tmp_path / "small.safetensors")

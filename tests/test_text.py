@@ -609,6 +609,7 @@ def test_tokens_that_the_tokenizer_has_not_are_never_written(tmp_path):
     assert code == 0 and len(said) == 18, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -216,6 +216,7 @@ def test_text_grows_on_a_terminal(runs, sample, monkeypatch, kind):
     assert blanks == [2, 1, 0] if kind == "story" else len(blanks) == 3 and blanks[-1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "flags", "words"),
     [

@@ -46,6 +46,7 @@ def test_only_the_uniform_process_sees_the_time():
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_every_token_sees_all_others():
     changed = TOKENS.copy()
     changed[:, 2] = (changed[:, 2] + 1) % V

@@ -270,6 +270,7 @@ def test_shapes_of_every_function(change, shape):
     assert shape_of(autoencoder.measure, x)[-2:] == [shape[-1:]] * 2
 
 
+@pytest.mark.slow
 def test_latents_keep_the_places_of_what_they_describe():
     """A change of one corner moves the latents near it; GroupNorm carries a little further."""
     params, x = shaken(), pictures(1)

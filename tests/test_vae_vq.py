@@ -357,6 +357,7 @@ def test_the_average_keeps_codes_and_encoder_together():
 # ----------------------------------------------------------------------------------- the entrances
 
 
+@pytest.mark.slow
 def test_indices_and_images():
     state, x = state_of(), autoencoder.preprocess(CFG, batch_of())
     w = vq.weights(CFG, state)
