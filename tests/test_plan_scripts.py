@@ -54,9 +54,6 @@ def test_batches_of_pairs_contexts_and_texts():
     assert captioned["tokens"].shape == (3, 4) and captioned["image"].shape == (3, 8, 8, 1)
 
 
-QUICK = ("vae_digits", "cycle_toys", "ddpm_digits", "tang_poems", "emoji_clip", "gan_digits")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _catalog.names())
 def test_the_step_of_every_scripts_models_takes_such_a_batch(name):
