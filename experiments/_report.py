@@ -154,7 +154,7 @@ SUMMARIES = {
         "2,748 emoji and a small convolutional net (paper: 400 million pictures, a ResNet or ViT).",
     ),
     "gan_digits": Summary(
-        "adbd38df3490",
+        "dca5c79eced8",
         "A conditional GAN covers held-out digits nearly as well as training digits do.",
         "coverage",
         ("coverage (k=5); oracle: training images",),
@@ -203,7 +203,7 @@ SUMMARIES = {
         "the paper has ImageNet measured by Inception.",
     ),
     "heartbeat_and_swiss_roll": Summary(
-        "0727dc0e49b2",
+        "dca5c79eced8",
         "The bound of the heartbeat comes close to its known value, -2.322 bits.",
         "lower bound on log2 p of the heartbeat (bits per sequence)",
         ("heartbeat: K, a lower bound on log2 p (bits a sequence; +- s.e.)",),
@@ -432,7 +432,7 @@ SUMMARIES = {
         "Flax's initialisation. Binarisation is dynamic; the paper does not say.",
     ),
     "vae_manifold": Summary(
-        "34fc286e7dd4",
+        "dca5c79eced8",
         "Two latents learn a smooth map of the digits.",
         "bound below the per-pixel marginal (nats)",
         ("negative bound, test: below the per-pixel marginal (nats)",),
