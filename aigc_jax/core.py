@@ -241,7 +241,8 @@ class Optim:
             if not 0 <= (getattr(self, field) or 0) < 1:
                 raise ValueError(f"optim.{field} must lie in [0, 1), got {getattr(self, field)}")
         if (self.momentum_end is None) != (self.momentum_steps == 0):
-            raise ValueError("optim.momentum_end and optim.momentum_steps go together")
+            got = f"got {self.momentum_end} and {self.momentum_steps}"
+            raise ValueError(f"set both optim.momentum_end and optim.momentum_steps, {got}")
         if self.name != "sgd" and not self.eps + self.eps_root:
             raise ValueError(
                 f"optim.eps is {self.eps}, as is eps_root: without a gradient the update would "

@@ -88,4 +88,6 @@ def table() -> str:
 
 def write_table() -> None:
     """Writes docs/reproduction.md."""
-    TABLE.write_text(table())
+    new = TABLE.with_name(f"{TABLE.name}.new")
+    new.write_text(table())
+    new.replace(TABLE)

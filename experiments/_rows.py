@@ -125,5 +125,9 @@ def as_json(row: Row, words: str) -> dict:
     one.
     """
     reason = {} if row.reason is None else {"reason": why(row.reason)}
-    values = {name: value for name, value in row._asdict().items() if name != "reason"}
+    values = {
+        name: value.item() if hasattr(value, "item") else value  # scalars of NumPy and JAX
+        for name, value in row._asdict().items()
+        if name != "reason"
+    }
     return {**values, "verdict": words, **reason}

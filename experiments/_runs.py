@@ -112,7 +112,7 @@ def clock(folder, measure: Callable | None = None) -> Callable:
     def on_eval(family, state, step):
         nonlocal paused
         now = time.monotonic()
-        found = measure(family, state, step) if measure else {}
+        found = (measure(family, state, step) if measure else None) or {}
         minutes = np.float32((now - begin - paused) / 60)
         paused += time.monotonic() - now
         return {**found, "minutes": minutes}

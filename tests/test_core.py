@@ -47,7 +47,7 @@ def test_momentum_moves_in_a_straight_line_to_its_end():
         velocity = min(0.7, 0.5 + 0.05 * i) * velocity + w - np.asarray(rows(i)["x"]).mean(0)
         w = w - 0.1 * velocity
         np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="set both optim.momentum_end"):
         Optim("sgd", momentum_end=0.7)
 
 

@@ -27,7 +27,6 @@ NOT_REDRAWN = {
     "gan_mnist": 11,
     "grokking": 12,
     "guidance": 29,
-    "heartbeat_and_swiss_roll": 2,
     "in_context_regression": 16,
     "induction_heads": 21,
     "iwae_table": 61,

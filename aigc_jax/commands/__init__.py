@@ -1,1 +1,1 @@
-"""The commands of `python -m aigc_jax`: sample, evaluate, export, info, replay, compare."""
+"""The commands of `python -m aigc_jax`: sample, evaluate, export, info, replay, plan, compare."""

@@ -96,7 +96,10 @@ def load_source(
     own_words = source["name"].startswith("pairs:") and kept.is_file()
     if own_words or options.get("tokenizer", "char") != "char":
         options["tokenizer"] = str(kept)
+    as_windows = split is not None and options.get("stride") == 0
     try:
+        if as_windows:  # random crops have no end; windows score each token once
+            options["stride"] = options["length"]
         found = data.load(
             source["name"], source["split"] if split is None else split, folder=folder, **options
         )
@@ -105,7 +108,8 @@ def load_source(
         raise train.Refused(
             f"{run_folder}/run.json does not describe a data set that can be loaded: {cause}"
         ) from e
-    if split in (None, source["split"]) and found.info.fingerprint != record["fingerprint"]:
+    same = split in (None, source["split"]) and not as_windows
+    if same and found.info.fingerprint != record["fingerprint"]:
         raise train.Refused(
             f"{source['name']} {source['split']} is not what {run_folder} was made with: "
             f"its fingerprint is "

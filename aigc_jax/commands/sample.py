@@ -32,7 +32,8 @@ class DiffusionOptions:
     """How a diffusion model goes from noise to samples. What is not given, the model decides."""
 
     sampler: Literal["ddpm", "ddim", "dpm_solver", "heun"] | None = None  # default: ddpm
-    steps: int | None = None  # 0, the default: all of the model's
+    # Pictures: 0, the default, takes all of the model's. Text: at least 1, default one per token.
+    steps: int | None = None
     eta: float | None = None  # ddim: 0, the default, is deterministic, 1 as noisy as ddpm
     w: float | None = None  # guidance weight of the paper; 0, the default: no guidance
     # which steps are visited; by default uniform, for dpm_solver and heun log_snr
@@ -116,7 +117,7 @@ def sample(
             RUN_FOLDER/samples, and text to the terminal.
         n: how many; by default 64, of text and music 1.
         seed: of the samples, not of the run.
-        chunk: how many at once; the samples depend on it.
+        chunk: how many at once; the samples depend on it. Text for reading is drawn one by one.
         label: the class of all samples, for a conditional model; by default the classes in turn.
         truncation: of a StyleGAN: how far styles go from their mean. 0: the mean, 1: as trained.
         text: of a language model, or of a model that draws from text.
@@ -136,7 +137,7 @@ def sample(
         return _text_to(result, out, text, diffusion, 1 if n is None else n, seed)
     if kind == "text" and result.info.title_length is not None:
         raise train.Refused(f"{run_folder} writes on titles: --out must name a .txt file")
-    n = n or (1 if kind == "roll" else 64)
+    n = n or (1 if kind in ("roll", "text") else 64)
     options = _options(run_folder, result, label, text, diffusion)
     options |= _truncation(run_folder, result, truncation)
     shape = _shape(result, options)

@@ -114,11 +114,12 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def _token_by_token(result: train.Result, tokenizer, options: TextOptions, title: np.ndarray):
     """Returns f(key), which prints a continuation of the prompt, each token once it is drawn."""
     cfg = result.config
-    if options.infill:
-        raise train.Refused(
-            f"{result.folder} writes from left to right: --text.infill is for text diffusion, "
-            "use --text.prompt"
-        )
+    for name in ("infill", "blank"):
+        if getattr(options, name) != getattr(TextOptions, name):
+            raise train.Refused(
+                f"{result.folder} writes from left to right: --text.{name} is for text diffusion, "
+                "use --text.prompt"
+            )
     prompt = np.zeros(0, np.int32)
     if not title.size or options.prompt != TextOptions.prompt:
         prompt = encode_prompt(tokenizer, options.prompt)

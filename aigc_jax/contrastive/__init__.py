@@ -240,14 +240,14 @@ def evaluate(cfg: Config, state: State, batch: dict, key: Key[Array, ""]) -> dic
 def make(cfg: Config, *, axis_name: str | None = None) -> Family:
     """Returns the contrastive model as a Family.
 
-    step: its negatives are all other examples of the batch, on all devices. After the update the
-        logit scale is cut back to at most 100 (CLIP, section 2.5). The gradient is not cut, so that
-        the scale can come down again.
+    step: its negatives are the examples of the batch, on all devices, whose captions differ. After
+        the update the logit scale is cut back to at most 100 (CLIP, section 2.5). The gradient is
+        not cut, so that the scale can come down again.
     evaluate: `loss_nats` is the training loss per pair. `image_to_text` and `text_to_image` are 1
-        where the partner is more similar than every other example of the batch. These two are
+        where the partner is more similar than every example with another caption. These two are
         better when high. `Run.best` keeps the lowest value, so it cannot choose by them. All three
         depend on the batch size. The last batch of a validation is filled up with other examples of
-        the set, which are negatives like all others.
+        the set. They are negatives where their captions differ.
     sample: None. The model compares, it draws nothing.
     axis_name: the axis of devices in the per-device view (pmap, vmap, shard_map). Features of all
         devices are gathered, so that the loss is that of the whole batch.

@@ -510,8 +510,8 @@ def load(name: str, split: str = "train", *, folder: str | None = None, **option
     split: train or test, or slices as in TFDS: "train[:50000]", "train[90%:]", "train+test".
         Synthetic sets take any name, and each name draws other points. Text is divided into
         train and validation, as are emoji_google, emoji_twitter and emoji_pair. emoji has train,
-        test and unseen; see `emoji.emoji`. tang_poems has train, validation and test; see
-        `tang.tang_poems`. For images:FOLDER see
+        test and unseen; see `emoji.emoji`. jsb_chorales and tang_poems have train, validation
+        and test; see `tang.tang_poems`. For images:FOLDER see
         `pictures.load_pictures`, for pairs:FOLDER `pairs.load_pairs`.
     folder: where the original files of a downloaded set lie. Without it the set is sought in
         AIGC_DATA/<name>, then among prepared copies, then on the network. Files are recognised

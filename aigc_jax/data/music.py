@@ -65,7 +65,8 @@ def write_midi(path: str | Path, roll: np.ndarray, *, beats_per_minute: int = 80
 def joined(rolls: np.ndarray, *, rest: int = 4) -> np.ndarray:
     """Returns pieces [N, T, keys] as one roll, with `rest` silent frames between them."""
     padded = np.pad(np.asarray(rolls), ((0, 0), (0, rest), (0, 0)))
-    return padded.reshape(-1, padded.shape[-1])[:-rest]
+    roll = padded.reshape(-1, padded.shape[-1])
+    return roll[: len(roll) - rest]
 
 
 @functools.lru_cache(maxsize=1)

@@ -118,7 +118,7 @@ def _mixture(centres: np.ndarray, std: float):
 def _points(name, split, examples, draw, dimensions, /, **options) -> Data:
     """Checks the options, and makes an endless or a finite set of the points that `draw` gives."""
     for option, value in options.items():
-        low = 1 if isinstance(value, int) else 0
+        low = 1 if option in ("modes", "side", "dim", "latents") else 0
         if not value >= low:
             raise ValueError(f"{name}: {option} must be at least {low}, got {value}")
     if not split.isidentifier():

@@ -162,7 +162,10 @@ class Tokenizer:
 
     def save(self, file: str | Path) -> None:
         """Writes one JSON file."""
-        Path(os.path.expanduser(file)).write_bytes(self.content.encode())
+        file = Path(os.path.expanduser(file))
+        new = file.with_name(f"{file.name}.new")
+        new.write_bytes(self.content.encode())
+        new.replace(file)
 
     def encode(self, text: str | Iterable[str]) -> np.ndarray:
         """Returns the token numbers of a text, int32 [T].

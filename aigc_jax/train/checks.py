@@ -28,8 +28,9 @@ def check_run(
     check_devices(cfg, run)
     check_tensor(make, cfg, run, data)
     check_validation(make, cfg, run, data, valid, on_eval)
-    if run.init and Path(run.init).resolve() == Path(run.folder or ".").resolve():
-        raise Refused("run.init and run.folder are the same folder")
+    if run.init and run.folder and Path(run.init).resolve() == Path(run.folder).resolve():
+        words = f"run.init and run.folder are the same folder, {run.folder}"
+        raise Refused(f"{words}: choose a new run.folder")
     if not run.folder:
         return {}
     return folders.describe(make, cfg, run, data.info, valid.info if valid else None, params)
@@ -100,7 +101,10 @@ def check_validation(
     """Raises Refused where the validation set, or the value that run.best names, cannot serve."""
     if valid is not None:
         if valid.info.examples is None:
-            raise Refused("validation needs a finite set: load it with examples=N")
+            raise Refused(
+                "validation needs a finite set, and this one is endless: load text with "
+                "stride=LENGTH, synthetic points with examples=N"
+            )
         check_tokenizer(data.info, valid.info, run.folder)
     if run.best and valid is None and on_eval is None:
         raise Refused(f"run.best is {run.best!r}, but there is no validation set to measure it on")

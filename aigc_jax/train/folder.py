@@ -311,6 +311,11 @@ def _models() -> str:
 
 def _no_run(folder: Path) -> str:
     """Says why a folder is no run folder, and names the runs inside it."""
+    if not folder.exists() and str(folder) in shipped():
+        return (
+            f"{folder} is a model that comes with the package, and no run folder: only sample, "
+            "info and train.load take its name"
+        )
     if not folder.is_dir():
         why = "it is a file" if folder.exists() else "there is no such folder"
         return f"{folder} is no run folder: {why}{_models()}"

@@ -156,7 +156,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the means of the family's `evaluate` over every example of a finite set."""
     if data.info.examples is None:
-        raise Refused("evaluation needs a finite set: load it with examples=N")
+        raise Refused(
+            "evaluation needs a finite set, and this one is endless: load text with "
+            "stride=LENGTH, synthetic points with examples=N"
+        )
     check_model_takes(result.config, data.info)
     classes = getattr(result.config, "classes", 0)
     if classes and data.resident and "label" in data.resident[0]:

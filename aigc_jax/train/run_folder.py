@@ -28,8 +28,9 @@ def first_checkpoint(checkpoints: Checkpoints, order: Callable, template: State)
 class RunFolder:
     """What a run keeps. As a context it frees the log, the checkpoints and, at last, the lock.
 
-    `fit` calls `has_checkpoints`, `lock`, `restore` and `open` in this order. After that `save`,
-    `log` and `add_scores` write. Of several processes only the first one writes, beside Orbax.
+    `fit` calls `has_checkpoints`, `lock`, `restore`, `write_record` and `open_log` in this order.
+    After that `save`, `log` and `add_scores` write. A warm start saves step 0 before `open_log`. Of
+    several processes only the first one writes, beside Orbax.
     """
 
     def __init__(self, run: Run, record: dict, info: Info):
