@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import regex
 
-from aigc_jax import data, train, transformer
+from aigc_jax import commands, data, train, transformer
 from aigc_jax.core import Optim
 from aigc_jax.data import prepare, text
 from aigc_jax.data.text import Tokenizer
@@ -733,3 +733,20 @@ def test_a_vocabulary_or_length_that_does_not_fit_is_refused_before_compiling(ch
     )
     with pytest.raises(train.Refused, match=words):
         train.fit(transformer.make, cfg, train.Run(steps=1, batch_size=8), crops)
+
+
+@pytest.mark.slow
+def test_a_run_on_crops_is_evaluated_on_windows(tmp_path, monkeypatch, capsys):
+    """Crops have no end. The command scores each token of a split but the first once instead."""
+    crops = data.load("python_source", "train", length=32)
+    cfg = transformer.Config(vocab=crops.info.levels, context=32, layers=1, heads=1, width=8)
+    result = train.fit(transformer.make, cfg, train.Run(str(tmp_path / "run"), 1, 4), crops)
+    monkeypatch.setattr(
+        sys, "argv", ["aigc_jax", "evaluate", str(tmp_path / "run"), "--split", "validation"]
+    )
+    commands.main()
+    windows = data.load("python_source", "validation", length=32, stride=32)
+    wanted = train.evaluate(result, windows)["nll_nats_per_token"]
+    assert f"{wanted:.6g}" in capsys.readouterr().out
+    with pytest.raises(train.Refused, match="endless: load text with stride=LENGTH"):
+        train.evaluate(result, crops)
