@@ -740,7 +740,7 @@ def test_a_run_on_crops_is_evaluated_on_windows(tmp_path, monkeypatch, capsys):
     """Crops have no end. The command scores each token of a split but the first once instead."""
     crops = data.load("python_source", "train", length=32)
     cfg = transformer.Config(vocab=crops.info.levels, context=32, layers=1, heads=1, width=8)
-    result = train.fit(transformer.make, cfg, train.Run(str(tmp_path / "run"), 1, 4), crops)
+    result = train.fit(transformer.make, cfg, train.Run(str(tmp_path / "run"), 1, 8), crops)
     monkeypatch.setattr(
         sys, "argv", ["aigc_jax", "evaluate", str(tmp_path / "run"), "--split", "validation"]
     )
