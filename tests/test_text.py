@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import regex
 
-from aigc_jax import commands, data, train, transformer
+from aigc_jax import __main__ as commands
+from aigc_jax import data, train, transformer
 from aigc_jax.core import Optim
 from aigc_jax.data import prepare, text
 from aigc_jax.data.text import Tokenizer
