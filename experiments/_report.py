@@ -467,7 +467,7 @@ SUMMARIES = {
         "uniform ones.",
     ),
     "wgan_gp_toys": Summary(
-        "a77bd71ea777",
+        "dca5c79eced8",
         "A critic with a gradient penalty comes close to the Wasserstein distance.",
         "its estimate over the exact distance, 8 Gaussians",
         (f"{RING}: the penalty's E D(real) - E D(fake) over the Wasserstein distance",),

@@ -41,7 +41,6 @@ NOT_REDRAWN = {
     "vae_elbo_curves": 37,
     "vae_samples": 5,
     "vdm_invariance": 17,
-    "wgan_gp_toys": 4,
 }
 
 
