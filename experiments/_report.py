@@ -414,7 +414,7 @@ SUMMARIES = {
         "points and noise. Adam adds 1e-16 inside the root.",
     ),
     "vae_digits": Summary(
-        "34fc286e7dd4",
+        "dca5c79eced8",
         "A VAE pays less for digits than a model without latents.",
         "negative bound, and the per-pixel marginal (nats)",
         (

@@ -1,6 +1,6 @@
 """A conditional GAN on 8x8 digits: samples by class, their distance to held-out digits
 
-    python -m experiments.gan_digits            about 40 s on 2 cores; downloads nothing
+    python -m experiments.gan_digits            about a minute on 2 cores; downloads nothing
 
 Hinge loss, a spectrally normalised discriminator with projection, BatchNorm in the generator, all
 small. Expect rows of recognisable digits, some of them wrong. Our classifier puts 98 % in their

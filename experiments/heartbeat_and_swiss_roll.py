@@ -1,6 +1,6 @@
 """Two data sets whose truth is known: Sohl-Dickstein et al. 2015, table 1 (the swiss roll and the heartbeat), figure 1
 
-    python -m experiments.heartbeat_and_swiss_roll    about 3 minutes on 2 cores; downloads nothing
+    python -m experiments.heartbeat_and_swiss_roll    about 4 minutes on 2 cores; downloads nothing
 
 A heartbeat is a one in every fifth of 20 bins at a random phase: five sequences. So log2 p = -2.322
 bits is the best that any model can have, and a bound K above it would prove an error. The binomial

@@ -1,6 +1,6 @@
 """The learned manifold of a VAE with two latents: AEVB (Kingma & Welling 2014), fig. 4
 
-    python -m experiments.vae_manifold    about 2 minutes on 2 cores; MNIST (12 MB)
+    python -m experiments.vae_manifold    about 3 minutes on 2 cores; MNIST (12 MB)
     python -m experiments.vae_manifold --data.name fashion_mnist    Fashion-MNIST (31 MB)
     python -m experiments.vae_manifold --scale paper    1e8 images: about 70 minutes on 2 cores
 

@@ -1,6 +1,6 @@
 """What a clipped critic cannot see, and what a penalty can: Gulrajani et al. 2017 (WGAN-GP), fig. 1
 
-    python -m experiments.wgan_gp_toys    about 4 minutes on 2 cores; downloads nothing
+    python -m experiments.wgan_gp_toys    about 6 minutes on 2 cores; downloads nothing
 
 The generator is fixed at real points + N(0, I). Critics train to about their optimum on 8
 Gaussians, 25 Gaussians and the swiss roll, by weight clipping (WGAN) and by gradient penalty. Fig.

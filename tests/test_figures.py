@@ -37,7 +37,6 @@ NOT_REDRAWN = {
     "shakespeare_char": 10,
     "transformer_text": 5,
     "unet_or_dit": 8,
-    "vae_digits": 1,
     "vae_elbo_curves": 37,
     "vae_samples": 5,
     "vdm_invariance": 17,
