@@ -30,8 +30,10 @@ $(STAMP): setup.cfg pyproject.toml $(wildcard constraints-$(VERSION).txt)
 	@test -n "$(PYTHON)" || { echo "None of Python $(PYTHONS) works, on the PATH or in $(PYENV)/versions. Install one with venv and ssl, or: make PYTHON=/path/to/python3.13"; exit 2; }
 	@test -n "$(VERSION)" || { echo "$(PYTHON) is no Python that runs. Try: make PYTHON=/path/to/python3.13"; exit 2; }
 	@test -f constraints-$(VERSION).txt || { echo "aigc_jax is tested on Python $(PYTHONS); $(PYTHON) is $(VERSION). Install one of these, or: make PYTHON=/path/to/python3.13"; exit 2; }
+	@test ! -e $(VENV) || test -n "$$(ls $(VENV)/made-by-make $(VENV)/installed-* 2>/dev/null)" || { echo "make did not set up $(VENV), and will not delete it. Move it away, or: make VENV=.venv-make"; exit 2; }
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/made-by-make
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$(VERSION).txt --editable '.[test]'
 	@touch $@
 

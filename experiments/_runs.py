@@ -47,7 +47,9 @@ class Source:
 def arrays(source: data.Data) -> dict[str, np.ndarray]:
     """Returns all arrays of a finite set that is held in memory, by name: `image`, `label` ..."""
     if source.resident is None:
-        raise DataError(f"{source.info.source} is too large to be held in memory")
+        name = (source.info.source or {}).get("name", "this set")
+        words = "take a smaller set, or for synthetic points examples=N"
+        raise DataError(f"{name} is not held in memory: {words}")
     return source.resident[0]
 
 

@@ -59,8 +59,12 @@ class Setup:
         _cli.at_least(self, length=2)
         if not self.orders or min(self.orders) < 1 or list(self.orders) != sorted(set(self.orders)):
             raise ValueError(f"orders must hold rising numbers from 1 on, got {self.orders}")
+        if self.length > (most := self.transformer.context):
+            rule = f"length must be at most {most}, got {self.length}"
+            raise ValueError(f"{rule}: raise --transformer.context")
         if self.also == self.data.name:
-            raise ValueError(f"also must be another text than data.name, got {self.also} twice")
+            rule = f"also must be another text than data.name, got {self.also} twice"
+            raise ValueError(f'{rule}: --also "" leaves the second text out')
 
 
 NETS = ("nplm", "lstm", "gru", "transformer")
@@ -115,6 +119,8 @@ def trained(setup: Setup, net: str, folder: Path, training: data.Data, valid: da
     minutes = None if begun else (time.monotonic() - begin) / 60
     bits = _text.validations(folder / net)[-1]["nll_nats_per_token"] / log(2)
     new = 250 - len(prompt)
+    if net == "transformer":  # the last token needs no position
+        new = min(new, cfg.context - len(prompt) + 1)
     draw = partial(train.sample, result, jax.random.key(setup.run.seed), n=1)
     tokens = draw(prompt=prompt[None], max_new_tokens=new)[0]
     return bits, _cli.parameters(result), minutes, [*prompt, *tokens]

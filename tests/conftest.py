@@ -1,7 +1,9 @@
 """Strictness for every test: 8 virtual devices, no silent rank promotion, no reused key, shapes checked."""
 
+import atexit
 import ctypes
 import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -23,7 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
 # Many tests train the same small model: what one compiled serves the next, within this run of pytest alone.
-os.environ.setdefault("AIGC_TEST_CACHE", tempfile.mkdtemp(prefix="aigc-test-cache-"))
+if "AIGC_TEST_CACHE" not in os.environ:
+    os.environ["AIGC_TEST_CACHE"] = tempfile.mkdtemp(prefix="aigc-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["AIGC_TEST_CACHE"], ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", os.environ["AIGC_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

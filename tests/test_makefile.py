@@ -67,6 +67,14 @@ def test_an_environment_of_another_version_is_made_again(tmp_path):
     assert "rm -rf" not in make(tmp_path, "-n", "lint")[1]
 
 
+def test_an_environment_of_ones_own_is_not_deleted(tmp_path):
+    script(tmp_path / "bin/python3.13", WORKS.format("3.13"))
+    script(tmp_path / ".venv/bin/python", "exit 0")
+    code, said = make(tmp_path, "lint")
+    assert code and "make did not set up .venv, and will not delete it" in said
+    assert (tmp_path / ".venv/bin/python").is_file()
+
+
 @pytest.mark.parametrize(
     "python, body, message",
     [

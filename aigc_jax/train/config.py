@@ -35,9 +35,8 @@ class Run:
     best: str = ""  # a validation value, better when low: its lowest checkpoint is kept and loaded
     steps_per_call: int = 1  # updates per compiled call; 1 for convolutional nets on the CPU
     devices: int = 0  # 0: all
-    tensor: int = (
-        1  # devices that share each layer (tensor parallel); their groups divide the batch
-    )
+    # Devices that share each layer (tensor parallel); their groups divide the batch.
+    tensor: int = 1
     coordinator: str = ""  # of several processes: host:port of process 0, or auto (Slurm, TPU pods)
     processes: int = 1  # how many processes train together, each started with the same flags
     process: int = 0  # the number of this one, from 0

@@ -140,6 +140,8 @@ def ratios(total: dict[str, float], info: Info) -> dict[str, float]:
     Each is a total divided by a total: the mean of per-row ratios would overweight short rows.
     """
     found = {}
+    if "nll_nats" not in total:  # a family of one's own may count tokens and report no likelihood
+        return found
     for unit in ("token", "frame"):
         if count := total.get(f"{unit}s"):
             found[f"nll_nats_per_{unit}"] = total["nll_nats"] / count

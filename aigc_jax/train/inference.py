@@ -162,7 +162,7 @@ def evaluate(
         )
     check_model_takes(result.config, data.info)
     classes = getattr(result.config, "classes", 0)
-    if classes and data.resident and "label" in data.resident[0]:
+    if classes and isinstance(classes, int) and data.resident and "label" in data.resident[0]:
         try:
             labels(data.resident[0]["label"], classes, (data.info.examples,))
         except ValueError as e:

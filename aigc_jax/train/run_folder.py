@@ -73,9 +73,8 @@ class RunFolder:
             return None
         self.saved, state = found
         if self.saved > self.run.steps:
-            raise Refused(
-                f"{self.path} is at step {self.saved} already, run.steps is {self.run.steps}"
-            )
+            words = f"{self.path} is at step {self.saved} already, run.steps is {self.run.steps}"
+            raise Refused(f"{words}: raise run.steps to at least that, or choose a new folder")
         return state
 
     def write_record(self) -> None:

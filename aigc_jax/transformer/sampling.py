@@ -23,7 +23,8 @@ class Sampling:
     top_p: Any = 1.0
     # Keep tokens at least this many times as likely as the most likely one (Nguyen et al. 2024).
     min_p: Any = 0.0
-    repetition: Any = 1.0  # > 1: logits of tokens that occurred are divided by it (< 0: multiplied)
+    # Divides positive logits of tokens that occurred, and multiplies negative ones; 1: none.
+    repetition: Any = 1.0
     stop: Any = None  # tokens that end a sequence; None: those of the model's config; (): none
 
     def __post_init__(self):
