@@ -273,7 +273,8 @@ def plot(setup: Setup, folder: Path, gammas: dict, finite: dict, truth: float, v
     steps.set(xscale="log", yscale="log")
     steps.set_xticks(list(finite), list(map(str, finite)), rotation=45)
     steps.xaxis.minorticks_off()
-    caption = f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}, {setup.samples // 20_000 * 20_000:,} points per "
+    count = setup.samples // 20_000 * 20_000  # whole batches
+    caption = f"25 normals, exact denoiser, gamma from {LOW} to {HIGH}, {count:,} points per "
     caption += "bound. The variance of its estimate is in squared nats."
     figures.save(fig, folder / "vdm_invariance.png", caption)
 

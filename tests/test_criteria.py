@@ -8,10 +8,11 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import __main__ as experiments
-from experiments import _cli, _criteria, _report
+from experiments import _cli, _criteria, _report, _rows
 
 ROOT = Path(__file__).parent.parent
 BELOW, ABOVE = math.nextafter(2.39, 0), math.nextafter(2.39, 3)
@@ -133,3 +134,8 @@ def test_every_scripts_flags_can_be_read(name):
     script = importlib.import_module(f"experiments.{name}")
     assert _cli.parse(name, script, []).scale == "cpu"
     assert _cli.parse(name, script, ["--scale", "smoke"]).setup == script.SCALES["smoke"].setup
+
+
+def test_numbers_of_numpy_are_kept_as_json():
+    row = _rows.Row("a (nats)", np.float32(0.5), oracle=np.int64(3))
+    assert json.loads(json.dumps(_rows.as_json(row, "")))["oracle"] == 3

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from aigc_jax import data
-from aigc_jax.data import images, points, prepare
+from aigc_jax.data import images, music, points, prepare
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -442,3 +442,9 @@ def test_home_is_expanded_where_files_lie(tiny, monkeypatch):
         data.load("mnist", folder="~/nowhere")
     monkeypatch.setenv("AIGC_DATA", "~")
     assert data.load("mnist", "test").info.examples == 3
+
+
+def test_pieces_may_be_joined_without_a_rest():
+    rolls = np.arange(12).reshape(2, 3, 2)
+    np.testing.assert_array_equal(music.joined(rolls, rest=0), rolls.reshape(6, 2))
+    assert music.joined(rolls, rest=4).shape == (10, 2)

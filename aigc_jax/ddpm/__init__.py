@@ -223,7 +223,9 @@ def _context(cfg: Config, context: Context, n: int) -> tuple[Array, ...]:
     """
     if cfg.context is None:
         if context is not None:
-            raise ValueError("this model takes no context: model.context is not set")
+            raise ValueError(
+                "this model takes no context: model.context is None, leave context out"
+            )
         return ()
     if context is None:
         return (jnp.zeros((n, *cfg.context), jnp.float32),)
@@ -308,8 +310,9 @@ def predict_fn_of(
         raise ValueError("model.classes is 0: it takes no labels, leave label out")
     for name, given in (("context", context), ("negative", negative)):
         if given is not None and cfg.context is None:
-            words = f"this model takes no context: model.context is None, leave {name} out"
-            raise ValueError(words)
+            raise ValueError(
+                f"this model takes no context: model.context is None, leave {name} out"
+            )
     if guided and label is None and context is None:
         raise ValueError("guidance (w) needs a label or a context to lead to")
     if negative is not None and not guided:
