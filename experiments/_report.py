@@ -540,7 +540,7 @@ def verdicts(rows: list[dict]) -> str:
     return f"{'all' if met == len(judged) else f'{met} of'} {len(judged)} met"
 
 
-def _line(record: dict, minutes: str, number) -> str:
+def _line(record: dict, minutes: str) -> str:
     """The line of the summary: claim, paper's number, ours, verdict, minutes."""
     summary, rows = SUMMARIES.get(record["name"]), {row["quantity"]: row for row in record["rows"]}
     if not summary or summary.commit != record["commit"]:
@@ -561,7 +561,7 @@ def _line(record: dict, minutes: str, number) -> str:
     return "| " + " | ".join(map(_cell, cells)) + " |"
 
 
-def _entry(record: dict, number) -> list[str]:
+def _entry(record: dict) -> list[str]:
     """The long part: the title, how the run was made, and all rows."""
     summary, e = SUMMARIES.get(record["name"]), record["environment"]
     described = summary is not None and summary.commit == record["commit"]
@@ -604,10 +604,10 @@ def page(results: Path) -> str:
             "",
             "| experiment | claim | measured | paper | ours | criteria | minutes |",
             "| --- | --- | --- | --- | --- | --- | --- |",
-            *(_line(record, minutes(record["name"]), number) for record in records),
+            *(_line(record, minutes(record["name"])) for record in records),
         ]
     for family, records in groups.items():
         lines += ["", f"## {HEADS[family]}"]
         for record in records:
-            lines += ["", *_entry(record, number)]
+            lines += ["", *_entry(record)]
     return "\n".join(lines) + "\n"

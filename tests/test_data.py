@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import http.server
 import struct
+import threading
 from pathlib import Path
 
 import jax
@@ -293,6 +295,55 @@ def test_wrong_checksum_is_refused(tiny, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz is not the official file"):
         data.load("mnist", folder=str(folder))
     assert not (tmp_path / "tfds").exists()
+
+
+class _Portal(http.server.BaseHTTPRequestHandler):
+    """Answers every address with a page, or with 404 to GET if `lost`."""
+
+    lost = False
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        self.send_response(404 if self.lost else 200)
+        self.end_headers()
+        self.wfile.write(b"<html>please log in</html>")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("lost, words", [(True, "404"), (False, "NonMatchingChecksumError")])
+def test_a_failed_download_is_one_line(tiny, monkeypatch, tmp_path, lost, words):
+    """A page in place of a file, and a file that is gone."""
+    from aigc_jax.data.builders.mnist.mnist_dataset_builder import Builder
+
+    handler = type("Handler", (_Portal,), {"lost": lost})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    known = {
+        url.replace("https://example.invalid", here): i for url, i in Builder.url_infos.items()
+    }
+    monkeypatch.setattr(Builder, "url_infos", known)
+    try:
+        with pytest.raises(
+            FileNotFoundError, match=f"mnist cannot be downloaded.*{words}"
+        ) as error:
+            data.load("mnist")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "\n" not in str(error.value) and "--data.folder FOLDER" in str(error.value)
+    assert not list(tmp_path.glob("tfds/**/dataset_info.json"))
+
+
+def test_given_files_come_before_a_copy_of_tfds(tiny, monkeypatch):
+    folder, _ = tiny
+    monkeypatch.setattr(prepare, "_official", lambda *args: pytest.fail("files were given"))
+    assert data.load("mnist", "test", folder=str(folder)).info.examples == 3
 
 
 def test_a_broken_idx_file_is_no_array(tmp_path):

@@ -21,6 +21,7 @@ from aigc_jax import __main__ as commands
 from aigc_jax import data, gan, interrupt, train, vae
 from aigc_jax.core import State
 from aigc_jax.train import checkpoints
+from aigc_jax.train import folder as folders
 
 from . import trainee
 from .trainee import wait_for
@@ -1038,3 +1039,22 @@ def test_a_folder_in_which_another_process_begins_meanwhile(tmp_path, monkeypatc
 def test_the_module_of_a_command_is_found(option):
     assert interrupt._module(["python", *option, "-m", "other"]) == "aigc_jax"
     assert interrupt._module(["python", "-Wmodule", "--check-hash-based-pycs", "script.py"]) == ""
+
+
+def test_a_package_inside_a_foreign_repository_has_no_commit(tmp_path, monkeypatch):
+    """An installed package lies in an environment that the user's repository does not track."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    package = tmp_path / "environment" / "folder.py"
+    package.parent.mkdir()
+    package.write_text("")
+    monkeypatch.setattr(folders, "__file__", str(package))
+    assert folders._commit() == ""  # outside of git
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    assert folders._commit() == ""
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "a copy of the package"], check=True)
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    assert folders._commit() == head.stdout.strip()
+    package.write_text("1\n")
+    assert folders._commit() == head.stdout.strip() + " with changes"

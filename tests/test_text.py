@@ -751,3 +751,20 @@ def test_a_run_on_crops_is_evaluated_on_windows(tmp_path, monkeypatch, capsys):
     assert f"{wanted:.6g}" in capsys.readouterr().out
     with pytest.raises(train.Refused, match="endless: load text with stride=LENGTH"):
         train.evaluate(result, crops)
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_on_another_text_with_its_own_tokenizer(tmp_path, monkeypatch, capsys):
+    """The other text lacks some characters of the first, so it would have another tokenizer."""
+    (tmp_path / "a.txt").write_text("abcdefgh \n" * 200)
+    (tmp_path / "b.txt").write_text("hgfa\n" * 400)
+    ours = data.load(f"text:{tmp_path}/a.txt", "train", length=16)
+    cfg = transformer.Config(vocab=ours.info.levels, context=16, layers=1, heads=1, width=8)
+    result = train.fit(transformer.make, cfg, train.Run(str(tmp_path / "run"), 1, 8), ours)
+    flags = ["--data.folder", f"{tmp_path}/b.txt", "--split", "validation"]
+    monkeypatch.setattr(sys, "argv", ["aigc_jax", "evaluate", str(tmp_path / "run"), *flags])
+    commands.main()
+    kept = str(tmp_path / "run" / "tokenizer.json")
+    theirs = data.load(f"text:{tmp_path}/b.txt", "validation", length=16, stride=16, tokenizer=kept)
+    wanted = train.evaluate(result, theirs)["nll_nats_per_token"]
+    assert f"{wanted:.6g}" in capsys.readouterr().out

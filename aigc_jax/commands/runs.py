@@ -90,13 +90,15 @@ def load_source(
             f"{source!r}"
         )
     options = {name: value for name, value in source.items() if name not in ("name", "split")}
+    as_windows = split is not None and options.get("stride") == 0
+    same = split in (None, source["split"]) and not as_windows
     # The run keeps its tokenizer, wherever the file went since. The default one of pairs is made
-    # from the captions in the folder, which may have changed since.
+    # from the captions in the folder, and that of texts from the text. Both may have changed.
     kept = run_folder / "tokenizer.json"
     own_words = source["name"].startswith("pairs:") and kept.is_file()
-    if own_words or options.get("tokenizer", "char") != "char":
+    default = options.get("tokenizer", "char") == "char"
+    if own_words or not default or ("tokenizer" in options and not same):
         options["tokenizer"] = str(kept)
-    as_windows = split is not None and options.get("stride") == 0
     try:
         if as_windows:  # random crops have no end; windows score each token once
             options["stride"] = options["length"]
@@ -108,7 +110,6 @@ def load_source(
         raise train.Refused(
             f"{run_folder}/run.json does not describe a data set that can be loaded: {cause}"
         ) from e
-    same = split in (None, source["split"]) and not as_windows
     if same and found.info.fingerprint != record["fingerprint"]:
         raise train.Refused(
             f"{source['name']} {source['split']} is not what {run_folder} was made with: "

@@ -180,7 +180,7 @@ def _token_stream(result: train.Result, options: TextOptions, tokenizer, prompt,
     def draw(logits, used, written, at, key, sampling):
         logits = transformer.penalise(logits, used, sampling.repetition)
         logits = transformer.ban_repeats(logits, written, at, ngram)
-        return transformer.draw(_real(logits, tokenizer), key, sampling)
+        return transformer.sample_token(_real(logits, tokenizer), key, sampling)
 
     def tokens(key):
         logits, cache = prefill(params, prompt[None])

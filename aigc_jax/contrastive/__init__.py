@@ -137,9 +137,10 @@ def sigmoid_loss(
     negatives: Pairs = None,
     axis_name: str | None = None,
 ) -> Nats:
-    """Returns sum_j -log sigmoid(z_ij (scale a_i.b_j + bias)) for each i (SigLIP, eq. 1).
+    """Returns sum_j -log sigmoid(z_ij (scale a_i.b_j + bias)) for each i (SigLIP, algorithm 1).
 
-    z_ij is 1 for true pairs and -1 for negatives. `negatives` and `axis_name` are as in `nce`.
+    The paper's eq. 1 has the bias with the other sign; its algorithm 1 adds it, as here. z_ij is 1
+    for true pairs and -1 for negatives. `negatives` and `axis_name` are as in `nce`.
     """
     logits = scale * jnp.asarray(a) @ _gathered(jnp.asarray(b), axis_name).T + bias
     _, true = _diagonal(*logits.shape, axis_name)

@@ -122,7 +122,7 @@ def _find_or_prepare(name: str, folder: str | None):
     files = _find(name, given, wanted) if given is not None else None
     if builder.is_prepared():
         return builder
-    if official := _official(name, builder.data_path.parent):
+    if files is None and (official := _official(name, builder.data_path.parent)):
         return official
     if files is None and name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
         files = _debian_fashion_mnist(wanted)
@@ -147,6 +147,7 @@ def _given_folder(name: str, folder: str | None) -> Path | None:
 
 def _prepare(builder, files: dict[str, Path | bytes]) -> None:
     """Prepares a set from its original files, or from the network if there are none."""
+    import requests
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
@@ -157,7 +158,15 @@ def _prepare(builder, files: dict[str, Path | bytes]) -> None:
             else:
                 (Path(manual) / filename).symlink_to(content.resolve())
         config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
-        builder.download_and_prepare(download_config=config)
+        wrong_file = tfds.download.download_manager.NonMatchingChecksumError
+        try:
+            builder.download_and_prepare(download_config=config)
+        except (tfds.download.DownloadError, wrong_file, requests.RequestException) as e:
+            cause = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            raise FileNotFoundError(
+                f"{builder.name} cannot be downloaded ({cause}): try again, or copy "
+                "its files into a folder and pass it as --data.folder FOLDER"
+            ) from e
 
 
 def _official(name: str, folder):

@@ -39,7 +39,7 @@ class Block(nn.Module):
     bias: bool = True
     rotary: bool = False
     dropout: float = 0.0  # of attention weights and both branches
-    std: float = 0.02  # of the first kernels
+    std: float = 0.02  # of the initial kernels
     residual_std: float = 0.02  # of the kernels whose output is added to x
     dtype: Any = jnp.float32
 
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
 
     With `causal`'s mask it is a decoder. With a mask of True everywhere it looks both ways.
 
-    The first kernels whose output is added to the stream are divided by sqrt(2 layers) (GPT-2,
+    The initial kernels whose output is added to the stream are divided by sqrt(2 layers) (GPT-2,
     section 2.3).
     """
 
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
     activation: str = "gelu"  # gelu (tanh form) | relu | swiglu
     bias: bool = True
     dropout: float = 0.0  # of embeddings, attention weights and both branches
-    std: float = 0.02  # of the first kernels and positions
+    std: float = 0.02  # of the initial kernels and positions
     dtype: Any = jnp.float32
     remat: bool | str = False
     scan: bool = False  # the blocks as one lax.scan (`scan_blocks`), where there is no cache

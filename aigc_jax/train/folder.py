@@ -25,9 +25,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def _commit() -> str:
-    """The commit of this checkout, marked if it has changes; "" outside of git."""
+    """The commit of this checkout, marked if it has changes; "" outside of git.
+
+    A package that is installed inside somebody else's repository is not part of it.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
+    ours = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
     try:
+        subprocess.run(ours, capture_output=True, check=True)
         head = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
         )

@@ -289,7 +289,10 @@ def _tensors(cfg: Config, params: Any) -> dict[str, np.ndarray]:
 
 
 def _write(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
-    """Writes all files of a folder, or none of them: {name: function that writes it to a path}."""
+    """Writes the files of a folder: {name: function that writes it to a path}.
+
+    All are written under other names first. Only then are they renamed.
+    """
     made, new = not folder.exists(), {name: folder / f".{name}.new" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +317,7 @@ def save_gpt2(folder: str | Path, cfg: Config, params: Any) -> None:
     """Writes a folder that `transformers` opens as GPT2LMHeadModel. It writes no tokenizer.
 
     eos and bos are the Config's; a GPT-2 of 50,257 tokens that names none gets
-    <|endoftext|>. Other files in the folder stay. Either all files are written, or none.
+    <|endoftext|>. Other files in the folder stay. No file is replaced before all are written.
 
     Raises ValueError where the model is no GPT-2 (other norms, positions or activations,
     untied, without biases) or the parameters are not the Config's; OSError where the disk

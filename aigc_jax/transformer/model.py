@@ -39,7 +39,7 @@ class Config:
     bias: bool = True  # in linear layers and LayerNorm
     tied: bool = True  # the embedding is also the kernel of the last layer
     dropout: float = 0.0  # of embeddings, attention weights and both branches
-    std: float = 0.02  # of first kernels; those added to the stream: divided by sqrt(2 layers)
+    std: float = 0.02  # of initial kernels; those added to the stream: divided by sqrt(2 layers)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     # Recompute blocks in the backward pass: less memory, more work. "dots" keeps the products.
     remat: bool | Literal["dots"] = False
