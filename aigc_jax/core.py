@@ -174,7 +174,7 @@ def _momentum(o):
     def update(grads, state, params=None, *, step=None, **_):
         if step is None:
             raise ValueError(
-                "a momentum that moves needs the step of the update: pass step=state.step"
+                "optim.momentum_end needs the step of the update: pass step=state.step"
             )
         trace = jax.tree.map(lambda g, t: g + rise(step).astype(t.dtype) * t, grads, state.trace)
         return trace, optax.TraceState(trace)

@@ -100,7 +100,7 @@ def main(
     for name in args.tasks:
         task = tasks[name]
         print(f"\n{name}: {task.updates} updates of {task.batch} examples\n")
-        print("| side | ms an update | GFLOP/s | own product, GFLOP/s | share of it |")
+        print("| side | ms per update | GFLOP/s | own product, GFLOP/s | share of it |")
         print("| --- | --- | --- | --- | --- |")
         for side in workers:
             speed, product = (

@@ -260,7 +260,7 @@ def main() -> None:
         names = ["ours", "nanoGPT, eager", "nanoGPT, eager, fused Adam"]
         median, first = measure(names, ["product", "train", "char"], args.repeats)
         print(
-            "| side | ms an update | GFLOP/s | share of own product | 500 characters, s | first call, s |"
+            "| side | ms per update | GFLOP/s | share of own product | 500 characters, s | first call, s |"
         )
         print("| --- | --- | --- | --- | --- | --- |")
         for name in names:

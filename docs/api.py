@@ -60,8 +60,11 @@ def page() -> str:
         module = importlib.import_module(f"aigc_jax.{name}")
         lines += [f"## `aigc_jax.{name}`", "", sentence(module), ""]
         for public in names(module):
-            said = sentence(resolve_name(f"{module.__name__}.{public}"))
-            lines.append(f"- `{name}.{public}`" + (f": {said}" if said else ""))
+            thing = resolve_name(f"{module.__name__}.{public}")
+            current, text = getattr(thing, "__name__", public), sentence(thing)
+            if current != public and current in names(module):
+                text = f"the old name of `{name}.{current}`."
+            lines.append(f"- `{name}.{public}`" + (f": {text}" if text else ""))
         lines.append("")
     return "\n".join(lines)
 

@@ -67,6 +67,7 @@ from experiments._rows import (
     kept,
     mean_and_error,
     number,
+    plain,
     verdict,
     why,
 )
@@ -172,12 +173,12 @@ def _show(name: str, scale: str, rows: list[Row], verdicts: list[str], differenc
         title=Text(title), title_justify="left"
     )  # Text: what stands in brackets is no markup
     columns = {
-        "quantity": [row.quantity for row in rows],
+        "quantity": [plain(row.quantity) for row in rows],
         "paper": [number(row.paper) for row in rows],
         "ours": [number(row.ours) for row in rows],
         "+-": [number(row.error) for row in rows],
         "oracle": [number(row.oracle) for row in rows],
-        "verdict": verdicts,
+        "verdict": [plain(words) for words in verdicts],
     }
     shown = {column: cells for column, cells in columns.items() if set(cells) - {"-", ""}}
     for column in shown:

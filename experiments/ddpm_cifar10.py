@@ -8,9 +8,9 @@ Downloads CIFAR-10, or takes cifar-10-binary.tar.gz from --data.folder or AIGC_D
 loss, sigma^2 = beta. An update takes 128 images, half of them mirrored, with Adam at 2e-4 after
 5,000 updates of warm-up, gradients clipped at 1, dropout 0.1 and averages of 0.9999. In the end all
 terms of the bound are taken of 10,000 images of test and of train: 2e7 passes. On two cores one
-update takes minutes. Scale cpu runs the same code on a net of 1.1 million for 2,000 updates: expect
-blots of the right colours, and a bound that does not compare with the paper's 3.75. FID and
-Inception score need Inception's weights and are not measured.
+update takes minutes. Scale cpu runs the same code on a net of 1.1 million for 2,000 updates. Expect
+blurred colours. Its bound cannot be compared with the paper's 3.75. FID and Inception score need
+Inception's weights and are not measured.
 """
 
 from dataclasses import dataclass, replace

@@ -9,11 +9,11 @@ model itself, self-BLEU-4 and Zipf's exponent of words, and the share of texts t
 repeated over and over.
 
 Expect the paper's order in repetition (greedy 92 %, beam search 36 %, sampling at most 1 %) and in
-likelihood: greedy text has perplexity 2.2, beam search 1.6, people's text 4.3. Not so for the
-paper's nucleus, which comes closest to people there. This model has seen a megabyte, and people's
-held-out text is less likely to it than its own (perplexity 4.3 against 3.6; in the paper 12 against
-23). So pure sampling is the closest, and two criteria are not met. The paper's numbers are GPT-2
-Large's on web text: absolute values do not compare, and k is scaled to 65 characters.
+likelihood: greedy text has perplexity 2.2, beam search 1.6, human text 4.3. In the paper, nucleus
+sampling is closest to human text. Here it is not: this model has seen only a megabyte. Human
+held-out text has perplexity 4.3, its own samples 3.6 (paper: 12 and 23). So pure sampling is the
+closest, and two criteria are not met. The paper's numbers are GPT-2 Large's on web text. Absolute
+values cannot be compared, and k is scaled to 65 characters.
 """
 
 import math

@@ -5,8 +5,8 @@
 The paper draws 200 networks at random and trains each by the first GAN's loss and by WGAN-GP on
 32x32 ImageNet. It counts the networks whose Inception score reaches 5. By WGAN-GP alone 147 do, by
 the GAN alone none, by both 42, by neither 11. Here it is 10 random MLPs on digits of 8x8, for ten
-recipes. A recipe succeeds if the score of our classifier is at least 60 % of that of real digits,
-and if the samples are nearer to the digits than blends of two digits are. The second condition
+recipes. A recipe succeeds on two conditions. Our classifier's score is at least 60 % of that of
+real digits. The samples are nearer to digits than blends of two digits are. The second condition
 matters: noise of black and white pixels has 62 % of the score. A run that ends in NaN fails.
 
 On 25 Gaussians each recipe trains one network with three seeds. There it succeeds if it has at

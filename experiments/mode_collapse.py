@@ -1,4 +1,4 @@
-"""Modes that a GAN loses, and packing, which keeps them: Lin et al. 2018 (PacGAN), table 1
+"""Does packing keep the modes that a GAN loses? Lin et al. 2018 (PacGAN), table 1
 
     python -m experiments.mode_collapse                   9 minutes on a GPU, 3 hours on 2 cores (estimate); downloads nothing
     python -m experiments.mode_collapse --scale paper     the authors' protocol: an hour on a GPU, four days on 2 cores (estimates)

@@ -82,7 +82,7 @@ def make_wake_sleep(cfg: vae.Config, *, axis_name: str | None = None) -> Family:
         k_x, k_wake, k_z, k_dream = jax.random.split(key, 4)
         x = vae.preprocess(cfg, batch, k_x)
         held = jax.lax.stop_gradient(params)
-        z = vae.draw(cfg, held, x, k_wake, k=1)[0][0]
+        z = vae.sample_posterior(cfg, held, x, k_wake, k=1)[0][0]
         wake = vae.log_likelihood(cfg, x, vae.decode(cfg, params, z))
 
         dreamt = jax.random.normal(k_z, z.shape)

@@ -98,7 +98,7 @@ def test_a_traced_schedule_keeps_its_digits_where_the_noise_is_least():
     g = -13.3 + 18.3 * np.linspace(0, 1, 1000)
     noise2 = 1 / (1 + np.exp(-g))
     beta = np.append(noise2[0], 1 - (1 - noise2[1:]) / (1 - noise2[:-1]))
-    np.testing.assert_allclose(ddpm.noise2(got), noise2, rtol=1e-5)
+    np.testing.assert_allclose(ddpm.noise_variance(got), noise2, rtol=1e-5)
     np.testing.assert_allclose(got.beta, beta, rtol=1e-3)
     few = ddpm.respace(got, 100)
     np.testing.assert_allclose(
@@ -1191,7 +1191,7 @@ def test_uniform_times_reach_both_ends():
     _, metrics = jax.jit(family.step)(
         jax.jit(family.init)(key(0)), {"points": np.full((n, 2), 10.0)}, key(1)
     )
-    noise2 = np.asarray(ddpm.noise2(ddpm.cosine_schedule(2)))
+    noise2 = np.asarray(ddpm.noise_variance(ddpm.cosine_schedule(2)))
     each = 100 * noise2 + 1 - noise2
     np.testing.assert_allclose(metrics["loss"], each.mean(), rtol=0.02)
     assert np.ptp(each) > 0.4 * each.mean()
@@ -1501,7 +1501,8 @@ def exact_eps_traced(schedule, s2):
 
     def eps_fn(x_t, t):
         ab, rest = (
-            schedules.extract(a, t, x_t) for a in (schedule.alpha_bar, ddpm.noise2(schedule))
+            schedules.extract(a, t, x_t)
+            for a in (schedule.alpha_bar, ddpm.noise_variance(schedule))
         )
         return jnp.sqrt(rest) * x_t / (ab * s2 + rest)
 

@@ -48,7 +48,9 @@ NATURAL = {"straight": "velocity", "bulging": "velocity"}  # else eps
 
 def tables(schedule):
     """signal^2 and noise^2, float64."""
-    return np.asarray(schedule.alpha_bar, np.float64), np.asarray(ddpm.noise2(schedule), np.float64)
+    return np.asarray(schedule.alpha_bar, np.float64), np.asarray(
+        ddpm.noise_variance(schedule), np.float64
+    )
 
 
 def factors(schedule, std=STD, dtype=jnp.float32):
@@ -421,7 +423,9 @@ def test_a_net_of_mu_is_sampled_in_few_steps():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_flow_gives_the_density_of_every_schedule(name):
     schedule, x = SCHEDULES[name], jnp.array([[0.3], [0.8], [-0.4]])
-    variance = STD**2 + ddpm.noise2(schedule)[0] / np.asarray(schedule.alpha_bar, np.float64)[0]
+    variance = (
+        STD**2 + ddpm.noise_variance(schedule)[0] / np.asarray(schedule.alpha_bar, np.float64)[0]
+    )
     due = -0.5 * np.log(2 * np.pi * variance) - (np.asarray(x)[:, 0] - MEAN) ** 2 / 2 / variance
     # The model's x_T is N(0, 1), that of the data what the last level leaves: the learned one ends at gamma = 5.
     a, n = (table[-1] for table in tables(schedule))
@@ -507,7 +511,7 @@ def test_levels_without_noise_or_signal_give_numbers(low, high):
         def fn(x, t):
             a, n = (
                 schedules.extract(table, t, x)
-                for table in (schedule.alpha_bar, ddpm.noise2(schedule))
+                for table in (schedule.alpha_bar, ddpm.noise_variance(schedule))
             )
             return jnp.sqrt(a) * jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (
                 a * STD**2 + n
@@ -605,7 +609,7 @@ def test_float64_is_exact_and_not_float32_in_disguise(of):
         )
         even = ddpm.discretise(lambda u: -13.3 + 18.3 * u, 100)
         noise2 = 1 / (1 + np.exp(-np.linspace(-13.3, 5, 100)))
-        np.testing.assert_allclose(ddpm.noise2(even), noise2, rtol=1e-12)
+        np.testing.assert_allclose(ddpm.noise_variance(even), noise2, rtol=1e-12)
 
 
 def test_a_learned_schedule_is_respaced_where_it_is_traced():
@@ -619,7 +623,7 @@ def test_a_learned_schedule_is_respaced_where_it_is_traced():
         def fn(x, t):
             a, n = (
                 schedules.extract(table, t, x)
-                for table in (schedule.alpha_bar, ddpm.noise2(schedule))
+                for table in (schedule.alpha_bar, ddpm.noise_variance(schedule))
             )
             return jnp.sqrt(n) * (x - jnp.sqrt(a) * MEAN) / (a * STD**2 + n)
 

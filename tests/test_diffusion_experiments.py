@@ -42,7 +42,7 @@ def test_the_exact_denoiser_is_the_slope_of_the_log_density():
         return jax.nn.logsumexp(-0.5 * (apart**2).sum(-1) / v)
 
     slope = jax.vmap(jax.grad(log_q))(x, t)
-    noise = jnp.sqrt(jnp.asarray(ddpm.noise2(schedule), jnp.float32))[t][:, None]
+    noise = jnp.sqrt(jnp.asarray(ddpm.noise_variance(schedule), jnp.float32))[t][:, None]
     got = _diffusion.exact_eps(schedule, CENTRES, 0.3)(x, t)
     np.testing.assert_allclose(got, -noise * slope, rtol=2e-4, atol=2e-5)
 
@@ -74,7 +74,9 @@ def test_the_rolls_levels_reach_from_its_width_to_noise():
     cfg = replace(known.ROLL, T=40, width=0.01)
     schedule = known.levels(cfg)
     np.testing.assert_allclose(
-        np.sqrt(ddpm.noise2(schedule) / schedule.alpha_bar)[[0, -1]], [0.01, np.exp(2.5)], rtol=1e-4
+        np.sqrt(ddpm.noise_variance(schedule) / schedule.alpha_bar)[[0, -1]],
+        [0.01, np.exp(2.5)],
+        rtol=1e-4,
     )
 
 
@@ -86,7 +88,7 @@ def test_the_roll_learns_mean_and_variance():
     params = jax.jit(family.init)(jax.random.key(0)).params
     schedule = known.levels(cfg)
     t = jnp.array([1, 5, 9])
-    noise2 = np.asarray(ddpm.noise2(schedule))
+    noise2 = np.asarray(ddpm.noise_variance(schedule))
     tilde = schedule.beta * np.append(0, noise2[:-1]) / noise2
     x_t = jnp.ones((3, 2))
     eps_hat, raw = known.model(cfg, params)(x_t, t)

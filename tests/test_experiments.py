@@ -72,7 +72,7 @@ def test_wake_trains_the_decoder_on_the_encoders_codes_alone():
     params, update = moved(batch, jax.random.key(1))
     k_x, k_wake, _, _ = jax.random.split(jax.random.key(1), 4)
     x = vae.preprocess(CFG, batch, k_x)
-    [z] = vae.draw(CFG, params, x, k_wake, k=1)
+    [z] = vae.sample_posterior(CFG, params, x, k_wake, k=1)
 
     def wake(decoder):
         return vae.log_likelihood(CFG, x, vae.decode(CFG, {"decoder": decoder}, z[0])).mean()

@@ -54,6 +54,18 @@ def imports(path):
                 yield parts[1]
 
 
+def test_functions_fit_on_a_screen():
+    """At most 60 lines, and 40 for a `make`, which only binds."""
+    long = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                most = 40 if re.fullmatch("make(_.*)?", node.name) else 60
+                if (lines := node.end_lineno - node.lineno + 1) > most:
+                    long.append((str(path.relative_to(ROOT)), node.name, lines))
+    assert not long
+
+
 @pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
 )

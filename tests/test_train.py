@@ -676,7 +676,7 @@ def test_warm_start_refuses_another_shape(tmp_path):
         fit(vae.make, CFG, run(tmp_path / "d", 2, init=str(tmp_path / "c")), DIGITS)
 
 
-# ------------------------------------------------------------------------------------------------------------ the door
+# ------------------------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.slow

@@ -1038,11 +1038,11 @@ def test_extreme_numbers_keep_a_distribution(sampling, left):
         got = jax.jit(transformer.filter_logits)(logits, sampling)
         p = jax.nn.softmax(got)[0]
         assert np.flatnonzero(p).tolist() == left and not jnp.isnan(p).any()
-        drawn = jax.jit(transformer.draw)(jnp.repeat(logits, 50, 0), key(0), sampling)
+        drawn = jax.jit(transformer.sample_token)(jnp.repeat(logits, 50, 0), key(0), sampling)
         assert set(drawn.tolist()) <= set(left)
     only = jnp.array([[-jnp.inf, -jnp.inf, 5.0]])
-    assert transformer.draw(only, key(0), sampling).tolist() == [2]
-    assert transformer.draw(only.astype(jnp.float16), key(0), sampling).tolist() == [2]
+    assert transformer.sample_token(only, key(0), sampling).tolist() == [2]
+    assert transformer.sample_token(only.astype(jnp.float16), key(0), sampling).tolist() == [2]
     huge = transformer.penalise(
         jnp.array([[0.0, 2.0, -2.0]]), jnp.ones((1, 3), bool), Sampling(repetition=1e300).repetition
     )

@@ -145,7 +145,7 @@ def brute_weights(cfg, params, x, z):
 def test_weights_of_two_layers_are_the_definition():
     cfg = dataclasses.replace(TWO, latent_dim=3, upper_dim=2)
     params, x = params_of(cfg), images(4, cfg)
-    z = vae.draw(cfg, params, x, key(), k=6)
+    z = vae.sample_posterior(cfg, params, x, key(), k=6)
     assert [a.shape for a in z] == [(6, 4, 3), (6, 4, 2)]
     np.testing.assert_allclose(
         vae.log_weights(cfg, params, x, key(), k=6), brute_weights(cfg, params, x, z), rtol=2e-4
@@ -241,7 +241,7 @@ def test_gradients_are_the_papers_sums(cfg, beta):
         params, x = float64(params_of(cfg, 2.0)), images(2, cfg).astype(jnp.float64)
 
         def path(params):
-            return vae.draw(cfg, params, x, key(), k=k)
+            return vae.sample_posterior(cfg, params, x, key(), k=k)
 
         @jax.jit
         def log_w(params, q, z):  # q: the parameters of its density
@@ -297,7 +297,7 @@ def test_doubly_reparameterised_gradient_has_the_same_mean_and_less_noise(beta):
     params, x, k = params_of(cfg, 0.7), images(2, cfg), 20
 
     def iwae(params, key):
-        z = vae.draw(cfg, params, x, key, k=k)
+        z = vae.sample_posterior(cfg, params, x, key, k=k)
         ratio = vae.log_prior(cfg, params, z) - vae.log_posterior(cfg, params, x, z)
         likelihood = vae.log_likelihood(cfg, x[None], vae.decode(cfg, params, z[0]))
         return jax.nn.logsumexp(likelihood + beta * ratio, 0).sum()
@@ -418,7 +418,7 @@ def test_labels_reach_encoder_and_decoder_of_their_own_image_only():
 @pytest.mark.slow
 def test_labels_of_many_draws_are_those_of_the_images():
     params, x, label = params_of(LABELLED), images(3), jnp.asarray([2, 0, 1])
-    z = vae.draw(LABELLED, params, x, key(), k=4, label=label)[0]
+    z = vae.sample_posterior(LABELLED, params, x, key(), k=4, label=label)[0]
     together = vae.decode(LABELLED, params, z, label)
     for b in range(3):
         alone = vae.decode(LABELLED, params, z[:, b], jnp.full(4, label[b]))
@@ -526,7 +526,7 @@ def test_bfloat16_is_inside_only():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ the door
+# ------------------------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(

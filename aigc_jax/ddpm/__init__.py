@@ -331,9 +331,8 @@ def predict_fn_of(
         labels_, contexts = None, None
         if cfg.classes:
             none = jnp.full(n, cfg.classes)
-            labels_ = jnp.concatenate(
-                [_label_or_none(cfg, none if label is None else label, n), none]
-            )
+            given = none if label is None else label
+            labels_ = jnp.concatenate([_label_or_none(cfg, given, n), none])
         if cfg.context:
             halves = [_context(cfg, each, n)[0] for each in (context, negative)]
             contexts = jnp.concatenate(halves)

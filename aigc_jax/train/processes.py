@@ -142,13 +142,13 @@ def _accepted(server: socket.socket, token: bytes) -> list[socket.socket]:
 
 
 def _wait_for_the_end(link: socket.socket) -> None:
-    """Ends this process where the other one fails, or dies without a word."""
-    said = b""
+    """Ends this process where the other one fails or is killed."""
+    reply = b""
     with contextlib.suppress(OSError):
-        said = link.recv(1)
-    if said == GOODBYE:
+        reply = link.recv(1)
+    if reply == GOODBYE:
         return
-    if said == FAILED:
+    if reply == FAILED:
         time.sleep(GRACE)  # this one may be ending for the same reason
     line = f"error: another process of the run has ended, so process {jax.process_index()} ends"
     line += "; the same commands continue from the newest checkpoint\n"
