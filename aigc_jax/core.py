@@ -109,13 +109,19 @@ def check_at_least(cfg, smallest: int, *fields: str, name: str = "model") -> Non
             raise ValueError(f"{name}.{field} must be at least {smallest}, got {value}")
 
 
-def check_data(cfg, info) -> None:
+def check_data(cfg, info, *, pair: bool = False) -> None:
     """Raises ValueError where data do not have the shape, levels and classes of a Config.
 
     cfg: has the fields shape, (H, W, C) of images or (d,) of points, and levels, which is None
         where the examples are floats, such as latents. Labels are compared if it has `classes`.
     info: describes the data (`data.Info`).
+    pair: the model takes pairs of sets (`data.pair`); any other one refuses them.
     """
+    if info.other is not None and not pair:
+        raise ValueError(
+            "these data are a pair of sets, and this model takes one: give one of the two "
+            "(gan.make_cycle takes pairs)"
+        )
     shape, classes = tuple(cfg.shape), getattr(cfg, "classes", 0)
     is_image = len(shape) == 3 and cfg.levels is not None
     kind, plural = ("image", "images") if is_image else ("points", "points")

@@ -91,9 +91,13 @@ def test_recorded_verdicts_are_those_of_the_criteria(name):
         pytest.skip("not recorded")
     criteria = importlib.import_module(f"experiments.{name}").CRITERIA
     for row in json.loads(file.read_text())["rows"]:
-        if row["verdict"].startswith(("holds", "FAILS")):
-            now = _cli.verdict(_cli.Row(row["quantity"], row["ours"]), criteria)
-            assert now.partition(":")[0] == _report.plain(row["verdict"]).partition(":")[0], row
+        then = _report.plain(row["verdict"])
+        if not then.startswith(("met", "not met")):
+            continue
+        now = _cli.verdict(_cli.Row(row["quantity"], row["ours"]), criteria)
+        if now != then and "(first: " in now:  # reset after this run, which shows the old one
+            continue
+        assert now.partition(":")[0] == then.partition(":")[0], row
 
 
 def test_no_script_imports_another():

@@ -705,6 +705,17 @@ def test_uniform_noise_is_the_unit_cube():
             {"loss": "wasserstein"},
             "'wasserstein' needs a Lipschitz constraint on the critic: set penalty",
         ),
+        (
+            {
+                "loss": "wasserstein",
+                "disc": gan.NetConfig("dcgan", (4,), norm="spectral", attention=4),
+            },
+            "disc.norm to spectral without disc.attention",
+        ),
+        (
+            {"disc": gan.NetConfig("dcgan", (4, 4, 4), norm="instance")},
+            "norm 'instance' makes maps of one pixel 0: use fewer than 3 widths",
+        ),
         ({"condition": "projection"}, "'projection' needs classes"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
     ],
@@ -732,6 +743,7 @@ def test_configs_that_cannot_work_are_refused(change, words):
         ),
         ({"classes": 7}, {}, DIGITS, "model.classes is 7, the images have 10 classes"),
         ({"levels": 256}, {}, DIGITS, "model.levels is 256, the images have 17"),
+        ({"packing": 2}, {}, data.pair(DIGITS, DIGITS), "these data are a pair of sets"),
         (
             {},
             {},

@@ -9,7 +9,7 @@ import pytest
 
 from aigc_jax import data, gan, nn, train
 from aigc_jax.gan import style
-from aigc_jax.nn.style import EqualConv, EqualDense, convolve, enlarge, leaky, modulated
+from aigc_jax.nn.style import EqualConv, EqualDense, convolve, enlarge, leaky, modulated, shrink
 from aigc_jax.train import Run
 
 DIGITS = data.load("digits")
@@ -82,6 +82,29 @@ def test_enlarged_images_are_linear_between_pixels():
     np.testing.assert_allclose(y[1:-1], [0.25, 0.75, 1.25, 1.75, 2.25, 2.75], atol=1e-6)
 
 
+def test_shrunk_images_are_filtered_before_every_second_pixel_is_taken():
+    """By hand inside: each axis has the weights 1, 3, 3, 1 over 8. Constant images stay."""
+    x = jax.random.normal(key(0), (2, 8, 6, 3))
+    y = np.asarray(shrink(x))
+    assert y.shape == (2, 4, 3, 3)
+    taps = np.array([1, 3, 3, 1]) / 8
+    window = np.asarray(x)[:, 1:5, 1:5]  # of the pixel (1, 1)
+    np.testing.assert_allclose(y[:, 1, 1], np.einsum("bhwc,h,w->bc", window, taps, taps), atol=1e-6)
+    np.testing.assert_allclose(shrink(jnp.ones((1, 4, 6, 2))), 1, rtol=1e-6)
+
+
+def test_all_layers_of_the_critic_learn_at_the_same_relative_speed():
+    """Its kernels begin as N(0, 1). The logits of images of variance 1 do not explode."""
+    net = nn.StyleDiscriminator((8, 16))
+    x, y = jax.random.normal(key(0), (64, 8, 8, 3)), jax.nn.one_hot(jnp.arange(64) % 5, 5)
+    logits, variables = net.init_with_output(key(1), x, y)
+    assert logits.shape == (64,) and logits.dtype == jnp.float32
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        if "kernel" in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(leaf.std(), 1, atol=5 / np.sqrt(2 * leaf.size))
+    assert 0.05 < float(logits.std()) < 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 8, 1), (16, 8, 3)])
 def test_noise_inputs_and_layers_are_counted(shape):
@@ -129,6 +152,9 @@ def test_path_length_of_a_linear_generator_is_its_frobenius_norm():
     y = jax.random.normal(key(1), (20_000, 4, 3, 1))
     lengths = style.path_lengths(images, jnp.ones((20_000, 1, 5)), y)
     wanted = float(jnp.square(A).sum()) / 12
+    each = jnp.eye(12).reshape(12, 4, 3, 1)  # every direction once: exact, not on average
+    exact = style.path_lengths(images, jnp.ones((12, 1, 5)), each)
+    np.testing.assert_allclose(jnp.square(exact).sum(), wanted, rtol=1e-5)
     np.testing.assert_allclose(float(jnp.square(lengths).mean()), wanted, rtol=0.02)
 
     def two(ws):  # the same in two layers: the squares are averaged
@@ -181,11 +207,13 @@ def test_a_step_moves_the_mean_style_and_the_mean_path():
     [pytest.param(None, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.soak)],
 )
 def test_resume_is_exact(tmp_path, simultaneous):
-    cfg = replace(CFG, simultaneous=simultaneous)
-    run = Run(str(tmp_path / "whole"), steps=6, batch_size=8, save_every=3)
+    """R1 and the path length are due in updates 3, 6 and 9, the cut is after the sixth."""
+    cfg = replace(CFG, simultaneous=simultaneous, lazy=3)
+    run = Run(str(tmp_path / "whole"), steps=9, batch_size=8, save_every=3)
     whole = train.fit(gan.make, cfg, run, DIGITS)
     part = replace(run, folder=str(tmp_path / "part"))
-    train.fit(gan.make, cfg, replace(part, steps=3), DIGITS)
+    before = train.fit(gan.make, cfg, replace(part, steps=6), DIGITS)
+    assert float(before.state.extra["path"]) > 0
     continued = train.fit(gan.make, cfg, part, DIGITS)
     jax.tree.map(np.testing.assert_array_equal, whole.state, continued.state)
     assert float(whole.state.extra["path"]) > 0
@@ -198,6 +226,12 @@ def test_resume_is_exact(tmp_path, simultaneous):
     [
         ({"gen": gan.NetConfig("style", (4, 8), norm="batch")}, "gen.norm is not for kind style"),
         ({"gen": gan.NetConfig("dcgan", (4,))}, "mixing needs gen.kind style, got dcgan"),
+        (
+            {"gen": gan.NetConfig("dcgan", (4,)), "mixing": None},
+            "path_length needs gen.kind style, got dcgan",
+        ),
+        ({"disc": gan.NetConfig("style", (4, 8), mapping=3)}, "disc.mapping is for the generator"),
+        ({"classes": 10}, "disc of kind style takes labels by projection, not by 'concat'"),
         ({"gen": gan.NetConfig("style", (4,) * 5)}, "halve H and W 4 times"),
         ({"mixing": 1.5}, "mixing must be a share or a weight, at least 0, got 1.5"),
         ({"packing": 2}, "go with neither packing nor unrolled"),

@@ -49,7 +49,8 @@ class Config:
     # None, False: G is updated after D, through the updated D (GAN, algorithm 1).
     simultaneous: bool | None = None
     # Change real and fake images before D sees them, differentiably (Zhao et al. 2020). diff: their
-    # colour, translation and cutout.
+    # colour, translation and cutout. Penalties are taken at the changed images. The authors
+    # differentiate by the images before the change.
     augment: Literal["diff"] | None = None
     packing: int = 1  # number of samples that D judges together (PacGAN)
     unrolled: int = 0  # updates of D that G's gradient looks ahead (Metz et al. 2017); 0: none
@@ -104,6 +105,11 @@ def _check_nets(cfg: Config) -> None:
         if net.kind == "mlp":
             continue
         halvings = len(net.widths) - (net.kind == "style")
+        if net.norm == "instance" and prod(side >> halvings for side in cfg.shape[:2]) < 2:
+            raise ValueError(
+                f"model.{name}.norm 'instance' makes maps of one pixel 0: use fewer than "
+                f"{len(net.widths)} widths for shape {cfg.shape}"
+            )
         if len(cfg.shape) != 3 or any(side % 2**halvings for side in cfg.shape[:2]):
             raise ValueError(
                 f"model.{name}.widths {net.widths} halve H and W {halvings} times, "
@@ -128,6 +134,13 @@ def _check_nets(cfg: Config) -> None:
         raise ValueError(f"model.output_bias {needs}, got {len(cfg.output_bias)}")
     if cfg.condition == "projection" and not cfg.classes:
         raise ValueError("model.condition 'projection' needs classes")
+    if cfg.disc.kind == "style" and cfg.classes and cfg.condition != "projection":
+        raise ValueError(
+            f"model.disc of kind style takes labels by projection, not by {cfg.condition!r}: "
+            "set model.condition to projection"
+        )
+    if cfg.disc.mapping is not None:
+        raise ValueError("model.disc.mapping is for the generator: set model.gen.mapping")
 
 
 def _check_style(cfg: Config) -> None:
@@ -157,10 +170,12 @@ def _check_objective(cfg: Config) -> None:
             "but model.disc.norm 'batch' makes a logit depend on the whole batch "
             "(Gulrajani et al. 2017, section 4): set disc.norm to none, layer, instance or spectral"
         )
-    if cfg.loss == "wasserstein" and cfg.penalty == "none" and cfg.disc.norm != "spectral":
+    # Self-attention is not Lipschitz (Kim et al. 2021), and its products are not normalised here.
+    bounded = cfg.disc.norm == "spectral" and cfg.disc.attention is None
+    if cfg.loss == "wasserstein" and cfg.penalty == "none" and not bounded:
         raise ValueError(
-            "model.loss 'wasserstein' needs a Lipschitz constraint on the critic: "
-            "set penalty to gp, r1, r1_r2 or clip, or disc.norm to spectral"
+            "model.loss 'wasserstein' needs a Lipschitz constraint on the critic: set penalty to "
+            "gp, r1, r1_r2 or clip, or disc.norm to spectral without disc.attention"
         )
     if cfg.simultaneous and cfg.n_critic > 1:
         raise ValueError(

@@ -111,7 +111,7 @@ class CycleConfig:
         if tuple(info.other) != tuple(info.shape):
             sizes = f"the first has {tuple(info.shape)}, the other {tuple(info.other)}"
             raise ValueError(f"both sets must have examples of the same shape; {sizes}")
-        check_data(self, info)
+        check_data(self, info, pair=True)
         if self.paired_weight and not info.aligned:
             raise ValueError(
                 f"model.paired_weight {self.paired_weight} needs aligned pairs, and these are not: "

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from .blocks import class_logits, downsample
-
 NORMAL = nn.initializers.normal(1.0)
 
 
@@ -94,6 +92,12 @@ def enlarge(h: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     return jax.image.resize(h, (B, 2 * H, 2 * W, C), "bilinear")
 
 
+def shrink(h: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """Returns images of half the size, by the same filter (1, 3, 3, 1). H and W are even."""
+    B, H, W, C = h.shape
+    return jax.image.resize(h, (B, H // 2, W // 2, C), "bilinear")
+
+
 class StyleLayer(nn.Module):
     """A modulated 3 x 3 convolution, noise, bias and a leaky ReLU.
 
@@ -142,8 +146,9 @@ class StyleGenerator(nn.Module):
     row of each layer (`noise_size`). Every resolution adds to the image of the one before it ("skip
     outputs"). `styles` and `images` are the two halves: one w per layer may come from another z.
 
-    Where this differs from the paper: the mapping has `mapping_layers` layers, not 8. Its mean w,
-    for truncation, is the running mean of training.
+    Where this differs from the paper: the mapping has `mapping_layers` layers, not 8. Labels are
+    added to z, where the authors join the two. The mean w, for truncation, is the running mean of
+    training.
     """
 
     shape: tuple[int, int, int]
@@ -224,7 +229,8 @@ class StyleDiscriminator(nn.Module):
     """D: images [B, H, W, C], packed ones too -> logits [B]. Residual blocks that halve H and W.
 
     Labels enter by projection. The paper also shows D how much the images of a batch differ
-    (minibatch standard deviation). Here each logit depends on its own image, as R1 assumes.
+    (minibatch standard deviation). Here each logit depends on its own image, as R1 assumes. The
+    authors give labels a mapping of their own; here they have one layer.
     """
 
     widths: tuple[int, ...]  # channels at H, H/2, ...
@@ -235,11 +241,13 @@ class StyleDiscriminator(nn.Module):
         h = leaky(EqualConv(self.widths[0], 1, dtype=self.dtype, name="in")(x))
         for i, width in enumerate(self.widths[1:]):
             branch = leaky(EqualConv(h.shape[-1], dtype=self.dtype, name=f"first{i}")(h))
-            branch = leaky(EqualConv(width, dtype=self.dtype, name=f"second{i}")(branch))
-            skip = EqualConv(width, 1, bias=False, dtype=self.dtype, name=f"skip{i}")(h)
-            h = (downsample(branch) + downsample(skip)) / sqrt(2)
+            branch = EqualConv(width, dtype=self.dtype, name=f"second{i}")(branch)
+            skip = EqualConv(width, 1, bias=False, dtype=self.dtype, name=f"skip{i}")(shrink(h))
+            h = (leaky(shrink(branch)) + skip) / sqrt(2)
         h = leaky(EqualConv(h.shape[-1], dtype=self.dtype, name="last")(h)).reshape(len(h), -1)
         h = leaky(EqualDense(self.widths[-1], dtype=self.dtype, name="dense")(h))
-        if y is not None and not y.shape[-1]:
-            y = None
-        return class_logits(h, y, nn.initializers.lecun_normal(), "none", train, self.dtype)
+        logits = EqualDense(1, dtype=self.dtype, name="out")(h)[..., 0]
+        if y is not None and y.shape[-1]:
+            v = EqualDense(h.shape[-1], dtype=self.dtype, name="labels")(y) / sqrt(h.shape[-1])
+            logits += (h * v).sum(-1)
+        return logits.astype(jnp.float32)

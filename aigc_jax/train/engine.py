@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..core import Family, State, step_key
 from ..data import Data, Info
+from . import per_device
 from .progress import counted
 
 # A parameter smaller than this is copied to every device rather than split. To gather it in every
@@ -269,8 +270,8 @@ class Engine:
     """A family compiled for a mesh of devices: its first state, its updates, its scores.
 
     With run.tensor > 1 the matrices of a layer are split too, as `Family.rules` say.
-    With run.pmap every device runs the update on its own rows with its own noise (jax.shard_map),
-    as jax.pmap did. Else one compiled update sees the whole batch, and XLA splits the work.
+    With run.pmap every device updates from its own rows (`per_device`). Else one compiled update
+    sees the whole batch, and XLA splits the work.
     """
 
     def __init__(self, make, cfg, run, data: Data, *, devices: list | None = None):
@@ -283,9 +284,11 @@ class Engine:
 
         init = partial(self.family.init, k_init)
         shapes = jax.eval_shape(init)
-        shardings = shardings_of(self.family, shapes, self.mesh)
-        if run.pmap:  # every device holds the whole state
-            shardings = jax.tree.map(lambda _: NamedSharding(self.mesh, P()), shapes)
+        if run.pmap:
+            shardings = per_device.replicated(shapes, self.mesh)
+            update = per_device.update_of(make(cfg, axis_name="data").step, self.feed)
+        else:
+            shardings, update = shardings_of(self.family, shapes, self.mesh), self._global()
         self.template = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
             shapes,
@@ -294,14 +297,9 @@ class Engine:
         options = init_options(self.mesh.devices.flat[0])
         self._init = jax.jit(init, out_shardings=shardings, compiler_options=options)
 
-        update = self._per_device(make(cfg, axis_name="data").step) if run.pmap else self._global()
         updates = partial(self._updates, update)
         if run.pmap:
-            replicated, rows = P(), P("data")
-            place = partial(jax.shard_map, mesh=self.mesh, out_specs=P(), check_vma=False)
-            update = place(update, in_specs=(replicated, replicated, rows, replicated))
-            stacked = P(None, "data")
-            updates = place(updates, in_specs=(P(), P(), stacked, P(), P()))
+            update, updates = per_device.over_mesh(update, updates, self.mesh)
         compiled = partial(
             jax.jit,
             donate_argnums=0,
@@ -309,14 +307,6 @@ class Engine:
             compiler_options=self._options,
         )
         self._update, self._update_many = compiled(update), compiled(updates)
-
-    def _per_device(self, step):
-        """One update of this device's rows, with its own key; `step` averages over the devices."""
-
-        def update(state, arrays, x, key):
-            return step(state, self.feed.take(arrays, x), step_key(key, state.step, "data"))
-
-        return update
 
     def _global(self):
         """One update of the whole batch: rows x of `arrays`."""
