@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import __main__ as commands
-from aigc_jax import data, gan, interrupt, train, vae
+from aigc_jax import data, interrupt, train, vae
 from aigc_jax.core import State
 from aigc_jax.train import checkpoints
 from aigc_jax.train import folder as folders
@@ -121,7 +121,13 @@ def check_resume(start, folder, unbroken, *flags):
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "until, flags",
-    [(17, ()), (30, ("--steps-per-call", 4)), (22, ("--family", "gan", "--steps-per-call", 2))],
+    [
+        (17, ()),
+        (30, ("--steps-per-call", 4)),
+        (22, ("--family", "gan", "--steps-per-call", 2)),
+        (22, ("--family", "stylegan")),
+        (22, ("--family", "cyclegan")),
+    ],
 )
 def test_killed_between_steps(tmp_path, unbroken, start, until, flags):
     folder = tmp_path / "run"
@@ -134,17 +140,17 @@ def test_killed_between_steps(tmp_path, unbroken, start, until, flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "make, cfg, options",
-    [
-        (vae.make, trainee.ACCUMULATING, {"steps_per_call": 4}),
-        (gan.make, trainee.GAN, {"steps_per_call": 2}),
-    ],
+    "family, steps_per_call", [("vae", 4), ("gan", 2), ("stylegan", 1), ("cyclegan", 1)]
 )
-def test_cut_off_between_saves(tmp_path, make, cfg, options):
+def test_cut_off_between_saves(tmp_path, family, steps_per_call):
     """The process dies two updates after the last save: the same command again ends with an unbroken run's bits."""
 
     class PlugPulled(BaseException):  # an Exception of a validation would be saved after
         pass
+
+    make, cfg, source = trainee.FAMILIES[family]
+    if family == "vae":
+        cfg = trainee.ACCUMULATING
 
     def die(family, state, step):
         if step == 12:
@@ -158,9 +164,9 @@ def test_cut_off_between_saves(tmp_path, make, cfg, options):
             save_every=5,
             eval_every=6,
             devices=1,
-            **options,
+            steps_per_call=steps_per_call,
         )
-        return trainee.fingerprint(train.fit(make, cfg, run, DIGITS, on_eval=on_eval).state)
+        return trainee.fingerprint(train.fit(make, cfg, run, source, on_eval=on_eval).state)
 
     with pytest.raises(PlugPulled):
         go(tmp_path / "run", die)

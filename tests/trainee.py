@@ -31,6 +31,35 @@ GAN = gan.Config(
 )
 
 
+# Noise inputs, lazy penalties, a mean path, a mean style.
+STYLE = gan.Config(
+    shape=(8, 8, 1),
+    levels=17,
+    latent_dim=4,
+    gen=gan.NetConfig("style", (4, 4)),
+    disc=gan.NetConfig("style", (4, 4)),
+    penalty="r1",
+    penalty_weight=1.0,
+    lazy=3,
+    mixing=0.9,
+    path_length=2.0,
+    ema=0.9,
+)
+# Two pools of old fakes.
+CYCLE = gan.CycleConfig(shape=(2,), gen_widths=(8,), disc_widths=(8,), pool=20)
+DIGITS = data.load("digits")
+FAMILIES = {
+    "vae": (vae.make, CFG, DIGITS),
+    "gan": (gan.make, GAN, DIGITS),
+    "stylegan": (gan.make, STYLE, DIGITS),
+    "cyclegan": (
+        gan.make_cycle,
+        CYCLE,
+        data.pair(data.load("ring", examples=400), data.load("grid", examples=300)),
+    ),
+}
+
+
 def make_nan(cfg: vae.Config, *, axis_name=None):
     """The VAE with a loss that is not finite from update 8 on."""
     family = vae.make(cfg)
@@ -118,7 +147,7 @@ def main() -> None:
     """Trains and reports."""
     p = argparse.ArgumentParser()
     p.add_argument("folder")
-    p.add_argument("--family", default="vae")
+    p.add_argument("--family", default="vae", choices=FAMILIES)
     p.add_argument("--steps", type=int, default=60)
     p.add_argument("--save-every", type=int, default=5)
     p.add_argument("--steps-per-call", type=int, default=1)
@@ -144,12 +173,10 @@ def main() -> None:
         seed=args.seed,
         keep=args.keep,
     )
-    model = (
-        (vae.make, CFG if args.steps_per_call == 1 else ACCUMULATING)
-        if args.family == "vae"
-        else (gan.make, GAN)
-    )
-    result = train.fit(*model, run, slow(data.load("digits"), args.seconds))
+    make, cfg, source = FAMILIES[args.family]
+    if cfg is CFG and args.steps_per_call > 1:
+        cfg = ACCUMULATING
+    result = train.fit(make, cfg, run, slow(source, args.seconds))
     print(
         json.dumps(
             {

@@ -236,7 +236,10 @@ def _translate_all(cfg: CycleConfig, params: Params, xs: list[Sample], to) -> li
 
 
 def generator_loss(cfg: CycleConfig, params: Params, state: State, batch, key):
-    """The loss of both generators, and (extra, metrics), for `core.descend`."""
+    """The loss of both generators, and (extra, metrics), for `core.descend`.
+
+    extra holds the new fakes too, {"a": ..., "b": ...}. `step` takes them out for the critics.
+    """
     a, b = preprocess(cfg, batch)
     identity = cfg.identity_weight * cfg.cycle_weight
     fake_b, *same_b = _translate_all(cfg, params, [a, b] if identity else [a], "b")
@@ -259,7 +262,8 @@ def generator_loss(cfg: CycleConfig, params: Params, state: State, batch, key):
     if cfg.paired_weight:
         metrics["paired"] = (_distance(fake_a, a) + _distance(fake_b, b)).mean()
         loss += cfg.paired_weight * metrics["paired"]
-    return loss, (state.extra, metrics)
+    extra = {**(state.extra or {}), "fakes": {"a": fake_a, "b": fake_b}}
+    return loss, (extra, metrics)
 
 
 def critic_loss(cfg: CycleConfig, params: Params, state: State, examples, key):
@@ -349,20 +353,17 @@ def init_state(cfg: CycleConfig, key: Key[Array, ""]) -> State:
 
 
 def step(cfg: CycleConfig, state: State, batch, key, *, axis_name: str | None = None):
-    """Updates both generators, then both critics on fakes from before that update.
-
-    XLA computes these fakes once, for both updates.
-    """
+    """Updates both generators, then both critics on fakes from before that update."""
     k_gen, k_pool, k_disc = jax.random.split(key, 3)
     a, b = preprocess(cfg, batch)
-    gen = state.params["gen"]
-    fakes = {"a": translate(cfg, gen, b, "a"), "b": translate(cfg, gen, a, "b")}
     update = partial(descend, axis_name=axis_name)
     loss = partial(generator_loss, cfg)
     state, gen_metrics = update(loss, cfg.optim, state, batch, k_gen, net="gen")
+    extra = {**state.extra}
+    fakes = extra.pop("fakes")
     if cfg.pool:
-        fakes, extra = _seen(state.extra, fakes, k_pool, axis_name)
-        state = state._replace(extra=extra)
+        fakes, extra = _seen(extra, fakes, k_pool, axis_name)
+    state = state._replace(extra=extra or None)
     examples = {"a": (a, fakes["a"]), "b": (b, fakes["b"])}
     loss = partial(critic_loss, cfg)
     state, disc_metrics = update(loss, cfg.disc_optim, state, examples, k_disc, net="disc")
