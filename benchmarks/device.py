@@ -31,6 +31,7 @@ import numpy as np
 sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 PEAKS = {  # dense bfloat16 operations per second, by the makers' pages; the first name that fits
+    "H200 NVL": 836e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

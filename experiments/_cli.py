@@ -41,7 +41,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aigc_jax.__main__ import quiet_pipe, write_traceback
-from aigc_jax.train import Run, connect
+from aigc_jax.train import Run, connect, processes
 from aigc_jax.train.engine import compilation_cache
 from aigc_jax.train.folder import environment, write_json
 from experiments import _criteria
@@ -313,6 +313,8 @@ def main(name: str) -> None:
         rows, failed = measured(script, setup, folder)
     except KeyboardInterrupt as e:
         raise SystemExit(_error("interrupted", 130)) from e
+    if failed is not None:
+        processes.failed()
     if jax.process_index():  # of several processes the first one reports
         raise SystemExit(_error(why(failed), 1) if failed else 0)
     there = {row.quantity for row in rows}

@@ -30,6 +30,7 @@ MAKES: dict[type, Callable] = {
     gan.CycleConfig: gan.make_cycle,
     ddpm.Config: ddpm.make,
     ddpm.TokenConfig: ddpm.make_tokens,
+    ddpm.DiscreteConfig: ddpm.make_discrete,
     transformer.Config: transformer.make,
     contrastive.Config: contrastive.make,
 }
@@ -45,6 +46,8 @@ def batch_of(cfg, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"tokens": rows("int32", cfg.context + 1)}
     if isinstance(cfg, ddpm.TokenConfig):
         return {"tokens": rows("int32", cfg.context)}
+    if isinstance(cfg, ddpm.DiscreteConfig):
+        return {"points": rows("float32", cfg.dim)}
     images = len(cfg.shape) == 3 and getattr(cfg, "levels", None) is not None
     batch = {"image" if images else "points": rows("uint8" if images else "float32", *cfg.shape)}
     if isinstance(cfg, contrastive.Config):
@@ -98,10 +101,10 @@ def plan(
     found = models(setup)
     if not found:
         raise train.Refused(
-            f"the configs of {name} do not tell the batches of its models: run it at --scale smoke, "
-            "then python -m aigc_jax plan RUN with the run folders that it writes"
+            f"the configs of {name} do not tell the batches of its models: if it trains any, start it "
+            f"at --scale {scale}, then python -m aigc_jax plan RUN with the run folders that it writes"
         )
-    devices, fits = devices_for(topology), True
+    (topology, devices), fits = devices_for(topology), True
     tensor = tensor_of(mesh, len(devices)) if mesh else setup.run.tensor
     size = setup.run.batch_size if batch_size is None else batch_size
     for flag, cfg in found.items():

@@ -44,6 +44,7 @@ def latents_with_contexts(n=200):
 
 
 LATENTS = latents_with_contexts()
+BITS = data.from_arrays({"points": np.random.default_rng(0).integers(0, 2, (200, 4)) * 1.0})
 B = 32
 
 
@@ -262,6 +263,12 @@ ROWS = {
             optim=Optim(lr=1e-3, clip=1.0, warmup=10),
         ),
         POINTS,
+        extended=True,
+    ),
+    "ddpm of bits": Row(
+        ddpm.make_discrete,
+        ddpm.DiscreteConfig(4, T=3, net=ddpm.NetConfig("mlp", (8,), dropout=0.0)),
+        BITS,
         extended=True,
     ),
     "ddpm with all of it": Row(
@@ -791,7 +798,7 @@ def test_the_step_exports_for_cpu_gpu_and_tpu(row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "transformer"])
+@pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "transformer", "lstm", "contrastive"])
 def test_a_program_that_was_written_and_read_gives_the_same_numbers(name):
     row = ROWS[name]
     program, step = exported(row)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from aigc_jax import __main__ as commands
 from aigc_jax import data, ddpm, gan, train, transformer, vae
-from aigc_jax.commands.plan import how_many, lighter, tensor_of
+from aigc_jax.commands.plan import devices_for, how_many, lighter, tensor_of
 from aigc_jax.train import engine, planning
 
 DIGITS = data.load("digits")
@@ -224,19 +224,21 @@ def test_traffic_of_a_loop_counts_as_often_as_it_runs():
 
 
 def test_a_bound_is_the_time_of_a_chip_that_does_nothing_else():
-    plan = planning.Plan(4, 30, 1, 20, 1, 800, 0.0, {"all-reduce": (2, 30)})
+    plan = planning.Plan(4, 30, 1, 20, 1, 7, 800, 0.0, {"all-reduce": (2, 30)})
+    assert plan.memory == 30 + 1 + 20 - 1 + 7
     chip = planning.Chip(100, 10.0, 5.0, 3.0)
     assert plan.bounds(chip) == {"products": 20.0, "memory": 10.0, "links": 10.0}
 
 
 def test_the_largest_batch_lies_on_a_line():
     def plan(memory):
-        return planning.Plan(4, memory, 0, 0, 0, 0, 0.0, {})
+        return planning.Plan(4, memory, 0, 0, 0, 0, 0, 0.0, {})
 
     chip = planning.Chip(1015, 1.0, 1.0, 1.0)
-    assert planning.largest_batch(plan(200), plan(280), (8, 16), chip) == 88  # 89.5, by fours
-    assert planning.largest_batch(plan(9000), plan(13000), (8, 16), chip) == 0
-    assert planning.largest_batch(plan(200), plan(200), (8, 16), chip) is None
+    assert planning.largest_batch(plan(200), plan(280), (8, 16), chip, 4) == 88  # 89.5, by fours
+    assert planning.largest_batch(plan(200), plan(280), (8, 16), chip, 1) == 89
+    assert planning.largest_batch(plan(9000), plan(13000), (8, 16), chip, 4) == 0
+    assert planning.largest_batch(plan(200), plan(200), (8, 16), chip, 4) is None
 
 
 @pytest.mark.parametrize(
@@ -261,6 +263,19 @@ def test_a_batch_that_does_not_divide_is_refused():
         match="a batch of 12 does not divide by 8 devices; one of 16 .batch_size. does",
     ):
         train.plan(make, cfg, batch_of("vae", 12), jax.devices())
+
+
+def test_a_batch_has_as_many_parts_as_training_asks_for():
+    """8 devices x 4 micro-batches x 3 critic updates: what `fit` would refuse is refused here."""
+    cfg = gan.Config(shape=(2,), latent_dim=2, micro=4, n_critic=3)
+    batch = {"points": jax.ShapeDtypeStruct((96 + 48, 2), np.float32)}
+    words = "144 does not divide by 8 devices x 4 micro-batches x 3 n_critic; one of 192"
+    with pytest.raises(train.Refused, match=words):
+        train.plan(gan.make, cfg, batch, jax.devices())
+    cfg = dataclasses.replace(cfg, n_critic=1)
+    batch = {"points": jax.ShapeDtypeStruct((24, 2), np.float32)}
+    with pytest.raises(train.Refused, match="24 does not divide by 4 groups of 2 .*; one of 32"):
+        train.plan(gan.make, cfg, batch, jax.devices(), tensor=2)
 
 
 def test_how_many_fit_is_said_only_near_what_was_planned():
@@ -333,10 +348,11 @@ def test_the_command_says_whether_it_fits(tmp_path, monkeypatch, capsys, fits):
         if fits == "none" or (fits == "one" and size > 16):
             raise planning.DoesNotFit(f"a batch of {size} does not fit: of 15.75G")
         state = 2**33 + (2**33 - 2**29 if fits == "too large" else 0)
-        return planning.Plan(4, state + 2**28 * size, 0, 2**30, 2**30, 8, 8.0, {})
+        return planning.Plan(4, state + 2**28 * size, 0, 2**30, 2**30, 0, 8, 8.0, {})
 
     monkeypatch.setattr(train, "plan", plan)
     monkeypatch.setattr("aigc_jax.commands.plan.devices_of", lambda topology: [])
+    monkeypatch.setattr("aigc_jax.commands.plan.version", lambda package: "1.2.3")
     monkeypatch.setattr(
         "sys.argv", ["aigc_jax", "plan", str(tmp_path / "run"), "--topology", "v5e:2x2"]
     )
@@ -352,12 +368,38 @@ def test_the_command_says_whether_it_fits(tmp_path, monkeypatch, capsys, fits):
         assert "4 micro-batches (model.micro): does not fit (a batch of 4 does not" in said
         return
     if fits == "too large":  # 15.5 GiB, and 0.25 per example of a part
-        assert "chip     does not fit into 16 GiB: 3.5 GiB too much per device\n" in said
+        assert "chip     does not fit into 15.8 GiB: 3.75 GiB too much per device\n" in said
         assert "4 micro-batches (model.micro): does not fit, 16.5 GiB per device\n" in said
         return
-    assert "chip     fits into 16 GiB\n" in said and "bound    at least" in said
-    more = "about 32 examples would fit" if fits == "both" else "twice as many examples, 32, do not"
-    assert more in said and "memory (no measurement)" in said
+    assert "chip     fits into 15.8 GiB\n" in said and "bound    at least" in said
+    assert "compiled by libtpu 1.2.3, jaxlib 1.2.3\n" in said
+    assert ("         32 examples do not fit\n" in said) == (fits == "one")
+    sizes = "16 and 32" if fits == "both" else "8 and 16"  # 31 by the line, and 4 devices
+    assert f"about 28 examples would fit, by the memory of {sizes}\n" in said
+    assert "memory (no measurement)" in said
+
+
+def test_without_libtpu_the_cpus_plan_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    assert devices_for("v5e:2x4") == ("cpu:8", jax.devices())
+    said = capsys.readouterr().err
+    assert "pip install 'jax[tpu]'" in said and said.endswith("What follows is of cpu:8.\n")
+
+
+def test_a_libtpu_that_does_not_fit_is_one_line(monkeypatch):
+    """Another jaxlib: the plugin's own error, and what to install."""
+    from jax.experimental import topologies
+
+    def broken(**options):
+        raise RuntimeError("Unexpected PJRT_Plugin_Attributes_Args size:\nexpected 32, got 24")
+
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(topologies, "get_topology_desc", broken)
+    for topology, shape in (("v5e:3x3", "2x2, 2x4 and 4x4"), ("v5p:3x3x3", "2x2x1, 2x2x2 and")):
+        with pytest.raises(train.Refused, match=f"no topology {topology}.*{shape}") as error:
+            planning.devices_of(topology)
+        assert "install the libtpu that fits this JAX" in str(error.value)
+        assert "\n" not in str(error.value) and "expected 32, got 24" in str(error.value)
 
 
 def test_without_libtpu_the_message_says_what_to_do():

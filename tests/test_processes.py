@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from aigc_jax import core, data, ddpm, train
-from aigc_jax.train import engine
+from aigc_jax.train import engine, processes
 from tests import trainee
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +223,19 @@ def test_an_error_of_one_process_ends_the_other(started):
     assert all(p.returncode for p in two)
     assert sum(f"picture {N - 1} is broken" in text for text in said) == 1
     assert sum("another process of the run has ended" in text for text in said) == 1
+
+
+def test_an_error_after_a_fit_is_told_to_the_others(monkeypatch):
+    """Such as one in what a script computes between two runs."""
+    monkeypatch.setattr(processes._Self, "finished", False)
+    with processes.together():
+        pass
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        processes._part([ours])
+        processes.failed()
+        processes._part([ours])
+        assert theirs.recv(2) == processes.GOODBYE + processes.FAILED
 
 
 @pytest.mark.soak

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass, replace
+from importlib.metadata import version
 
 import jax
 
 from .. import train
 from ..train import folder as folders
-from ..train.planning import CHIPS, Chip, DoesNotFit, Plan, devices_of, largest_batch
+from ..train.checks import divisors
+from ..train.planning import (
+    CHIPS,
+    Chip,
+    DoesNotFit,
+    NeedsLibtpu,
+    Plan,
+    devices_of,
+    largest_batch,
+)
 from ..train.record import model_of
 from .runs import DataFolder, load_source
 from .shared import Folder, Trust, trusted
@@ -42,7 +54,7 @@ def plan(
         data_folder: where the set's original files lie, if it needs any.
         trust: a module of your own that made the run and may be imported; can be given repeatedly.
     """
-    devices = devices_for(topology)
+    topology, devices = devices_for(topology)
     record = folders.read(run_folder)
     make, cfg = model_of(record, run_folder, trusted(trust))
     source = load_source(run_folder, "data", data_folder)
@@ -58,13 +70,21 @@ def plan(
         raise SystemExit(1)
 
 
-def devices_for(topology: str) -> list:
-    """Returns the devices of a topology; call it before JAX looks for devices of its own."""
+def devices_for(topology: str) -> tuple[str, list]:
+    """Returns the topology and its devices; call it before JAX looks for devices of its own.
+
+    Without libtpu, as many virtual CPUs stand for the chips of a TPU. A line says so.
+    """
     kind, _, count = topology.partition(":")
     if kind == "cpu" and count.isdecimal() and int(count):
         with contextlib.suppress(RuntimeError):  # JAX has its devices already
             jax.config.update("jax_num_cpu_devices", int(count))
-    return devices_of(topology)
+    try:
+        return topology, devices_of(topology)
+    except NeedsLibtpu as e:
+        virtual = f"cpu:{math.prod(map(int, count.split('x')))}"
+        print(f"{e}. What follows is of {virtual}.", file=sys.stderr)
+        return devices_for(virtual)
 
 
 def report(
@@ -97,7 +117,8 @@ def report(
         advise(planned, cfg, size, chip)
         return False
     show(topology, size, first, tensor)
-    return chip is None or show_chip(planned, cfg, size, first, chip)
+    step = math.prod(divisors(cfg, first.devices, tensor).values())
+    return chip is None or show_chip(planned, cfg, size, first, chip, step)
 
 
 def tensor_of(mesh: str, devices: int) -> int:
@@ -111,23 +132,18 @@ def tensor_of(mesh: str, devices: int) -> int:
     return tensor
 
 
-def show_chip(planned, cfg, size: int, first: Plan, chip: Chip) -> bool:
+def show_chip(planned, cfg, size: int, first: Plan, chip: Chip, step: int) -> bool:
     """Prints whether a plan fits a chip, how many examples would, and the bound of its time.
 
-    Returns whether it fits.
+    step: what a batch must be a multiple of. Returns whether it fits.
     """
-    fits, room = first.memory <= chip.memory, chip.memory / 2**30
+    fits, room = first.memory <= chip.memory, _bytes(chip.memory)
     if fits:
-        print(f"chip     fits into {room:.0f} GiB")
-        try:
-            sizes = (size, 2 * size)
-            second = planned(cfg, 2 * size)
-            print(f"         {how_many(largest_batch(first, second, sizes, chip), sizes)}")
-        except DoesNotFit:
-            print(f"         twice as many examples, {2 * size}, do not fit")
+        print(f"chip     fits into {room}")
+        show_largest(planned, cfg, size, first, chip, step)
     else:
         over = _bytes(first.memory - chip.memory)
-        print(f"chip     does not fit into {room:.0f} GiB: {over} too much per device")
+        print(f"chip     does not fit into {room}: {over} too much per device")
         advise(planned, cfg, size, chip)
     seconds = first.bounds(chip)
     limit = max(seconds, key=seconds.get)
@@ -135,9 +151,27 @@ def show_chip(planned, cfg, size: int, first: Plan, chip: Chip) -> bool:
     return fits
 
 
+def show_largest(planned, cfg, size: int, first: Plan, chip: Chip, step: int) -> None:
+    """Prints about how many examples would fit, by a batch of twice the size, or else of half."""
+    for other in (2 * size, size // 2 // step * step):
+        try:
+            plans = {size: first, other: planned(cfg, other)} if other else {}
+        except DoesNotFit:
+            print(f"         {other} examples do not fit")
+            continue
+        if plans:
+            sizes = tuple(sorted(plans))
+            most = largest_batch(*(plans[n] for n in sizes), sizes, chip, step)
+            print(f"         {how_many(most, sizes)}")
+        return
+
+
 def advise(planned, cfg, size: int, chip: Chip) -> None:
     """Prints what changes of a config that does not fit would need."""
-    print("         Other ways: more chips, a smaller batch, or model=N in --mesh to share layers.")
+    print(
+        "         Other ways, not tried: more chips, a smaller batch, and for transformer, DiT and "
+        "U-Net model=N in --mesh."
+    )
     for words, changed in lighter(cfg):
         try:
             memory = planned(changed, size).memory
@@ -174,7 +208,9 @@ def lighter(cfg) -> Iterator[tuple[str, object]]:
 
 def show(topology: str, size: int, found: Plan, tensor: int = 1) -> None:
     """Prints a plan; bytes are per device."""
-    by = "the CPU's compiler, not a TPU's" if topology.startswith("cpu") else "libtpu"
+    by = "the CPU's compiler, not a TPU's"
+    if not topology.startswith("cpu"):
+        by = f"libtpu {version('libtpu')}, jaxlib {version('jaxlib')}"
     mesh = f"data={found.devices // tensor}" + (f",model={tensor}" if tensor > 1 else "")
     print(f"devices  {found.devices} of {topology} as {mesh}, compiled by {by}")
     print(f"batch    {size} examples over all devices")

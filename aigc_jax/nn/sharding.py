@@ -51,5 +51,6 @@ def check_divides(n: int, what: str) -> None:
     size = mesh.shape["model"] if "model" in mesh.auto_axes else 1
     if n % size:
         raise ValueError(
-            f"{size} devices (the axis model) cannot share {n} {what}: take a multiple of {size}"
+            f"{size} devices (the axis model) cannot share {n} {what}: take a multiple of {size}, "
+            f"or a divisor of {n} as the axis model"
         )

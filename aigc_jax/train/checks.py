@@ -60,12 +60,17 @@ def check_devices(cfg, run: Run) -> None:
         raise Refused(f"run.tensor is {run.tensor}, which does not divide {devices} devices")
     if run.tensor > 1 and run.pmap:
         raise Refused("run.tensor splits layers, run.pmap copies them: leave one of them out")
-    name = "devices" if run.tensor == 1 else f"groups of {run.tensor} devices"
-    divisors = {name: devices // run.tensor}
-    divisors |= getattr(cfg, "cuts", {"micro-batches": getattr(cfg, "micro", 1)})
-    if run.batch_size % math.prod(divisors.values()):
-        words = " x ".join(f"{n} {name}" for name, n in divisors.items())
+    parts = divisors(cfg, devices, run.tensor)
+    if run.batch_size % math.prod(parts.values()):
+        words = " x ".join(f"{n} {name}" for name, n in parts.items())
         raise Refused(f"run.batch_size {run.batch_size} does not divide by {words}")
+
+
+def divisors(cfg, devices: int, tensor: int) -> dict[str, int]:
+    """Returns the factors, by name, whose product must divide a batch."""
+    name = "devices" if tensor == 1 else f"groups of {tensor} devices"
+    cuts = getattr(cfg, "cuts", {"micro-batches": getattr(cfg, "micro", 1)})
+    return {name: devices // tensor, **cuts}
 
 
 def check_tensor(make: Callable, cfg, run: Run, data: Data) -> None:

@@ -18,13 +18,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .checks import check_shared
+from .checks import check_shared, divisors
 from .engine import compiler_options, global_update, mesh_of, shardings_of
 from .record import Refused
 
 
 class Chip(NamedTuple):
-    """What one chip has, by its maker's page (cloud.google.com/tpu/docs, 2026)."""
+    """What one chip has, by its maker's page (cloud.google.com/tpu/docs, 2026).
+
+    libtpu keeps a part of v5e's 16 GiB for itself: its message of too large programs says so.
+    """
 
     memory: float  # bytes
     flops: float  # bfloat16 operations per second
@@ -33,7 +36,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(16 * 2**30, 197e12, 819e9, 400e9),
+    "v5e": Chip(15.75 * 2**30, 197e12, 819e9, 400e9),
     "v5p": Chip(95 * 2**30, 459e12, 2765e9, 1200e9),
     "v6e": Chip(32 * 2**30, 918e12, 1638e9, 800e9),
 }
@@ -53,6 +56,10 @@ class DoesNotFit(Refused):
     """The compiler found no way to hold the program in the memory of a chip."""
 
 
+class NeedsLibtpu(Refused):
+    """The topology is a TPU's, and libtpu is not installed."""
+
+
 class Plan(NamedTuple):
     """What one update of a program needs. Bytes and `compiled_flops` are per device."""
 
@@ -61,6 +68,7 @@ class Plan(NamedTuple):
     temporaries: int
     outputs: int  # the new state and the metrics
     reused: int  # of the outputs, what lies where the arguments lay
+    code: int  # the program itself
     flops: int  # products and convolutions of the whole update, by formula
     compiled_flops: float  # as the compiler counts; a loop's body once
     traffic: dict[str, tuple[int, int]]  # kind of collective: (how many, bytes)
@@ -68,13 +76,14 @@ class Plan(NamedTuple):
     @property
     def memory(self) -> int:
         """The bytes that a device needs at once."""
-        return self.arguments + self.temporaries + self.outputs - self.reused
+        return self.arguments + self.temporaries + self.outputs - self.reused + self.code
 
     def bounds(self, chip: Chip) -> dict[str, float]:
         """Returns the least seconds of an update by what limits it.
 
         The products take their time at the peak rate of bfloat16. The memory reads the arguments
-        and writes the outputs, each once. The links carry the results of the collectives once.
+        and writes the outputs, each once. The links carry the results of the collectives once. An
+        all-reduce needs up to four times that.
         """
         moved = sum(size for _, size in self.traffic.values())
         return {
@@ -96,7 +105,7 @@ def devices_of(topology: str) -> list:
         return _virtual(int(shape))
     count = math.prod(map(int, shape.split("x")))
     if importlib.util.find_spec("libtpu") is None:
-        raise Refused(
+        raise NeedsLibtpu(
             f"{topology} needs libtpu: pip install 'jax[tpu]' (no TPU is needed), or plan for "
             f"cpu:{count}"
         )
@@ -114,9 +123,10 @@ def devices_of(topology: str) -> list:
         why = " ".join(str(e).split())[:200]
         if "lockfile" in why:
             raise Refused(f"another process uses libtpu: wait until it ends ({why})") from e
+        known = "2x2x1, 2x2x2 and 2x2x4" if kind == "v5p" else "2x2, 2x4 and 4x4"
         raise Refused(
-            f"libtpu has no topology {topology}; take one chip, or even sides such as 2x2, 2x4 and "
-            f"4x4 ({why})"
+            f"libtpu gives no topology {topology}: take one chip or a shape such as {known}, or "
+            f"install the libtpu that fits this JAX, pip install 'jax[tpu]' ({why})"
         ) from e
     return list(found)
 
@@ -138,13 +148,15 @@ def plan(make: Callable, cfg, batch: dict, devices: list, *, tensor: int = 1) ->
 
     Raises Refused where something does not divide, and DoesNotFit where the compiler says so.
     """
-    size, count = np.shape(jax.tree.leaves(batch)[0])[0], len(devices) // tensor
+    size = np.shape(jax.tree.leaves(batch)[0])[0]
     if len(devices) % tensor:
         raise Refused(f"{len(devices)} devices do not divide into groups of {tensor} (tensor)")
-    if size % count:
-        what = f"{count} devices" if tensor == 1 else f"{count} groups of {tensor} devices"
+    parts = divisors(cfg, len(devices), tensor)
+    step = math.prod(parts.values())
+    if size % step:
+        what = " x ".join(f"{n} {name}" for name, n in parts.items() if n > 1)
         raise Refused(
-            f"a batch of {size} does not divide by {what}; one of {-(-size // count) * count} "
+            f"a batch of {size} does not divide by {what}; one of {-(-size // step) * step} "
             "(batch_size) does"
         )
     mesh, family = mesh_of(devices, tensor), make(cfg)
@@ -176,6 +188,7 @@ def plan(make: Callable, cfg, batch: dict, devices: list, *, tensor: int = 1) ->
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
+        memory.generated_code_size_in_bytes,
         flops(update, state, batch, key),
         cost.get("flops", math.nan),
         traffic(program.as_text()),
@@ -313,14 +326,16 @@ def _bytes(shape: str, *, results=False) -> int:
     return total
 
 
-def largest_batch(first: Plan, second: Plan, sizes: tuple[int, int], chip: Chip) -> int | None:
+def largest_batch(
+    first: Plan, second: Plan, sizes: tuple[int, int], chip: Chip, step: int
+) -> int | None:
     """Returns about how many examples fit, from the memory at two sizes, taken as a line.
 
-    It is a multiple of the number of devices, and 0 where not even one example fits each. None: the
-    memory does not grow from one size to the other, as of tiny nets.
+    It is a multiple of `step`, which the devices and micro-batches divide, and 0 where not even
+    that many fit. None: the memory does not grow from one size to the other, as of tiny nets.
     """
     per_example = (second.memory - first.memory) / (sizes[1] - sizes[0])
     if per_example <= 0:
         return None
     fits = (chip.memory - first.memory) / per_example + sizes[0]
-    return max(0, int(fits // first.devices * first.devices))
+    return max(0, int(fits // step * step))

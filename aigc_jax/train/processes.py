@@ -102,6 +102,11 @@ def agreed_to_stop() -> None:
     _Self.finished = True
 
 
+def failed() -> None:
+    """Marks that this process ends by an error after its last `fit`, so that the others end too."""
+    _Self.finished = False
+
+
 def _watch_each_other(coordinator: str) -> None:
     from jax.experimental import multihost_utils
 
