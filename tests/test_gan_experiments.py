@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from PIL import Image
 
 from aigc_jax import data, gan, metrics, train
 from experiments import (
     _cli,
     _runs,
+    cycle_emoji,
+    cycle_toys,
     dcgan_arithmetic,
     loss_zoo,
     mode_collapse,
     stacked_digits,
     stylegan,
+    unrolled_gan,
 )
 from experiments._cli import Source
 
@@ -241,6 +245,75 @@ def test_toy_scores_of_points_at_the_modes():
     found = loss_zoo.toy_scores(np.concatenate([modes[:24], [[0.9, 0.9]]]))
     assert found["modes"] == 24
     np.testing.assert_allclose(found["quality"], 24 / 25)
+
+
+# ---------------------------------------------------------------------------- unrolled GAN, CycleGAN
+
+
+def test_the_demonstrations_ring_has_seven_modes_one_of_them_twice():
+    """np.linspace(0, 2 pi, 8) names the first point twice."""
+    x = unrolled_gan.demonstration(np.random.default_rng(0), 80_000)
+    angles = np.linspace(0, 2 * np.pi, 8)
+    theirs = np.stack([np.cos(angles), np.sin(angles)], -1)
+    count = metrics.mode_count(x, theirs[:7], 0.01)
+    assert count.modes == 7 and abs(count.high_quality - (1 - np.exp(-4.5))) < 2e-3
+    share = count.histogram / count.histogram.sum()
+    np.testing.assert_allclose(share, [2 / 8] + [1 / 8] * 6, atol=0.006)
+
+
+def test_recoloured_sets_have_the_moments_of_the_other():
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(3, 3)) / 40
+    sets = {
+        "a": 0.5 + 0.03 * rng.normal(size=(20, 8, 8, 3)),
+        "b": [0.4, 0.5, 0.6] + rng.normal(size=(30, 8, 8, 3)) @ mix,
+    }
+    for to, origin in (("b", "a"), ("a", "b")):
+        moved = cycle_emoji.recoloured(sets, sets[origin], to).reshape(-1, 3).astype(np.float64)
+        wanted = sets[to].reshape(-1, 3)
+        np.testing.assert_allclose(moved.mean(0), wanted.mean(0), atol=1e-4)
+        np.testing.assert_allclose(np.cov(moved.T), np.cov(wanted.T), atol=1e-5)
+
+
+def test_recall_counts_the_pictures_that_are_nearest_to_their_own():
+    true = np.eye(6, dtype=np.float32).reshape(6, 2, 3, 1)
+    assert cycle_emoji.recall(true, true) == 100
+    found = true.copy()
+    found[0] = true[1]  # it is nearer to another
+    np.testing.assert_allclose(cycle_emoji.recall(found, true), 500 / 6)
+
+
+def test_rates_of_cyclegan_are_constant_and_then_fall_to_zero():
+    setup = cycle_emoji.SCALES["cpu"].setup
+    cfg = cycle_emoji.schedule(replace(setup, run=replace(setup.run, steps=1000)))
+    for optim in (cfg.optim, cfg.disc_optim):
+        rates = [float(optim.rate(jnp.asarray(step))) for step in (0, 499, 750, 1000)]
+        np.testing.assert_allclose(rates, [2e-4, 2e-4, 1e-4, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "permutation, symmetric",
+    [((0, 1, 2, 3), True), ((2, 3, 0, 1), True), ((3, 2, 1, 0), True), ((0, 2, 1, 3), False)],
+)
+def test_symmetries_of_a_ring_are_turns_and_mirrors(permutation, symmetric):
+    assert cycle_toys.is_symmetry(permutation) is symmetric
+
+
+def test_two_folders_for_cyclegan_are_checked_before_training(tmp_path):
+    for name, size, count in (("a", 8, 104), ("b", 16, 110), ("empty", 8, 0)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            image = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
+    a, b, empty = (f"images:{tmp_path / name}" for name in ("a", "b", "empty"))
+    training, held_out = cycle_emoji.TwoSets(a, other=b, size=8).parts()
+    assert training.info.shape == training.info.other == (8, 8, 3)
+    assert held_out.info.examples >= 1
+    training, _ = cycle_emoji.TwoSets(a, other=b).parts()  # each of the size of its own pictures
+    with pytest.raises(ValueError, match=r"first has \(8, 8, 3\), the other \(16, 16, 3\)"):
+        replace(cycle_emoji.MODEL, shape=(8, 8, 3)).check(training.info)
+    with pytest.raises((ValueError, FileNotFoundError), match="empty"):
+        cycle_emoji.TwoSets(a, other=empty).parts()
 
 
 @pytest.mark.parametrize(
