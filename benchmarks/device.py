@@ -15,6 +15,7 @@ the maker's peak for dense bfloat16 products. Of an unknown device there is none
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -149,6 +150,12 @@ def torchs(cfg, batch: dict, updates: int, repeats: int) -> float | None:
     return seconds(run, repeats) / updates
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the version of Python and of each package."""
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"python": platform.python_version(), **found}
+
+
 def row(name: str, net: tuple, updates: int, repeats: int) -> dict:
     """Returns the measured row of one net."""
     import jax
@@ -170,7 +177,7 @@ def row(name: str, net: tuple, updates: int, repeats: int) -> dict:
         "mfu": rate / peak(kind) if peak(kind) else None,
         "time_over_pytorchs": found["seconds"] / peer if peer else None,
         "compile_seconds": found["compile_seconds"],
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "versions": versions("jax", "jaxlib", *["torch"] * (peer is not None)),
     }
 
 

@@ -13,8 +13,8 @@ plot(...)   draws the figure into the folder from what was measured
 
 A criterion whose row is missing is shown as not measured. A row of NOT_REACHED does not meet its
 criterion. Put each measurement after the training inside `with costs(QUANTITY, ...)`: if it fails,
-only these rows are lost. Rows in a list from `kept` are written even if the script fails later. Data that
-cannot be used raise DataError: one line and exit code 2.
+only these rows are lost. Rows in a list from `kept` are written even if the script fails later.
+Data that cannot be used raise DataError: one line and exit code 2.
 
 A script may have more than one set of scales: FIRST = {"family": ("vae", "gan")} makes --family a
 flag, its first choice the default, and scales(family) returns the SCALES of a choice.

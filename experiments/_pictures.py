@@ -29,7 +29,8 @@ def say(line: str) -> None:
 def parts(source: Source, *named: str, training: int | None = None) -> list[data.Data]:
     """Returns a training set, a validation set if `named` has three slices, and a test set.
 
-    named: these slices of a named set. Own pictures: see `shares`. Raises DataError for what cannot be measured later.
+    named: these slices of a named set. Own pictures: see `shares`. Raises DataError for what cannot
+        be measured later.
     """
     if not source.pictures:
         return [source.load(split) for split in named]
@@ -101,8 +102,8 @@ def three(source: Source, training: int | None, otherwise: int) -> list[data.Dat
 def adopt(setup, scales: dict, info: data.Info, *, classes: bool = False):
     """Returns the Setup with a model of this set's shape, levels and, if asked, classes.
 
-    A field that the user set, so that it is none of the script's own, stays. Raises DataError where the model cannot
-    take such pictures.
+    A field that the user set, so that it is none of the script's own, stays. Raises DataError where
+    the model cannot take such pictures.
     """
     if info.kind != "image":
         setup.model.check(info)

@@ -6,12 +6,12 @@ A is a ring of 8 Gaussians. B is the same ring turned by 20 degrees and twice as
 map of a point is known. CycleGAN learns from unpaired points, with and without its cycle term, and
 from true pairs. Expect the cycle to close only where its term is trained.
 
-A closed cycle does not say which mode of B belongs to a mode of A. On 8 equal modes, all 8! = 40,320
-bijections have loss 0. 16 of them are symmetries of the ring (8 turns, with or without a mirror),
-and one is the true map. The script prints the permutation that each run found: mode i of A goes to
-mode `permutation[i]` of B. So an unpaired model must be judged on true pairs. Expect 20 % of points
-in their own mode with a closed cycle, and 100 % with pairs. With the cycle, 7.4 of 8 modes are
-reached, where we had asked for 7.5: some runs split a mode of A between two of B.
+A closed cycle does not say which mode of B belongs to a mode of A. On 8 equal modes, all 8! =
+40,320 bijections have loss 0. 16 of them are symmetries of the ring (8 turns, with or without a
+mirror), and one is the true map. The script prints the permutation that each run found: mode i of A
+goes to mode `permutation[i]` of B. So an unpaired model must be judged on true pairs. Expect 20 %
+of points in their own mode with a closed cycle, and 100 % with pairs. With the cycle, 7.4 of 8
+modes are reached, where we had asked for 7.5: some runs split a mode of A between two of B.
 """
 
 from dataclasses import dataclass, replace

@@ -6,8 +6,9 @@ Five arms share net, data, updates and seeds: eps by the simple loss, eps by the
 bound, mu by its squared error, and v by the simple loss (not the paper's). The bound is all T terms
 on the test digits, in bits per dim. Samples are compared with the training digits, as in the paper,
 in our classifier's features. In the paper, training on the bound gives the better bound, and the
-simple loss the better pictures. Expect better pictures from the simple loss. The bounds are equal here (2.588 by the simple
-loss, 2.595 by the bound, +- 0.006), so that criterion is not met. mu is far behind eps and v.
+simple loss the better pictures. Expect better pictures from the simple loss. The bounds are equal
+here (2.588 by the simple loss, 2.595 by the bound, +- 0.006), so that criterion is not met. mu is
+far behind eps and v.
 """
 
 from dataclasses import dataclass

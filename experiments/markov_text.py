@@ -3,11 +3,12 @@
     python -m experiments.markov_text       about 12 minutes on 2 cores; downloads nothing
 
 A text is eight symbols of a Markov chain with three states. Forward and backward messages give the
-exact posterior of each symbol, so the bound of the best possible network is known. The absorbing process
-pays the sum of the symbols' own entropies in one step, less with more steps, and in continuous time
-exactly the entropy. The uniform process comes down to the entropy too. Samples that reveal one
-symbol per step have the law of the chain; with fewer steps, symbols of one step ignore each other.
-A trained network never beats the entropy. The papers have no such table: the criteria are ours.
+exact posterior of each symbol, so the bound of the best possible network is known. The absorbing
+process pays the sum of the symbols' own entropies in one step, less with more steps, and in
+continuous time exactly the entropy. The uniform process comes down to the entropy too. Samples that
+reveal one symbol per step have the law of the chain; with fewer steps, symbols of one step ignore
+each other. A trained network never beats the entropy. The papers have no such table: the criteria
+are ours.
 """
 
 import itertools

@@ -16,8 +16,8 @@ A mode counts if one of 2,500 samples lies within 3 standard deviations of it. S
 high quality (HQ). A correct model has 98.9 % of them. More means that the variance has collapsed.
 The reverse KL compares the numbers of HQ samples per mode with equal ones.
 
-All seeds of an arm train in one program (vmap). On an H100 ten seeds of the plain GAN take 2.7 times
-as long as one. On 2 cores they take ten times as long.
+All seeds of an arm train in one program (vmap). On an H100 ten seeds of the plain GAN take 2.7
+times as long as one. On 2 cores they take ten times as long.
 """
 
 from dataclasses import dataclass, replace

@@ -3,10 +3,10 @@
     python -m experiments.own_pictures --family ddpm --data.name images:FOLDER --data.size 32
     python -m experiments.own_pictures --family vae     8x8 digits: downloads nothing
 
---family is vae (the default), gan or ddpm. The nets are chosen by the size of the pictures. Pictures
-of all sizes are resized and cropped by --data.size. Sub-folders are classes; --model.classes N gives
-them to the model. train/, validation/ and test/ are splits. Without them, one tenth of the pictures
-is watched while training and another tenth is measured.
+--family is vae (the default), gan or ddpm. The nets are chosen by the size of the pictures.
+Pictures of all sizes are resized and cropped by --data.size. Sub-folders are classes;
+--model.classes N gives them to the model. train/, validation/ and test/ are splits. Without them,
+one tenth of the pictures is watched while training and another tenth is measured.
 
 What to expect: 1,529 emoji of 32x32 in colour train for about 7 minutes (VAE), 16 minutes (GAN) and
 20 minutes (diffusion) on 2 cores. The VAE's samples are soft. The GAN and the diffusion model draw

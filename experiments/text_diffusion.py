@@ -2,13 +2,13 @@
 
     python -m experiments.text_diffusion    about 55 minutes on 2 cores; Tiny Shakespeare (1 MB)
 
-Downloads Tiny Shakespeare (--data.folder names the folder that holds it). Three models with equally many updates:
-autoregressive, absorbing and uniform diffusion. Their nets are equal, but that of the uniform
-process has two more layers for the time. For a diffusion model the bits are an upper bound; for the
-autoregressive model they are exact. Held-out text is cut into windows. Every character
-but a window's first is scored once, and all models see the same window. The papers have text8 with
-nets hundreds of times larger: 1.23 bits per character autoregressive, 1.37 absorbing (MD4), 1.61
-uniform (D3PM). Expect 2.28, 3.06 and 3.26 here.
+Downloads Tiny Shakespeare (--data.folder names the folder that holds it). Three models with equally
+many updates: autoregressive, absorbing and uniform diffusion. Their nets are equal, but that of the
+uniform process has two more layers for the time. For a diffusion model the bits are an upper bound;
+for the autoregressive model they are exact. Held-out text is cut into windows. Every character but
+a window's first is scored once, and all models see the same window. The papers have text8 with nets
+hundreds of times larger: 1.23 bits per character autoregressive, 1.37 absorbing (MD4), 1.61 uniform
+(D3PM). Expect 2.28, 3.06 and 3.26 here.
 
 The absorbing model learns more slowly: it has to predict from every part of a text, not only from
 what stands before. So its gap to the autoregressive model is measured after a part of the updates

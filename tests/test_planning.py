@@ -420,6 +420,7 @@ def test_the_benchmark_of_a_device_runs_and_counts_by_formula(tmp_path):
         "--nets",
         "gpt2",
         "dit",
+        "unet",
         "--updates",
         "1",
         "--repeats",
@@ -431,7 +432,7 @@ def test_the_benchmark_of_a_device_runs_and_counts_by_formula(tmp_path):
         [sys.executable, script, *options], capture_output=True, text=True, check=True
     ).stdout
     rows = {row["net"]: row for row in json.loads(out.read_text())}
-    assert list(rows) == ["gpt2", "dit"] and all(f"| {name} |" in said for name in rows)
+    assert list(rows) == ["gpt2", "dit", "unet"] and all(f"| {name} |" in said for name in rows)
     L, D, T, V, tokens = 2, 32, 32, 64, 4 * 32
     formula = 3 * tokens * (2 * L * (12 * D**2 + 2 * T * D) + 2 * V * D)
     assert 1 <= rows["gpt2"]["operations_per_update"] / formula < 1.01  # and the norms' means
@@ -439,5 +440,6 @@ def test_the_benchmark_of_a_device_runs_and_counts_by_formula(tmp_path):
         rate = row["operations_per_update"] / (row["ms_per_update"] / 1e3)
         np.testing.assert_allclose(row["operations_per_second"], rate)
         assert row["mfu"] is None  # of a CPU no peak is listed
+        assert {"python", "jax", "jaxlib"} <= set(row["versions"])
     per_second = 4 * T / (rows["gpt2"]["ms_per_update"] / 1e3)
     np.testing.assert_allclose(rows["gpt2"]["tokens_per_second"], per_second)
