@@ -225,3 +225,39 @@ def test_configs_refuse():
     ):
         with pytest.raises(ValueError, match=words):
             language.Config(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nplm", "lstm", "gru"])
+def test_bfloat16_is_float32_up_to_rounding(kind):
+    """Parameters, memory and logits are float32; the gradient points the same way."""
+    whole = language.Config(kind, vocab=7, embedding=8, width=16, layers=2)
+    half = language.Config(kind, vocab=7, embedding=8, width=16, layers=2, dtype="bfloat16")
+    params = language.init(whole, jax.random.key(0))
+    same = jax.tree.map(
+        lambda a, b: a.shape == b.shape and b.dtype == jnp.float32,
+        params,
+        language.init(half, jax.random.key(0)),
+    )
+    assert all(jax.tree.leaves(same))
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 7)
+    (a, _), (b, memory) = (language.apply(cfg, params, tokens) for cfg in (whole, half))
+    assert b.dtype == jnp.float32 and 0 < float(jnp.abs(a - b).max()) < 0.02
+    floats = [x for x in jax.tree.leaves(memory) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert all(x.dtype == jnp.float32 for x in floats)
+    grads = [
+        jnp.concatenate(
+            [
+                g.ravel()
+                for g in jax.tree.leaves(
+                    jax.grad(lambda p, c=cfg: language.nll(c, p, tokens).mean())(params)
+                )
+            ]
+        )
+        for cfg in (whole, half)
+    ]
+    cosine = grads[0] @ grads[1] / (jnp.linalg.norm(grads[0]) * jnp.linalg.norm(grads[1]))
+    assert float(cosine) > 0.999
+    state = language.make(half).init(jax.random.key(0))
+    drawn = language.sample(half, state, jax.random.key(2), n=2, max_new_tokens=4)
+    assert drawn.shape == (2, 4)

@@ -65,6 +65,8 @@ class Config:
     layers: int = 1  # recurrent: one above the other; nplm: hidden layers (the paper has one)
     order: int = 5  # nplm: tokens of an n-gram, so that it sees order - 1
     dropout: float = 0.0  # between layers (Zaremba et al. 2014)
+    # Of activations; parameters and the memory are float32. None: float32.
+    dtype: Literal["float32", "bfloat16"] | None = None
     ema: float = 0.0
     micro: int = 1
     optim: Optimizer = Optim(lr=2e-3, clip=1.0)
@@ -97,18 +99,20 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens, memory: Any = None) -> tuple[Float[Array, "B T V"], Any]:
         cfg = self.cfg
-        wte = nn.Embed(cfg.vocab + (cfg.kind == "nplm"), cfg.embedding, name="wte")
+        dtype = jnp.dtype(cfg.dtype or "float32")
+        wte = nn.Embed(cfg.vocab + (cfg.kind == "nplm"), cfg.embedding, dtype=dtype, name="wte")
         drop = nn.Dropout(cfg.dropout, deterministic=not self.has_rng("dropout"))
         if cfg.kind == "nplm":
             return self._window(tokens, memory, wte, drop)
         h, after = drop(wte(tokens)), []
         cell = nn.OptimizedLSTMCell if cfg.kind == "lstm" else nn.GRUCell
         for i in range(cfg.layers):
-            layer = nn.RNN(cell(cfg.width, name=f"layer{i}"), return_carry=True)
+            layer = nn.RNN(cell(cfg.width, dtype=dtype, name=f"layer{i}"), return_carry=True)
             state, h = layer(h, initial_carry=None if memory is None else memory[i])
             after.append(state)
             h = drop(h)
-        return nn.Dense(cfg.vocab, name="head")(h), tuple(after)
+        logits = nn.Dense(cfg.vocab, dtype=dtype, name="head")(h)
+        return logits.astype(jnp.float32), tuple(after)
 
     def _window(self, tokens, memory, wte, drop):
         """Returns b + W x + U tanh(d + H x) (Bengio et al. 2003, eq. 1), x: the last vectors."""
@@ -117,11 +121,13 @@ class Net(nn.Module):
             memory = jnp.full((B, n), cfg.vocab, jnp.int32)
         text = jnp.concatenate([memory, jnp.asarray(tokens, jnp.int32)], 1)
         seen = text[:, jnp.arange(1, T + 1)[:, None] + jnp.arange(n)[None]]  # [B, T, n]
+        dtype = wte.dtype
         x = h = drop(wte(seen).reshape(B, T, n * cfg.embedding))
         for i in range(cfg.layers):
-            h = drop(jnp.tanh(nn.Dense(cfg.width, name=f"layer{i}")(h)))
-        straight = nn.Dense(cfg.vocab, use_bias=False, name="straight")(x)
-        return nn.Dense(cfg.vocab, name="head")(h) + straight, text[:, -n:]
+            h = drop(jnp.tanh(nn.Dense(cfg.width, dtype=dtype, name=f"layer{i}")(h)))
+        straight = nn.Dense(cfg.vocab, use_bias=False, dtype=dtype, name="straight")(x)
+        logits = nn.Dense(cfg.vocab, dtype=dtype, name="head")(h) + straight
+        return logits.astype(jnp.float32), text[:, -n:]
 
 
 def init(cfg: Config, key: Key[Array, ""]) -> Params:
