@@ -800,12 +800,12 @@ def test_the_step_exports_for_cpu_gpu_and_tpu(row):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vae", "gan", "ddpm", "transformer", "lstm", "contrastive"])
 def test_a_program_that_was_written_and_read_gives_the_same_numbers(name):
-    row = ROWS[name]
+    row = dataclasses.replace(ROWS[name], cfg=sgd(ROWS[name].cfg))
     program, step = exported(row)
     read = jax.export.deserialize(program.serialize())
     state = row.make(averaged(row.cfg)).init(key(0))
     arrays = jax.tree.leaves((state, row.batch(0), jax.random.key_data(key(1))))
-    # Another program may round a last bit differently; Adam divides by small numbers.
+    # Another program may round a last bit differently.
     assert_same(read.call(*arrays), jax.jit(step)(*arrays), atol=1e-6)
 
 
