@@ -88,6 +88,7 @@ def plan(
         name: a script, such as ddpm_cifar10.
         scale: smoke, cpu, or paper where the script has it.
         topology: cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC. All but cpu need libtpu; none needs a TPU.
+            Without libtpu the CPU's plan is shown, and the exit code is 2.
         mesh: such as data=8,model=2: groups of 2 devices share each layer.
         batch_size: examples of an update, over all devices; by default the script's run.batch_size.
             A script that trains a model with another batch needs this flag.
@@ -104,7 +105,8 @@ def plan(
             f"the configs of {name} do not tell the batches of its models: if it trains any, start it "
             f"at --scale {scale}, then python -m aigc_jax plan RUN with the run folders that it writes"
         )
-    (topology, devices), fits = devices_for(topology), True
+    asked = topology
+    (topology, devices), fits = devices_for(asked), True
     tensor = tensor_of(mesh, len(devices)) if mesh else setup.run.tensor
     size = setup.run.batch_size if batch_size is None else batch_size
     for flag, cfg in found.items():
@@ -119,6 +121,8 @@ def plan(
             print(f"model    {field.name} of {name} is not planned: its config tells no batch")
     if not fits:
         raise SystemExit(1)
+    if topology != asked:  # nothing was said of the chips
+        raise SystemExit(2)
 
 
 def main(command: list[str]) -> None:

@@ -173,10 +173,10 @@ def schedule(setup: Setup) -> gan.CycleConfig:
 
 
 def recoloured(sets: dict[str, np.ndarray], images: np.ndarray, to: str) -> np.ndarray:
-    """Returns images with their colours mapped so that a set would have another one's moments.
+    """Returns images by the affine map of colours that gives one set the moments of the set `to`.
 
-    It is the affine map with a symmetric matrix that gives the pixels of a set the mean and the
-    covariance of those of the set `to`. sets: {"a": images, "b": images}, all in [0, 1].
+    Mean and covariance are those of pixels, and the matrix is symmetric. Values are clipped to
+    [0, 1], so the moments are met only nearly. sets: {"a": images, "b": images}, all in [0, 1].
     """
 
     def moments(x):

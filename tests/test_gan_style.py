@@ -207,7 +207,7 @@ def test_a_step_moves_the_mean_style_and_the_mean_path():
     [pytest.param(None, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.soak)],
 )
 def test_resume_is_exact(tmp_path, simultaneous):
-    """R1 and the path length are due in updates 3, 6 and 9, the cut is after the sixth."""
+    """R1 is due in updates 3, 6 and 9, the path length in 4 and 8. The cut is after the sixth."""
     cfg = replace(CFG, simultaneous=simultaneous, lazy=3)
     run = Run(str(tmp_path / "whole"), steps=9, batch_size=8, save_every=3)
     whole = train.fit(gan.make, cfg, run, DIGITS)

@@ -48,13 +48,15 @@ def plan(
     Args:
         run_folder: what a training run wrote.
         topology: cpu:N, v5e:AxB, v6e:AxB or v5p:AxBxC. All but cpu need libtpu; none needs a TPU.
+            Without libtpu the CPU's plan is shown, and the exit code is 2.
         mesh: such as data=8,model=2: groups of 2 devices share each layer, and 8 groups divide the
             batch. By default as run.tensor says.
         batch_size: examples of an update, over all devices; by default the run's.
         data_folder: where the set's original files lie, if it needs any.
         trust: a module of your own that made the run and may be imported; can be given repeatedly.
     """
-    topology, devices = devices_for(topology)
+    asked = topology
+    topology, devices = devices_for(asked)
     record = folders.read(run_folder)
     make, cfg = model_of(record, run_folder, trusted(trust))
     source = load_source(run_folder, "data", data_folder)
@@ -68,6 +70,8 @@ def plan(
 
     if not report(make, cfg, batch, size, topology, devices, tensor):
         raise SystemExit(1)
+    if topology != asked:  # nothing was said of the chips
+        raise SystemExit(2)
 
 
 def devices_for(topology: str) -> tuple[str, list]:

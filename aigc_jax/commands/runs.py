@@ -137,7 +137,8 @@ def evaluate(
             validation set.
         batch_size: examples at once.
         seed: of the noise.
-        data_folder: where the set's original files lie, if it needs any.
+        data_folder: where the set's original files lie, if it needs any. Or, with --split
+            validation, another text, which is scored by the run's own tokenizer.
         trust: as for sample.
     """
     record = folders.read(run_folder)

@@ -105,15 +105,17 @@ def _check_nets(cfg: Config) -> None:
         if net.kind == "mlp":
             continue
         halvings = len(net.widths) - (net.kind == "style")
-        if net.norm == "instance" and prod(side >> halvings for side in cfg.shape[:2]) < 2:
-            raise ValueError(
-                f"model.{name}.norm 'instance' makes maps of one pixel 0: use fewer than "
-                f"{len(net.widths)} widths for shape {cfg.shape}"
-            )
         if len(cfg.shape) != 3 or any(side % 2**halvings for side in cfg.shape[:2]):
             raise ValueError(
                 f"model.{name}.widths {net.widths} halve H and W {halvings} times, "
                 f"which shape {cfg.shape} does not allow"
+            )
+        normed = net.kind == "resnet" or len(net.widths) > 1  # a DCGAN's first layer has no norm
+        pixels = prod(side >> halvings for side in cfg.shape[:2])
+        if net.norm == "instance" and normed and pixels < 2:
+            raise ValueError(
+                f"model.{name}.norm 'instance' makes maps of one pixel 0: use fewer than "
+                f"{len(net.widths)} widths for shape {cfg.shape}"
             )
         # D's maps are half as high as the image, or less. The last map of a DCGAN is the image.
         of_gen = range(net.kind == "dcgan", halvings)

@@ -93,7 +93,10 @@ def enlarge(h: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
 
 
 def shrink(h: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-    """Returns images of half the size, by the same filter (1, 3, 3, 1). H and W are even."""
+    """Returns images of half the size, by the filter (1, 3, 3, 1) / 8. H and W are even.
+
+    At an edge the weights inside the image are divided by their sum. The authors pad zeros.
+    """
     B, H, W, C = h.shape
     return jax.image.resize(h, (B, H // 2, W // 2, C), "bilinear")
 
@@ -200,7 +203,7 @@ class StyleGenerator(nn.Module):
         z = z[:, : self.latents]
         h = z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + 1e-8)
         if y is not None and y.shape[-1]:
-            h = h + self.label(y)
+            h = h + sqrt(y.shape[-1]) * self.label(y)  # one-hot: 1 of all inputs
         for layer in self.mapping:
             h = leaky(layer(h))
         if train and not self.is_initializing():
@@ -230,7 +233,8 @@ class StyleDiscriminator(nn.Module):
 
     Labels enter by projection. The paper also shows D how much the images of a batch differ
     (minibatch standard deviation). Here each logit depends on its own image, as R1 assumes. The
-    authors give labels a mapping of their own; here they have one layer.
+    authors give labels a mapping of their own; here they have one layer. As in Miyato & Koyama
+    2018, a logit without labels is added; the authors have the product alone.
     """
 
     widths: tuple[int, ...]  # channels at H, H/2, ...
@@ -248,6 +252,6 @@ class StyleDiscriminator(nn.Module):
         h = leaky(EqualDense(self.widths[-1], dtype=self.dtype, name="dense")(h))
         logits = EqualDense(1, dtype=self.dtype, name="out")(h)[..., 0]
         if y is not None and y.shape[-1]:
-            v = EqualDense(h.shape[-1], dtype=self.dtype, name="labels")(y) / sqrt(h.shape[-1])
-            logits += (h * v).sum(-1)
+            v = EqualDense(h.shape[-1], dtype=self.dtype, name="labels")(y)
+            logits += (h * v).sum(-1) * sqrt(y.shape[-1] / h.shape[-1])  # one-hot: 1 of all inputs
         return logits.astype(jnp.float32)
