@@ -23,6 +23,7 @@ import pytest
 jaxtyping.install_import_hook("aigc_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+jax.devices()  # before a test of `plan` asks for another number of them
 
 # Many tests train the same small model: what one compiled serves the next, within this run of pytest alone.
 if "AIGC_TEST_CACHE" not in os.environ:

@@ -220,7 +220,7 @@ def show(topology: str, size: int, found: Plan, tensor: int = 1) -> None:
     print(f"batch    {size} examples over all devices")
     print(
         f"memory   {_bytes(found.memory)} per device: {_bytes(found.arguments)} state and batch, "
-        f"{_bytes(found.temporaries)} temporaries"
+        f"{_bytes(found.temporaries)} temporaries, {_bytes(found.code)} program"
     )
     print(
         f"products {found.flops:.4g} operations per update by formula; the compiler counts "
